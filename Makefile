@@ -1,0 +1,31 @@
+# make demo   installs what it needs, then makes a 4D scene from a prompt (minutes on a CPU)
+# make test   installs what it needs, then runs the tests
+# Both can be repeated. PYTHON chooses the interpreter, PROMPT the prompt, ARGS adds key=value overrides.
+PYTHON ?= python3
+VENV ?= .venv
+PROMPT ?= a red cube bouncing
+ARGS ?=
+
+.PHONY: demo test lint install clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.txt setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -r requirements.txt
+	$(VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+demo: install
+	$(VENV)/bin/python launch.py --config configs/shapes.yaml --train \
+		system.prompt_processor.prompt="$(PROMPT)" $(ARGS)
+
+test: install
+	$(VENV)/bin/python -m pytest --numprocesses 2
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) outputs

@@ -1,0 +1,144 @@
+"""One stage of training: its whole config, parsed, and the folder it writes to."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from fourdfy.config import Component, ConfigError, LoadedConfig, build, parse_config, slot
+from fourdfy.data.base import DataModule
+from fourdfy.systems.base import System
+from fourdfy.systems.supervision import SupervisionPlan, plan_supervision
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """``trainer``: how Lightning's Trainer runs the stage."""
+
+    max_steps: int = 10000
+    log_every_n_steps: int = 50
+    num_sanity_val_steps: int = 0
+    val_check_interval: int = 1000
+    """Training steps between validations; 0 for none."""
+    enable_progress_bar: bool = True
+    precision: int | str = 32
+    gradient_clip_val: float | None = None
+    deterministic: bool = False
+    """Refuse operations without a deterministic implementation (CUDA only; the CPU always is)."""
+    inference_mode: bool = False
+    """Accepted from the original's files; evaluation never builds a graph."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """``checkpoint``: ``ckpts/last.ckpt``, also written at the end and on SIGTERM or SIGINT."""
+
+    every_n_train_steps: int = 1000
+    save_last: bool = True
+    save_top_k: int = 0
+    """The two keys above are accepted from the original's files; there is one checkpoint, the last."""
+
+    def __post_init__(self) -> None:
+        if self.every_n_train_steps < 1:
+            raise ValueError(f"every_n_train_steps={self.every_n_train_steps}: expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """Everything a stage is made from."""
+
+    name: str = "default"
+    tag: str = ""
+    description: str = ""
+    seed: int = 0
+    exp_root_dir: str = "outputs"
+    use_timestamp: bool = True
+    timestamp: str = ""
+    """Set by the run itself; part of the trial folder's name."""
+    resume: str | None = None
+    """A checkpoint of this very experiment: training goes on, or evaluation takes its weights."""
+    data_type: str = "single-multiview-combined-camera-datamodule"
+    data: Any = slot(DataModule, "data_type")
+    system_type: str = "fourdfy-system"
+    system: Any = slot(System, "system_type")
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A parsed config, its plan, and the mapping it came from (for ``configs/parsed.yaml``)."""
+
+    cfg: ExperimentConfig
+    values: Mapping[str, Any]
+    plan: SupervisionPlan
+
+    @property
+    def trial_dir(self) -> Path:
+        return trial_dir(self.cfg)
+
+    @property
+    def last_checkpoint(self) -> Path:
+        return self.trial_dir / "ckpts" / "last.ckpt"
+
+    def build_system(self) -> System:
+        return build(self.cfg.system, plan=self.plan, seed=self.cfg.seed)
+
+    def build_data(self) -> DataModule:
+        return build(
+            self.cfg.data,
+            seed=self.cfg.seed,
+            choose_step=lambda step: self.plan.choose(self.cfg.seed, step).name,
+        )
+
+
+def parse_experiment(loaded: LoadedConfig) -> Experiment:
+    """Parse everything, down into every component's own config, before anything is built.
+
+    Raises:
+        ConfigError: naming the key, its file, what was expected and the mend.
+    """
+    values = dict(loaded.values)
+    if values.get("use_timestamp", True) and not values.get("timestamp"):
+        values["timestamp"] = datetime.now().strftime("@%Y%m%d-%H%M%S")
+    cfg = parse_config(ExperimentConfig, values, sources=loaded.sources)
+    plan = plan_supervision(
+        prob_multi_view=cfg.data.prob_multi_view,
+        prob_single_view_video=cfg.data.single_view.prob_single_view_video,
+        simultan=cfg.data.single_view.simultan,
+        static=cfg.data.single_view.static,
+        freeze_static_modules=cfg.system.freeze_static_modules,
+    )
+    for step in plan.steps:
+        for key in (step.guidance_cfg, step.prompt_cfg):
+            if getattr(cfg.system, key) is None:
+                raise ConfigError(
+                    f"system.{key}: missing, and {step.name} steps have probability {step.probability:g}; "
+                    f"set it and its type key, or the probability to 0"
+                )
+    return Experiment(cfg, values, plan)
+
+
+def trial_dir(cfg: ExperimentConfig) -> Path:
+    """``exp_root_dir/name/tag@timestamp``; a name or tag cannot lead out of ``exp_root_dir``."""
+    timestamp = cfg.timestamp if cfg.use_timestamp else ""
+    return Path(cfg.exp_root_dir) / sanitize_tag(cfg.name) / (sanitize_tag(cfg.tag) + timestamp)
+
+
+def sanitize_tag(text: str, max_bytes: int = 100) -> str:
+    """A file name made from a prompt: no separators, no leading dots, at most ``max_bytes`` of UTF-8.
+
+    Where anything but spaces had to change, a hash of the text keeps two prompts apart.
+    """
+    plain = text.replace(" ", "_")
+    safe = re.sub(r"[^\w\-+,.'@=()]", "_", plain).lstrip(".")
+    if safe == plain and len(safe.encode()) <= max_bytes:
+        return safe or "untitled"
+    digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+    cut = safe.encode()[: max_bytes - len(digest) - 1].decode(errors="ignore")
+    return f"{cut}-{digest}"

@@ -1,0 +1,36 @@
+"""What a guidance is to the rest of the system: images in, losses out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fourdfy.config import Component
+from fourdfy.types import Cameras, GuidanceOutput, TextEmbeddings
+
+
+class Guidance(Component, nn.Module, ABC):
+    """A frozen prior, and possibly a few trained parameters of its own (a LoRA).
+
+    Frozen networks are kept out of the module tree: they are not saved, moved or counted.
+    """
+
+    def __init__(self, cfg: Component.Config, *, device: torch.device) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.device = device
+
+    @abstractmethod
+    def forward(
+        self,
+        rgb: Float[Tensor, "B H W 3"],
+        text: TextEmbeddings,
+        cameras: Cameras,
+        *,
+        step: int,
+        generator: torch.Generator,
+    ) -> GuidanceOutput:
+        """Losses of B rendered frames in 0..1, seen from B ``cameras``, at the global ``step``."""

@@ -1,0 +1,171 @@
+"""Diffusion: noise schedules, noisy latents, and the three things a network may predict.
+
+Noisy latents are ``x_t = a x_0 + s eps`` with the signal and noise scales (a, s) of the noise level:
+(sqrt(abar), sqrt(1 - abar)) for a DDPM (Ho et al. 2020), (1 - s, s) for a rectified flow (Liu et
+al. 2022). A network predicts eps, ``v = a eps - s x_0`` (Salimans & Ho 2022) or the flow ``eps - x_0``;
+each of them is an affine view of the same x_0, so guidance and losses need to know x_0 alone.
+
+B latents (images or videos), C channels, S the axes behind them: (H, W), or (F, H, W) for a video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fourdfy.schedules import Schedule, schedule_value
+
+Prediction = Literal["epsilon", "v_prediction", "flow_prediction"]
+"""The names that scheduler files use for what a network predicts."""
+
+
+class NoiseScales(NamedTuple):
+    """Signal and noise scales, one of each for a latent, shaped to broadcast over it."""
+
+    alphas: Float[Tensor, "B *ones"]
+    sigmas: Float[Tensor, "B *ones"]
+
+
+def scaled_linear_alphas_cumprod(
+    num_train_timesteps: int = 1000,
+    beta_start: float = 0.00085,
+    beta_end: float = 0.012,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "T"]:
+    """abar of latent diffusion (Rombach et al. 2022): betas are squares of a ramp of square roots."""
+    betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, dim=0).to(dtype)
+
+
+def noise_scales(
+    alphas_cumprod: Float[Tensor, "T"], timesteps: Int[Tensor, "B"], ndim: int
+) -> NoiseScales:
+    """A DDPM's scales at ``timesteps``, for latents of ``ndim`` axes."""
+    abar = alphas_cumprod[timesteps].reshape(-1, *[1] * (ndim - 1))
+    return NoiseScales(abar.sqrt(), (1 - abar).sqrt())
+
+
+def flow_scales(sigmas: Float[Tensor, "B"], ndim: int) -> NoiseScales:
+    """A rectified flow's scales where ``sigmas`` in 0..1 is the share of noise."""
+    sigmas = sigmas.reshape(-1, *[1] * (ndim - 1))
+    return NoiseScales(1 - sigmas, sigmas)
+
+
+def add_noise(
+    latents: Float[Tensor, "B C *S"], noise: Float[Tensor, "B C *S"], scales: NoiseScales
+) -> Float[Tensor, "B C *S"]:
+    """x_t."""
+    return scales.alphas * latents + scales.sigmas * noise
+
+
+def x0_from_prediction(
+    prediction: Float[Tensor, "B C *S"],
+    noisy: Float[Tensor, "B C *S"],
+    scales: NoiseScales,
+    kind: str,
+) -> Float[Tensor, "B C *S"]:
+    """The clean latents that a network means when it predicts eps, v or the flow.
+
+    Raises:
+        ValueError: an unknown ``kind``.
+    """
+    alphas, sigmas = scales
+    if kind == "epsilon":
+        return (noisy - sigmas * prediction) / alphas
+    if kind == "v_prediction":
+        return (alphas * noisy - sigmas * prediction) / (alphas**2 + sigmas**2)
+    if kind == "flow_prediction":
+        return (noisy - sigmas * prediction) / (alphas + sigmas)
+    raise ValueError(f"prediction_type {kind!r} is not known; expected one of {Prediction.__args__}")
+
+
+def prediction_from_x0(
+    x0: Float[Tensor, "B C *S"],
+    noisy: Float[Tensor, "B C *S"],
+    scales: NoiseScales,
+    kind: str,
+) -> Float[Tensor, "B C *S"]:
+    """What a network that means ``x0`` predicts; the inverse of ``x0_from_prediction``."""
+    epsilon = epsilon_from_x0(x0, noisy, scales)
+    return prediction_target(x0, epsilon, scales, kind)
+
+
+def epsilon_from_x0(
+    x0: Float[Tensor, "B C *S"], noisy: Float[Tensor, "B C *S"], scales: NoiseScales
+) -> Float[Tensor, "B C *S"]:
+    """The noise that is in ``noisy`` if ``x0`` is what is clean."""
+    return (noisy - scales.alphas * x0) / scales.sigmas
+
+
+def prediction_target(
+    latents: Float[Tensor, "B C *S"],
+    noise: Float[Tensor, "B C *S"],
+    scales: NoiseScales,
+    kind: str,
+) -> Float[Tensor, "B C *S"]:
+    """What a network is trained to predict for ``latents`` under ``noise``.
+
+    Raises:
+        ValueError: an unknown ``kind``.
+    """
+    alphas, sigmas = scales
+    if kind == "epsilon":
+        return noise
+    if kind == "v_prediction":
+        return alphas * noise - sigmas * latents
+    if kind == "flow_prediction":
+        return noise - latents
+    raise ValueError(f"prediction_type {kind!r} is not known; expected one of {Prediction.__args__}")
+
+
+def classifier_free_guidance(
+    text: Float[Tensor, "B C *S"], uncond: Float[Tensor, "B C *S"], scale: float
+) -> Float[Tensor, "B C *S"]:
+    """Guided prediction (Ho & Salimans 2022), ``scale`` counted from the unconditional one.
+
+    It commutes with every affine map, so it may be given eps, v, flows or x_0 alike.
+    """
+    return uncond + scale * (text - uncond)
+
+
+def timestep_range(
+    min_step_percent: Schedule, max_step_percent: Schedule, step: int, num_train_timesteps: int = 1000
+) -> tuple[int, int]:
+    """The first and last timestep to draw at the global ``step``, both included.
+
+    Raises:
+        ValueError: the range is empty or leaves 0 .. ``num_train_timesteps`` - 1.
+    """
+    # Truncated, not rounded: 0.92 of 1000 may be 919, and the published runs drew from that range.
+    low, high = (
+        int(num_train_timesteps * schedule_value(percent, step))
+        for percent in (min_step_percent, max_step_percent)
+    )
+    if not 0 <= low <= high < num_train_timesteps:
+        raise ValueError(
+            f"min_step_percent={min_step_percent} and max_step_percent={max_step_percent} give timesteps "
+            f"{low}..{high} at step {step}; expected 0 <= min <= max < {num_train_timesteps}"
+        )
+    return low, high
+
+
+def sample_timesteps(
+    low: int, high: int, count: int, generator: torch.Generator, device: torch.device
+) -> Int[Tensor, "{count}"]:
+    """``count`` timesteps, uniform over ``low`` .. ``high``, both included."""
+    drawn = torch.randint(low, high + 1, (count,), generator=generator, device=generator.device)
+    return drawn.to(device)
+
+
+def sample_noise(
+    shape: Sequence[int],
+    generator: torch.Generator,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "..."]:
+    """Standard normal numbers, drawn where the generator lives."""
+    return torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=dtype).to(device)

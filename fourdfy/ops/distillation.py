@@ -1,0 +1,162 @@
+"""From what a prior says is clean to a loss on what was rendered.
+
+All losses here are functions of the rendered latents x and of a prior's prediction of x_0, guided by
+the text. With a = sqrt(abar), s = sqrt(1 - abar), a difference of two noise predictions is a
+difference of two x_0: ``eps_1 - eps_2 = (a / s) (x0_2 - x0_1)``. Score distillation compares the
+prior with the rendering itself (whose noise is known), VSD with a network that knows the renderings.
+
+B latents: images, or whole videos (their frames are the axis behind the channels). Losses are
+averaged over B, and summed over everything else.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fourdfy.ops.diffusion import NoiseScales, add_noise
+
+Weighting = Literal["sds", "uniform", "fantasia3d"]
+
+
+def score_loss(latents: Float[Tensor, "B C *S"], grad: Float[Tensor, "B C *S"]) -> Float[Tensor, ""]:
+    """The loss whose gradient with respect to ``latents`` is ``grad / B``.
+
+    SDS (Poole et al. 2022, eq. 3) and VSD (Wang et al. 2023) define an update of the latents, not
+    a loss. AMP and Lightning want a scalar, so one is built around a fixed target.
+
+    Args:
+        latents: VAE latents after ``scaling_factor``; they carry the graph.
+        grad: the weighted score difference, without a graph.
+
+    Raises:
+        ValueError: ``grad`` carries a graph, so the U-Net's Jacobian would leak into the update.
+    """
+    if grad.requires_grad:
+        raise ValueError("grad carries a graph; compute the prior's prediction under torch.no_grad()")
+    return reconstruction_loss(latents, latents.detach() - grad)
+
+
+def reconstruction_loss(
+    latents: Float[Tensor, "B C *S"], target: Float[Tensor, "B C *S"]
+) -> Float[Tensor, ""]:
+    """Half the squared distance to a fixed ``target``, per latent (Shi et al. 2023).
+
+    Raises:
+        ValueError: ``target`` carries a graph.
+    """
+    if target.requires_grad:
+        raise ValueError("target carries a graph; compute the prior's prediction under torch.no_grad()")
+    return 0.5 * (latents - target).square().sum() / len(latents)
+
+
+def sds_gradient(
+    latents: Float[Tensor, "B C *S"],
+    x0: Float[Tensor, "B C *S"],
+    scales: NoiseScales,
+    weighting: str = "sds",
+) -> Float[Tensor, "B C *S"]:
+    """``w(t) (eps_prior - eps)``, the update of score distillation sampling, without a graph.
+
+    Args:
+        latents: what was rendered; a graph on it is ignored.
+        x0: the prior's guided prediction for the noisy ``latents``.
+        scales: the noise level at which ``x0`` was predicted.
+        weighting: w, see ``weight``.
+    """
+    return score_difference(x0, latents, scales, weighting)
+
+
+def sjc_gradient(
+    latents: Float[Tensor, "B C *S"],
+    noise: Float[Tensor, "B C *S"],
+    x0: Float[Tensor, "B C *S"],
+    scales: NoiseScales,
+    variance_reduction: bool = True,
+) -> Float[Tensor, "B C *S"]:
+    """The update of score Jacobian chaining (Wang et al. 2022), without a graph.
+
+    Their z = x + sigma eps with sigma = s / a is our noisy latent over a, and their network sees
+    z / sqrt(1 + sigma^2), which is our noisy latent itself. With ``variance_reduction`` the
+    denoiser is compared with the rendering, else with its noisy version.
+    """
+    if variance_reduction:
+        return score_difference(x0, latents, scales, "uniform")
+    return score_difference(x0, add_noise(latents, noise, scales) / scales.alphas, scales, "uniform")
+
+
+def vsd_gradient(
+    x0_prior: Float[Tensor, "B C *S"],
+    x0_renderings: Float[Tensor, "B C *S"],
+    scales: NoiseScales,
+) -> Float[Tensor, "B C *S"]:
+    """``(1 - abar) (eps_prior - eps_renderings)``, the update of variational score distillation.
+
+    Args:
+        x0_prior: the frozen prior's guided prediction.
+        x0_renderings: that of the network which is trained on the renderings.
+        scales: the noise level of both.
+    """
+    return score_difference(x0_prior, x0_renderings, scales, "sds")
+
+
+def score_difference(
+    x0: Float[Tensor, "B C *S"],
+    x0_reference: Float[Tensor, "B C *S"],
+    scales: NoiseScales,
+    weighting: str,
+) -> Float[Tensor, "B C *S"]:
+    """``w(t) (eps - eps_reference)`` of two predictions for the same noisy latents, without a graph."""
+    factor = weight(scales, weighting) * scales.alphas / scales.sigmas
+    return (factor * (x0_reference - x0)).detach()
+
+
+def weight(scales: NoiseScales, weighting: str) -> Float[Tensor, "B *ones"]:
+    """w(t): ``sds`` s^2 (= 1 - abar), ``uniform`` 1, ``fantasia3d`` a s^2.
+
+    Raises:
+        ValueError: an unknown ``weighting``.
+    """
+    if weighting == "sds":
+        return scales.sigmas**2
+    if weighting == "uniform":
+        return torch.ones_like(scales.sigmas)
+    if weighting == "fantasia3d":
+        return scales.alphas * scales.sigmas**2
+    raise ValueError(f"weighting_strategy={weighting!r}; expected one of {Weighting.__args__}")
+
+
+def bounded(grad: Float[Tensor, "B C *S"], clip: float | None = None) -> Float[Tensor, "B C *S"]:
+    """``grad`` with NaN as 0 and infinities finite, each entry within ``[-clip, clip]``."""
+    grad = torch.nan_to_num(grad)
+    return grad if clip is None else grad.clamp(-clip, clip)
+
+
+def rescale_guided_x0(
+    guided: Float[Tensor, "B C *S"],
+    text: Float[Tensor, "B C *S"],
+    group_size: int,
+    strength: float,
+) -> Float[Tensor, "B C *S"]:
+    """The guided x_0 with part of its excess contrast taken back (Lin et al. 2023, section 3.4).
+
+    Args:
+        guided: the x_0 of classifier-free guidance, whose spread grows with the guidance scale.
+        text: the x_0 of the text alone, whose spread is right.
+        group_size: neighbours in the batch that share one spread: the views of an object.
+        strength: 0 keeps ``guided``, 1 gives each group the spread of ``text``.
+
+    Raises:
+        ValueError: B is not a multiple of ``group_size``.
+    """
+    if strength == 0:
+        return guided
+    if len(guided) % group_size:
+        raise ValueError(f"{len(guided)} images do not fill whole groups of {group_size} views")
+    spread_guided, spread_text = (x.reshape(-1, group_size * x[0].numel()).std(1) for x in (guided, text))
+    factor = (spread_text + 1e-8) / (spread_guided + 1e-8)
+    factor = factor.repeat_interleave(group_size).reshape(-1, *[1] * (guided.ndim - 1))
+    return strength * factor * guided + (1 - strength) * guided

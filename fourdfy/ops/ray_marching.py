@@ -1,0 +1,149 @@
+"""Fixed steps along rays through the scene's box, skipping what is known to be empty.
+
+R rays, N samples over all rays (packed, sorted by ray), G cells per side of the occupancy grid.
+Candidate k of a ray is the interval from ``(u + k) dt`` to ``(u + k + 1) dt``, k = 0, 1, ...; it is
+kept where its midpoint lies in the box and in an occupied cell. Nothing here carries a gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fourdfy.ops.compositing import alphas_from_density, transmittance_from_density
+from fourdfy.types import Samples
+
+# A candidate matrix of this size fits the CPU's caches, where the loop is a third faster than in one
+# piece; a GPU wants few launches.
+MAX_CANDIDATES = {"cpu": 1 << 17, "cuda": 1 << 25}
+
+
+def step_size(radius: float, num_samples_per_ray: int) -> float:
+    """The interval length that cuts the box's diagonal into ``num_samples_per_ray``."""
+    return 1.732 * 2 * radius / num_samples_per_ray
+
+
+@torch.no_grad()
+def march(
+    origins: Float[Tensor, "R 3"],
+    directions: Float[Tensor, "R 3"],
+    jitter: Float[Tensor, "R"],
+    *,
+    radius: float,
+    step_size: float,
+    occupied: Bool[Tensor, "G G G"] | None = None,
+    max_candidates: int | None = None,
+) -> Samples:
+    """All intervals of all rays whose midpoint lies in ``[-radius, radius]^3`` and in an occupied cell.
+
+    Args:
+        directions: unit length.
+        jitter: u in [0, 1), one per ray; zeros give the same intervals each time.
+        occupied: cells over the box, indexed x, y, z; None keeps the whole box.
+        max_candidates: bound on intervals examined at once; memory, not the result, depends on it.
+    """
+    lower, upper = _occupied_bounds(occupied, radius, origins)
+    t_near, t_far = intersect_box(origins, directions, lower, upper)
+    hits = (t_far > t_near).nonzero().squeeze(1)
+    if len(hits) == 0:
+        return _empty_samples(origins)
+
+    origins, directions, jitter = origins[hits], directions[hits], jitter[hits]
+    # One step more at either end: the midpoint test below decides, not the rounding of the entry.
+    first = (t_near[hits] / step_size - jitter - 0.5).floor().clamp(min=0)
+    last = (t_far[hits] / step_size - jitter - 0.5).ceil()
+    steps = int((last - first).max()) + 1
+    bound = max_candidates or MAX_CANDIDATES.get(origins.device.type, 1 << 25)
+
+    rays, ks = [], []
+    for rows in torch.arange(len(hits), device=hits.device).split(max(1, bound // steps)):
+        candidates = first[rows, None] + torch.arange(steps, dtype=first.dtype, device=first.device)
+        t_mids = (candidates + (jitter[rows, None] + 0.5)) * step_size
+        kept = _midpoint_kept(origins[rows], directions[rows], t_mids, radius, occupied)
+        row, column = kept.nonzero(as_tuple=True)
+        rays.append(rows[row])
+        ks.append(first[rows[row]] + column)
+    ray, k = torch.cat(rays), torch.cat(ks)
+    offset = jitter[ray] + k
+    return Samples(
+        ray_indices=hits[ray], t_starts=offset * step_size, t_ends=(offset + 1) * step_size
+    )
+
+
+def intersect_box(
+    origins: Float[Tensor, "R 3"],
+    directions: Float[Tensor, "R 3"],
+    lower: Float[Tensor, "3"],
+    upper: Float[Tensor, "3"],
+) -> tuple[Float[Tensor, "R"], Float[Tensor, "R"]]:
+    """Distances (entry, exit), entry at least 0; exit <= entry where the ray misses the box."""
+    # A ray parallel to a face divides by zero: +-inf are the right answer, 0 / 0 is not.
+    safe = torch.where(directions == 0, torch.finfo(directions.dtype).tiny, directions)
+    to_lower, to_upper = (lower - origins) / safe, (upper - origins) / safe
+    t_near = torch.minimum(to_lower, to_upper).amax(-1).clamp(min=0)
+    t_far = torch.maximum(to_lower, to_upper).amin(-1)
+    return t_near, t_far
+
+
+@torch.no_grad()
+def visible(
+    samples: Samples,
+    sigmas: Float[Tensor, "N"],
+    *,
+    alpha_threshold: float | Float[Tensor, ""],
+    transmittance_threshold: float = 1e-4,
+) -> Bool[Tensor, "N"]:
+    """Which samples are seen: dense enough themselves, and not hidden behind others of their ray."""
+    alphas = alphas_from_density(sigmas, samples.t_starts, samples.t_ends)
+    transmittance = transmittance_from_density(
+        sigmas, samples.t_starts, samples.t_ends, samples.ray_indices
+    )
+    return (alphas >= alpha_threshold) & (transmittance >= transmittance_threshold)
+
+
+def _occupied_bounds(
+    occupied: Bool[Tensor, "G G G"] | None, radius: float, like: Tensor
+) -> tuple[Float[Tensor, "3"], Float[Tensor, "3"]]:
+    """The box around all occupied cells: what lies outside needs no candidates."""
+    if occupied is None:
+        return like.new_full((3,), -radius), like.new_full((3,), radius)
+    size = len(occupied)
+    indices = torch.arange(size, device=like.device)
+    lower, upper = [], []
+    for axis in range(3):
+        used = occupied.amax(dim=[other for other in range(3) if other != axis])
+        lower.append(torch.where(used, indices, size).amin())
+        upper.append(torch.where(used, indices + 1, 0).amax())
+    # Half a cell of slack absorbs rounding at the faces.
+    cells = torch.stack([torch.stack(lower) - 0.5, torch.stack(upper) + 0.5]).to(like)
+    bounds = (cells * (2 * radius / size) - radius).clamp(-radius, radius)
+    return bounds[0], bounds[1]
+
+
+def _midpoint_kept(
+    origins: Float[Tensor, "R 3"],
+    directions: Float[Tensor, "R 3"],
+    t_mids: Float[Tensor, "R K"],
+    radius: float,
+    occupied: Bool[Tensor, "G G G"] | None,
+) -> Bool[Tensor, "R K"]:
+    """Axis by axis, so that no [R, K, 3] tensor is ever made."""
+    kept = torch.ones_like(t_mids, dtype=torch.bool)
+    cell: Int[Tensor, "R K"] | None = None
+    for axis in range(3):
+        x = torch.addcmul(origins[:, axis, None], directions[:, axis, None], t_mids)
+        kept &= x.abs() <= radius
+        if occupied is not None:
+            size = len(occupied)
+            index = ((x + radius) * (size / (2 * radius))).clamp_(0, size - 1).to(torch.int32)
+            cell = index if cell is None else cell.mul_(size).add_(index)
+    if occupied is not None:
+        kept &= occupied.flatten()[cell]
+    return kept
+
+
+def _empty_samples(like: Tensor) -> Samples:
+    nothing = like.new_zeros(0)
+    indices = torch.zeros(0, dtype=torch.long, device=like.device)
+    return Samples(ray_indices=indices, t_starts=nothing, t_ends=nothing)

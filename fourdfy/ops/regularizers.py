@@ -1,0 +1,70 @@
+"""Losses on the render itself (behaviour of threestudio and 4D-fy). F frames of H x W pixels.
+
+``REGULARIZERS`` names them: ``system.loss.lambda_sparsity`` weighs ``REGULARIZERS["sparsity"]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fourdfy.types import RenderOutput
+
+
+def sparsity(render: RenderOutput) -> Float[Tensor, ""]:
+    """Mean of sqrt(opacity^2 + 0.01): pulls thin fog to nothing."""
+    return (render.opacity**2 + 0.01).sqrt().mean()
+
+
+def opaque(render: RenderOutput) -> Float[Tensor, ""]:
+    """Mean binary entropy of the opacity, clamped to [0.001, 0.999]: pushes it to 0 or 1."""
+    opacity = render.opacity.clamp(1e-3, 1 - 1e-3)
+    return -(opacity * opacity.log() + (1 - opacity) * (1 - opacity).log()).mean()
+
+
+def orient(render: RenderOutput) -> Float[Tensor, ""]:
+    """Weighted squared cosine of normals that face away (Verbin et al. 2022, eq. 11).
+
+    Raises:
+        ValueError: the render has no normals, as with materials that do not shade.
+    """
+    if render.normals is None or render.t_dirs is None:
+        raise ValueError(
+            "system.loss.lambda_orient needs normals, which no-material does not compute; set it to 0 "
+            "or use system.material_type=diffuse-with-point-light-material"
+        )
+    facing_away = (render.normals * render.t_dirs).sum(-1).clamp(min=0.0)
+    return (render.weights.detach() * facing_away**2).sum() / render.opacity.numel()
+
+
+def z_variance(render: RenderOutput) -> Float[Tensor, ""]:
+    """Mean variance of depth along the rays that hit something (opacity > 0.5)."""
+    hit = (render.opacity > 0.5).to(render.z_variance)
+    return (render.z_variance * hit).sum() / hit.sum().clamp(min=1)
+
+
+def deformation(render: RenderOutput) -> Float[Tensor, ""]:
+    """Sum of squared differences of the displacement over frames, rows and columns (a sum).
+
+    Raises:
+        ValueError: the geometry has no deformation field.
+    """
+    field = render.deformation
+    if field is None:
+        raise ValueError(
+            "system.loss.lambda_deformation needs a deformation field in a dynamic stage; set it to 0 or "
+            "system.geometry.pos_encoding_config.otype=HashGridSpatialTimeDeform"
+        )
+    return sum((torch.diff(field, dim=axis) ** 2).sum() for axis in (0, 1, 2))  # type: ignore[return-value]
+
+
+REGULARIZERS: dict[str, Callable[[RenderOutput], Float[Tensor, ""]]] = {
+    "sparsity": sparsity,
+    "opaque": opaque,
+    "orient": orient,
+    "z_variance": z_variance,
+    "deformation": deformation,
+}

@@ -1,0 +1,80 @@
+"""``--check``: what a run would do, from which models, in how much memory. Loads no weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from fourdfy.config import build
+from fourdfy.diffusion.hub import describe_model, model_bytes
+from fourdfy.experiment import Experiment
+
+SAMPLES_PER_RAY = 0.08
+"""Share of a ray's steps that survive pruning, for a compact object (8 % of the grid)."""
+BYTES_PER_SAMPLE = 1900
+"""Activations of the reference field, forward and backward, per sample and 64 features of encoding."""
+
+
+def print_plan(experiments: Sequence[Experiment]) -> None:
+    """A table of step kinds for each stage, then its models and a memory estimate."""
+    console = Console()
+    for number, experiment in enumerate(experiments, 1):
+        cfg, plan = experiment.cfg, experiment.plan
+        console.rule(f"stage {number}/{len(experiments)}: {cfg.name}, {cfg.trainer.max_steps} steps")
+        console.print(f"prompt: {cfg.system.prompt_processor.prompt!r}   trial: {experiment.trial_dir}")
+        table = Table("step", "probability", "trains", "frames", "prior", "model")
+        for step in plan.steps:
+            guidance = getattr(cfg.system, step.guidance_cfg)
+            frames = experiment_frames(experiment, step.name)
+            model = getattr(guidance, "pretrained_model_name_or_path", "")
+            table.add_row(
+                step.name,
+                f"{step.probability:g}",
+                ", ".join(sorted(step.trains)),
+                "{} x {} x {}".format(*frames),
+                getattr(cfg.system, _type_key(step.guidance_cfg)),
+                describe_model(model),
+            )
+        console.print(table)
+        console.print(f"memory, roughly: {_memory_estimate(experiment) / 2**30:.1f} GiB")
+
+
+def experiment_frames(experiment: Experiment, step: str) -> tuple[int, int, int]:
+    """(frames, height, width) of a step kind, at the largest of its resolutions."""
+    data = experiment.cfg.data
+    if step == "video":
+        view = data.single_view
+        return _largest(view.batch_size) * view.num_frames, view.height_vid, view.width_vid
+    view = data.multi_view if step == "multi_view" else data.single_view
+    return _largest(view.batch_size), _largest(view.height), _largest(view.width)
+
+
+def _memory_estimate(experiment: Experiment) -> float:
+    """Bytes: the scene with gradients and two moments, the priors as stored, one step's samples."""
+    cfg = experiment.cfg.system
+    scene = sum(p.numel() for p in build(cfg.geometry).parameters()) * 16
+    models = {
+        path
+        for step in experiment.plan.steps
+        for key, path in vars(getattr(cfg, step.guidance_cfg)).items()
+        if key.startswith("pretrained_model_name_or_path") and isinstance(path, str)
+    }
+    rays = max(
+        (frames * height * width for frames, height, width in _all_frames(experiment)), default=0
+    )
+    samples = rays * cfg.renderer.num_samples_per_ray * SAMPLES_PER_RAY
+    return scene + sum(model_bytes(path) for path in models) + samples * BYTES_PER_SAMPLE
+
+
+def _all_frames(experiment: Experiment) -> list[tuple[int, int, int]]:
+    return [experiment_frames(experiment, step.name) for step in experiment.plan.steps]
+
+
+def _largest(value: int | list[int]) -> int:
+    return value if isinstance(value, int) else max(value)
+
+
+def _type_key(guidance_cfg: str) -> str:
+    return guidance_cfg.replace("guidance", "guidance_type", 1)

@@ -1,0 +1,109 @@
+"""Recipes: several stages in one command, each from the previous one's ``last.ckpt``.
+
+A recipe file lists ``stages`` (experiment files beside it); every other key it holds, and every
+override, goes to all of them. ``stage_2.key=value`` goes to the second alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from fourdfy.config import ConfigError, load_config
+from fourdfy.experiment import Experiment, parse_experiment
+from fourdfy.systems.checkpoint import read_checkpoint
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One experiment of a run; a single experiment is a run of one stage."""
+
+    experiment: Experiment
+    files: tuple[Path, ...]
+    """The config files it was made from."""
+    number: int
+    count: int
+
+    @property
+    def label(self) -> str:
+        return f"stage {self.number}/{self.count} {self.experiment.cfg.name}"
+
+    @cached_property
+    def resume_from(self) -> Path | None:
+        """The checkpoint to go on from: ``resume=``, or in a recipe the stage's own last one."""
+        experiment = self.experiment
+        if experiment.cfg.resume:
+            return Path(experiment.cfg.resume)
+        if experiment.cfg.use_timestamp or not experiment.last_checkpoint.exists():
+            return None
+        self._check_same_settings()
+        return experiment.last_checkpoint
+
+    @property
+    def is_finished(self) -> bool:
+        """Trained to its last step, and its test views rendered."""
+        if self.resume_from is None or not self._marker.exists():
+            return False
+        return read_checkpoint(self.resume_from)["global_step"] >= self.experiment.cfg.trainer.max_steps
+
+    def mark_finished(self) -> None:
+        self._marker.touch()
+
+    @property
+    def _marker(self) -> Path:
+        return self.experiment.trial_dir / "finished"
+
+    def _check_same_settings(self) -> None:
+        """A trial that goes on must compute what it began; its length may change."""
+        path = self.experiment.trial_dir / "configs" / "parsed.yaml"
+        began = OmegaConf.to_container(OmegaConf.load(path))
+        now = self.experiment.values
+        changed = [
+            key
+            for part in ("seed", "data", "system")
+            for key in _differences(began.get(part), now.get(part), part)  # type: ignore[union-attr]
+        ]
+        if changed:
+            raise ConfigError(
+                f"{self.experiment.trial_dir} holds a run with other settings ({', '.join(changed[:4])}); "
+                "give this one a name of its own (tag=...), or delete that folder"
+            )
+
+
+def load_recipe(paths: Sequence[Path], overrides: Sequence[str]) -> list[Stage]:
+    """The stages of a recipe, all parsed; one stage for an experiment file."""
+    for_stage: dict[int, list[str]] = {}
+    shared = []
+    for override in overrides:
+        if match := re.match(r"stage_(\d+)\.(.+=.*)", override, re.DOTALL):
+            for_stage.setdefault(int(match[1]), []).append(match[2])
+        else:
+            shared.append(override)
+    recipes = [path for path in paths if path.is_file() and "stages" in OmegaConf.load(path)]
+    if not recipes:
+        if for_stage:
+            raise ConfigError(f"stage_{min(for_stage)}....: {paths[0]} is no recipe; write the key alone")
+        return [Stage(parse_experiment(load_config(paths, shared)), tuple(paths), 1, 1)]
+
+    files = [recipes[0].parent / name for name in OmegaConf.load(recipes[0]).stages]
+    if for_stage and not 1 <= max(for_stage) <= len(files):
+        raise ConfigError(f"stage_{max(for_stage)}....: {recipes[0]} has {len(files)} stages")
+    stages: list[Stage] = []
+    for number, file in enumerate(files, 1):
+        previous = [f"system.weights={stages[-1].experiment.last_checkpoint}"] if stages else []
+        own = for_stage.get(number, [])
+        loaded = load_config([file, *paths], [*previous, *shared, *own], ignore=("stages",))
+        stages.append(Stage(parse_experiment(loaded), (file, *paths), number, len(files)))
+    return stages
+
+
+def _differences(a: object, b: object, path: str) -> list[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted({*a, *b}, key=str)
+        return [d for key in keys for d in _differences(a.get(key), b.get(key), f"{path}.{key}")]
+    return [] if a == b else [path]

@@ -1,0 +1,116 @@
+"""What ``launch.py`` does in each of its modes."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+
+from fourdfy.callbacks.progress import ProgressLine
+from fourdfy.callbacks.renders import SaveRenders
+from fourdfy.config import ConfigError, load_config
+from fourdfy.experiment import Experiment, parse_experiment
+from fourdfy.plan import print_plan
+from fourdfy.recipe import Stage, load_recipe
+from fourdfy.systems.base import System
+from fourdfy.systems.checkpoint import LastCheckpoint, SafeCheckpointIO, read_checkpoint
+from fourdfy.trial import prepare_trial
+
+logger = logging.getLogger(__name__)
+
+
+class Stopped(SystemExit):
+    """A signal ended the run after its step; ``last.ckpt`` is written."""
+
+
+def run(
+    mode: str, config: Sequence[Path], overrides: Sequence[str], *, device: str, command: Sequence[str]
+) -> None:
+    """One mode of the command line, for a single experiment or a recipe of several.
+
+    Raises:
+        ConfigError: what the user gave does not work; says what would.
+        Stopped: a signal ended training early; the same command goes on from there.
+    """
+    stages = load_recipe(config, overrides)
+    if mode == "check":
+        print_plan([stage.experiment for stage in stages])
+    elif mode == "train":
+        for stage in stages:
+            train_stage(stage, device=device, command=command)
+    else:
+        evaluate(mode, stages[-1].experiment, device=device)
+
+
+def train_stage(stage: Stage, *, device: str, command: Sequence[str], test: bool = True) -> None:
+    """Train a stage from where it stands, then render its test views; nothing if it is finished."""
+    experiment = stage.experiment
+    if stage.is_finished:
+        logger.info("%s: finished already, in %s", stage.label, experiment.trial_dir)
+        return
+    prepare_trial(experiment, stage.files, command)
+    logger.info("%s: writing to %s", stage.label, experiment.trial_dir)
+    last = LastCheckpoint(experiment.last_checkpoint, experiment.cfg.checkpoint.every_n_train_steps)
+    trainer = build_trainer(experiment, device, [last, ProgressLine(stage.label)])
+    system, data = experiment.build_system(), experiment.build_data()
+    trainer.fit(system, data, ckpt_path=stage.resume_from, weights_only=True)
+    if last.signal is not None:
+        logger.info("stopped at step %d; the same command goes on from there", trainer.global_step)
+        raise Stopped(128 + last.signal)
+    if test:
+        trainer.test(system, data, verbose=False)
+        stage.mark_finished()
+
+
+def evaluate(mode: str, experiment: Experiment, *, device: str) -> None:
+    """``--validate``, ``--test`` or ``--evaluate`` of the checkpoint that ``resume`` names."""
+    system = load_system(experiment, device)
+    if mode == "evaluate":
+        from fourdfy.evaluation.shapes import evaluate_system
+
+        evaluate_system(system, experiment.cfg.system.prompt_processor.prompt, experiment.trial_dir)
+        return
+    trainer = build_trainer(experiment, device, [])
+    loop = trainer.test if mode == "test" else trainer.validate
+    loop(system, experiment.build_data(), verbose=False)
+    logger.info("written to %s", experiment.trial_dir / "save")
+
+
+def load_system(experiment: Experiment, device: str) -> System:
+    """The system with the scene of ``resume``, at the step of that checkpoint."""
+    if not experiment.cfg.resume:
+        raise ConfigError("resume: missing; give resume=<trial>/ckpts/last.ckpt")
+    checkpoint = read_checkpoint(experiment.cfg.resume)
+    system = experiment.build_system()
+    system.on_load_checkpoint(checkpoint)
+    system.load_state_dict(checkpoint["state_dict"])
+    return system.to(device).eval()
+
+
+def build_trainer(experiment: Experiment, device: str, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
+    """Lightning's Trainer as every mode uses it."""
+    cfg, trial = experiment.cfg.trainer, experiment.trial_dir
+    return pl.Trainer(
+        accelerator="gpu" if device == "cuda" else "cpu",
+        devices=1,
+        max_steps=cfg.max_steps,
+        min_epochs=0,
+        log_every_n_steps=cfg.log_every_n_steps,
+        num_sanity_val_steps=cfg.num_sanity_val_steps,
+        val_check_interval=cfg.val_check_interval or None,
+        limit_val_batches=None if cfg.val_check_interval else 0,
+        precision=cfg.precision,  # type: ignore[arg-type]
+        gradient_clip_val=cfg.gradient_clip_val,
+        deterministic=cfg.deterministic,
+        inference_mode=False,
+        logger=[TensorBoardLogger(trial, name="tb_logs"), CSVLogger(trial, name="csv_logs")],
+        callbacks=[*callbacks, SaveRenders(trial / "save")],
+        plugins=[SafeCheckpointIO()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )

@@ -1,0 +1,138 @@
+"""Optimizer groups by dotted path, and the audit of what their gradients are at first sight."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from fourdfy.config import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """``system.optimizer``: a class of torch.optim, its arguments, and learning rates by path."""
+
+    name: str = "AdamW"
+    args: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = field(default_factory=dict)
+    """Dotted path from the system (``geometry.encoding``) -> group options (``{lr: 0.01}``); null
+    switches an inherited group off. What no path names is not trained."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(getattr(torch.optim, self.name, None), type):
+            raise ValueError(f"name={self.name!r}: no such class in torch.optim, e.g. AdamW")
+        for path, options in self.params.items():
+            if options is not None and not isinstance(options, Mapping):
+                raise ValueError(f"params[{path!r}]={options!r}: expected options such as {{lr: 0.01}}")
+
+
+def parameter_groups(system: nn.Module, params: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One optimizer group for each path, in order; a parameter belongs to the first that has it.
+
+    Raises:
+        ConfigError: a path leads nowhere or to no parameter; says what there is.
+    """
+    groups, taken = [], set()
+    for path, options in params.items():
+        if options is None:
+            continue
+        parameters = [p for p in _parameters_at(system, path) if id(p) not in taken]
+        if not parameters:
+            raise ConfigError(
+                f"system.optimizer.params: {path!r} holds no parameter (of its own); "
+                f"groups could be: {', '.join(_groups_of(system))}"
+            )
+        taken |= {id(p) for p in parameters}
+        groups.append({"params": parameters, "name": path, **options})
+    return groups
+
+
+def build_optimizer(cfg: OptimizerConfig, system: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer over the configured groups of ``system``."""
+    return getattr(torch.optim, cfg.name)(parameter_groups(system, cfg.params), **cfg.args)
+
+
+def _parameters_at(system: nn.Module, path: str) -> list[nn.Parameter]:
+    node: Any = system
+    for name in path.split("."):
+        if not hasattr(node, name):
+            children = [key for key, _ in node.named_children()] if isinstance(node, nn.Module) else []
+            guess = difflib.get_close_matches(name, children, n=1)
+            hint = f"did you mean {guess[0]!r}?" if guess else f"groups could be: {', '.join(_groups_of(system))}"
+            raise ConfigError(f"system.optimizer.params: {path!r} leads nowhere at {name!r}; {hint}")
+        node = getattr(node, name)
+    return [node] if isinstance(node, nn.Parameter) else list(node.parameters())
+
+
+def _groups_of(system: nn.Module) -> list[str]:
+    """Paths worth naming in a message: modules with parameters, two levels down."""
+    return sorted({".".join(name.split(".")[:2]) for name, p in system.named_parameters() if p.numel()})
+
+
+@contextmanager
+def frozen(parameters: Iterator[nn.Parameter]) -> Iterator[None]:
+    """No gradient reaches ``parameters`` from what is computed inside; restored on error too."""
+    switched = [p for p in parameters if p.requires_grad]
+    for parameter in switched:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in switched:
+            parameter.requires_grad_(True)
+
+
+@dataclass
+class GradientAudit:
+    """At the first step of each kind: which group got a gradient, and how much.
+
+    A LoRA that never trains, or a grid that nothing reaches, is a bug that no loss curve shows.
+    """
+
+    kinds: frozenset[str]
+    """The step kinds of the plan."""
+    norms: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    """Step kind -> group name -> gradient norm, None without any gradient."""
+
+    def is_new(self, kind: str) -> bool:
+        return kind not in self.norms
+
+    def record(self, kind: str, groups: list[dict[str, Any]]) -> str:
+        """Note the gradients of a step kind; returns the table to log.
+
+        Raises:
+            RuntimeError: all kinds have been seen and a group of positive rate never got a gradient.
+        """
+        self.norms[kind] = {group["name"]: _gradient_norm(group["params"]) for group in groups}
+        rows = [
+            f"  {group['name']:<45} {sum(p.numel() for p in group['params']):>12,} parameters  "
+            + ("no gradient" if norm is None else f"gradient norm {norm:.3g}")
+            for group in groups
+            for norm in [self.norms[kind][group["name"]]]
+        ]
+        if self.kinds <= self.norms.keys():
+            dry = [
+                group["name"]
+                for group in groups
+                if group["lr"] > 0 and all(seen[group["name"]] is None for seen in self.norms.values())
+            ]
+            if dry:
+                raise RuntimeError(
+                    f"no step of this stage ({', '.join(sorted(self.kinds))}) sends a gradient to "
+                    f"{', '.join(dry)}; switch the group off (system.optimizer.params: null) or give a "
+                    f"step that trains it a probability"
+                )
+        return f"gradients at the first {kind} step:\n" + "\n".join(rows)
+
+
+def _gradient_norm(parameters: list[nn.Parameter]) -> float | None:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return None
+    return torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients])).item()

@@ -1,0 +1,37 @@
+"""Packaging: ``pip install -e .`` gives the console command ``fourdfy`` (= ``launch.py``)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="fourdfy",
+    version="0.1.0",
+    description="Text to 4D scenes by hybrid score distillation",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["fourdfy", "fourdfy.*"]),
+    package_data={"fourdfy": ["shapes/assets/**/*", "prompts/*.json"]},
+    entry_points={"console_scripts": ["fourdfy = fourdfy.cli:main"]},
+    install_requires=[
+        "torch>=2.6",
+        "pytorch-lightning>=2.6",
+        "omegaconf>=2.4",
+        "diffusers>=0.38",
+        "transformers>=5.0",
+        "peft>=0.18",
+        "huggingface_hub>=1.0",
+        "safetensors>=0.5",
+        "numpy>=2.0",
+        "numba>=0.61",
+        "imageio>=2.37",
+        "imageio-ffmpeg>=0.6",
+        "jaxtyping>=0.3",
+        "beartype>=0.20",
+        "rich>=13",
+        "tensorboard>=2.18",
+    ],
+    extras_require={"dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.9", "scipy>=1.13"]},
+)

@@ -1,0 +1,144 @@
+"""Noise schedules and parametrisations, against the recorded schedule and the analytic prior."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fourdfy.diffusion.analytic import GaussianMixturePrior
+from fourdfy.ops.diffusion import (
+    Prediction,
+    add_noise,
+    classifier_free_guidance,
+    epsilon_from_x0,
+    flow_scales,
+    noise_scales,
+    prediction_from_x0,
+    prediction_target,
+    sample_noise,
+    sample_timesteps,
+    scaled_linear_alphas_cumprod,
+    timestep_range,
+    x0_from_prediction,
+)
+
+REFERENCE = np.load(Path(__file__).parents[1] / "data" / "sds_reference.npz")
+KINDS = Prediction.__args__
+CPU = torch.device("cpu")
+
+
+def two_modes() -> GaussianMixturePrior:
+    return GaussianMixturePrior(
+        means=torch.tensor([[2.0, 1.0, 0.0], [-1.0, 0.5, 3.0]], dtype=torch.float64),
+        weights=torch.tensor([0.3, 0.7], dtype=torch.float64),
+        std=0.2,
+    )
+
+
+def noisy_points(count: int = 5):
+    abar = scaled_linear_alphas_cumprod(dtype=torch.float64)
+    scales = noise_scales(abar, torch.tensor([0, 20, 437, 900, 999])[:count], ndim=2)
+    generator = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(count, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    return x, noise, add_noise(x, noise, scales), scales
+
+
+def test_the_schedule_is_that_of_stable_diffusion():
+    reference = torch.from_numpy(REFERENCE["schedule/alphas_cumprod"])
+    # 2e-6: the reference was accumulated in float32.
+    torch.testing.assert_close(scaled_linear_alphas_cumprod(), reference, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_training_target_of_every_kind_means_the_clean_latents(kind):
+    x, noise, noisy, scales = noisy_points()
+    target = prediction_target(x, noise, scales, kind)
+    torch.testing.assert_close(x0_from_prediction(target, noisy, scales, kind), x, rtol=0, atol=1e-10)
+    torch.testing.assert_close(epsilon_from_x0(x, noisy, scales), noise, rtol=0, atol=1e-10)
+
+
+def test_all_parametrisations_of_a_prior_mean_the_same_x0():
+    prior = two_modes()
+    _, _, noisy, scales = noisy_points()
+    x0 = prior.x0(noisy, scales)
+    for kind in KINDS:
+        prediction = prior.predict(noisy, scales, kind)
+        again = x0_from_prediction(prediction, noisy, scales, kind)
+        torch.testing.assert_close(again, x0, rtol=0, atol=1e-10)
+
+
+def test_a_flow_schedule_is_read_like_any_other():
+    prior = two_modes()
+    scales = flow_scales(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), ndim=2)
+    x, noise = noisy_points(3)[:2]
+    noisy = add_noise(x, noise, scales)
+    torch.testing.assert_close(noisy, x + (noise - x) * scales.sigmas)
+    flow = prior.predict(noisy, scales, "flow_prediction")
+    torch.testing.assert_close(noisy - scales.sigmas * flow, prior.x0(noisy, scales))
+
+
+def test_the_analytic_denoiser_is_the_gradient_of_the_density():
+    """Tweedie: s * score = (a x0 - x_t) / s."""
+    prior = two_modes()
+    _, _, noisy, scales = noisy_points()
+    noisy.requires_grad_()
+    (score,) = torch.autograd.grad(prior.log_density(noisy, scales).sum(), noisy)
+    torch.testing.assert_close(-scales.sigmas * score, prior.predict(noisy, scales, "epsilon"))
+
+
+def test_the_analytic_density_integrates_to_one():
+    prior = GaussianMixturePrior(means=torch.tensor([[-1.0], [2.0]]), weights=torch.tensor([1.0, 3.0]), std=0.3)
+    grid = torch.linspace(-8, 8, 4001)[:, None]
+    scales = noise_scales(scaled_linear_alphas_cumprod(), torch.full((len(grid),), 300), ndim=2)
+    mass = torch.trapezoid(prior.log_density(grid, scales).exp(), grid[:, 0])
+    assert mass.item() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_guidance_commutes_with_the_parametrisation(kind):
+    prior = two_modes()
+    _, _, noisy, scales = noisy_points()
+    text, uncond = prior.given([0]).x0(noisy, scales), prior.x0(noisy, scales)
+    predictions = [prediction_from_x0(x0, noisy, scales, kind) for x0 in (text, uncond)]
+    guided = x0_from_prediction(classifier_free_guidance(*predictions, 7.5), noisy, scales, kind)
+    torch.testing.assert_close(guided, uncond + 7.5 * (text - uncond))
+
+
+def test_guidance_of_scale_one_is_the_text_and_of_zero_is_not():
+    text, uncond = torch.tensor([[3.0]]), torch.tensor([[1.0]])
+    assert classifier_free_guidance(text, uncond, 1.0) == text
+    assert classifier_free_guidance(text, uncond, 0.0) == uncond
+
+
+def test_the_timestep_range_of_stage_1_is_the_recorded_one():
+    for step, low, high in REFERENCE["mvdream_step_range_stage1/table"]:
+        given = timestep_range([0, 0.98, 0.02, 8000], [0, 0.98, 0.5, 8000], int(step))
+        assert given == (low, high)
+
+
+def test_an_empty_timestep_range_is_refused():
+    with pytest.raises(ValueError, match="max_step_percent=0.1 give timesteps 500..100"):
+        timestep_range(0.5, 0.1, 0)
+
+
+def test_timesteps_reach_both_ends_and_repeat_with_the_generator():
+    draw = lambda: sample_timesteps(3, 6, 200, torch.Generator().manual_seed(1), CPU)  # noqa: E731
+    assert set(draw().tolist()) == {3, 4, 5, 6}
+    assert torch.equal(draw(), draw())
+
+
+def test_noise_comes_from_the_generator_alone():
+    noise = [sample_noise((2, 3), torch.Generator().manual_seed(1), CPU) for _ in range(2)]
+    assert torch.equal(*noise)
+    assert noise[0].shape == (2, 3)
+
+
+def test_an_unknown_kind_of_prediction_is_named():
+    x, noise, noisy, scales = noisy_points()
+    with pytest.raises(ValueError, match="'sample' is not known"):
+        x0_from_prediction(x, noisy, scales, "sample")
+    with pytest.raises(ValueError, match="'sample' is not known"):
+        prediction_target(x, noise, scales, "sample")

@@ -1,0 +1,94 @@
+"""Optimizer groups, scoped freezing, and the gradient audit."""
+
+import pytest
+import torch
+from torch import nn
+
+from fourdfy.config import ConfigError
+from fourdfy.systems.optim import GradientAudit, OptimizerConfig, build_optimizer, frozen, parameter_groups
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.geometry = nn.ModuleDict({"encoding": nn.Linear(2, 2), "network": nn.Linear(2, 1)})
+        self.scale = nn.Parameter(torch.ones(()))
+        self.empty = nn.Module()
+
+    def forward(self, x):
+        return self.geometry["network"](self.geometry["encoding"](x)).sum() * self.scale
+
+
+@pytest.fixture
+def toy():
+    toy = Toy()
+    toy.geometry.encoding, toy.geometry.network = toy.geometry["encoding"], toy.geometry["network"]
+    return toy
+
+
+def test_a_path_names_a_module_or_a_parameter(toy):
+    groups = parameter_groups(toy, {"geometry.encoding": {"lr": 0.1}, "scale": {"lr": 0.2}})
+    assert [(g["name"], len(g["params"]), g["lr"]) for g in groups] == [
+        ("geometry.encoding", 2, 0.1),
+        ("scale", 1, 0.2),
+    ]
+
+
+def test_null_switches_a_group_off(toy):
+    groups = parameter_groups(toy, {"geometry.encoding": None, "scale": {"lr": 0.2}})
+    assert [g["name"] for g in groups] == ["scale"]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("geometry.encodign", r"leads nowhere at 'encodign'; did you mean 'encoding'\?"),
+        ("wings", "groups could be: geometry.encoding, geometry.network, scale"),
+        ("empty", "holds no parameter"),
+    ],
+)
+def test_a_path_to_nothing_names_what_exists(toy, path, message):
+    with pytest.raises(ConfigError, match=message):
+        parameter_groups(toy, {path: {"lr": 0.1}})
+
+
+def test_the_configured_optimizer_is_built(toy):
+    cfg = OptimizerConfig(name="AdamW", args={"betas": [0.9, 0.99], "eps": 1e-15}, params={"scale": {"lr": 0.5}})
+    optimizer = build_optimizer(cfg, toy)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.param_groups[0]["eps"] == 1e-15
+
+
+def test_an_unknown_optimizer_is_refused():
+    with pytest.raises(ValueError, match="no such class in torch.optim"):
+        OptimizerConfig(name="AdamV")
+
+
+def test_what_is_frozen_gets_no_gradient_and_is_restored_on_error(toy):
+    with pytest.raises(RuntimeError), frozen(toy.geometry.parameters()):
+        loss = toy(torch.ones(1, 2))
+        raise RuntimeError
+    loss.backward()
+    assert toy.geometry.encoding.weight.grad is None
+    assert toy.scale.grad is not None
+    assert all(p.requires_grad for p in toy.parameters())
+
+
+def test_the_audit_names_a_group_that_nothing_reaches(toy):
+    groups = parameter_groups(toy, {"geometry.encoding": {"lr": 0.1}, "scale": {"lr": 0.2}})
+    audit = GradientAudit(frozenset({"a", "b"}))
+    with frozen(iter([toy.scale])):
+        loss = toy(torch.ones(1, 2))
+    loss.backward()
+    assert "no gradient" in audit.record("a", groups)
+    assert not audit.is_new("a")
+    with pytest.raises(RuntimeError, match=r"no step of this stage \(a, b\) sends a gradient to scale"):
+        audit.record("b", groups)
+
+
+def test_the_audit_accepts_a_group_that_one_kind_reaches(toy):
+    groups = parameter_groups(toy, {"scale": {"lr": 0.2}})
+    audit = GradientAudit(frozenset({"a", "b"}))
+    audit.record("a", groups)
+    toy(torch.ones(1, 2)).backward()
+    assert "gradient norm" in audit.record("b", groups)

@@ -1,0 +1,147 @@
+"""Loading and strict parsing of configs."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from fourdfy import registry
+from fourdfy.config import Component, ConfigError, inner_slot, load_config, parse_config, slot
+
+
+class Animal(Component):
+    pass
+
+
+@registry.register("test-cat")
+class Cat(Animal):
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Animal.Config):
+        lives: int = 9
+        name: str
+        sizes: list[float] = field(default_factory=lambda: [1.0])
+
+        def __post_init__(self):
+            if self.lives < 1:
+                raise ValueError(f"lives={self.lives}: expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class House:
+    animal_type: str | None = "test-cat"
+    animal: Any = slot(Animal, "animal_type")
+    guest: Any = inner_slot(Animal, "otype", {"otype": "test-cat", "name": "Tom"})
+    rooms: int | list[int] = 1
+
+
+def parse(given, **sources):
+    return parse_config(House, given, "house", sources)
+
+
+def test_components_are_parsed_down_into_their_own_config():
+    house = parse({"animal": {"name": "Mia", "sizes": [1, 2]}, "rooms": [1, 2]})
+    assert house.animal == Cat.Config(name="Mia", sizes=[1.0, 2.0])
+    assert house.guest.name == "Tom"
+    assert house.rooms == [1, 2]
+
+
+def test_a_null_type_leaves_the_component_out():
+    assert parse({"animal_type": None, "animal": {"anything": 1}}).animal is None
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"anmial": {}}, r"^house\.anmial: unknown key; did you mean 'animal'\?"),
+        ({"animal": {"name": "M", "live": 1}}, r"^house\.animal\.live: unknown key; did you mean 'lives'\?"),
+        ({"animal": {"name": "M", "lives": "many"}}, r"^house\.animal\.lives: .*could not be converted"),
+        ({"animal": {"name": "M", "sizes": ["x"]}}, r"^house\.animal\.sizes\[0\]: "),
+        ({"animal": {}}, r"^house\.animal\.name: missing; set it"),
+        ({"animal": {"name": "???"}}, r"^house\.animal\.name: missing; set it"),
+        ({"animal": {"name": "M", "lives": 0}}, r"^house\.animal: lives=0: expected at least 1"),
+        ({"animal_type": "test-cta"}, r"^house\.animal_type: no Animal .*did you mean 'test-cat'\?"),
+        ({"guest": {"otype": "dog"}}, r"^house\.guest\.otype: no Animal is registered as 'dog'"),
+        ({"animal": 3}, r"^house\.animal: expected a mapping, got 3"),
+    ],
+)
+def test_a_mistake_is_named_with_its_full_key_and_the_mend(given, message):
+    with pytest.raises(ConfigError, match=message):
+        parse({"animal": {"name": "Mia"}} | given)
+
+
+def test_the_error_names_the_file_that_set_the_key(tmp_path):
+    (tmp_path / "base.yaml").write_text("animal: {name: Mia}\n")
+    (tmp_path / "top.yaml").write_text("base: base.yaml\nanimal: {livse: 3}\n")
+    loaded = load_config([tmp_path / "top.yaml"])
+    with pytest.raises(ConfigError, match=r"animal\.livse \(in .*top\.yaml\): unknown key"):
+        parse_config(House, loaded.values, sources=loaded.sources)
+
+
+def test_later_layers_win_and_overrides_win_over_files(tmp_path):
+    (tmp_path / "a.yaml").write_text("x: 1\ny: 1\nz: 1\n")
+    (tmp_path / "b.yaml").write_text("base: [a.yaml]\ny: 2\nz: 2\n")
+    (tmp_path / "c.yaml").write_text("w: ${add:${x},${z}}\n")
+    loaded = load_config([tmp_path / "b.yaml", tmp_path / "c.yaml"], ["z=3"])
+    assert loaded.values == {"x": 1, "y": 2, "z": 3, "w": 4}
+    assert loaded.sources["z"] == "the command line"
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("${add:1,2}", 3),
+        ("${sub:1,2}", -1),
+        ("${mul:2,3}", 6),
+        ("${div:1,2}", 0.5),
+        ("${idiv:7,2}", 3),
+        ("${basename:a/b.yaml}", "b.yaml"),
+        ("${rmspace:a panda dancing,_}", "a_panda_dancing"),
+        ("${tuple2:3}", [3.0, 3.0]),
+        ("${gt0:1}", True),
+        ("${not:true}", False),
+        ("${cmaxgt0:[0,0.0,1.0,10]}", True),
+        ("${cmaxgt0:0}", False),
+        ("${cmaxgt0orcmaxgt0:0,[0.0,1.0,10]}", True),
+        ("${calc_exp_lr_decay_rate:0.25,2}", 0.5),
+    ],
+)
+def test_the_originals_resolvers(tmp_path, expression, value):
+    (tmp_path / "a.yaml").write_text(f"v: {expression!r}\n")
+    assert load_config([tmp_path / "a.yaml"]).values["v"] == value
+
+
+def test_one_prompt_serves_all_processors_unless_they_have_their_own(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        "system: {prompt_processor: {prompt: a}, prompt_processor_multi_view: {prompt: '???'},"
+        " prompt_processor_video: {prompt: b}}\n"
+    )
+    system = load_config([tmp_path / "a.yaml"], ["system.prompt_processor.prompt=c d"]).values["system"]
+    assert [system[key]["prompt"] for key in system] == ["c d", "c d", "b"]
+
+
+def test_a_missing_file_names_the_nearest(tmp_path):
+    (tmp_path / "shapes.yaml").write_text("{}")
+    with pytest.raises(ConfigError, match=r"no such config file; did you mean .*shapes\.yaml"):
+        load_config([tmp_path / "shape.yaml"])
+
+
+def test_an_override_without_a_value_is_an_error(tmp_path):
+    (tmp_path / "a.yaml").write_text("x: 1")
+    with pytest.raises(ConfigError, match="expected key=value"):
+        load_config([tmp_path / "a.yaml"], ["x"])
+
+
+def test_a_name_cannot_be_registered_twice():
+    with pytest.raises(ValueError, match="already registered"):
+
+        @registry.register("test-cat")
+        class Other(Animal):
+            pass
+
+
+def test_find_says_which_kind_it_wanted():
+    class Plant(Component):
+        pass
+
+    with pytest.raises(ValueError, match="is a Cat, not a Plant"):
+        registry.find("test-cat", Plant)
