@@ -1,0 +1,210 @@
+"""What the small models are trained on: scenes drawn at random, rendered, encoded, kept in a pool.
+
+G scenes (an image, a group of views or a clip) of F frames each, L tokens of C channels.
+A scene's text is a row of the table of all texts: prompt, moment words, view words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fourdfy.diffusion.mvdream import camera_vectors
+from fourdfy.ops.cameras import orbit_cameras
+from fourdfy.shapes.grammar import MOMENTS, VIEWS, all_prompts, full_text, is_held_out
+from fourdfy.shapes.models import NUM_FRAMES, NUM_VIEWS
+from fourdfy.shapes.world import (
+    BACKGROUNDS,
+    CAMERA_DISTANCE,
+    ELEVATION_RANGE_DEG,
+    FOVY_DEG,
+    IMAGE_SIZE,
+    encode_prompts,
+    render_codes,
+)
+from fourdfy.types import Cameras, TensorRecord, TextEmbeddings
+
+FRAMES = {"vae": 1, "image": 1, "multi_view": NUM_VIEWS, "video": NUM_FRAMES}
+
+VIEW_THRESHOLDS_DEG = {"image": (30.0, 30.0, 60.0), "video": (45.0, 45.0, 60.0)}
+"""Front, back and overhead, as in the prompt processors of these priors."""
+
+VIEW_PROBABILITY = 0.7
+MOMENT_PROBABILITIES = (0.45, 0.30, 0.25)
+"""No time words, "at the start", a quarter."""
+
+NUM_TEXTS = len(all_prompts()) * (len(MOMENTS) + 1) * (len(VIEWS) + 1) + 1
+EMPTY_TEXT = NUM_TEXTS - 1
+
+
+def text_row(
+    prompt: Int[Tensor, "*G"], moment: Int[Tensor, "*G"], view: Int[Tensor, "*G"]
+) -> Int[Tensor, "*G"]:
+    """Row in the table of texts; ``moment`` and ``view`` are 0 for none, else 1 + the word's index."""
+    return (prompt * (len(MOMENTS) + 1) + moment) * (len(VIEWS) + 1) + view
+
+
+def table_texts() -> Iterator[str]:
+    """The NUM_TEXTS texts, the empty prompt last."""
+    for prompt in all_prompts():
+        for moment in (None, *MOMENTS):
+            for view in (None, *VIEWS):
+                yield full_text(prompt, moment, view)
+    yield ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenes(TensorRecord):
+    """G scenes to render, on the CPU."""
+
+    codes: Int[Tensor, "G 3"]
+    """``encode_prompts`` indices."""
+    times: Float[Tensor, "G F"]
+    azimuth_deg: Float[Tensor, "G F"]
+    elevation_deg: Float[Tensor, "G F"]
+    background: Float[Tensor, "G 3"]
+    text: Int[Tensor, "G"]
+    """Row in the table of texts."""
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def cameras(self, device: torch.device | str, size: int = IMAGE_SIZE) -> Cameras:
+        """The G*F cameras, frames of a scene neighbours."""
+        return orbit_cameras(
+            self.elevation_deg.flatten().to(device),
+            self.azimuth_deg.flatten().to(device),
+            distance=CAMERA_DISTANCE,
+            fovy_deg=FOVY_DEG,
+            times=self.times.flatten().to(device),
+            height=size,
+            width=size,
+        )
+
+
+def draw_scenes(part: str, count: int, generator: torch.Generator) -> Scenes:
+    """Random scenes over the training prompts for ``part`` (vae, image, multi_view, video).
+
+    Cameras as the recipe's samplers draw them: any azimuth, elevation by an even coin uniform or
+    "on the sphere" within 0 to 30 degrees. Images and groups have one moment; clips all of a period.
+    """
+
+    def uniform(*size: int) -> Tensor:
+        return torch.rand(*size, generator=generator)
+
+    frames = FRAMES[part]
+    allowed = torch.tensor([k for k, prompt in enumerate(all_prompts()) if not is_held_out(prompt)])
+    prompt = allowed[torch.randint(len(allowed), (count,), generator=generator)]
+    azimuth = 360 * uniform(count, 1).expand(-1, frames)
+    if part == "multi_view":
+        azimuth = azimuth + 360 / NUM_VIEWS * torch.arange(frames)
+
+    moment = torch.zeros(count, dtype=torch.long)
+    if part == "video":
+        times = (uniform(count, 1) + torch.arange(frames)) / frames
+    else:
+        none, start, _ = MOMENT_PROBABILITIES
+        coin, fraction = uniform(count), uniform(count)
+        moment = torch.where(coin < none, 0, torch.where(coin < none + start, 1, 2 + (4 * fraction).long()))
+        times = torch.where(moment == 1, 0.0, fraction)[:, None].expand(-1, frames)
+
+    elevation = _draw_elevation(uniform(count), uniform(count))
+    view = torch.zeros(count, dtype=torch.long)
+    if part in VIEW_THRESHOLDS_DEG:
+        worded = uniform(count) < VIEW_PROBABILITY
+        view = torch.where(worded, 1 + view_index(part, elevation, azimuth[:, 0]), 0)
+    background = torch.tensor(BACKGROUNDS)[torch.randint(2, (count,), generator=generator)]
+    return Scenes(
+        codes=encode_prompts(all_prompts())[prompt],
+        times=times,
+        azimuth_deg=azimuth,
+        elevation_deg=elevation[:, None].expand(-1, frames),
+        background=background,
+        text=text_row(prompt, moment, view),
+    )
+
+
+def view_index(
+    part: str, elevation_deg: Float[Tensor, "*G"], azimuth_deg: Float[Tensor, "*G"]
+) -> Int[Tensor, "*G"]:
+    """Index into VIEWS, by the very rule of the prompt processors."""
+    front, back, overhead = VIEW_THRESHOLDS_DEG[part]
+    states, directions = torch.empty(0, 0), torch.empty(0, 0, 0)
+    rule = TextEmbeddings(
+        text=states,
+        uncond=states,
+        text_directions=directions,
+        uncond_directions=directions,
+        front_threshold=front,
+        back_threshold=back,
+        overhead_threshold=overhead,
+    )
+    elevation_deg, azimuth_deg = torch.broadcast_tensors(elevation_deg, azimuth_deg)
+    index = rule.direction_indices(elevation_deg.flatten(), azimuth_deg.flatten())
+    return index.view(azimuth_deg.shape)
+
+
+def render_scenes(scenes: Scenes, device: torch.device | str) -> Float[Tensor, "G F 3 H W"]:
+    """Images in [-1, 1]."""
+    frames = scenes.times.shape[1]
+    codes = scenes.codes.repeat_interleave(frames, dim=0)
+    background = scenes.background.repeat_interleave(frames, dim=0).to(device)
+    rgb, _ = render_codes(codes, scenes.cameras(device), background)
+    return rgb.movedim(-1, 1).unflatten(0, (-1, frames)) * 2 - 1
+
+
+class LatentPool:
+    """A ring of encoded scenes on the device, from which batches are drawn with replacement."""
+
+    def __init__(
+        self, part: str, size: int, vae: torch.nn.Module, seed: int, device: torch.device | str
+    ) -> None:
+        self.part, self.vae, self.device = part, vae, device
+        self.generator = torch.Generator().manual_seed(seed)
+        frames, latent = FRAMES[part], IMAGE_SIZE // 4
+        self.latents = torch.empty(size, frames, 4, latent, latent, dtype=torch.float16, device=device)
+        self.text = torch.empty(size, dtype=torch.long, device=device)
+        self.cameras = torch.empty(size, frames, 16, device=device) if part == "multi_view" else None
+        self.filled = 0
+        self._next = 0
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+    @torch.no_grad()
+    def refresh(self, count: int) -> None:
+        """Render and encode ``count`` new scenes over the oldest ones."""
+        count = min(count, len(self) - self._next)
+        scenes = draw_scenes(self.part, count, self.generator)
+        images = render_scenes(scenes, self.device)
+        latents = self.vae.encode(images.flatten(0, 1)).latent_dist.sample()
+        rows = slice(self._next, self._next + count)
+        scaled = latents.float() * self.vae.config.scaling_factor
+        self.latents[rows] = scaled.unflatten(0, images.shape[:2]).half()
+        self.text[rows] = scenes.text.to(self.device)
+        if self.cameras is not None:
+            self.cameras[rows] = camera_vectors(scenes.cameras(self.device).c2w).unflatten(
+                0, images.shape[:2]
+            )
+        self.filled = max(self.filled, rows.stop)
+        self._next = rows.stop % len(self)
+
+    def batch(
+        self, size: int, generator: torch.Generator
+    ) -> tuple[Float[Tensor, "B F 4 h w"], Int[Tensor, "B"], Float[Tensor, "B F 16"] | None]:
+        """Scaled latents, text rows and cameras of ``size`` scenes."""
+        rows = torch.randint(self.filled, (size,), generator=generator, device=self.device)
+        cameras = None if self.cameras is None else self.cameras[rows]
+        return self.latents[rows].float(), self.text[rows], cameras
+
+
+def _draw_elevation(coin: Float[Tensor, "G"], u: Float[Tensor, "G"]) -> Float[Tensor, "G"]:
+    """Degrees. The second branch is upstream's: its bounds are linear in the angle, not in its sine."""
+    low, high = ELEVATION_RANGE_DEG
+    low_u, high_u = (low + 90) / 180, (high + 90) / 180
+    on_sphere = torch.rad2deg(torch.asin(2 * (low_u + (high_u - low_u) * u) - 1))
+    return torch.where(coin < 0.5, low + (high - low) * u, on_sphere)

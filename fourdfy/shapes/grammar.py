@@ -1,0 +1,113 @@
+"""The prompts of the shapes world: "a red cube spinning" is a colour, a shape and a motion.
+
+Text order of everything a model is trained on: prompt, time words, view words, as in
+"a red cube spinning, at the start, front view". A fifth of the combinations is never trained on.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+
+COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
+SHAPES = ("ball", "cube", "cone", "cylinder", "diamond")
+MOTIONS = ("standing still", "spinning", "bouncing", "sliding", "pulsing")
+
+VIEWS = ("side view", "front view", "back view", "overhead view")
+"""In the order of ``TextEmbeddings.direction_indices``."""
+
+START = "at the start"
+"""Says that t is exactly 0."""
+QUARTERS = ("in the first quarter", "in the second quarter", "in the third quarter", "in the last quarter")
+"""QUARTERS[k] says that t is in [k/4, (k+1)/4)."""
+MOMENTS = (START, *QUARTERS)
+
+GRAMMAR = (
+    f"'a COLOUR SHAPE MOTION' with COLOUR in {{{', '.join(COLOURS)}}}, "
+    f"SHAPE in {{{', '.join(SHAPES)}}}, MOTION in {{{', '.join(MOTIONS)}}}"
+)
+
+
+@dataclass(frozen=True)
+class ShapePrompt:
+    """One object of the world; an unknown word raises ValueError."""
+
+    colour: str
+    shape: str
+    motion: str
+
+    def __post_init__(self) -> None:
+        for kind, word, known in (
+            ("colour", self.colour, COLOURS),
+            ("shape", self.shape, SHAPES),
+            ("motion", self.motion, MOTIONS),
+        ):
+            if word not in known:
+                raise ValueError(_unknown(kind, word, known))
+
+    @property
+    def text(self) -> str:
+        """The prompt in words, without time or view."""
+        article = "an" if self.colour[0] in "aeiou" else "a"
+        return f"{article} {self.colour} {self.shape} {self.motion}"
+
+
+def parse_prompt(text: str) -> ShapePrompt:
+    """The prompt that ``text`` means; case and spacing do not matter.
+
+    Raises:
+        ValueError: a word is not of the grammar; names it and the nearest right one.
+    """
+    words = text.lower().split()
+    if words and words[0] in ("a", "an"):
+        words = words[1:]
+    if len(words) < 3:
+        raise ValueError(f"prompt {text!r} is too short; the shapes world knows {GRAMMAR}")
+    return ShapePrompt(words[0], words[1], " ".join(words[2:]))
+
+
+@lru_cache
+def all_prompts() -> tuple[ShapePrompt, ...]:
+    """Every combination, colours slowest, motions fastest."""
+    return tuple(ShapePrompt(*words) for words in product(COLOURS, SHAPES, MOTIONS))
+
+
+def is_held_out(prompt: ShapePrompt) -> bool:
+    """Whether the models never see this combination in training (30 of the 150).
+
+    A Latin pattern: every colour, shape, motion and every pair of them occurs in training.
+    """
+    colour, shape, motion = (
+        COLOURS.index(prompt.colour),
+        SHAPES.index(prompt.shape),
+        MOTIONS.index(prompt.motion),
+    )
+    return (colour + 2 * shape + 3 * motion) % 5 == 0
+
+
+def training_prompts() -> tuple[ShapePrompt, ...]:
+    """The prompts that the models are trained on."""
+    return tuple(prompt for prompt in all_prompts() if not is_held_out(prompt))
+
+
+def held_out_prompts() -> tuple[ShapePrompt, ...]:
+    """The prompts that no model has seen."""
+    return tuple(prompt for prompt in all_prompts() if is_held_out(prompt))
+
+
+def full_text(prompt: ShapePrompt, moment: str | None = None, view: str | None = None) -> str:
+    """The prompt followed by its time words and view words, where given."""
+    return ", ".join(part for part in (prompt.text, moment, view) if part)
+
+
+def grammar_words() -> tuple[str, ...]:
+    """Every word that a text of the world is made of, each once, in order of appearance."""
+    texts = ("a", "an", *COLOURS, *SHAPES, *MOTIONS, *MOMENTS, *VIEWS)
+    return tuple(dict.fromkeys(word for text in texts for word in text.split()))
+
+
+def _unknown(kind: str, word: str, known: tuple[str, ...]) -> str:
+    nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.0)
+    return f"{word!r} is no {kind} of the shapes world; did you mean {nearest[0]!r}? It knows {GRAMMAR}"
