@@ -14,7 +14,6 @@ import argparse
 import platform
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -31,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"commit {_commit()}; {torch.get_num_threads()} threads; {args.points} points, "
         f"{args.levels} levels, 2 features; median of {args.repeats}",
         "",
-        "| D | T | back end | forward ms | look-ups M/s/thread | params backward ms | params + x backward ms |",
+        "| D | T | back end | forward ms | look-ups M/s/thread | backward, params | backward, params + x |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for n_dims in (3, 4):
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 per_level_scale=args.per_level_scale,
             )
             rows += [_row(spec, backend, args) for backend in args.backends]
-    sys.stdout.write("\n".join(rows) + "\n")
+    print("\n".join(rows))
 
 
 def _row(spec: HashGridSpec, backend: str, args: argparse.Namespace) -> str:

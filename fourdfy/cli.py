@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         level=logging.DEBUG if args.verbose else logging.INFO, format="%(message)s", stream=sys.stderr
     )
     _quieten_libraries(args.verbose)
-    device = _select_device(args.gpu)
+    device = select_device(args.gpu)
     if args.typecheck:
         _check_types()
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = ["launch.py", *(sys.argv[1:] if argv is None else argv)]
     try:
         run(args.mode, args.config, args.overrides, device=device, command=command)
-    except ConfigError as error:
+    except (ConfigError, FileNotFoundError) as error:  # the latter: a model that is nowhere
         sys.stderr.write(f"error: {error}\n")
         return 2
     return 0
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _select_device(gpu: str | None) -> str:
+def select_device(gpu: str | None) -> str:
     """Hide the GPUs that were not asked for (before CUDA is touched); "cuda" or "cpu"."""
     if gpu == "cpu":
         return "cpu"

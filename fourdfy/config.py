@@ -119,15 +119,12 @@ def parse_config(
             for name in known
             if name not in parsed_slots
         }
+        return schema(**values, **parsed_slots)
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         raise _error(path, key, sources, _explain(error, schema, key)) from error
-    try:
-        return schema(**values, **parsed_slots)
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise _error(path, "", sources, str(error)) from error
+    except ValueError as error:  # from __post_init__, of a nested dataclass or the schema's own
+        raise error if isinstance(error, ConfigError) else _error(path, "", sources, str(error)) from error
 
 
 def _parse_slot(

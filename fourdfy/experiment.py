@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from fourdfy.config import Component, ConfigError, LoadedConfig, build, parse_config, slot
+from fourdfy.callbacks.saving import sanitize_tag
+from fourdfy.config import ConfigError, LoadedConfig, build, parse_config, slot
 from fourdfy.data.base import DataModule
 from fourdfy.systems.base import System
 from fourdfy.systems.supervision import SupervisionPlan, plan_supervision
@@ -129,16 +128,3 @@ def trial_dir(cfg: ExperimentConfig) -> Path:
     timestamp = cfg.timestamp if cfg.use_timestamp else ""
     return Path(cfg.exp_root_dir) / sanitize_tag(cfg.name) / (sanitize_tag(cfg.tag) + timestamp)
 
-
-def sanitize_tag(text: str, max_bytes: int = 100) -> str:
-    """A file name made from a prompt: no separators, no leading dots, at most ``max_bytes`` of UTF-8.
-
-    Where anything but spaces had to change, a hash of the text keeps two prompts apart.
-    """
-    plain = text.replace(" ", "_")
-    safe = re.sub(r"[^\w\-+,.'@=()]", "_", plain).lstrip(".")
-    if safe == plain and len(safe.encode()) <= max_bytes:
-        return safe or "untitled"
-    digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
-    cut = safe.encode()[: max_bytes - len(digest) - 1].decode(errors="ignore")
-    return f"{cut}-{digest}"

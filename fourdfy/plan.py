@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fourdfy.config import build
-from fourdfy.diffusion.hub import describe_model, model_bytes
+from fourdfy.diffusion.hub import locate_model, stored_bytes
 from fourdfy.experiment import Experiment
 
 SAMPLES_PER_RAY = 0.08
@@ -28,14 +28,14 @@ def print_plan(experiments: Sequence[Experiment]) -> None:
         for step in plan.steps:
             guidance = getattr(cfg.system, step.guidance_cfg)
             frames = experiment_frames(experiment, step.name)
-            model = getattr(guidance, "pretrained_model_name_or_path", "")
+            model = guidance.pretrained_model_name_or_path
             table.add_row(
                 step.name,
                 f"{step.probability:g}",
                 ", ".join(sorted(step.trains)),
                 "{} x {} x {}".format(*frames),
                 getattr(cfg.system, _type_key(step.guidance_cfg)),
-                describe_model(model),
+                locate_model(model, ("unet", "vae", "scheduler")),
             )
         console.print(table)
         console.print(f"memory, roughly: {_memory_estimate(experiment) / 2**30:.1f} GiB")
@@ -52,7 +52,7 @@ def experiment_frames(experiment: Experiment, step: str) -> tuple[int, int, int]
 
 
 def _memory_estimate(experiment: Experiment) -> float:
-    """Bytes: the scene with gradients and two moments, the priors as stored, one step's samples."""
+    """Bytes: the scene with gradients and two moments, the priors as stored here, one step's samples."""
     cfg = experiment.cfg.system
     scene = sum(p.numel() for p in build(cfg.geometry).parameters()) * 16
     models = {
@@ -65,7 +65,8 @@ def _memory_estimate(experiment: Experiment) -> float:
         (frames * height * width for frames, height, width in _all_frames(experiment)), default=0
     )
     samples = rays * cfg.renderer.num_samples_per_ray * SAMPLES_PER_RAY
-    return scene + sum(model_bytes(path) for path in models) + samples * BYTES_PER_SAMPLE
+    stored = sum(stored_bytes(path, ("unet", "vae")) or 0 for path in models)
+    return scene + stored + samples * BYTES_PER_SAMPLE
 
 
 def _all_frames(experiment: Experiment) -> list[tuple[int, int, int]]:

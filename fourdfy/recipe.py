@@ -45,11 +45,16 @@ class Stage:
         return experiment.last_checkpoint
 
     @property
-    def is_finished(self) -> bool:
-        """Trained to its last step, and its test views rendered."""
-        if self.resume_from is None or not self._marker.exists():
+    def is_trained(self) -> bool:
+        """Trained to its last step."""
+        if self.resume_from is None:
             return False
         return read_checkpoint(self.resume_from)["global_step"] >= self.experiment.cfg.trainer.max_steps
+
+    @property
+    def is_finished(self) -> bool:
+        """Trained, and its test views rendered."""
+        return self._marker.exists() and self.is_trained
 
     def mark_finished(self) -> None:
         self._marker.touch()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +11,8 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from fourdfy.callbacks.progress import ProgressLine
 from fourdfy.callbacks.renders import SaveRenders
-from fourdfy.config import ConfigError, load_config
-from fourdfy.experiment import Experiment, parse_experiment
+from fourdfy.config import ConfigError
+from fourdfy.experiment import Experiment
 from fourdfy.plan import print_plan
 from fourdfy.recipe import Stage, load_recipe
 from fourdfy.systems.base import System
@@ -49,7 +48,7 @@ def run(
 def train_stage(stage: Stage, *, device: str, command: Sequence[str], test: bool = True) -> None:
     """Train a stage from where it stands, then render its test views; nothing if it is finished."""
     experiment = stage.experiment
-    if stage.is_finished:
+    if stage.is_finished or (stage.is_trained and not test):
         logger.info("%s: finished already, in %s", stage.label, experiment.trial_dir)
         return
     prepare_trial(experiment, stage.files, command)
@@ -68,7 +67,7 @@ def train_stage(stage: Stage, *, device: str, command: Sequence[str], test: bool
 
 def evaluate(mode: str, experiment: Experiment, *, device: str) -> None:
     """``--validate``, ``--test`` or ``--evaluate`` of the checkpoint that ``resume`` names."""
-    system = load_system(experiment, device)
+    system = load_system(experiment, device, experiment.cfg.resume)
     if mode == "evaluate":
         from fourdfy.evaluation.shapes import evaluate_system
 
@@ -80,11 +79,11 @@ def evaluate(mode: str, experiment: Experiment, *, device: str) -> None:
     logger.info("written to %s", experiment.trial_dir / "save")
 
 
-def load_system(experiment: Experiment, device: str) -> System:
-    """The system with the scene of ``resume``, at the step of that checkpoint."""
-    if not experiment.cfg.resume:
+def load_system(experiment: Experiment, device: str, path: str | Path | None) -> System:
+    """The system with the scene of a checkpoint, at the checkpoint's step."""
+    if not path:
         raise ConfigError("resume: missing; give resume=<trial>/ckpts/last.ckpt")
-    checkpoint = read_checkpoint(experiment.cfg.resume)
+    checkpoint = read_checkpoint(path)
     system = experiment.build_system()
     system.on_load_checkpoint(checkpoint)
     system.load_state_dict(checkpoint["state_dict"])

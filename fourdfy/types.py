@@ -7,17 +7,17 @@ D view directions of a prompt, L tokens, C channels. All are frozen; ``.to(...)`
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
 class TensorRecord:
     """A frozen dataclass of tensors that moves as one."""
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
+    def to(self, *args: Any, **kwargs: Any) -> Any:
         """A copy with ``Tensor.to(*args, **kwargs)`` applied to every tensor, records included."""
         movable = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         return replace(  # type: ignore[type-var]
@@ -53,8 +53,8 @@ class Cameras(TensorRecord):
     def __len__(self) -> int:
         return len(self.c2w)
 
-    def __getitem__(self, index: slice) -> Cameras:
-        """The frames of a slice."""
+    def __getitem__(self, index: slice | Tensor) -> Cameras:
+        """Some of the frames, by slice or by indices."""
         picked = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{k: v[index] for k, v in picked.items() if isinstance(v, Tensor)})
 
@@ -81,10 +81,6 @@ class Samples(TensorRecord):
     def __len__(self) -> int:
         return len(self.ray_indices)
 
-    def __getitem__(self, keep: Bool[Tensor, "N"]) -> Samples:
-        return Samples(
-            ray_indices=self.ray_indices[keep], t_starts=self.t_starts[keep], t_ends=self.t_ends[keep]
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

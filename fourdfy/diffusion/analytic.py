@@ -49,9 +49,7 @@ class GaussianMixturePrior:
         gain = scales.alphas * self.std**2 / variance
         return mean + gain * (noisy - scales.alphas * mean)
 
-    def predict(
-        self, noisy: Float[Tensor, "B *S"], scales: NoiseScales, kind: str
-    ) -> Float[Tensor, "B *S"]:
+    def predict(self, noisy: Float[Tensor, "B *S"], scales: NoiseScales, kind: str) -> Float[Tensor, "B *S"]:
         """What a perfect network of this ``kind`` predicts."""
         return prediction_from_x0(self.x0(noisy, scales), noisy, scales, kind)
 

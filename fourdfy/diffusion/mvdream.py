@@ -60,7 +60,6 @@ class MultiViewAttention:
         hidden_states: Float[Tensor, "B L C"],
         encoder_hidden_states: None = None,
         attention_mask: None = None,
-        temb: Tensor | None = None,
     ) -> Float[Tensor, "B L C"]:
         assert encoder_hidden_states is None and attention_mask is None
         batch, tokens, channels = hidden_states.shape
@@ -70,4 +69,4 @@ class MultiViewAttention:
                 f"use a multiple of {self.num_views}"
             )
         grouped = hidden_states.reshape(batch // self.num_views, self.num_views * tokens, channels)
-        return self.kernel(attn, grouped, temb=temb).reshape(batch, tokens, channels)
+        return self.kernel(attn, grouped).reshape(batch, tokens, channels)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 def alphas_from_density(
@@ -22,6 +23,7 @@ def transmittance_from_density(
     t_starts: Float[Tensor, "N"],
     t_ends: Float[Tensor, "N"],
     ray_indices: Int[Tensor, "N"],
+    n_rays: int,
 ) -> Float[Tensor, "N"]:
     """The share of light that reaches an interval's start: ``exp(-sum of sigma dt before it)``.
 
@@ -30,9 +32,10 @@ def transmittance_from_density(
     # One running sum over all rays, minus its value where the ray begins. It grows with the whole
     # scene, and a difference of large float32 numbers would have no digits left; in float64 the
     # rounding stays below 1e-9 for any total up to 1e6.
-    depths = (sigmas * (t_ends - t_starts)).double()
-    before = depths.cumsum(0) - depths
-    return torch.exp(before[_first_of_ray(ray_indices)] - before).to(sigmas.dtype)
+    before = pad((sigmas * (t_ends - t_starts)).double().cumsum(0), (1, 0))
+    begins = torch.searchsorted(ray_indices, torch.arange(n_rays, device=ray_indices.device))
+    before_ray = before.index_select(0, begins).index_select(0, ray_indices)
+    return torch.exp(before_ray - before[:-1]).to(sigmas.dtype)
 
 
 def weights_from_density(
@@ -40,9 +43,10 @@ def weights_from_density(
     t_starts: Float[Tensor, "N"],
     t_ends: Float[Tensor, "N"],
     ray_indices: Int[Tensor, "N"],
+    n_rays: int,
 ) -> Float[Tensor, "N"]:
     """What each interval adds to its pixel: alpha times transmittance."""
-    transmittance = transmittance_from_density(sigmas, t_starts, t_ends, ray_indices)
+    transmittance = transmittance_from_density(sigmas, t_starts, t_ends, ray_indices, n_rays)
     return alphas_from_density(sigmas, t_starts, t_ends) * transmittance
 
 
@@ -53,8 +57,9 @@ def accumulate(
     n_rays: int,
 ) -> Float[Tensor, "R C"]:
     """Sum ``w_i v_i`` over the samples of each ray; rays without samples give 0."""
-    pixels = values.new_zeros(n_rays, values.shape[-1])
-    return pixels.index_add(0, ray_indices, weights[:, None] * values)
+    # Channel by channel: on the CPU twice as fast as rows, forward and backward.
+    sums = [_sum_per_ray(weights * value, ray_indices, n_rays) for value in values.unbind(-1)]
+    return torch.stack(sums, dim=-1)
 
 
 def opacity_and_depth(
@@ -63,10 +68,9 @@ def opacity_and_depth(
     ray_indices: Int[Tensor, "N"],
     n_rays: int,
 ) -> tuple[Float[Tensor, "R 1"], Float[Tensor, "R 1"]]:
-    """``(sum w, sum w t)``; the depth is not divided by the opacity. Scene units."""
-    values = torch.stack([torch.ones_like(t_mids), t_mids], dim=-1)
-    opacity, depth = accumulate(weights, values, ray_indices, n_rays).split(1, dim=-1)
-    return opacity, depth
+    """``(sum w, sum w t)``: the depth is in scene units and not divided by the opacity."""
+    opacity = _sum_per_ray(weights, ray_indices, n_rays)
+    return opacity[:, None], accumulate(weights, t_mids[:, None], ray_indices, n_rays)
 
 
 def z_variance(
@@ -76,12 +80,11 @@ def z_variance(
     ray_indices: Int[Tensor, "N"],
 ) -> Float[Tensor, "R 1"]:
     """``sum w (t - depth)^2``: how thick the surface looks. Scene units squared."""
-    offsets = t_mids[:, None] - depth[ray_indices]
-    return accumulate(weights, offsets.square(), ray_indices, len(depth))
+    offsets = t_mids - depth[:, 0].index_select(0, ray_indices)
+    return accumulate(weights, offsets.square()[:, None], ray_indices, len(depth))
 
 
-def _first_of_ray(ray_indices: Int[Tensor, "N"]) -> Int[Tensor, "N"]:
-    """For each sample, the position of its ray's first sample."""
-    positions = torch.arange(len(ray_indices), device=ray_indices.device)
-    begins = ray_indices != ray_indices.roll(1)  # position 0 counts as a begin either way
-    return torch.where(begins, positions, 0).cummax(0).values
+def _sum_per_ray(
+    values: Float[Tensor, "N"], ray_indices: Int[Tensor, "N"], n_rays: int
+) -> Float[Tensor, "R"]:
+    return values.new_zeros(n_rays).index_add(0, ray_indices, values)

@@ -41,9 +41,7 @@ def scaled_linear_alphas_cumprod(
     return torch.cumprod(1 - betas, dim=0).to(dtype)
 
 
-def noise_scales(
-    alphas_cumprod: Float[Tensor, "T"], timesteps: Int[Tensor, "B"], ndim: int
-) -> NoiseScales:
+def noise_scales(alphas_cumprod: Float[Tensor, "T"], timesteps: Int[Tensor, "B"], ndim: int) -> NoiseScales:
     """A DDPM's scales at ``timesteps``, for latents of ``ndim`` axes."""
     abar = alphas_cumprod[timesteps].reshape(-1, *[1] * (ndim - 1))
     return NoiseScales(abar.sqrt(), (1 - abar).sqrt())

@@ -8,8 +8,9 @@ kept where its midpoint lies in the box and in an occupied cell. Nothing here ca
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fourdfy.ops.compositing import alphas_from_density, transmittance_from_density
 from fourdfy.types import Samples
@@ -49,26 +50,26 @@ def march(
     if len(hits) == 0:
         return _empty_samples(origins)
 
-    origins, directions, jitter = origins[hits], directions[hits], jitter[hits]
-    # One step more at either end: the midpoint test below decides, not the rounding of the entry.
+    jitter = jitter[hits]
+    # One step more at either end: the midpoint decides below, not the rounding of the entry.
     first = (t_near[hits] / step_size - jitter - 0.5).floor().clamp(min=0)
     last = (t_far[hits] / step_size - jitter - 0.5).ceil()
     steps = int((last - first).max()) + 1
     bound = max_candidates or MAX_CANDIDATES.get(origins.device.type, 1 << 25)
 
-    rays, ks = [], []
+    cells = _padded_cells(occupied, origins.device)
+    to_cells = (len(cells) - 2) / (2 * radius)
+    starts = (origins[hits] + radius) * to_cells + 1
+    slopes = directions[hits] * to_cells
+
+    found, counts = [], torch.arange(steps, dtype=first.dtype, device=first.device)
     for rows in torch.arange(len(hits), device=hits.device).split(max(1, bound // steps)):
-        candidates = first[rows, None] + torch.arange(steps, dtype=first.dtype, device=first.device)
-        t_mids = (candidates + (jitter[rows, None] + 0.5)) * step_size
-        kept = _midpoint_kept(origins[rows], directions[rows], t_mids, radius, occupied)
-        row, column = kept.nonzero(as_tuple=True)
-        rays.append(rows[row])
-        ks.append(first[rows[row]] + column)
-    ray, k = torch.cat(rays), torch.cat(ks)
-    offset = jitter[ray] + k
-    return Samples(
-        ray_indices=hits[ray], t_starts=offset * step_size, t_ends=(offset + 1) * step_size
-    )
+        t_mids = ((first + jitter)[rows, None] + 0.5 + counts) * step_size
+        row, column = _lookup(cells, starts[rows], slopes[rows], t_mids).nonzero(as_tuple=True)
+        found.append((rows.index_select(0, row), column))
+    ray, column = (torch.cat(parts) for parts in zip(*found, strict=True))
+    k = (first + jitter).index_select(0, ray) + column
+    return Samples(ray_indices=hits.index_select(0, ray), t_starts=k * step_size, t_ends=(k + 1) * step_size)
 
 
 def intersect_box(
@@ -90,6 +91,7 @@ def intersect_box(
 def visible(
     samples: Samples,
     sigmas: Float[Tensor, "N"],
+    n_rays: int,
     *,
     alpha_threshold: float | Float[Tensor, ""],
     transmittance_threshold: float = 1e-4,
@@ -97,7 +99,7 @@ def visible(
     """Which samples are seen: dense enough themselves, and not hidden behind others of their ray."""
     alphas = alphas_from_density(sigmas, samples.t_starts, samples.t_ends)
     transmittance = transmittance_from_density(
-        sigmas, samples.t_starts, samples.t_ends, samples.ray_indices
+        sigmas, samples.t_starts, samples.t_ends, samples.ray_indices, n_rays
     )
     return (alphas >= alpha_threshold) & (transmittance >= transmittance_threshold)
 
@@ -121,26 +123,30 @@ def _occupied_bounds(
     return bounds[0], bounds[1]
 
 
-def _midpoint_kept(
-    origins: Float[Tensor, "R 3"],
-    directions: Float[Tensor, "R 3"],
+def _padded_cells(occupied: Bool[Tensor, "G G G"] | None, device: torch.device) -> Bool[Tensor, "P P P"]:
+    """The grid with a rim of empty cells, so that a lookup also answers "outside the box"."""
+    if occupied is None:
+        occupied = torch.ones(1, 1, 1, dtype=torch.bool, device=device)
+    return pad(occupied, (1,) * 6)
+
+
+def _lookup(
+    cells: Bool[Tensor, "P P P"],
+    starts: Float[Tensor, "R 3"],
+    slopes: Float[Tensor, "R 3"],
     t_mids: Float[Tensor, "R K"],
-    radius: float,
-    occupied: Bool[Tensor, "G G G"] | None,
 ) -> Bool[Tensor, "R K"]:
-    """Axis by axis, so that no [R, K, 3] tensor is ever made."""
-    kept = torch.ones_like(t_mids, dtype=torch.bool)
-    cell: Int[Tensor, "R K"] | None = None
+    """The cells at ``starts + t slopes`` (in cells).
+
+    Axis by axis, so that no [R, K, 3] tensor is ever made.
+    """
+    size = len(cells)
+    assert size**3 <= 2**24, "the flat index must be exact in float32"
+    index = 0.0
     for axis in range(3):
-        x = torch.addcmul(origins[:, axis, None], directions[:, axis, None], t_mids)
-        kept &= x.abs() <= radius
-        if occupied is not None:
-            size = len(occupied)
-            index = ((x + radius) * (size / (2 * radius))).clamp_(0, size - 1).to(torch.int32)
-            cell = index if cell is None else cell.mul_(size).add_(index)
-    if occupied is not None:
-        kept &= occupied.flatten()[cell]
-    return kept
+        x = torch.addcmul(starts[:, axis, None], slopes[:, axis, None], t_mids)
+        index = x.clamp_(0, size - 1).floor_().add_(index, alpha=size)
+    return cells.flatten().index_select(0, index.to(torch.int32).flatten()).view_as(index)
 
 
 def _empty_samples(like: Tensor) -> Samples:

@@ -88,7 +88,7 @@ def pose_from_codes(
 def render(
     prompts: Sequence[ShapePrompt],
     cameras: Cameras,
-    background: Float[Tensor, "F 3"] | Float[Tensor, 3],
+    background: Float[Tensor, "F 3"] | Float[Tensor, "3"],
     *,
     supersample: int = 2,
 ) -> tuple[Float[Tensor, "F H W 3"], Float[Tensor, "F H W 1"]]:
@@ -104,7 +104,7 @@ def render(
 def render_codes(
     codes: Int[Tensor, "F 3"],
     cameras: Cameras,
-    background: Float[Tensor, "F 3"] | Float[Tensor, 3],
+    background: Float[Tensor, "F 3"] | Float[Tensor, "3"],
     *,
     supersample: int = 2,
 ) -> tuple[Float[Tensor, "F H W 3"], Float[Tensor, "F H W 1"]]:

@@ -96,6 +96,7 @@ class FourdfySystem(System):
     def __init__(self, cfg: Config, *, plan: SupervisionPlan, seed: int) -> None:
         super().__init__()
         self.cfg, self.plan, self.seed = cfg, plan, seed
+        torch.manual_seed(step_seed(seed, 0, "parameters"))
         self.geometry: Geometry = build(cfg.geometry)
         self.material: Material = build(cfg.material)
         self.background: Background = build(cfg.background)
@@ -114,6 +115,7 @@ class FourdfySystem(System):
         if stage != "fit":
             return
         device = self.trainer.strategy.root_device
+        torch.manual_seed(step_seed(self.seed, 0, "guidance parameters"))
         for step in self.plan.steps:
             prompts: PromptProcessor = build(getattr(self.cfg, step.prompt_cfg))
             self.texts[step.name] = prompts.embeddings(device)

@@ -38,7 +38,9 @@ CPU = torch.device("cpu")
 def arrays(case: str) -> dict[str, torch.Tensor]:
     """The case's arrays, the guidance halves split."""
     values = {
-        key.split("/")[1]: torch.as_tensor(REFERENCE[key]) for key in REFERENCE.files if key.startswith(case + "/")
+        key.split("/")[1]: torch.as_tensor(REFERENCE[key])
+        for key in REFERENCE.files
+        if key.startswith(case + "/")
     }
     values["latents"] = values["latents"].clone().requires_grad_()
     return values
@@ -211,7 +213,7 @@ MODES = torch.tensor([[1.5, 1.0], [-1.5, 0.5], [0.0, -1.5]], dtype=torch.float64
 PRIOR = GaussianMixturePrior(means=MODES, weights=torch.ones(3, dtype=torch.float64), std=0.05)
 
 
-def descend(loss_of, steps=400, lr=0.1, count=8):
+def descend(loss_of, steps=250, lr=0.1, count=4):
     """Points that start around the origin, moved by a loss on (x, noise, noisy, scales)."""
     generator = torch.Generator().manual_seed(0)
     x = 0.3 * torch.randn(count, 2, generator=generator, dtype=torch.float64)
@@ -267,9 +269,7 @@ def test_vsd_matches_the_distribution_and_not_just_its_mode():
             weights=torch.ones(1, dtype=torch.float64),
             std=points.std(0).mean().item(),
         )
-        return score_loss(
-            x, vsd_gradient(target.x0(noisy, scales), renderings.x0(noisy, scales), scales)
-        )
+        return score_loss(x, vsd_gradient(target.x0(noisy, scales), renderings.x0(noisy, scales), scales))
 
     vsd = descend(loss, count=64)
     sds = descend(lambda x, _, noisy, s: score_loss(x, sds_gradient(x, target.x0(noisy, s), s)), count=64)

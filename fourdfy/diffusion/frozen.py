@@ -1,0 +1,231 @@
+"""Frozen networks: loaded part by part from a folder, never trained, saved or counted.
+
+Weights are safetensors, or pickles read with ``weights_only=True``; code from a model folder is never
+run. diffusers and transformers are imported where they are used: they take seconds, and parsing a
+config must not.
+
+B images, H x W pixels, C latent channels, h x w latents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fourdfy.diffusion.hub import WEIGHTS, has_part
+from fourdfy.ops.diffusion import NoiseScales, Prediction, noise_scales, sample_noise
+
+logger = logging.getLogger(__name__)
+
+
+class FrozenModels:
+    """A plain holder: networks put here are invisible to the ``nn.Module`` that has it."""
+
+    def __init__(self, **models: Any) -> None:
+        self.__dict__.update(models)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"no frozen model is called {name!r}; there are {', '.join(self.__dict__)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSchedule:
+    """A model's noise levels, and what it predicts at them."""
+
+    alphas_cumprod: Float[Tensor, "T"]
+    prediction: str
+    """One of ``fourdfy.ops.diffusion.Prediction``."""
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def scales(self, timesteps: Int[Tensor, "B"], ndim: int) -> NoiseScales:
+        return noise_scales(self.alphas_cumprod, timesteps, ndim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """Ways to need less memory; none of them changes a result by more than rounding."""
+
+    half_precision_weights: bool | str = True
+    """true (float16), false (float32) or "bf16"."""
+    enable_memory_efficient_attention: bool = False
+    enable_sequential_cpu_offload: bool = False
+    enable_attention_slicing: bool = False
+    enable_channels_last_format: bool = False
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """The weights' type; on a CPU always float32."""
+        if self.half_precision_weights is False:
+            return torch.float32
+        if device.type == "cpu":
+            logger.info("half_precision_weights=%s: float32 on the CPU", self.half_precision_weights)
+            return torch.float32
+        return torch.bfloat16 if self.half_precision_weights == "bf16" else torch.float16
+
+
+def load_part(
+    folder: Path, part: str, class_name: str, *, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """The diffusers network in ``folder/part``, frozen, in evaluation mode.
+
+    Args:
+        class_name: the class that the folder's description must name, e.g. ``UNet2DConditionModel``.
+
+    Raises:
+        FileNotFoundError: the part is missing or has no weights.
+        ValueError: the part is a network of another class.
+    """
+    _require(folder, part)
+    stated = json.loads((folder / part / "config.json").read_text()).get("_class_name", class_name)
+    if stated != class_name:
+        raise ValueError(
+            f"{folder / part} holds a {stated}, this guidance needs a {class_name}; "
+            "is pretrained_model_name_or_path another kind of model?"
+        )
+    import diffusers
+
+    network = getattr(diffusers, class_name).from_pretrained(
+        folder / part,
+        torch_dtype=dtype,
+        local_files_only=True,
+        # Said explicitly: left open, diffusers warns before it takes a pickle (with weights_only=True).
+        use_safetensors=any((folder / part).glob(WEIGHTS[0])),
+    )
+    return freeze(network.to(device))
+
+
+def load_text_encoder(folder: Path, device: torch.device) -> tuple[Any, nn.Module]:
+    """(tokenizer, CLIP text encoder in float32, frozen) of a model folder.
+
+    Raises:
+        FileNotFoundError: a part is missing.
+    """
+    for part in ("tokenizer", "text_encoder"):
+        _require(folder, part)
+    from transformers import AutoTokenizer, CLIPTextModel
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder / "tokenizer", local_files_only=True, trust_remote_code=False
+    )
+    with _no_progress_bar():
+        encoder = CLIPTextModel.from_pretrained(
+            folder / "text_encoder", local_files_only=True, dtype=torch.float32
+        )
+    return tokenizer, freeze(encoder.to(device))
+
+
+def load_noise_schedule(folder: Path, device: torch.device) -> NoiseSchedule:
+    """The schedule that ``folder/scheduler`` describes, whichever sampler it names.
+
+    Raises:
+        FileNotFoundError: no scheduler there.
+        ValueError: the model predicts something we can't read.
+    """
+    _require(folder, "scheduler")
+    from diffusers import DDPMScheduler
+
+    file = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text())
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in Prediction.__args__:
+        raise ValueError(f"{file}: prediction_type {prediction!r}; expected one of {Prediction.__args__}")
+    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+    keys += ("rescale_betas_zero_snr",)
+    scheduler = DDPMScheduler(**{key: config[key] for key in keys if key in config})
+    return NoiseSchedule(alphas_cumprod=scheduler.alphas_cumprod.to(device), prediction=prediction)
+
+
+def freeze(network: nn.Module) -> nn.Module:
+    """The network itself, without gradients for its parameters and in evaluation mode."""
+    return network.requires_grad_(False).eval()
+
+
+def apply_memory_options(network: nn.Module, options: MemoryOptions, device: torch.device) -> None:
+    """Switch on what ``options`` asks of a diffusers network, in place."""
+    if options.enable_memory_efficient_attention:
+        if find_spec("xformers") and device.type == "cuda":
+            network.enable_xformers_memory_efficient_attention()
+        else:
+            logger.info("enable_memory_efficient_attention: PyTorch's own SDPA, which is the default")
+    if options.enable_attention_slicing and hasattr(network, "set_attention_slice"):
+        network.set_attention_slice("auto")
+    if options.enable_channels_last_format:
+        _to_channels_last(network)
+    if options.enable_sequential_cpu_offload:
+        if device.type == "cpu":
+            logger.info("enable_sequential_cpu_offload: without effect on the CPU")
+        else:
+            from accelerate import cpu_offload
+
+            cpu_offload(network, execution_device=device)
+
+
+def encode_images(
+    vae: nn.Module, images: Float[Tensor, "B 3 H W"], generator: torch.Generator, chunk: int = 0
+) -> Float[Tensor, "B C h w"]:
+    """Latents drawn from the VAE's posterior, times its ``scaling_factor``, in float32.
+
+    Gradients reach ``images``. With ``chunk`` > 0 that many images are in the network at once and are
+    encoded again in the backward pass: the same numbers and gradients from less memory.
+
+    Args:
+        images: in 0..1.
+        generator: of the posterior's noise, drawn for all images at once.
+    """
+    size = chunk if chunk > 0 else len(images)
+    again = size < len(images) and images.requires_grad
+    moments = [
+        checkpoint(_posterior, vae, part, use_reentrant=False) if again else _posterior(vae, part)
+        for part in (images * 2 - 1).split(size)
+    ]
+    mean, std = (torch.cat(m) for m in zip(*moments, strict=True))
+    noise = sample_noise(mean.shape, generator, mean.device, mean.dtype)
+    return (mean + std * noise) * vae.config.scaling_factor
+
+
+def vae_factor(vae: nn.Module) -> int:
+    """Pixels per latent, along each axis."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _posterior(vae: nn.Module, images: Float[Tensor, "B 3 H W"]) -> tuple[Tensor, Tensor]:
+    posterior = vae.encode(images.to(vae.dtype)).latent_dist
+    return posterior.mean.float(), posterior.std.float()
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers draws one even for a local file; the run has its own."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _to_channels_last(network: nn.Module) -> None:
+    # Not network.to(memory_format=...): the video U-Net's 5-axis weights have no such format.
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
+def _require(folder: Path, part: str) -> None:
+    if not has_part(folder, part):
+        raise FileNotFoundError(f"{folder} holds no {part}: expected {folder / part} with its files")

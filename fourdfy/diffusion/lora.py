@@ -1,0 +1,61 @@
+"""A low-rank adapter on a frozen U-Net, whose parameters another module owns (Hu et al. 2021)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class LoRA(nn.Module):
+    """A peft adapter on every attention of ``unet``; its parameters are this module's, in float32.
+
+    It starts as the identity, and off: inside ``with lora.active():`` the U-Net runs with it.
+    Parameters keep the U-Net's own names below this module (``down_blocks.0. ... to_q.lora_A.weight``).
+    """
+
+    def __init__(self, unet: nn.Module, rank: int) -> None:
+        super().__init__()
+        from peft import LoraConfig
+        from peft.tuners.lora import LoraLayer
+
+        # alpha = rank: W + B A, scaled by nothing. A ~ N(0, 1/rank), B = 0.
+        unet.add_adapter(
+            LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(TARGETS))
+        )
+        # In a tuple: a list of modules is no submodule, so the frozen weights stay out of this one.
+        self._layers = tuple(module for module in unet.modules() if isinstance(module, LoraLayer))
+        for name, parameter in unet.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.float()
+                _register(self, name.replace(".default.", "."), parameter)
+        self._switch(False)
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """The adapter is on inside, off outside."""
+        self._switch(True)
+        try:
+            yield
+        finally:
+            self._switch(False)
+
+    def _switch(self, on: bool) -> None:
+        # peft couples the switch to requires_grad, which here is the system's to decide.
+        flags = [parameter.requires_grad for parameter in self.parameters()]
+        for layer in self._layers:
+            layer.enable_adapters(on)
+        for parameter, flag in zip(self.parameters(), flags, strict=True):
+            parameter.requires_grad_(flag)
+
+
+def _register(root: nn.Module, path: str, parameter: nn.Parameter) -> None:
+    *places, name = path.split(".")
+    for place in places:
+        if place not in root._modules:
+            root.add_module(place, nn.Module())
+        root = root._modules[place]
+    root.register_parameter(name, parameter)

@@ -1,0 +1,127 @@
+"""What a ray sees behind the scene.
+
+F frames of H x W pixels. Backgrounds do not move: they know directions only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fourdfy.config import build, inner_slot
+from fourdfy.fields.base import Background
+from fourdfy.fields.encodings import CompositeEncoding, Encoding
+from fourdfy.fields.mlp import VanillaMLP
+from fourdfy.ops.activations import get_activation
+from fourdfy.registry import register
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentedConfig(Background.Config):
+    """What the backgrounds share."""
+
+    n_output_dims: int = 3
+    random_aug: bool = False
+    """In training, put one random colour in place of the background now and then."""
+    random_aug_prob: float = 0.5
+    """Of that, per call; all frames of a call share the colour."""
+    random_aug_colors: list[list[float]] | None = None
+    """Colours to draw from; null: uniform in the colour cube."""
+
+    def __post_init__(self) -> None:
+        if self.n_output_dims != 3:
+            raise ValueError(f"n_output_dims={self.n_output_dims}: a colour has 3 channels")
+        if not 0 <= self.random_aug_prob <= 1:
+            raise ValueError(f"random_aug_prob={self.random_aug_prob}: expected a probability, 0 to 1")
+        colors = self.random_aug_colors
+        if colors is not None and (not colors or any(len(color) != 3 for color in colors)):
+            raise ValueError(
+                f"random_aug_colors={colors}: expected a list of [r, g, b], e.g. [[1, 1, 1], [0, 0, 0]]"
+            )
+
+    def augment(
+        self, colors: Float[Tensor, "F H W 3"], generator: torch.Generator | None
+    ) -> Float[Tensor, "F H W 3"]:
+        """``colors``, or with the probability of the config one colour for all of them."""
+        if not self.random_aug or generator is None:
+            return colors
+        # The draws stay on the device: reading one back would stop the host until the GPU caught up.
+        chance, pick, *channels = torch.rand(5, generator=generator, device=generator.device).to(colors)
+        color = torch.stack(channels)
+        if self.random_aug_colors is not None:
+            palette = colors.new_tensor(self.random_aug_colors)
+            # rounded to half precision a draw may be 1, one past the last colour
+            index = (pick * len(palette)).long().clamp(max=len(palette) - 1)
+            color = palette[index]
+        return torch.where(chance < self.random_aug_prob, color, colors)
+
+
+@register("neural-environment-map-background")
+class NeuralEnvironmentMap(Background):
+    """A small network of the direction."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AugmentedConfig):
+        color_activation: str | None = "sigmoid"
+        """Any name of ``ops.activations``."""
+        dir_encoding_config: Any = inner_slot(Encoding, "otype", {"otype": "SphericalHarmonics"})
+        mlp_network_config: Any = inner_slot(
+            VanillaMLP, "otype", {"otype": "VanillaMLP", "n_neurons": 16, "n_hidden_layers": 2}
+        )
+        eval_color: tuple[float, float, float] | None = None
+        """In evaluation, this colour instead."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            get_activation(self.color_activation)
+
+    cfg: Config
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.encoding = CompositeEncoding(cfg.dir_encoding_config, 3)
+        self.network: VanillaMLP = build(cfg.mlp_network_config, self.encoding.n_output_dims, 3)
+        self.color_activation = get_activation(cfg.color_activation)
+
+    def forward(
+        self, directions: Float[Tensor, "F H W 3"], *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "F H W 3"]:
+        if generator is None and self.cfg.eval_color is not None:
+            return directions.new_tensor(self.cfg.eval_color).expand_as(directions)
+        with torch.autocast(directions.device.type, enabled=False):
+            x = (directions.reshape(-1, 3).to(self.network.layers[0].weight.dtype) + 1) / 2
+            encoded = self.encoding(x, x.new_zeros(len(x), 1), step=0)
+            colors = self.color_activation(self.network(encoded.features)).view_as(directions)
+        return self.cfg.augment(colors, generator)
+
+
+@register("solid-color-background")
+class SolidColor(Background):
+    """One colour in every direction."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AugmentedConfig):
+        color: tuple[float, float, float] = (1.0, 1.0, 1.0)
+        learned: bool = False
+        """Train the colour, from ``color`` on."""
+
+    cfg: Config
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.cfg = cfg
+        color = torch.tensor(cfg.color)
+        if cfg.learned:
+            self.env_color = nn.Parameter(color)
+        else:
+            self.register_buffer("env_color", color)
+
+    def forward(
+        self, directions: Float[Tensor, "F H W 3"], *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "F H W 3"]:
+        return self.cfg.augment(self.env_color.expand_as(directions), generator)

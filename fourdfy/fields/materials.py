@@ -1,0 +1,160 @@
+"""From a geometry's features to colours.
+
+N points, C features. Nothing depends on the viewing direction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fourdfy.config import build
+from fourdfy.fields.base import Material
+from fourdfy.fields.mlp import VanillaMLP, optional_slot
+from fourdfy.ops.activations import get_activation
+from fourdfy.registry import register
+
+
+@register("no-material")
+class NoMaterial(Material):
+    """The features are the colours, up to an activation (and a network, if the config has one)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Material.Config):
+        n_output_dims: int = 3
+        color_activation: str | None = "sigmoid"
+        """Any name of ``ops.activations``."""
+        input_feature_dims: int | None = None
+        """Features that the network reads; only with ``mlp_network_config``."""
+        mlp_network_config: Any = optional_slot(VanillaMLP, "otype")
+
+        def __post_init__(self) -> None:
+            get_activation(self.color_activation)
+            if bool(self.mlp_network_config) != (self.input_feature_dims is not None):
+                raise ValueError("input_feature_dims and mlp_network_config go together; set both or neither")
+
+    cfg: Config
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.color_activation = get_activation(cfg.color_activation)
+        self.network: VanillaMLP | None = None
+        if cfg.mlp_network_config:
+            self.network = build(cfg.mlp_network_config, cfg.input_feature_dims, cfg.n_output_dims)
+
+    def forward(
+        self,
+        features: Float[Tensor, "N C"],
+        *,
+        positions: Float[Tensor, "N 3"],
+        normals: Float[Tensor, "N 3"] | None,
+        light_positions: Float[Tensor, "N 3"],
+        step: int,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "N 3"]:
+        """See ``Material.forward``.
+
+        Raises:
+            ValueError: the features are not what ``n_output_dims`` or ``input_feature_dims`` says.
+        """
+        wanted = self.cfg.input_feature_dims if self.network else self.cfg.n_output_dims
+        if features.shape[-1] != wanted:
+            raise ValueError(
+                f"the material reads {wanted} features and the geometry gives {features.shape[-1]}; "
+                f"use geometry.n_feature_dims={wanted}"
+            )
+        return self.color_activation(self.network(features) if self.network else features)
+
+
+@register("diffuse-with-point-light-material")
+class DiffuseWithPointLight(Material):
+    """Lambertian shading by one point light and an ambient one (Poole et al. 2022, eq. 9).
+
+    In training a draw for the whole call decides between the colours alone, the shading alone and
+    both: geometry that only texture explains has to be real then.
+    """
+
+    requires_normal = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Material.Config):
+        ambient_light_color: tuple[float, float, float] = (0.1, 0.1, 0.1)
+        diffuse_light_color: tuple[float, float, float] = (0.9, 0.9, 0.9)
+        ambient_only_steps: int = 1000
+        """Colours alone before this step."""
+        diffuse_prob: float = 0.75
+        """Of any shading at all, after it."""
+        textureless_prob: float = 0.5
+        """Of the shading alone, where there is shading."""
+        albedo_activation: str | None = "sigmoid"
+        """Any name of ``ops.activations``."""
+        soft_shading: bool = False
+        """Draw the share of the diffuse light too, in training."""
+
+        def __post_init__(self) -> None:
+            get_activation(self.albedo_activation)
+            for name in ("diffuse_prob", "textureless_prob"):
+                if not 0 <= getattr(self, name) <= 1:
+                    raise ValueError(f"{name}={getattr(self, name)}: expected a probability, 0 to 1")
+
+    cfg: Config
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.albedo_activation = get_activation(cfg.albedo_activation)
+
+    def forward(
+        self,
+        features: Float[Tensor, "N C"],
+        *,
+        positions: Float[Tensor, "N 3"],
+        normals: Float[Tensor, "N 3"] | None,
+        light_positions: Float[Tensor, "N 3"],
+        step: int,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "N 3"]:
+        """See ``Material.forward``. Evaluation shades, once ``ambient_only_steps`` are over.
+
+        Raises:
+            ValueError: no normals, or fewer than three features.
+        """
+        cfg = self.cfg
+        if features.shape[-1] < 3:
+            raise ValueError(
+                f"colours need 3 features and the geometry gives {features.shape[-1]}; "
+                f"use geometry.n_feature_dims=3"
+            )
+        albedo = self.albedo_activation(features[:, :3])
+        if step < cfg.ambient_only_steps:
+            return albedo.clamp(0, 1)
+        if normals is None:
+            raise ValueError("shading needs normals; use geometry.normal_type=finite_difference")
+
+        ambient, diffuse = (
+            albedo.new_tensor(cfg.ambient_light_color),
+            albedo.new_tensor(cfg.diffuse_light_color),
+        )
+        if generator is None:
+            return (albedo * (ambient + diffuse * _lambert(normals, positions, light_positions))).clamp(0, 1)
+
+        # The draws stay on the device: reading one back would stop the host until the GPU caught up.
+        shaded, textureless, share = torch.rand(3, generator=generator, device=generator.device).to(albedo)
+        if cfg.soft_shading:
+            ambient, diffuse = (1 - share).expand(3), share.expand(3)
+        light = ambient + diffuse * _lambert(normals, positions, light_positions)
+        alone = torch.where(textureless < cfg.textureless_prob, light, albedo * light)
+        return torch.where(shaded > cfg.diffuse_prob, albedo, alone).clamp(0, 1)
+
+
+def _lambert(
+    normals: Float[Tensor, "N 3"], positions: Float[Tensor, "N 3"], light_positions: Float[Tensor, "N 3"]
+) -> Float[Tensor, "N 1"]:
+    to_light = normalize(light_positions - positions, dim=-1)
+    return (normals * to_light).sum(dim=-1, keepdim=True).clamp(min=0)

@@ -1,0 +1,69 @@
+"""Small networks between an encoding and what the renderer wants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fourdfy.config import Component, Slot
+from fourdfy.ops.activations import get_activation
+from fourdfy.registry import register
+
+
+@register("VanillaMLP")
+class VanillaMLP(Component, nn.Module):
+    """Linear layers without bias, ReLU between them.
+
+    Runs in its parameters' dtype even inside autocast: half precision is too coarse for densities.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Component.Config):
+        n_neurons: int = 64
+        n_hidden_layers: int = 1
+        activation: Literal["ReLU"] = "ReLU"
+        output_activation: str | None = "none"
+        """Any name of ``ops.activations``."""
+
+        def __post_init__(self) -> None:
+            if self.n_neurons < 1 or self.n_hidden_layers < 1:
+                raise ValueError("n_neurons and n_hidden_layers must be at least 1")
+            get_activation(self.output_activation)
+
+    cfg: Config
+
+    def __init__(self, cfg: Config, n_input_dims: int, n_output_dims: int) -> None:
+        super().__init__()
+        self.cfg = cfg
+        widths = [n_input_dims, *[cfg.n_neurons] * cfg.n_hidden_layers]
+        layers: list[nn.Module] = []
+        for width_in, width_out in pairwise(widths):
+            layers += [nn.Linear(width_in, width_out, bias=False), nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], n_output_dims, bias=False))
+        self.output_activation = get_activation(cfg.output_activation)
+
+    def forward(self, x: Float[Tensor, "N I"]) -> Float[Tensor, "N O"]:
+        with torch.autocast(x.device.type, enabled=False):
+            return self.output_activation(self.layers(x.to(self.layers[0].weight.dtype)))
+
+
+@Mapping.register
+class _NotGiven(Component.Config):
+    """An absent config: to the parser defaults without keys, to its owner falsy."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def __contains__(self, key: object) -> bool:
+        return False
+
+
+def optional_slot(kind: type, by: str) -> Any:
+    """``config.inner_slot`` that is falsy where the key is absent or null."""
+    return field(default_factory=_NotGiven, metadata={"slot": Slot(kind, by, inside=True)})

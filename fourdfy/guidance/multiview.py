@@ -1,0 +1,112 @@
+"""MVDream as a prior (Shi et al. 2023): the views of a group are denoised together.
+
+B images = groups of ``n_view`` views, the views of a group neighbours in the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fourdfy.diffusion.frozen import FrozenModels
+from fourdfy.diffusion.mvdream import camera_vectors, enable_multi_view_attention
+from fourdfy.guidance.latent import LatentGuidance
+from fourdfy.ops.diffusion import add_noise, classifier_free_guidance
+from fourdfy.ops.distillation import reconstruction_loss, rescale_guided_x0, score_loss, sds_gradient
+from fourdfy.registry import register
+from fourdfy.types import Cameras, GuidanceOutput, TextEmbeddings
+
+
+@register("multiview-diffusion-guidance")
+class MultiViewGuidance(LatentGuidance):
+    """Loss ``sds``: the distance to the reconstructed x_0, or score distillation."""
+
+    follows_autocast: ClassVar[bool] = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(LatentGuidance.Config):
+        pretrained_model_name_or_path: str = "MVDream/MVDream"
+        model_name: str = "sd-v2.1-base-4view"
+        """The checkpoint's name in the original code; a folder in diffusers layout has one model."""
+        ckpt_path: str | None = None
+        half_precision_weights: bool | str = False
+        """False unlike elsewhere: the published runs kept this prior in float32."""
+        guidance_scale: float = 50.0
+        image_size: int | None = None
+        """Height and width where they are not given."""
+        n_view: int = 4
+        camera_condition_type: Literal["rotation"] = "rotation"
+        """Rotation and direction of the position; the distance is not seen."""
+        view_dependent_prompting: bool = False
+        recon_loss: bool = True
+        """Distance to the prior's x_0; false: score distillation weighted by 1 - abar."""
+        recon_std_rescale: float = 0.5
+        """Share of the guided x_0's excess contrast that is taken back, 0..1."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.ckpt_path is not None:
+                raise ValueError(
+                    f"ckpt_path={self.ckpt_path}: original checkpoint files are not read yet; name a folder "
+                    "in diffusers layout with pretrained_model_name_or_path"
+                )
+            for side in ("height", "width"):
+                if getattr(self, side) is None:
+                    object.__setattr__(self, side, self.image_size)
+
+    cfg: Config
+
+    def load_models(self) -> FrozenModels:
+        models = super().load_models()
+        enable_multi_view_attention(models.unet, self.cfg.n_view)
+        return models
+
+    def forward(
+        self,
+        rgb: Float[Tensor, "B H W 3"],
+        text: TextEmbeddings,
+        cameras: Cameras,
+        *,
+        step: int,
+        generator: torch.Generator,
+    ) -> GuidanceOutput:
+        if len(rgb) % self.cfg.n_view:
+            raise ValueError(
+                f"{len(rgb)} images do not fill whole groups of n_view={self.cfg.n_view} views; "
+                f"set data.multi_view.batch_size to a multiple of {self.cfg.n_view}"
+            )
+        latents = self.encode(rgb, generator)
+        timesteps, noise = self.draw(latents, step, generator)
+        states = text.for_views(cameras.elevation_deg, cameras.azimuth_deg, self.cfg.view_dependent_prompting)
+        # One noise level for all: the network attends over views and has only seen equal ones.
+        timesteps = timesteps[:1].expand(len(latents))
+        return self.distill(latents, timesteps, noise, *states, cameras.c2w, step=step)
+
+    def distill(
+        self,
+        latents: Float[Tensor, "B C h w"],
+        timesteps: Int[Tensor, "B"],
+        noise: Float[Tensor, "B C h w"],
+        text: Float[Tensor, "B L E"],
+        uncond: Float[Tensor, "B L E"],
+        c2w: Float[Tensor, "B 4 4"],
+        *,
+        step: int,
+    ) -> GuidanceOutput:
+        """The loss at a given noise level and noise; no randomness of its own."""
+        clean = latents.detach()
+        scales = self.models.schedule.scales(timesteps, latents.ndim)
+        noisy = add_noise(clean, noise, scales)
+        cameras = camera_vectors(c2w).to(self.dtype)
+        with_text, without = self.predict_x0(noisy, timesteps, text, uncond, cameras)
+        x0 = classifier_free_guidance(with_text, without, self.cfg.guidance_scale)
+        if self.cfg.recon_loss:
+            x0 = rescale_guided_x0(x0, with_text, self.cfg.n_view, self.cfg.recon_std_rescale)
+            loss = reconstruction_loss(latents, x0)
+            return self.output({"sds": loss}, (clean - x0) / len(clean), step)
+        grad = self.bound(sds_gradient(clean, x0, scales, "sds"), step)
+        return self.output({"sds": score_loss(latents, grad)}, grad, step)

@@ -1,0 +1,210 @@
+"""Variational score distillation from an image model (Wang et al. 2023, ProlificDreamer).
+
+A LoRA learns what the renderings look like from each camera; the update is the difference between the
+frozen prior's score and the LoRA's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fourdfy.diffusion.frozen import FrozenModels, load_noise_schedule
+from fourdfy.diffusion.hub import resolve_model
+from fourdfy.diffusion.lora import LoRA
+from fourdfy.guidance.latent import PARTS, LatentGuidance
+from fourdfy.ops.diffusion import (
+    add_noise,
+    classifier_free_guidance,
+    prediction_target,
+    sample_noise,
+    sample_timesteps,
+    x0_from_prediction,
+)
+from fourdfy.ops.distillation import score_loss, vsd_gradient
+from fourdfy.registry import register
+from fourdfy.types import Cameras, GuidanceOutput, TextEmbeddings
+
+CAMERA_DROP = 0.1
+"""How often the LoRA learns a batch without its cameras, for guidance on them."""
+
+
+@register("stable-diffusion-vsd-guidance")
+class StableDiffusionVSDGuidance(LatentGuidance):
+    """Losses ``vsd`` (moves the scene) and ``lora`` (trains the adapter and the camera embedding).
+
+    The adapter sits on a U-Net of its own, or, where both paths name one model, on the prior's U-Net,
+    switched on only for its own calls.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(LatentGuidance.Config):
+        pretrained_model_name_or_path_lora: str = "stabilityai/stable-diffusion-2-1"
+        guidance_scale: float = 7.5
+        guidance_scale_lora: float = 1.0
+        anneal_start_step: int | None = 5000
+        lora_rank: int = 4
+        lora_cfg_training: bool = True
+        """Drop the cameras of some batches, so that the LoRA also knows its images without them."""
+        lora_n_timestamp_samples: int = 1
+        """Noise levels per image in the LoRA's own loss."""
+        camera_condition_type: Literal["extrinsics"] = "extrinsics"
+        """The LoRA sees the camera-to-world matrix as it is, distance included."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.enable_sequential_cpu_offload:
+                raise ValueError(
+                    "enable_sequential_cpu_offload=true would move the LoRA that is being trained; "
+                    "set it to false for this guidance"
+                )
+
+    cfg: Config
+
+    def __init__(self, cfg: Config, *, device: torch.device) -> None:
+        super().__init__(cfg, device=device)
+        from diffusers.models.embeddings import TimestepEmbedding
+
+        unet = self.models.unet_lora
+        width = unet.time_embedding.linear_2.out_features
+        self.camera_embedding = TimestepEmbedding(16, width).to(self.device)
+        self.lora = LoRA(unet, cfg.lora_rank)
+
+    def load_models(self) -> FrozenModels:
+        models = super().load_models()
+        folder = resolve_model(self.cfg.pretrained_model_name_or_path, PARTS)
+        folder_lora = resolve_model(self.cfg.pretrained_model_name_or_path_lora, ("unet", "scheduler"))
+        if folder_lora.resolve() == folder.resolve():
+            return FrozenModels(**vars(models), unet_lora=models.unet, schedule_lora=models.schedule)
+        return FrozenModels(
+            **vars(models),
+            unet_lora=self.load_network(folder_lora, "unet", self.unet_class),
+            schedule_lora=load_noise_schedule(folder_lora, self.device),
+        )
+
+    def forward(
+        self,
+        rgb: Float[Tensor, "B H W 3"],
+        text: TextEmbeddings,
+        cameras: Cameras,
+        *,
+        step: int,
+        generator: torch.Generator,
+    ) -> GuidanceOutput:
+        latents = self.encode(rgb, generator)
+        timesteps, noise = self.draw(latents, step, generator)
+        views = (cameras.elevation_deg, cameras.azimuth_deg)
+        prior_states = text.for_views(*views, self.cfg.view_dependent_prompting)
+        # The LoRA is told the camera itself, so its text says nothing of the view.
+        lora_states = text.for_views(*views, False)
+        c2w = cameras.c2w.flatten(1)
+        grad = self.bound(
+            self.vsd_gradient(latents.detach(), timesteps, noise, prior_states, lora_states, c2w), step
+        )
+        losses = {
+            "vsd": score_loss(latents, grad),
+            "lora": self.lora_loss(latents.detach(), lora_states[0], c2w, generator),
+        }
+        return self.output(losses, grad, step)
+
+    def vsd_gradient(
+        self,
+        latents: Float[Tensor, "B C h w"],
+        timesteps: Int[Tensor, "B"],
+        noise: Float[Tensor, "B C h w"],
+        prior_states: tuple[Float[Tensor, "B L E"], Float[Tensor, "B L E"]],
+        lora_states: tuple[Float[Tensor, "B L E"], Float[Tensor, "B L E"]],
+        c2w: Float[Tensor, "B 16"],
+    ) -> Float[Tensor, "B C h w"]:
+        """The update at given noise levels and noise; no randomness of its own."""
+        scales = self.models.schedule.scales(timesteps, latents.ndim)
+        noisy = add_noise(latents, noise, scales)
+        prior = classifier_free_guidance(
+            *self.predict_x0(noisy, timesteps, *prior_states), self.cfg.guidance_scale
+        )
+        renderings = self.predict_x0_of_renderings(noisy, timesteps, lora_states, c2w)
+        return vsd_gradient(prior, renderings, scales)
+
+    @torch.no_grad()
+    def predict_x0_of_renderings(
+        self,
+        noisy: Float[Tensor, "B C h w"],
+        timesteps: Int[Tensor, "B"],
+        states: tuple[Float[Tensor, "B L E"], Float[Tensor, "B L E"]],
+        c2w: Float[Tensor, "B 16"],
+    ) -> Float[Tensor, "B C h w"]:
+        """What the LoRA takes for clean: its guided x_0, without a graph."""
+        schedule = self.models.schedule_lora
+        scales = schedule.scales(timesteps, noisy.ndim)
+        if self.cfg.guidance_scale_lora == 1:
+            # The unconditional half would be multiplied by zero.
+            prediction = self.run_lora_unet(noisy, timesteps, states[0], c2w)
+            return x0_from_prediction(prediction, noisy, scales, schedule.prediction)
+        prediction = self.run_lora_unet(
+            torch.cat([noisy, noisy]),
+            torch.cat([timesteps, timesteps]),
+            torch.cat(states),
+            torch.cat([c2w, torch.zeros_like(c2w)]),
+        )
+        halves = (x0_from_prediction(p, noisy, scales, schedule.prediction) for p in prediction.chunk(2))
+        return classifier_free_guidance(*halves, self.cfg.guidance_scale_lora)
+
+    def lora_loss(
+        self,
+        latents: Float[Tensor, "B C h w"],
+        states: Float[Tensor, "B L E"],
+        c2w: Float[Tensor, "B 16"],
+        generator: torch.Generator,
+    ) -> Float[Tensor, ""]:
+        """The diffusion loss of the LoRA on the renderings, at all noise levels."""
+        repeat = self.cfg.lora_n_timestamp_samples
+        latents, states, c2w = (torch.cat([x] * repeat) for x in (latents, states, c2w))
+        schedule = self.models.schedule_lora
+        timesteps = sample_timesteps(0, len(schedule) - 1, len(latents), generator, self.device)
+        noise = sample_noise(latents.shape, generator, self.device)
+        if self.cfg.lora_cfg_training:
+            chance = torch.rand((), generator=generator, device=generator.device).to(self.device)
+            c2w = torch.where(chance < CAMERA_DROP, torch.zeros_like(c2w), c2w)
+        return self.lora_loss_at(latents, timesteps, noise, states, c2w)
+
+    def lora_loss_at(
+        self,
+        latents: Float[Tensor, "B C h w"],
+        timesteps: Int[Tensor, "B"],
+        noise: Float[Tensor, "B C h w"],
+        states: Float[Tensor, "B L E"],
+        c2w: Float[Tensor, "B 16"],
+    ) -> Float[Tensor, ""]:
+        """``lora_loss`` at given noise levels, noise and cameras; no randomness of its own."""
+        schedule = self.models.schedule_lora
+        scales = schedule.scales(timesteps, latents.ndim)
+        prediction = self.run_lora_unet(add_noise(latents, noise, scales), timesteps, states, c2w)
+        return F.mse_loss(prediction, prediction_target(latents, noise, scales, schedule.prediction))
+
+    def run_lora_unet(
+        self,
+        noisy: Float[Tensor, "N C h w"],
+        timesteps: Int[Tensor, "N"],
+        states: Float[Tensor, "N L E"],
+        c2w: Float[Tensor, "N 16"],
+    ) -> Float[Tensor, "N C h w"]:
+        """The raw prediction of the U-Net with adapter and cameras; carries their graph."""
+        with self.lora.active(), self._with_camera_embedding():
+            return self.call_unet(self.models.unet_lora, noisy, timesteps, states, c2w)
+
+    @contextlib.contextmanager
+    def _with_camera_embedding(self) -> Iterator[None]:
+        # Not left in place: the prior may be the same U-Net, and it takes no cameras.
+        unet = self.models.unet_lora
+        unet.class_embedding = self.camera_embedding
+        try:
+            yield
+        finally:
+            unet.class_embedding = None

@@ -1,0 +1,243 @@
+"""A prompt, its view-dependent texts, and their embeddings, computed once and cached on disk.
+
+D view directions (side, front, back, overhead), L tokens, C channels.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from omegaconf import MISSING
+from torch import Tensor
+
+from fourdfy.config import Component
+from fourdfy.diffusion.hub import resolve_model
+from fourdfy.types import TextEmbeddings
+
+logger = logging.getLogger(__name__)
+
+DIRECTIONS = ("side", "front", "back", "overhead")
+"""In the order of ``TextEmbeddings.direction_indices``."""
+
+LIBRARY = Path(__file__).with_name("library.json")
+
+TextEncoder = Any
+"""Callable: texts (list of str) -> their states, [texts, L, C]."""
+
+
+class PromptProcessor(Component, ABC):
+    """Gives the text states that a guidance is conditioned on."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Component.Config):
+        prompt: str = MISSING
+        """What to make. ``lib:panda_dancing`` takes the one library prompt with both words."""
+        prompt_front: str | None = None
+        prompt_side: str | None = None
+        prompt_back: str | None = None
+        prompt_overhead: str | None = None
+        """Whole texts for a view, instead of the prompt with the view's words."""
+        prompt_suffix: str = ""
+        """Put behind the prompt by this processor alone, before the view's words."""
+        negative_prompt: str = ""
+        """What guidance leads away from; the same for all views."""
+        pretrained_model_name_or_path: str = "stabilityai/stable-diffusion-2-1-base"
+        """Folder, embedded name or hub id with ``tokenizer`` and ``text_encoder``."""
+        overhead_threshold: float = 60.0
+        front_threshold: float = 45.0
+        back_threshold: float = 45.0
+        """Degrees; see ``TextEmbeddings.direction_indices``."""
+        view_dependent_prompt_front: bool = False
+        """"front view of PROMPT" instead of "PROMPT, front view"."""
+        use_cache: bool = True
+        """Keep embeddings in $FOURDFY_CACHE, or ~/.cache/fourdfy."""
+        spawn: bool = True
+        """Without effect: the text encoder is freed without a process of its own."""
+        use_perp_neg: bool = False
+
+        def __post_init__(self) -> None:
+            if self.use_perp_neg:
+                raise ValueError("use_perp_neg=true is not there yet; set use_perp_neg=false")
+            if self.prompt != MISSING:
+                resolve_prompt(self.prompt)
+
+    cfg: Config
+
+    def __init__(self, cfg: Config) -> None:
+        self.cfg = cfg
+        self.prompt = resolve_prompt(cfg.prompt) + cfg.prompt_suffix
+
+    @abstractmethod
+    def load_encoder(self, folder: Path, device: torch.device) -> TextEncoder:
+        """The text encoder of a model folder, on ``device``."""
+
+    def direction_texts(self) -> list[str]:
+        """One text for each of ``DIRECTIONS``."""
+        given = (getattr(self.cfg, f"prompt_{direction}") for direction in DIRECTIONS)
+        return [text or self._with_view(name) for text, name in zip(given, DIRECTIONS, strict=True)]
+
+    def embeddings(self, device: torch.device | str) -> TextEmbeddings:
+        """The states of all texts, on ``device``, in float32.
+
+        The text encoder is loaded only if a text is not in the cache, and freed before this returns.
+
+        Raises:
+            FileNotFoundError: the model is not to be found.
+            ValueError: a text is longer than the encoder reads; shows where it would be cut.
+        """
+        device = torch.device(device)
+        views = self.direction_texts()
+        states = self._states({self.prompt, *views, self.cfg.negative_prompt}, device)
+        uncond = states[self.cfg.negative_prompt]
+        return TextEmbeddings(
+            text=states[self.prompt],
+            uncond=uncond,
+            text_directions=torch.stack([states[view] for view in views]),
+            uncond_directions=uncond.expand(len(DIRECTIONS), -1, -1),
+            front_threshold=self.cfg.front_threshold,
+            back_threshold=self.cfg.back_threshold,
+            overhead_threshold=self.cfg.overhead_threshold,
+        )
+
+    def _with_view(self, direction: str) -> str:
+        if not self.cfg.view_dependent_prompt_front:
+            return f"{self.prompt}, {direction} view"
+        view = "backside" if direction == "back" else direction
+        return f"{view} view of {self.prompt}"
+
+    def _states(self, texts: set[str], device: torch.device) -> dict[str, Float[Tensor, "L C"]]:
+        folder = resolve_model(self.cfg.pretrained_model_name_or_path, ("tokenizer", "text_encoder"))
+        identity = model_identity(folder)
+        known = {}
+        if self.cfg.use_cache:
+            known = {text: states for text in texts if (states := read_cached(identity, text)) is not None}
+        new = sorted(texts - known.keys())
+        if new:
+            encoder = self.load_encoder(folder, device)
+            with torch.no_grad():
+                computed = dict(zip(new, encoder(new).float().cpu(), strict=True))
+            del encoder
+            _free_memory()
+            if self.cfg.use_cache:
+                write_cached(identity, computed)
+            known |= computed
+        return {text: states.to(device) for text, states in known.items()}
+
+
+def resolve_prompt(prompt: str) -> str:
+    """The prompt itself, or the library's one prompt that has all words of ``lib:word_word``.
+
+    Raises:
+        ValueError: no library prompt has all words, or several have.
+    """
+    if not prompt.startswith("lib:"):
+        return prompt
+    words = prompt.removeprefix("lib:").lower().split("_")
+    everything = [text for group in json.loads(LIBRARY.read_text()).values() for text in group]
+    matches = [text for text in everything if all(word in text.lower() for word in words)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise ValueError(f"prompt {prompt!r} fits several library prompts; add a word:{_listed(matches)}")
+    near = [text for text in everything if any(word in text.lower() for word in words)]
+    raise ValueError(f"prompt {prompt!r} fits no library prompt; there are:{_listed(near or everything)}")
+
+
+def tokenize(tokenizer: Any, text: str, max_length: int) -> list[int]:
+    """Token ids padded to ``max_length``.
+
+    Raises:
+        ValueError: the text is longer; shows where it would be cut.
+    """
+    ids = tokenizer(text).input_ids
+    if len(ids) > max_length:
+        kept = tokenizer.decode(ids[: max_length - 1], skip_special_tokens=True)
+        cut = tokenizer.decode(ids[max_length - 1 :], skip_special_tokens=True)
+        raise ValueError(
+            f"a prompt has {len(ids)} tokens, the text encoder reads {max_length}; shorten it. "
+            f"It would be cut here: {kept!r} >>> {cut!r}"
+        )
+    return tokenizer(text, padding="max_length", max_length=max_length).input_ids
+
+
+# ---------------------------------------------------------------------------------------------
+# The cache: one safetensors file for each (text encoder, text)
+
+
+def cache_folder() -> Path:
+    """$FOURDFY_CACHE, or ~/.cache/fourdfy."""
+    root = os.environ.get("FOURDFY_CACHE") or Path.home() / ".cache" / "fourdfy"
+    return Path(root) / "text_embeddings"
+
+
+def model_identity(folder: Path) -> str:
+    """Names this text encoder and tokenizer with these weights; a retrained one gets another name."""
+    files = sorted(f for part in ("tokenizer", "text_encoder") for f in (folder / part).rglob("*"))
+    stamps = [
+        (str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()
+    ]
+    return f"{folder.resolve()} {hashlib.blake2b(repr(stamps).encode(), digest_size=16).hexdigest()}"
+
+
+def read_cached(identity: str, text: str) -> Float[Tensor, "L C"] | None:
+    """The states of a text, or None if they are not there or can't be read."""
+    from safetensors import SafetensorError, safe_open
+
+    file = _cache_file(identity, text)
+    try:
+        with safe_open(file, framework="pt") as entry:
+            if (entry.metadata() or {}) != _label(identity, text):
+                return None
+            return entry.get_tensor("states")
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError) as error:
+        logger.warning("%s is not readable (%s); computing it again", file, error)
+        return None
+
+
+def write_cached(identity: str, states: Mapping[str, Float[Tensor, "L C"]]) -> None:
+    """Keep the states of some texts; each file appears whole or not at all."""
+    from safetensors.torch import save
+
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for text, tensor in states.items():
+            content = save({"states": tensor.contiguous()}, metadata=_label(identity, text))
+            with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as part:
+                part.write(content)
+            os.replace(part.name, _cache_file(identity, text))
+    except OSError as error:
+        logger.warning("text embeddings are not cached: %s", error)
+
+
+def _cache_file(identity: str, text: str) -> Path:
+    digest = hashlib.blake2b(f"{identity}\0{text}".encode(), digest_size=16).hexdigest()
+    return cache_folder() / f"{digest}.safetensors"
+
+
+def _label(identity: str, text: str) -> dict[str, str]:
+    return {"model": identity, "prompt": text}
+
+
+def _listed(texts: Sequence[str]) -> str:
+    return "".join(f"\n  {text}" for text in texts)
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,112 @@
+"""The recorded cases, and networks that answer with a recorded prediction."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fourdfy.config import parse_config
+from fourdfy.diffusion.frozen import FrozenModels, NoiseSchedule
+from fourdfy.guidance.latent import LatentGuidance
+from fourdfy.types import Cameras, TextEmbeddings
+
+ARRAYS = np.load(Path(__file__).parents[1] / "data" / "sds_reference.npz")
+CPU = torch.device("cpu")
+
+
+def case(name: str) -> SimpleNamespace:
+    """The arrays of a case; ``latents`` carry a graph."""
+    prefix = f"{name}/"
+    arrays = {
+        key.removeprefix(prefix): torch.as_tensor(ARRAYS[key])
+        for key in ARRAYS.files
+        if key.startswith(prefix)
+    }
+    if "latents" in arrays:
+        arrays["latents"] = arrays["latents"].clone().requires_grad_()
+    return SimpleNamespace(**arrays)
+
+
+def assert_matches(given: torch.Tensor, wanted: torch.Tensor) -> None:
+    """1e-5 of the largest entry: both sides are float32."""
+    scale = wanted.abs().max().item()
+    torch.testing.assert_close(given.detach(), wanted, rtol=1e-5, atol=1e-5 * scale)
+
+
+def schedule(prediction: str = "epsilon") -> NoiseSchedule:
+    return NoiseSchedule(
+        alphas_cumprod=torch.from_numpy(ARRAYS["schedule/alphas_cumprod"]), prediction=prediction
+    )
+
+
+class RecordedUNet(nn.Module):
+    """Answers every call with one prediction, and keeps what it was asked."""
+
+    config = SimpleNamespace(sample_size=8)
+
+    def __init__(self, prediction: torch.Tensor) -> None:
+        super().__init__()
+        self.prediction = prediction
+
+    def forward(self, noisy, timesteps, encoder_hidden_states, return_dict, class_labels=None):
+        self.noisy, self.timesteps, self.states = noisy, timesteps, encoder_hidden_states
+        self.class_labels = class_labels
+        return (self.prediction,)
+
+
+def recorded(guidance_class: type[LatentGuidance], prediction: torch.Tensor, **config: Any):
+    """(guidance whose U-Net is a RecordedUNet, that U-Net)."""
+    unet = RecordedUNet(prediction)
+    vae = nn.Module()
+    vae.config = SimpleNamespace(block_out_channels=(1, 1, 1, 1))
+
+    class Recorded(guidance_class):
+        def load_models(self) -> FrozenModels:
+            return FrozenModels(unet=unet, vae=vae, schedule=schedule())
+
+    cfg = parse_config(guidance_class.Config, config | {"half_precision_weights": False})
+    return Recorded(cfg, device=CPU), unet
+
+
+def states(count: int, fill: float, tokens: int = 3, channels: int = 2) -> torch.Tensor:
+    return torch.full((count, tokens, channels), fill)
+
+
+def embeddings(channels: int = 16, tokens: int = 77) -> TextEmbeddings:
+    """Random states, different for every view."""
+    generator = torch.Generator().manual_seed(0)
+    text, uncond = torch.randn(2, tokens, channels, generator=generator)
+    return TextEmbeddings(
+        text=text,
+        uncond=uncond,
+        text_directions=torch.randn(4, tokens, channels, generator=generator),
+        uncond_directions=uncond.expand(4, -1, -1),
+        front_threshold=30.0,
+        back_threshold=30.0,
+        overhead_threshold=60.0,
+    )
+
+
+def cameras(azimuth_deg: list[float], size: int = 24) -> Cameras:
+    """Level cameras around the z axis at distance 2; only c2w's position turns."""
+    azimuth = torch.tensor(azimuth_deg)
+    count = len(azimuth)
+    c2w = torch.eye(4).repeat(count, 1, 1)
+    c2w[:, 0, 3], c2w[:, 1, 3] = 2 * torch.cos(azimuth.deg2rad()), 2 * torch.sin(azimuth.deg2rad())
+    zeros = torch.zeros(count)
+    return Cameras(
+        c2w=c2w,
+        fovy_deg=zeros + 40,
+        elevation_deg=zeros,
+        azimuth_deg=azimuth,
+        distances=zeros + 2,
+        times=zeros,
+        light_positions=torch.zeros(count, 3),
+        height=size,
+        width=size,
+    )

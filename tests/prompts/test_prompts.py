@@ -1,0 +1,203 @@
+"""Prompt texts, directions, the library, and the cache of embeddings."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+import torch
+
+from fourdfy.config import ConfigError, parse_config
+from fourdfy.prompts import base
+from fourdfy.prompts.base import PromptProcessor, resolve_prompt
+from fourdfy.registry import find
+from tests.tiny_models import MAX_TOKENS, TEXT_WIDTH, save_clip_text
+
+NAMES = ("stable-diffusion-prompt-processor", "zeroscope-prompt-processor")
+
+
+def make(name: str = NAMES[0], **config) -> PromptProcessor:
+    cls = find(name, PromptProcessor)
+    return cls(parse_config(cls.Config, {"prompt": "a red cube spinning"} | config))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    save_clip_text(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FOURDFY_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "text_embeddings"
+
+
+@pytest.fixture
+def loads(monkeypatch) -> list:
+    """The folders whose text encoder was loaded."""
+    seen = []
+    cls = find(NAMES[0], PromptProcessor)
+    inner = cls.load_encoder
+    monkeypatch.setattr(cls, "load_encoder", lambda self, *args: seen.append(args[0]) or inner(self, *args))
+    return seen
+
+
+def test_each_view_has_its_words_behind_the_suffix():
+    assert make(prompt_suffix=", at the start").direction_texts() == [
+        "a red cube spinning, at the start, side view",
+        "a red cube spinning, at the start, front view",
+        "a red cube spinning, at the start, back view",
+        "a red cube spinning, at the start, overhead view",
+    ]
+
+
+def test_the_view_may_stand_in_front():
+    assert make(view_dependent_prompt_front=True).direction_texts() == [
+        "side view of a red cube spinning",
+        "front view of a red cube spinning",
+        "backside view of a red cube spinning",
+        "overhead view of a red cube spinning",
+    ]
+
+
+def test_a_view_may_have_a_text_of_its_own():
+    texts = make(prompt_back="the tail of a fox").direction_texts()
+    assert texts[2] == "the tail of a fox"
+    assert texts[1] == "a red cube spinning, front view"
+
+
+def test_a_library_prompt_is_found_by_its_words():
+    assert make(prompt="lib:panda_dancing").prompt == "a panda dancing"
+    assert make(prompt="lib:panda", prompt_suffix=", at the start").prompt == "a panda dancing, at the start"
+
+
+def test_an_ambiguous_or_unknown_library_prompt_lists_the_candidates():
+    with pytest.raises(ValueError, match="several") as error:
+        resolve_prompt("lib:a_playing")
+    assert "a fox playing a wooden flute" in str(error.value)
+    assert "a drummer playing a small drum" in str(error.value)
+    with pytest.raises(ValueError, match="fits no library prompt") as error:
+        resolve_prompt("lib:panda_sleeping")
+    assert "a panda dancing" in str(error.value)
+    with pytest.raises(ConfigError, match="fits no library prompt"):
+        make(prompt="lib:xyzzy")
+
+
+def test_a_prompt_must_be_given_and_perp_neg_must_not():
+    cls = find(NAMES[0], PromptProcessor)
+    with pytest.raises(ConfigError, match="prompt: missing"):
+        parse_config(cls.Config, {})
+    with pytest.raises(ConfigError, match="set use_perp_neg=false"):
+        make(use_perp_neg=True)
+
+
+def test_default_thresholds_are_the_original_ones():
+    cfg = make().cfg
+    assert (cfg.front_threshold, cfg.back_threshold, cfg.overhead_threshold) == (45, 45, 60)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_embeddings_are_the_encoders_last_states_of_every_text(name, model):
+    processor = make(name, pretrained_model_name_or_path=str(model), negative_prompt="ugly")
+    given = processor.embeddings("cpu")
+    encode = processor.load_encoder(model, torch.device("cpu"))
+    wanted = encode([processor.prompt, "ugly", *processor.direction_texts()]).detach()
+    assert wanted.shape == (6, MAX_TOKENS, TEXT_WIDTH)
+    torch.testing.assert_close(given.text, wanted[0])
+    torch.testing.assert_close(given.uncond, wanted[1])
+    torch.testing.assert_close(given.text_directions, wanted[2:])
+    assert all(torch.equal(states, given.uncond) for states in given.uncond_directions)
+    assert not any(tensor.requires_grad for tensor in (given.text, given.text_directions))
+
+
+def test_views_choose_their_texts_by_strict_thresholds(model):
+    processor = make(pretrained_model_name_or_path=str(model), front_threshold=30.0, back_threshold=30.0)
+    given = processor.embeddings("cpu")
+    azimuth = torch.tensor([0.0, 29.9, 30.0, 150.0, 150.1, -180.0, 330.1, 90.0])
+    elevation = torch.tensor([0.0] * 7 + [60.1])
+    text, uncond = given.for_views(elevation, azimuth, view_dependent=True)
+    expected = [1, 1, 0, 0, 2, 2, 1, 3]
+    assert torch.equal(text, given.text_directions[expected])
+    assert torch.equal(uncond, given.uncond_directions[expected])
+    plain, _ = given.for_views(elevation, azimuth, view_dependent=False)
+    assert all(torch.equal(states, given.text) for states in plain)
+
+
+def test_a_cache_hit_does_not_load_the_encoder(model, loads):
+    first = make(pretrained_model_name_or_path=str(model)).embeddings("cpu")
+    again = make(pretrained_model_name_or_path=str(model)).embeddings("cpu")
+    assert len(loads) == 1
+    assert torch.equal(first.text_directions, again.text_directions)
+    make(pretrained_model_name_or_path=str(model), use_cache=False).embeddings("cpu")
+    assert len(loads) == 2
+
+
+def test_another_prompt_shares_what_it_can(model, loads):
+    make(pretrained_model_name_or_path=str(model)).embeddings("cpu")
+    given = make(pretrained_model_name_or_path=str(model), prompt="a blue ball").embeddings("cpu")
+    fresh = make(pretrained_model_name_or_path=str(model), prompt="a blue ball", use_cache=False)
+    torch.testing.assert_close(given.text, fresh.embeddings("cpu").text)
+    torch.testing.assert_close(given.uncond, fresh.embeddings("cpu").uncond)
+
+
+def test_a_retrained_model_in_the_same_folder_is_not_taken_for_the_old_one(model, loads, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "model")
+    old = make(pretrained_model_name_or_path=str(folder)).embeddings("cpu")
+    torch.manual_seed(1)
+    save_clip_text(folder)
+    os.utime(folder / "text_encoder" / "model.safetensors", (1, 1))
+    new = make(pretrained_model_name_or_path=str(folder)).embeddings("cpu")
+    assert len(loads) == 2
+    assert not torch.equal(old.text, new.text)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a tensor", b"\x08\0\0\0\0\0\0\0{}      "])
+def test_a_corrupt_entry_is_computed_again(model, loads, cache, content):
+    first = make(pretrained_model_name_or_path=str(model)).embeddings("cpu")
+    for file in cache.iterdir():
+        file.write_bytes(content)
+    again = make(pretrained_model_name_or_path=str(model)).embeddings("cpu")
+    assert torch.equal(first.text, again.text)
+    make(pretrained_model_name_or_path=str(model)).embeddings("cpu")
+    assert len(loads) == 2, "the corrupt entries were replaced"
+
+
+def test_an_entry_of_another_text_is_not_taken(model, loads, cache):
+    first = make(pretrained_model_name_or_path=str(model)).embeddings("cpu")
+    entries = sorted(cache.iterdir())
+    for file, other in zip(entries, entries[1:] + entries[:1], strict=True):
+        (file.with_suffix(".moved")).write_bytes(other.read_bytes())
+    for file in entries:
+        file.with_suffix(".moved").replace(file)
+    again = make(pretrained_model_name_or_path=str(model)).embeddings("cpu")
+    assert torch.equal(first.text_directions, again.text_directions)
+
+
+def test_nothing_unfinished_stays_in_the_cache(model, cache):
+    make(pretrained_model_name_or_path=str(model)).embeddings("cpu")
+    assert {file.suffix for file in cache.iterdir()} == {".safetensors"}
+
+
+def test_without_a_writable_cache_it_still_works(model, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FOURDFY_CACHE", str(tmp_path / "file"))
+    assert make(pretrained_model_name_or_path=str(model)).embeddings("cpu").text.any()
+
+
+def test_the_default_cache_is_in_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("FOURDFY_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert base.cache_folder() == tmp_path / ".cache" / "fourdfy" / "text_embeddings"
+
+
+def test_a_prompt_that_is_too_long_shows_where_it_would_be_cut(model):
+    long = "a panda dancing and " * 25 + "a blue whale"
+    with pytest.raises(ValueError, match=rf"the text encoder reads {MAX_TOKENS}") as error:
+        make(pretrained_model_name_or_path=str(model), prompt=long).embeddings("cpu")
+    kept, cut = str(error.value).split(">>>")
+    assert "a panda dancing and" in kept
+    assert "blue whale" in cut and "blue whale" not in kept

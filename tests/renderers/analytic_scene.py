@@ -1,0 +1,89 @@
+"""A scene in closed form: a coloured ball on a circular path, before a plain background."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fourdfy.fields.base import Background, Geometry, Material
+from fourdfy.renderers.base import Scene
+from fourdfy.renderers.nerf import NeRFVolumeRenderer
+from fourdfy.types import FieldOutput
+
+
+class Ball(Geometry):
+    """Density falls from ``peak`` to 0 over a soft rim."""
+
+    def __init__(self, peak=40.0, size=0.3, orbit=0.5, sharpness=30.0, extras=False):
+        super().__init__()
+        self.peak = nn.Parameter(torch.tensor(float(peak)))
+        self.orbit = nn.Parameter(torch.tensor(float(orbit)))
+        self.color = nn.Parameter(torch.tensor([2.0, -1.0, 0.5]))
+        self.size, self.sharpness, self.extras = size, sharpness, extras
+        self.largest_call = 0
+
+    @property
+    def radius(self):
+        return 1.0
+
+    def dynamic_parameters(self):
+        return iter([self.orbit])
+
+    def centers(self, times):
+        angle = 2 * math.pi * times
+        return self.orbit * torch.cat([angle.cos(), angle.sin(), 0.5 * (2 * angle).sin()], dim=-1)
+
+    def density(self, positions, times, *, step):
+        self.largest_call = max(self.largest_call, len(positions))
+        inside = self.size - (positions - self.centers(times)).norm(dim=-1)
+        return self.peak * torch.sigmoid(self.sharpness * inside)
+
+    def forward(self, positions, times, *, step, want_normals=False):
+        normals = nn.functional.normalize(positions - self.centers(times), dim=-1)
+        return FieldOutput(
+            sigmas=self.density(positions, times, step=step),
+            features=self.color + positions,
+            normals=normals if want_normals else None,
+            deformation=self.centers(times) if self.extras else None,
+        )
+
+
+class Paint(Material):
+    """The features through a sigmoid; in training darkened by one draw per call."""
+
+    def __init__(self, random=False):
+        super().__init__()
+        self.random = random
+
+    def forward(self, features, *, positions, normals, light_positions, step, generator=None):
+        shade = torch.rand((), generator=generator) if self.random and generator is not None else 1.0
+        return torch.sigmoid(features) * shade
+
+
+class Plain(Background):
+    def __init__(self):
+        super().__init__()
+        self.color = nn.Parameter(torch.tensor([0.2, 0.4, 0.6]))
+
+    def forward(self, directions, *, generator=None):
+        return self.color.expand_as(directions)
+
+
+@dataclass(frozen=True)
+class Parts:
+    scene: Scene
+    renderer: NeRFVolumeRenderer
+
+
+def make_scene(*, random_material=False, refresh=True, dynamic=True, **settings):
+    """A renderer with a small budget, its occupancy grid refreshed a few times."""
+    geometry_keys = ("peak", "size", "orbit", "sharpness", "extras")
+    geometry = Ball(**{key: settings.pop(key) for key in geometry_keys if key in settings})
+    scene = Scene(geometry=geometry, material=Paint(random_material), background=Plain())
+    settings = {"num_samples_per_ray": 48, "grid_resolution": 16, **settings}
+    renderer = NeRFVolumeRenderer(NeRFVolumeRenderer.Config(**settings), scene)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(0, 160 if refresh else 0, 16):
+        renderer.update_occupancy(step=step, dynamic=dynamic, generator=generator)
+    return Parts(scene=scene, renderer=renderer)

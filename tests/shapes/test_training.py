@@ -1,0 +1,127 @@
+"""The training command at toy size, from the first step to folders that from_pretrained loads."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from fourdfy.shapes import quality, store
+from fourdfy.shapes.data import FRAMES, draw_scenes, render_scenes, table_texts
+from fourdfy.shapes.grammar import all_prompts, is_held_out
+from fourdfy.shapes.models import FOLDERS
+from fourdfy.shapes.training import main
+
+TINY = ["--minutes", "2", "--max-steps", "2", "--batch", "2", "--pool", "4", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run in which every part made two steps, exported."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("run")
+    for part in ("text", "vae", "image", "multi_view", "video"):
+        main([part, "--out", str(out), *TINY])
+    main(["samples", "--out", str(out), "--models", "image", "--num-prompts", "2", "--sample-steps", "2"])
+    main(["export", "--out", str(out), "--assets", str(out / "assets")])
+    return out
+
+
+def test_a_part_goes_on_where_it_stopped(run, tmp_path):
+    for name in ("vae.json", "vae.safetensors", "vae.state.pt"):
+        shutil.copyfile(run / name, tmp_path / name)
+    main(["vae", "--out", str(tmp_path), *TINY])
+    state = store.load_state(tmp_path, "vae")
+    assert state["step"] == 4
+    assert store.read_record(tmp_path, "vae")["steps"] == 4
+    assert all(entry["step"] == 4 for entry in state["optimizer"]["state"].values())
+
+
+def test_without_its_state_a_part_starts_from_its_averaged_weights(run):
+    (run / "image.state.pt").unlink(missing_ok=True)
+    before = store.read_record(run, "image")["steps"]
+    main(["image", "--out", str(run), *TINY])
+    assert store.read_record(run, "image")["steps"] == before + 2
+
+
+@pytest.mark.parametrize("part", ["image", "multi_view", "video"])
+def test_exported_folders_load_as_genuine_models(run, part):
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet3DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    folder = run / "assets" / FOLDERS[part]
+    cls = UNet3DConditionModel if part == "video" else UNet2DConditionModel
+    unet = cls.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32)
+    assert (
+        DDIMScheduler.from_pretrained(folder, subfolder="scheduler").config.prediction_type == "v_prediction"
+    )
+    vae = AutoencoderKL.from_pretrained(folder, subfolder="vae")
+    assert vae.config.scaling_factor == store.load_part(run, "vae").config.scaling_factor
+    tokens = CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")("a red cube", return_tensors="pt")
+    text = CLIPTextModel.from_pretrained(folder, subfolder="text_encoder")(tokens.input_ids)
+    assert text.last_hidden_state.shape[-1] == unet.config.cross_attention_dim
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["unet"] == ["diffusers", cls.__name__]
+    assert "## Training" in (folder / "README.md").read_text()
+    largest = max(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    assert largest <= 16 * 2**20
+
+
+def test_all_folders_together_stay_within_40_megabytes(run):
+    assert sum(path.stat().st_size for path in (run / "assets").rglob("*.safetensors")) <= 40e6
+
+
+def test_samples_are_measured_and_shown(run):
+    shares = store.read_record(run, "image")["quality"]["shares"]
+    assert set(shares["all"]) == {"colour", "shape", "view", "right"}
+    assert (run / "image.png").exists()
+
+
+def test_a_four_view_model_sees_the_other_views(run):
+    unet = store.load_part(run, "multi_view")
+    torch.nn.init.normal_(unet.conv_out.weight)
+    latents, text, camera = torch.randn(4, 4, 16, 16), torch.randn(4, 32, 64), torch.randn(4, 16)
+    changed = latents.clone()
+    changed[3] += 1
+    one, other = (unet(x, 500, text, class_labels=camera).sample for x in (latents, changed))
+    assert (one[0] - other[0]).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("part", ["image", "multi_view", "video"])
+def test_drawn_scenes_say_what_their_texts_say(part):
+    scenes = draw_scenes(part, 400, torch.Generator().manual_seed(1))
+    texts = list(table_texts())
+    said = [texts[row] for row in scenes.text]
+    prompts = [all_prompts()[row // 30] for row in scenes.text]
+    assert not any(map(is_held_out, prompts))
+    assert scenes.times.shape == (400, FRAMES[part])
+    assert scenes.times.min() >= 0 and scenes.times.max() < 1
+    assert scenes.elevation_deg.min() >= 0 and scenes.elevation_deg.max() <= 30
+    azimuth = (scenes.azimuth_deg[:, 0] + 180) % 360 - 180
+    for n, text in enumerate(said):
+        if "at the start" in text:
+            assert scenes.times[n].max() == 0
+        if "third quarter" in text:
+            assert 0.5 <= scenes.times[n, 0] < 0.75
+        if "front view" in text:
+            assert azimuth[n].abs() < (45 if part == "video" else 30)
+    assert any("view" in text for text in said) == (part != "multi_view")
+    assert any("at the start" in text for text in said) == (part != "video")
+
+
+@pytest.mark.parametrize("part", ["image", "multi_view", "video"])
+def test_the_quality_checks_accept_the_ground_truth_and_refuse_other_prompts(part):
+    prompts = quality._choose_prompts(5)
+    scenes = quality._ask(part, prompts, seed=0)
+    images = render_scenes(scenes, "cpu") / 2 + 0.5
+    small = torch.nn.functional.avg_pool2d(images.flatten(0, 1), 2).unflatten(0, images.shape[:2])
+    background = quality.nearest_background(small)
+    others = [prompts[-1], *prompts[:-1]]
+    assert quality.check_colour(small, background, prompts).all()
+    assert quality.check_shape(small, background, prompts).all()
+    assert not quality.check_colour(small, background, others).all()
+    assert not quality.check_shape(small, background, others).all()
+    if part == "video":
+        assert quality.check_motion(small, background, prompts, num_azimuths=8).all()
+    else:
+        assert quality.check_view(part, small, background, scenes, num_azimuths=8).all()

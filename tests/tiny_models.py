@@ -1,0 +1,185 @@
+"""Tiny random-weight models in genuine folder layouts, loaded through the genuine code paths.
+
+``save_stable_diffusion(folder)``, ``save_multi_view(folder)`` and ``save_zeroscope(folder)`` write a
+diffusers folder of about a megabyte and return it; the tokenizer is a real CLIP byte-pair encoding with
+a small vocabulary, so prompts of the usual lengths fit into 77 tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet3DConditionModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from fourdfy.prompts.base import LIBRARY
+
+SAMPLE_SIZE = 8
+"""Latents per side; the VAE makes 4 pixels of one, so the models' own size is 32 x 32."""
+TEXT_WIDTH = 16
+MAX_TOKENS = 77
+QUALITY_WORDS = (
+    "ugly, bad anatomy, blurry, pixelated, obscure, unnatural colors, poor lighting, dull, unclear, cropped, "
+    "lowres, low quality, artifacts, duplicate, morbid, mutilated, poorly drawn face, deformed, dehydrated, "
+    "bad proportions, low motion, static statue, not moving, no motion, "
+    "side front back overhead backside view"
+)
+
+
+def save_stable_diffusion(
+    folder: Path, prediction_type: str = "epsilon", sample_size: int = SAMPLE_SIZE, seed: int = 0
+) -> Path:
+    """Stable Diffusion: UNet2D, VAE, scheduler, tokenizer, CLIP text encoder."""
+    torch.manual_seed(seed)
+    _save_common(folder, "StableDiffusionPipeline", "UNet2DConditionModel", prediction_type)
+    _randomise(UNet2DConditionModel(**_unet_config(sample_size))).save_pretrained(folder / "unet")
+    return folder
+
+
+def save_multi_view(folder: Path, sample_size: int = SAMPLE_SIZE, seed: int = 0) -> Path:
+    """MVDream as a diffusers folder: the U-Net takes 16 camera numbers as a projected class label."""
+    torch.manual_seed(seed)
+    _save_common(folder, "StableDiffusionPipeline", "UNet2DConditionModel", "epsilon")
+    config = _unet_config(sample_size)
+    config |= {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 16}
+    _randomise(UNet2DConditionModel(**config)).save_pretrained(folder / "unet")
+    return folder
+
+
+def save_zeroscope(folder: Path, sample_size: int = SAMPLE_SIZE, seed: int = 0) -> Path:
+    """ZeroScope: UNet3D and the parts of Stable Diffusion."""
+    torch.manual_seed(seed)
+    _save_common(folder, "TextToVideoSDPipeline", "UNet3DConditionModel", "epsilon")
+    unet = UNet3DConditionModel(
+        sample_size=sample_size,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=8,
+    )
+    _randomise(unet).save_pretrained(folder / "unet")
+    return folder
+
+
+def save_clip_text(folder: Path) -> None:
+    """The parts ``tokenizer`` (vocab.json, merges.txt) and ``text_encoder``."""
+    vocab, merges = _byte_pairs()
+    place = folder / "tokenizer"
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "vocab.json").write_text(json.dumps(vocab))
+    (place / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    config = {
+        "tokenizer_class": "CLIPTokenizer",
+        "model_max_length": MAX_TOKENS,
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "!",
+        "do_lower_case": True,
+    }
+    (place / "tokenizer_config.json").write_text(json.dumps(config))
+    tokens = ("bos_token", "eos_token", "unk_token", "pad_token")
+    (place / "special_tokens_map.json").write_text(json.dumps({key: config[key] for key in tokens}))
+    text_config = CLIPTextConfig(
+        vocab_size=len(vocab),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS,
+        hidden_act="gelu",
+        bos_token_id=vocab["<|startoftext|>"],
+        eos_token_id=vocab["<|endoftext|>"],
+        pad_token_id=vocab["!"],
+    )
+    CLIPTextModel(text_config).save_pretrained(folder / "text_encoder")
+
+
+def _save_common(folder: Path, pipeline: str, unet_class: str, prediction_type: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_clip_text(folder)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=32,
+    )
+    vae.save_pretrained(folder / "vae")
+    DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    ).save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": pipeline,
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", unet_class],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def _unet_config(sample_size: int) -> dict:
+    return {
+        "sample_size": sample_size,
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "cross_attention_dim": TEXT_WIDTH,
+        "attention_head_dim": 2,
+        "use_linear_projection": True,
+    }
+
+
+def _randomise(network: torch.nn.Module) -> torch.nn.Module:
+    """Some layers start at zero (temporal convolutions, say) and would hide what they do."""
+    for parameter in network.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    return network
+
+
+@cache
+def _byte_pairs() -> tuple[dict[str, int], list[str]]:
+    """CLIP's kind of vocabulary, learned from the prompt library: every byte, and common words."""
+    texts = [text for group in json.loads(LIBRARY.read_text()).values() for text in group]
+    tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pattern=" ", behavior="removed"),
+            pre_tokenizers.Punctuation(),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=4000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False
+    )
+    tokenizer.train_from_iterator([*texts, QUALITY_WORDS], trainer)
+    learned = json.loads(tokenizer.to_str())["model"]["merges"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in learned]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # "!" is id 0, the padding of Stable Diffusion 2's tokenizer.
+    tokens = sorted(alphabet, key=lambda byte: byte != "!")
+    tokens += [byte + "</w>" for byte in alphabet]
+    tokens += [pair.replace(" ", "") for pair in merges]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return {token: index for index, token in enumerate(dict.fromkeys(tokens))}, merges
