@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,7 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.DEBUG if args.verbose else logging.INFO, format="%(message)s", stream=sys.stderr
     )
-    _quieten_libraries(args.verbose)
     device = select_device(args.gpu)
     if args.typecheck:
         _check_types()
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fourdfy.config import ConfigError
     from fourdfy.run import run
 
+    _quieten_libraries(args.verbose)
     command = ["launch.py", *(sys.argv[1:] if argv is None else argv)]
     try:
         run(args.mode, args.config, args.overrides, device=device, command=command)
@@ -86,11 +87,12 @@ def select_device(gpu: str | None) -> str:
 
 
 def _quieten_libraries(verbose: bool) -> None:
-    """Their start-up chatter is of no use to a user; warnings still come through."""
+    """Their start-up chatter is of no use to a user; errors still come through."""
     if verbose:
         return
-    for name in ("pytorch_lightning", "lightning_fabric", "lightning", "numba", "httpx", "urllib3"):
+    for name in ("pytorch_lightning", "lightning_fabric", "numba", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=name)
 
 
 def _check_types() -> None:

@@ -60,7 +60,11 @@ def slot(kind: type, by: str, default: Mapping[str, Any] | None = None) -> Any:
 
 
 def inner_slot(kind: type, by: str, default: Mapping[str, Any] | None = None) -> Any:
-    """A field holding the config of the ``kind`` that its own key ``by`` (say ``otype``) names."""
+    """A field holding the config of the ``kind`` that its own key ``by`` (say ``otype``) names.
+
+    Given keys are laid over the default's unless they name another class. Without a default the field
+    may be left out and is then None.
+    """
     return _slot(Slot(kind, by, inside=True), default)
 
 
@@ -143,7 +147,10 @@ def _parse_slot(
         raise _error(path, name, sources, f"expected a mapping, got {inner!r}")
     inner = dict(inner)
     if spec.inside:
-        inner = {spec.by: defaults[spec.by], **inner} if spec.by in defaults else inner
+        if not inner and name not in given:
+            return None
+        same_class = inner.get(spec.by, defaults.get(spec.by)) == defaults.get(spec.by)
+        inner = {**defaults, **inner} if same_class else inner
         selector, where = inner.pop(spec.by, None), f"{name}.{spec.by}"
     else:
         default = known[spec.by].default

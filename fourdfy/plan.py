@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.table import Table
 
 from fourdfy.config import build
 from fourdfy.diffusion.hub import locate_model, stored_bytes
@@ -18,27 +17,24 @@ BYTES_PER_SAMPLE = 1900
 
 
 def print_plan(experiments: Sequence[Experiment]) -> None:
-    """A table of step kinds for each stage, then its models and a memory estimate."""
-    console = Console()
+    """For each stage: its step kinds, their priors and where these come from, and the memory."""
+    console = Console(soft_wrap=True, highlight=False)
     for number, experiment in enumerate(experiments, 1):
-        cfg, plan = experiment.cfg, experiment.plan
-        console.rule(f"stage {number}/{len(experiments)}: {cfg.name}, {cfg.trainer.max_steps} steps")
-        console.print(f"prompt: {cfg.system.prompt_processor.prompt!r}   trial: {experiment.trial_dir}")
-        table = Table("step", "probability", "trains", "frames", "prior", "model")
-        for step in plan.steps:
+        cfg = experiment.cfg
+        console.print(f"[bold]stage {number}/{len(experiments)}: {cfg.name}[/], {cfg.trainer.max_steps} steps")
+        console.print(f"  prompt: {cfg.system.prompt_processor.prompt!r}", markup=False)
+        console.print(f"  folder: {experiment.trial_dir}", markup=False)
+        for step in experiment.plan.steps:
             guidance = getattr(cfg.system, step.guidance_cfg)
-            frames = experiment_frames(experiment, step.name)
-            model = guidance.pretrained_model_name_or_path
-            table.add_row(
-                step.name,
-                f"{step.probability:g}",
-                ", ".join(sorted(step.trains)),
-                "{} x {} x {}".format(*frames),
-                getattr(cfg.system, _type_key(step.guidance_cfg)),
-                locate_model(model, ("unet", "vae", "scheduler")),
+            model = locate_model(guidance.pretrained_model_name_or_path, ("unet", "vae", "scheduler"))
+            frames, height, width = experiment_frames(experiment, step.name)
+            console.print(
+                f"  {step.name:<12} probability {step.probability:<5.3g} {frames:>2} frames of {height} x {width}, "
+                f"trains {' + '.join(sorted(step.trains))}\n"
+                f"  {'':<12} {getattr(cfg.system, _type_key(step.guidance_cfg))} from {model}",
+                markup=False,
             )
-        console.print(table)
-        console.print(f"memory, roughly: {_memory_estimate(experiment) / 2**30:.1f} GiB")
+        console.print(f"  memory, roughly: {_memory_estimate(experiment) / 2**30:.1f} GiB")
 
 
 def experiment_frames(experiment: Experiment, step: str) -> tuple[int, int, int]:

@@ -1,7 +1,7 @@
 """What flows between the parts: cameras, rays, samples, fields, images, texts, batches.
 
 F frames of a step, H x W pixels, R = F*H*W rays, N samples over all rays (packed, sorted by ray),
-D view directions of a prompt, L tokens, C channels. All are frozen; ``.to(...)`` gives a copy.
+M moments and D view directions of a prompt, L tokens, C channels. All are frozen; ``.to(...)`` gives a copy.
 """
 
 from __future__ import annotations
@@ -122,12 +122,11 @@ class RenderOutput(TensorRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class TextEmbeddings(TensorRecord):
-    """A prompt's text states: plain, and one per view direction (side, front, back, overhead)."""
+    """A prompt's text states for each moment: plain, and one per view (side, front, back, overhead)."""
 
-    text: Float[Tensor, "L C"]
+    text: Float[Tensor, "M L C"]
+    text_directions: Float[Tensor, "M D L C"]
     uncond: Float[Tensor, "L C"]
-    text_directions: Float[Tensor, "D L C"]
-    uncond_directions: Float[Tensor, "D L C"]
     front_threshold: float
     back_threshold: float
     overhead_threshold: float
@@ -144,14 +143,18 @@ class TextEmbeddings(TensorRecord):
         return torch.where(elevation_deg > self.overhead_threshold, 3, index)
 
     def for_views(
-        self, elevation_deg: Float[Tensor, "B"], azimuth_deg: Float[Tensor, "B"], view_dependent: bool
+        self, cameras: Cameras, view_dependent: bool
     ) -> tuple[Float[Tensor, "B L C"], Float[Tensor, "B L C"]]:
-        """(text, uncond) states for B views."""
+        """(text, uncond) states for the views and times of B cameras.
+
+        The M moments are equal parts of the scene's time 0..1.
+        """
+        moment = (cameras.times * len(self.text)).long().clamp(max=len(self.text) - 1)
+        text = self.text[moment]
         if view_dependent:
-            index = self.direction_indices(elevation_deg, azimuth_deg)
-            return self.text_directions[index], self.uncond_directions[index]
-        batch = len(azimuth_deg)
-        return self.text.expand(batch, -1, -1), self.uncond.expand(batch, -1, -1)
+            index = self.direction_indices(cameras.elevation_deg, cameras.azimuth_deg)
+            text = self.text_directions[moment, index]
+        return text, self.uncond.expand_as(text)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -279,24 +279,19 @@ def _or_none(value: float) -> float | None:
 
 RECIPE = Path(__file__).parents[2] / "configs" / "shapes.yaml"
 
-_NO_LORA = "system.optimizer.params={guidance_single_view: null}"
 DROP_OVERRIDES: dict[str, tuple[str, ...]] = {
     "multi_view": (
         "data.prob_multi_view=0",
         "stage_1.system.guidance.max_step_percent=0.98",
-        'stage_1.system.prompt_processor.prompt_suffix=", at the start"',
+        'stage_1.system.prompt_processor.moments=["at the start"]',
         "stage_1.system.optimizer.params={guidance_single_view: {lr: 0.0001}}",
     ),
     "single_view": (
         "stage_2.data.prob_multi_view=1",
-        f"stage_2.{_NO_LORA}",
+        "stage_2.system.optimizer.params={guidance_single_view: null}",
         "stage_3.data.single_view.prob_single_view_video=1",
-        f"stage_3.{_NO_LORA}",
     ),
-    "video": (
-        "stage_3.data.single_view.prob_single_view_video=0",
-        "stage_3.system.optimizer.params={geometry.encoding.encoding.encoding_time: null}",
-    ),
+    "video": ("stage_3.data.single_view.prob_single_view_video=0",),
 }
 """What switches a prior of the recipe off, as ``key=value`` overrides."""
 

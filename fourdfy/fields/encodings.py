@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fourdfy.config import Component, build, inner_slot
-from fourdfy.fields.mlp import VanillaMLP, optional_slot
+from fourdfy.fields.mlp import VanillaMLP
 from fourdfy.ops.hash_grid import HashGridSpec, check_backend, hash_grid
 from fourdfy.ops.spherical_harmonics import MAX_DEGREE, spherical_harmonics
 from fourdfy.registry import register
@@ -225,7 +225,7 @@ class HashGridSpatialTime(HashGrid):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(HashGrid.Config):
-        time_encoding_config: Any = optional_slot(Grid, "otype")
+        time_encoding_config: Any = inner_slot(Grid, "otype")
         """The space-time grid's own shape; null: that of the space grid."""
 
         def __post_init__(self) -> None:

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fourdfy.config import build
+from fourdfy.config import build, inner_slot
 from fourdfy.fields.base import Material
-from fourdfy.fields.mlp import VanillaMLP, optional_slot
+from fourdfy.fields.mlp import VanillaMLP
 from fourdfy.ops.activations import get_activation
 from fourdfy.registry import register
 
@@ -31,7 +31,7 @@ class NoMaterial(Material):
         """Any name of ``ops.activations``."""
         input_feature_dims: int | None = None
         """Features that the network reads; only with ``mlp_network_config``."""
-        mlp_network_config: Any = optional_slot(VanillaMLP, "otype")
+        mlp_network_config: Any = inner_slot(VanillaMLP, "otype")
 
         def __post_init__(self) -> None:
             get_activation(self.color_activation)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fourdfy.config import Component, Slot
+from fourdfy.config import Component
 from fourdfy.ops.activations import get_activation
 from fourdfy.registry import register
 
@@ -51,19 +50,3 @@ class VanillaMLP(Component, nn.Module):
     def forward(self, x: Float[Tensor, "N I"]) -> Float[Tensor, "N O"]:
         with torch.autocast(x.device.type, enabled=False):
             return self.output_activation(self.layers(x.to(self.layers[0].weight.dtype)))
-
-
-@Mapping.register
-class _NotGiven(Component.Config):
-    """An absent config: to the parser defaults without keys, to its owner falsy."""
-
-    def __len__(self) -> int:
-        return 0
-
-    def __contains__(self, key: object) -> bool:
-        return False
-
-
-def optional_slot(kind: type, by: str) -> Any:
-    """``config.inner_slot`` that is falsy where the key is absent or null."""
-    return field(default_factory=_NotGiven, metadata={"slot": Slot(kind, by, inside=True)})

@@ -81,7 +81,7 @@ class MultiViewGuidance(LatentGuidance):
             )
         latents = self.encode(rgb, generator)
         timesteps, noise = self.draw(latents, step, generator)
-        states = text.for_views(cameras.elevation_deg, cameras.azimuth_deg, self.cfg.view_dependent_prompting)
+        states = text.for_views(cameras, self.cfg.view_dependent_prompting)
         # One noise level for all: the network attends over views and has only seen equal ones.
         timesteps = timesteps[:1].expand(len(latents))
         return self.distill(latents, timesteps, noise, *states, cameras.c2w, step=step)

@@ -35,5 +35,5 @@ class StableDiffusionGuidance(ScoreDistillationGuidance):
     ) -> GuidanceOutput:
         latents = self.encode(rgb, generator)
         timesteps, noise = self.draw(latents, step, generator)
-        states = text.for_views(cameras.elevation_deg, cameras.azimuth_deg, self.cfg.view_dependent_prompting)
+        states = text.for_views(cameras, self.cfg.view_dependent_prompting)
         return self.distill(latents, timesteps, noise, *states, step=step)

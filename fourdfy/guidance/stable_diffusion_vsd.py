@@ -100,10 +100,9 @@ class StableDiffusionVSDGuidance(LatentGuidance):
     ) -> GuidanceOutput:
         latents = self.encode(rgb, generator)
         timesteps, noise = self.draw(latents, step, generator)
-        views = (cameras.elevation_deg, cameras.azimuth_deg)
-        prior_states = text.for_views(*views, self.cfg.view_dependent_prompting)
+        prior_states = text.for_views(cameras, self.cfg.view_dependent_prompting)
         # The LoRA is told the camera itself, so its text says nothing of the view.
-        lora_states = text.for_views(*views, False)
+        lora_states = text.for_views(cameras, False)
         c2w = cameras.c2w.flatten(1)
         grad = self.bound(
             self.vsd_gradient(latents.detach(), timesteps, noise, prior_states, lora_states, c2w), step

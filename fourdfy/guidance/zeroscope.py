@@ -49,11 +49,7 @@ class ZeroScopeGuidance(ScoreDistillationGuidance):
         latents = self.encode_videos(rgb, num_frames, generator)
         timesteps, noise = self.draw(latents, step, generator)
         # A video has one text: that of the view of its first frame.
-        states = text.for_views(
-            cameras.elevation_deg[::num_frames],
-            cameras.azimuth_deg[::num_frames],
-            self.cfg.view_dependent_prompting,
-        )
+        states = text.for_views(cameras[::num_frames], self.cfg.view_dependent_prompting)
         return self.distill(latents, timesteps, noise, *states, step=step)
 
     def encode_videos(

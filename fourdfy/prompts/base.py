@@ -13,7 +13,8 @@ import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,9 @@ class PromptProcessor(Component, ABC):
         prompt_back: str | None = None
         prompt_overhead: str | None = None
         """Whole texts for a view, instead of the prompt with the view's words."""
-        prompt_suffix: str = ""
-        """Put behind the prompt by this processor alone, before the view's words."""
+        moments: list[str] = field(default_factory=list)
+        """Words for equal parts of the scene's time (say four quarters), put behind the prompt by this
+        processor alone, before the view's words; with one entry they are for all times."""
         negative_prompt: str = ""
         """What guidance leads away from; the same for all views."""
         pretrained_model_name_or_path: str = "stabilityai/stable-diffusion-2-1-base"
@@ -77,16 +79,17 @@ class PromptProcessor(Component, ABC):
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
-        self.prompt = resolve_prompt(cfg.prompt) + cfg.prompt_suffix
+        prompt = resolve_prompt(cfg.prompt)
+        self.prompts = [f"{prompt}, {moment}" for moment in cfg.moments] or [prompt]
 
     @abstractmethod
     def load_encoder(self, folder: Path, device: torch.device) -> TextEncoder:
         """The text encoder of a model folder, on ``device``."""
 
-    def direction_texts(self) -> list[str]:
-        """One text for each of ``DIRECTIONS``."""
+    def direction_texts(self, prompt: str) -> list[str]:
+        """One text for each of ``DIRECTIONS``; ``prompt`` is one of ``prompts``."""
         given = (getattr(self.cfg, f"prompt_{direction}") for direction in DIRECTIONS)
-        return [text or self._with_view(name) for text, name in zip(given, DIRECTIONS, strict=True)]
+        return [text or self._with_view(prompt, name) for text, name in zip(given, DIRECTIONS, strict=True)]
 
     def embeddings(self, device: torch.device | str) -> TextEmbeddings:
         """The states of all texts, on ``device``, in float32.
@@ -98,24 +101,22 @@ class PromptProcessor(Component, ABC):
             ValueError: a text is longer than the encoder reads; shows where it would be cut.
         """
         device = torch.device(device)
-        views = self.direction_texts()
-        states = self._states({self.prompt, *views, self.cfg.negative_prompt}, device)
-        uncond = states[self.cfg.negative_prompt]
+        views = [self.direction_texts(prompt) for prompt in self.prompts]
+        states = self._states({*self.prompts, *chain(*views), self.cfg.negative_prompt}, device)
         return TextEmbeddings(
-            text=states[self.prompt],
-            uncond=uncond,
-            text_directions=torch.stack([states[view] for view in views]),
-            uncond_directions=uncond.expand(len(DIRECTIONS), -1, -1),
+            text=torch.stack([states[prompt] for prompt in self.prompts]),
+            text_directions=torch.stack([torch.stack([states[text] for text in texts]) for texts in views]),
+            uncond=states[self.cfg.negative_prompt],
             front_threshold=self.cfg.front_threshold,
             back_threshold=self.cfg.back_threshold,
             overhead_threshold=self.cfg.overhead_threshold,
         )
 
-    def _with_view(self, direction: str) -> str:
+    def _with_view(self, prompt: str, direction: str) -> str:
         if not self.cfg.view_dependent_prompt_front:
-            return f"{self.prompt}, {direction} view"
+            return f"{prompt}, {direction} view"
         view = "backside" if direction == "back" else direction
-        return f"{view} view of {self.prompt}"
+        return f"{view} view of {prompt}"
 
     def _states(self, texts: set[str], device: torch.device) -> dict[str, Float[Tensor, "L C"]]:
         folder = resolve_model(self.cfg.pretrained_model_name_or_path, ("tokenizer", "text_encoder"))

@@ -133,12 +133,10 @@ def view_index(
 ) -> Int[Tensor, "*G"]:
     """Index into VIEWS, by the very rule of the prompt processors."""
     front, back, overhead = VIEW_THRESHOLDS_DEG[part]
-    states, directions = torch.empty(0, 0), torch.empty(0, 0, 0)
     rule = TextEmbeddings(
-        text=states,
-        uncond=states,
-        text_directions=directions,
-        uncond_directions=directions,
+        text=torch.empty(1, 0, 0),
+        text_directions=torch.empty(1, 4, 0, 0),
+        uncond=torch.empty(0, 0),
         front_threshold=front,
         back_threshold=back,
         overhead_threshold=overhead,

@@ -82,10 +82,9 @@ def embeddings(channels: int = 16, tokens: int = 77) -> TextEmbeddings:
     generator = torch.Generator().manual_seed(0)
     text, uncond = torch.randn(2, tokens, channels, generator=generator)
     return TextEmbeddings(
-        text=text,
+        text=text[None],
+        text_directions=torch.randn(1, 4, tokens, channels, generator=generator),
         uncond=uncond,
-        text_directions=torch.randn(4, tokens, channels, generator=generator),
-        uncond_directions=uncond.expand(4, -1, -1),
         front_threshold=30.0,
         back_threshold=30.0,
         overhead_threshold=60.0,

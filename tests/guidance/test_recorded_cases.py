@@ -238,8 +238,8 @@ def test_vsd_tells_the_view_to_the_prior_in_words_and_to_the_lora_as_a_camera(vs
     text, views = embeddings(), cameras([0.0, 90.0])
     generator = torch.Generator().manual_seed(0)
     guidance(torch.rand(2, 32, 32, 3), text, views, step=0, generator=generator)
-    front_and_side = text.text_directions[[1, 0]]
-    assert torch.equal(guidance.asked_prior[2], torch.cat([front_and_side, text.uncond_directions[:2]]))
+    front_and_side = text.text_directions[0, [1, 0]]
+    assert torch.equal(guidance.asked_prior[2], torch.cat([front_and_side, text.uncond.expand(2, -1, -1)]))
     assert torch.equal(guidance.asked_lora[2], text.text.expand(2, -1, -1))
     raw = views.c2w.flatten(1)
     assert guidance.asked_lora[3].eq(raw).all() or not guidance.asked_lora[3].any()

@@ -10,6 +10,7 @@ import torch
 
 from fourdfy.config import ConfigError, parse_config
 from fourdfy.prompts import base
+from fourdfy.ops.cameras import orbit_cameras
 from fourdfy.prompts.base import PromptProcessor, resolve_prompt
 from fourdfy.registry import find
 from tests.tiny_models import MAX_TOKENS, TEXT_WIDTH, save_clip_text
@@ -46,8 +47,21 @@ def loads(monkeypatch) -> list:
     return seen
 
 
-def test_each_view_has_its_words_behind_the_suffix():
-    assert make(prompt_suffix=", at the start").direction_texts() == [
+def cameras(elevation, azimuth, times=None):
+    return orbit_cameras(
+        elevation,
+        azimuth,
+        distance=3.0,
+        fovy_deg=40.0,
+        times=torch.zeros_like(azimuth) if times is None else times,
+        height=1,
+        width=1,
+    )
+
+
+def test_each_view_has_its_words_behind_the_moments():
+    processor = make(moments=["at the start"])
+    assert processor.direction_texts(*processor.prompts) == [
         "a red cube spinning, at the start, side view",
         "a red cube spinning, at the start, front view",
         "a red cube spinning, at the start, back view",
@@ -56,7 +70,7 @@ def test_each_view_has_its_words_behind_the_suffix():
 
 
 def test_the_view_may_stand_in_front():
-    assert make(view_dependent_prompt_front=True).direction_texts() == [
+    assert make(view_dependent_prompt_front=True).direction_texts("a red cube spinning") == [
         "side view of a red cube spinning",
         "front view of a red cube spinning",
         "backside view of a red cube spinning",
@@ -65,14 +79,14 @@ def test_the_view_may_stand_in_front():
 
 
 def test_a_view_may_have_a_text_of_its_own():
-    texts = make(prompt_back="the tail of a fox").direction_texts()
+    texts = make(prompt_back="the tail of a fox").direction_texts("a red cube spinning")
     assert texts[2] == "the tail of a fox"
     assert texts[1] == "a red cube spinning, front view"
 
 
 def test_a_library_prompt_is_found_by_its_words():
-    assert make(prompt="lib:panda_dancing").prompt == "a panda dancing"
-    assert make(prompt="lib:panda", prompt_suffix=", at the start").prompt == "a panda dancing, at the start"
+    assert make(prompt="lib:panda_dancing").prompts == ["a panda dancing"]
+    assert make(prompt="lib:panda", moments=["at the start"]).prompts == ["a panda dancing, at the start"]
 
 
 def test_an_ambiguous_or_unknown_library_prompt_lists_the_candidates():
@@ -105,12 +119,12 @@ def test_embeddings_are_the_encoders_last_states_of_every_text(name, model):
     processor = make(name, pretrained_model_name_or_path=str(model), negative_prompt="ugly")
     given = processor.embeddings("cpu")
     encode = processor.load_encoder(model, torch.device("cpu"))
-    wanted = encode([processor.prompt, "ugly", *processor.direction_texts()]).detach()
+    (prompt,) = processor.prompts
+    wanted = encode([prompt, "ugly", *processor.direction_texts(prompt)]).detach()
     assert wanted.shape == (6, MAX_TOKENS, TEXT_WIDTH)
-    torch.testing.assert_close(given.text, wanted[0])
+    torch.testing.assert_close(given.text[0], wanted[0])
     torch.testing.assert_close(given.uncond, wanted[1])
-    torch.testing.assert_close(given.text_directions, wanted[2:])
-    assert all(torch.equal(states, given.uncond) for states in given.uncond_directions)
+    torch.testing.assert_close(given.text_directions[0], wanted[2:])
     assert not any(tensor.requires_grad for tensor in (given.text, given.text_directions))
 
 
@@ -119,12 +133,24 @@ def test_views_choose_their_texts_by_strict_thresholds(model):
     given = processor.embeddings("cpu")
     azimuth = torch.tensor([0.0, 29.9, 30.0, 150.0, 150.1, -180.0, 330.1, 90.0])
     elevation = torch.tensor([0.0] * 7 + [60.1])
-    text, uncond = given.for_views(elevation, azimuth, view_dependent=True)
+    views = cameras(elevation, azimuth)
+    text, uncond = given.for_views(views, view_dependent=True)
     expected = [1, 1, 0, 0, 2, 2, 1, 3]
-    assert torch.equal(text, given.text_directions[expected])
-    assert torch.equal(uncond, given.uncond_directions[expected])
-    plain, _ = given.for_views(elevation, azimuth, view_dependent=False)
-    assert all(torch.equal(states, given.text) for states in plain)
+    assert torch.equal(text, given.text_directions[0, expected])
+    assert all(torch.equal(states, given.uncond) for states in uncond)
+    plain, _ = given.for_views(views, view_dependent=False)
+    assert all(torch.equal(states, given.text[0]) for states in plain)
+
+
+def test_moments_are_equal_parts_of_the_scenes_time(model):
+    quarters = ["in the first quarter", "in the second quarter", "in the third quarter", "in the last quarter"]
+    given = make(pretrained_model_name_or_path=str(model), moments=quarters).embeddings("cpu")
+    times = torch.tensor([0.0, 0.24, 0.25, 0.5, 0.99, 1.0])
+    views = cameras(torch.zeros(6), torch.zeros(6), times)
+    index = [0, 0, 1, 2, 3, 3]
+    assert torch.equal(given.for_views(views, view_dependent=False)[0], given.text[index])
+    assert torch.equal(given.for_views(views, view_dependent=True)[0], given.text_directions[index, 1])
+    assert not torch.equal(given.text[0], given.text[1])
 
 
 def test_a_cache_hit_does_not_load_the_encoder(model, loads):

@@ -1,0 +1,98 @@
+"""Twelve prompts, all priors and each left out in turn: the tables of docs/benchmarks.md.
+
+    python benchmarks/shapes.py --out outputs/benchmark --per-gpu 12       # all 48 runs side by side
+    python benchmarks/shapes.py --out outputs/benchmark --drop none --prompts 2 trainer.max_steps=2
+
+One process for each run (``python -m fourdfy.evaluation.shapes``), spread over the GPUs, or on the CPU. A
+run that has its JSON file already is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+PROMPTS = (
+    "a red cube bouncing",
+    "a blue ball spinning",
+    "a green cone pulsing",
+    "a yellow cylinder sliding",
+    "a purple diamond spinning",
+    "an orange ball bouncing",
+    "a green cube spinning",
+    "a blue cone sliding",
+    "a red ball pulsing",
+    "a purple cylinder bouncing",
+    "a yellow cube standing still",
+    "an orange diamond standing still",
+)
+DROPS = ("none", "multi_view", "video", "single_view")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--per-gpu", type=int, default=1, help="runs at a time on each GPU (or on the CPU)")
+    parser.add_argument("--drop", action="append", choices=DROPS)
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="the first so many")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    args = parser.parse_intermixed_args()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = visible.split(",") if visible else ["cpu"]
+    jobs = [(prompt, drop) for drop in args.drop or DROPS for prompt in PROMPTS[: args.prompts]]
+    with ThreadPoolExecutor(args.per_gpu * len(gpus)) as pool:
+        places = [gpus[k % len(gpus)] for k in range(len(jobs))]
+        rows = list(pool.map(lambda job, place: run(*job, place, args.out, args.overrides), jobs, places))
+    rows = [row for row in rows if row]
+    (args.out / "all.json").write_text(json.dumps(rows, indent=1))
+    print(table(rows))
+
+
+def run(prompt: str, drop: str, place: str, out: Path, overrides: list[str]) -> dict | None:
+    """The row of one run; None (and its log) if it failed."""
+    name = f"{prompt} {drop}".replace(" ", "_")
+    result, log = out / f"{name}.json", out / f"{name}.log"
+    out.mkdir(parents=True, exist_ok=True)
+    if not result.exists():
+        command = [sys.executable, "-m", "fourdfy.evaluation.shapes", "--prompt", prompt, "--gpu", place]
+        command += ["--json", str(result), f"exp_root_dir={out / 'trials'}", *overrides]
+        command += ["--drop", drop] if drop != "none" else []
+        environment = os.environ | ({} if place == "cpu" else {"CUDA_VISIBLE_DEVICES": place})
+        with open(log, "w") as file:
+            subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
+    return json.loads(result.read_text())[0] if result.exists() else None
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: a line for each run, then the means of each ablation."""
+    lines = ["| prompt | left out | IoU | PSNR | colour | motion | fronts | s |", "|" + " --- |" * 8]
+    for row in rows:
+        motion = "still" if row["motion_corr"] is None else f"{row['motion_corr']:.2f}"
+        lines.append(
+            f"| {row['prompt']}{' *' if row['held_out'] else ''} | {row['drop'] or '-'} | {row['iou']:.2f} "
+            f"| {row['psnr']:.1f} | {'right' if row['colour_ok'] else 'wrong'} | {motion} | {row['fronts']} "
+            f"| {row['seconds']:.0f} |"
+        )
+    lines += ["", "| left out | IoU | PSNR | colour right | motion right | one front |", "|" + " --- |" * 6]
+    for drop in dict.fromkeys(row["drop"] for row in rows):
+        some = [row for row in rows if row["drop"] == drop]
+        moving = [row for row in some if row["motion_corr"] is not None]
+        lines.append(
+            f"| {drop or '-'} | {mean(r['iou'] for r in some):.3f} | {mean(r['psnr'] for r in some):.1f} "
+            f"| {sum(r['colour_ok'] for r in some)}/{len(some)} "
+            f"| {sum(r['motion_right'] for r in moving)}/{len(moving)} "
+            f"| {sum(r['fronts'] == 1 for r in some)}/{len(some)} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

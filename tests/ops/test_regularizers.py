@@ -1,0 +1,64 @@
+"""Losses on the render (values worked out by hand)."""
+
+import math
+
+import pytest
+import torch
+
+from fourdfy.ops.regularizers import REGULARIZERS
+from fourdfy.types import RenderOutput, Samples
+
+
+def render(opacity=None, **given):
+    opacity = torch.zeros(1, 1, 2, 1) if opacity is None else opacity
+    image = torch.zeros(*opacity.shape[:3], 3)
+    samples = Samples(ray_indices=torch.zeros(1, dtype=torch.long), t_starts=torch.zeros(1), t_ends=torch.ones(1))
+    fields = {
+        "comp_rgb": image,
+        "comp_rgb_fg": image,
+        "comp_rgb_bg": image,
+        "opacity": opacity,
+        "depth": torch.zeros_like(opacity),
+        "z_variance": torch.zeros_like(opacity),
+        "samples": samples,
+        "weights": torch.ones(1),
+    }
+    return RenderOutput(**(fields | given))
+
+
+def images(*values):
+    return torch.tensor(values, dtype=torch.float32).view(1, 1, -1, 1)
+
+
+def test_sparsity_is_the_mean_of_a_softened_absolute_value():
+    expected = (0.1 + math.sqrt(1.01)) / 2
+    assert REGULARIZERS["sparsity"](render(images(0.0, 1.0))).item() == pytest.approx(expected)
+
+
+def test_opaque_is_binary_entropy_clamped_away_from_0_and_1():
+    clamped = -(0.999 * math.log(0.999) + 0.001 * math.log(0.001))
+    loss = REGULARIZERS["opaque"](render(images(0.5, 1.0)))
+    assert loss.item() == pytest.approx((math.log(2) + clamped) / 2, rel=1e-4)
+
+
+def test_z_variance_counts_the_rays_that_hit_something():
+    loss = REGULARIZERS["z_variance"](render(images(0.9, 0.1), z_variance=images(0.3, 100.0)))
+    assert loss.item() == pytest.approx(0.3)
+
+
+def test_orient_penalises_normals_that_face_away():
+    along = torch.tensor([[1.0, 0.0, 0.0]])
+    assert REGULARIZERS["orient"](render(normals=along, t_dirs=along)).item() == pytest.approx(0.5)
+    assert REGULARIZERS["orient"](render(normals=-along, t_dirs=along)).item() == 0
+
+
+def test_deformation_sums_squared_differences_along_frames_rows_and_columns():
+    field = torch.zeros(2, 2, 2, 3)
+    field[1, 0, 0, 0] = 2.0
+    assert REGULARIZERS["deformation"](render(images(0.0), deformation=field)).item() == pytest.approx(3 * 4.0)
+
+
+@pytest.mark.parametrize(("name", "mend"), [("orient", "lambda_orient"), ("deformation", "lambda_deformation")])
+def test_a_loss_without_its_input_names_the_mend(name, mend):
+    with pytest.raises(ValueError, match=mend):
+        REGULARIZERS[name](render())

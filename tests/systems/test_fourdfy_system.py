@@ -1,0 +1,102 @@
+"""The system: losses, what learns from which step, weights."""
+
+import pytest
+import torch
+from tests.launching import CONFIGS, TINY
+
+from fourdfy.config import ConfigError, load_config
+from fourdfy.experiment import parse_experiment
+from fourdfy.ops.cameras import cast_rays
+from fourdfy.seeds import step_generator
+from fourdfy.systems.checkpoint import SafeCheckpointIO
+from fourdfy.systems.optim import frozen
+
+
+def experiment(*overrides, stage=3):
+    return parse_experiment(load_config([CONFIGS / f"shapes_stage_{stage}.yaml"], [*TINY, *overrides]))
+
+
+@pytest.fixture
+def built():
+    """A stage-3 system without guidances, and its data."""
+    this = experiment()
+    return this, this.build_system(), this.build_data()
+
+
+def batch_of(this, data, kind):
+    return data.batch(next(n for n in range(100) if this.plan.choose(this.cfg.seed, n).name == kind))
+
+
+def gradients(this, system, data, kind):
+    """Which halves of the scene a step of ``kind`` reaches."""
+    batch = batch_of(this, data, kind)
+    generator = step_generator(0, 0, "render")
+    system.renderer.update_occupancy(step=0, dynamic=True, generator=generator)
+    trains = this.plan[kind].trains | {"guidance"}  # there is none here
+    with frozen(system.parameters_outside(trains)):
+        render = system.renderer(cast_rays(batch.cameras), step=0, generator=generator)
+    render.comp_rgb.square().sum().backward()
+    halves = {"static": system.geometry.static_parameters(), "dynamic": system.geometry.dynamic_parameters()}
+    return {name for name, half in halves.items() if any(p.grad is not None for p in half)}
+
+
+@pytest.mark.parametrize(
+    ("kind", "halves"),
+    [("multi_view", {"static"}), ("single_view", {"static"}), ("video", {"static", "dynamic"})],
+)
+def test_each_step_trains_its_halves_of_the_scene(built, kind, halves):
+    assert gradients(*built, kind) == halves
+
+
+def test_frozen_static_modules_leave_the_moving_half():
+    this = experiment("system.freeze_static_modules=true")
+    assert gradients(this, this.build_system(), this.build_data(), "multi_view") == {"dynamic"}
+
+
+def test_a_loss_is_on_when_its_weight_is_not_0_at_the_step():
+    system = experiment("system.loss.lambda_opaque=[10,0.0,3.0,11]").build_system()
+    assert "opaque" not in system.active_losses(10)
+    assert system.active_losses(11)["opaque"] == 3.0
+    assert "orient" not in system.active_losses(0)
+
+
+def test_a_weight_without_a_loss_must_be_0():
+    experiment("system.loss.lambda_tv=0")
+    with pytest.raises(ConfigError, match=r"lambda_tv.*there is no such loss; known: .*lambda_sparsity"):
+        experiment("system.loss.lambda_tv=1")
+
+
+def test_a_step_of_positive_probability_needs_its_guidance():
+    with pytest.raises(ConfigError, match=r"system\.guidance_video: missing, and video steps"):
+        experiment("system.guidance_type_video=null", "system.guidance_video=null")
+
+
+def test_frames_of_one_scene_differ_only_by_time(built):
+    this, system, data = built
+    with torch.no_grad():
+        for p in system.geometry.dynamic_parameters():
+            p.normal_()
+    cameras = data.test_cameras(dynamic=True)["test"][:2]
+    together = system.render(cameras).comp_rgb
+    apart = torch.cat([system.render(cameras[n : n + 1]).comp_rgb for n in (1, 0)]).flip(0)
+    torch.testing.assert_close(together, apart)
+
+
+def test_weights_of_another_shape_are_refused_by_name(tmp_path, built):
+    _, system, _ = built
+    SafeCheckpointIO().save_checkpoint({"state_dict": system.state_dict(), "global_step": 1}, tmp_path / "a.ckpt")
+    other = experiment(f"system.weights={tmp_path}/a.ckpt", "system.geometry.pos_encoding_config.n_levels=3",
+                       "system.geometry.pos_encoding_config.time_encoding_config.n_levels=3")  # fmt: skip
+    with pytest.raises(ConfigError, match=r"geometry\.encoding\.encoding\.encoding\.params has shape"):
+        other.build_system()
+
+
+def test_modules_can_be_left_out_of_weights(tmp_path, built):
+    _, system, _ = built
+    state = {key: torch.ones_like(value) for key, value in system.state_dict().items()}
+    SafeCheckpointIO().save_checkpoint({"state_dict": state, "global_step": 1}, tmp_path / "a.ckpt")
+    taken = experiment(
+        f"system.weights={tmp_path}/a.ckpt", "system.weights_ignore_modules=[geometry.density_network]"
+    ).build_system()
+    assert taken.geometry.feature_network.layers[0].weight.eq(1).all()
+    assert not taken.geometry.density_network.layers[0].weight.eq(1).any()

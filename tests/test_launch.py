@@ -1,0 +1,170 @@
+"""The command line, from end to end."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from tests.launching import CONFIGS, ROOT, launch, trial
+
+from fourdfy.systems.checkpoint import read_checkpoint
+
+EXPERIMENTS = sorted(CONFIGS.glob("*_stage_*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Stage 3 trained for four steps, which at seed 1 are of all three kinds."""
+    root = tmp_path_factory.mktemp("outputs")
+    assert launch("shapes_stage_3.yaml", "train", root, "seed=1", "trainer.max_steps=4", *VALIDATE) == 0
+    return root
+
+
+VALIDATE = ("trainer.val_check_interval=2",)
+
+
+def test_help_answers_within_two_seconds_and_imports_no_torch():
+    began = time.perf_counter()
+    code = "import sys; sys.argv = ['launch.py', '--help']\ntry:\n  import runpy; runpy.run_path('launch.py', run_name='__main__')\nexcept SystemExit: assert 'torch' not in sys.modules"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--check" in out.stdout
+    assert time.perf_counter() - began < 2
+
+
+def test_importing_the_package_imports_no_model_library():
+    code = "import fourdfy, sys; assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_shipped_config_parses_and_shows_its_plan(path, tmp_path, capsys):
+    assert launch(path, "check", tmp_path) == 0
+    shown = capsys.readouterr().out
+    assert "multi_view" in shown
+    assert "memory, roughly" in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_checking_loads_no_weights(tmp_path, monkeypatch, capsys):
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr("safetensors.torch.load_file", refuse)
+    monkeypatch.setattr("fourdfy.diffusion.frozen.load_part", refuse)
+    assert launch("shapes.yaml", "check", tmp_path) == 0
+    assert "stage 3/3" in capsys.readouterr().out
+
+
+def test_a_trial_folder_holds_what_the_documentation_says(trained):
+    folder = trial(trained, "shapes_stage_3")
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+    assert {
+        "ckpts/last.ckpt",
+        "cmd.txt",
+        "configs/parsed.yaml",
+        "configs/raw.yaml",
+        "code/launch.py",
+        "code/fourdfy/systems/fourdfy.py",
+        "csv_logs/version_0/metrics.csv",
+        "save/it2-0.png",
+        "save/it2-0_video.png",
+        "save/it2-0_video.mp4",
+        "save/it4-test.mp4",
+        "save/it4-test/0.png",
+        "save/it4-test_static.mp4",
+        "save/it4-test-depth-jet.mp4",
+    } <= names
+    assert list(folder.glob("tb_logs/version_0/events*"))
+
+
+def test_losses_are_logged_by_step_kind(trained):
+    header = (trial(trained, "shapes_stage_3") / "csv_logs/version_0/metrics.csv").read_text().split("\n")[0]
+    assert {"loss/multi_view/sds", "loss/single_view/vsd", "loss/single_view/lora", "loss/video/sds_video"} <= set(
+        header.split(",")
+    )
+
+
+def test_a_checkpoint_holds_what_is_trained_and_no_frozen_prior(trained):
+    path = trial(trained, "shapes_stage_3") / "ckpts" / "last.ckpt"
+    keys = read_checkpoint(path)["state_dict"].keys()
+    prefixes = {key.split(".")[0] for key in keys}
+    assert prefixes == {"geometry", "renderer", "guidance_single_view"}
+    guidance = [key for key in keys if key.startswith("guidance")]
+    assert all(key.split(".")[1] in ("lora", "camera_embedding") for key in guidance)
+
+
+def test_a_trial_is_tested_and_evaluated_from_its_own_config(trained, capsys):
+    folder = trial(trained, "shapes_stage_3")
+    resume = f"resume={folder}/ckpts/last.ckpt"
+    for file in (folder / "save").glob("it4-test*"):
+        if file.is_file():
+            file.unlink()
+    config = folder / "configs" / "parsed.yaml"
+    assert launch(config, "test", trained, "seed=1", resume) == 0
+    assert (folder / "save" / "it4-test.mp4").exists()
+    assert launch(config, "validate", trained, "seed=1", resume) == 0
+    assert (folder / "save" / "it4-0.png").exists()
+    assert launch(config, "evaluate", trained, "seed=1", resume) == 0
+    assert "silhouette IoU" in capsys.readouterr().out
+    assert (folder / "save" / "it4-evaluation.json").exists()
+
+
+def test_resuming_equals_an_uninterrupted_run_bit_for_bit(trained, tmp_path):
+    assert launch("shapes_stage_3.yaml", "train", tmp_path, "seed=1", *VALIDATE) == 0
+    last = trial(tmp_path, "shapes_stage_3") / "ckpts" / "last.ckpt"
+    assert read_checkpoint(last)["global_step"] == 2
+    assert launch("shapes_stage_3.yaml", "train", tmp_path, "seed=1", "trainer.max_steps=4", *VALIDATE) == 0
+    resumed, whole = (
+        read_checkpoint(trial(root, "shapes_stage_3") / "ckpts" / "last.ckpt") for root in (tmp_path, trained)
+    )
+    assert resumed["global_step"] == whole["global_step"] == 4
+    for key, value in whole["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][key], value), key
+    moments = [c["optimizer_states"][0]["state"] for c in (resumed, whole)]
+    for index, state in moments[1].items():
+        assert all(torch.equal(moments[0][index][key], value) for key, value in state.items())
+
+
+def test_weights_start_the_next_stage_at_step_0(trained, tmp_path, caplog):
+    weights = trial(trained, "shapes_stage_3") / "ckpts" / "last.ckpt"
+    given = [f"system.weights={weights}", "trainer.max_steps=1"]
+    assert launch("shapes_stage_3.yaml", "train", tmp_path, *given) == 0
+    after = read_checkpoint(trial(tmp_path, "shapes_stage_3") / "ckpts" / "last.ckpt")
+    before = read_checkpoint(weights)
+    assert after["global_step"] == 1
+    key = "geometry.encoding.encoding.encoding.params"
+    # one AdamW step at most moves an entry by its learning rate
+    assert (after["state_dict"][key] - before["state_dict"][key]).abs().max() < 0.03
+    assert before["state_dict"][key].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("system.geometry.denisty_bias=3", "system.geometry.denisty_bias (in the command line): unknown key; did you mean 'density_bias'?"),
+        ("data.multi_view.batch_size=6", "n_view=4"),
+        ("system.loss.lambda_sparsty=1", "there is no such loss"),
+        ("system.guidance_type_multi_view=multivew-diffusion-guidance", "did you mean 'multiview-diffusion-guidance'"),
+        ("system.optimizer.params={geometry.wings: {lr: 1}}", "leads nowhere at 'wings'"),
+        ("system.prompt_processor_multi_view.pretrained_model_name_or_path=no/such-model", "Tried:"),
+    ],
+)  # fmt: skip
+def test_a_mistake_ends_with_one_clear_error_before_any_training(override, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert launch("shapes_stage_1.yaml", "train", tmp_path, override) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("last.ckpt"))
+
+
+def test_a_prompt_cannot_escape_the_output_folder(tmp_path):
+    from fourdfy.config import load_config
+    from fourdfy.experiment import parse_experiment
+
+    loaded = load_config(
+        [CONFIGS / "shapes_stage_1.yaml"],
+        [f"exp_root_dir={tmp_path}", "system.prompt_processor.prompt=../../etc/passwd"],
+    )
+    folder = parse_experiment(loaded).trial_dir
+    assert folder.resolve().is_relative_to(tmp_path / "shapes_stage_1")
+    assert ".." not in folder.name[:2]
