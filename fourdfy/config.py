@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 
 from fourdfy import registry
 from fourdfy.schedules import schedule_max
@@ -237,6 +237,9 @@ def load_config(
             merged.pop(key, None)
         _share_prompt(merged)
         return LoadedConfig(OmegaConf.to_container(merged, resolve=True), sources)  # type: ignore[arg-type]
+    except InterpolationToMissingValueError as error:
+        key = str(error).splitlines()[0].split(": ")[-1]
+        raise ConfigError(f"{key}: missing; set it in the file or as key=value") from error
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         raise ConfigError(f"{key}{_source_of(key, sources)}: {str(error).splitlines()[0]}") from error
@@ -277,9 +280,10 @@ def _share_prompt(merged: DictConfig) -> None:
     system = merged.get("system")
     prompt = OmegaConf.select(merged, "system.prompt_processor.prompt", throw_on_missing=False)
     for name in ("prompt_processor_multi_view", "prompt_processor_video"):
-        if prompt is not None and system is not None and name in system:
-            if OmegaConf.is_missing(system[name], "prompt") or "prompt" not in system[name]:
-                system[name].prompt = prompt
+        if prompt is None or system is None or name not in system:
+            continue
+        if OmegaConf.is_missing(system[name], "prompt") or "prompt" not in system[name]:
+            system[name].prompt = prompt
 
 
 def register_resolvers() -> None:

@@ -119,6 +119,12 @@ def test_one_prompt_serves_all_processors_unless_they_have_their_own(tmp_path):
     assert [system[key]["prompt"] for key in system] == ["c d", "c d", "b"]
 
 
+def test_a_value_that_others_are_made_from_is_asked_for_by_its_own_key(tmp_path):
+    (tmp_path / "a.yaml").write_text("tag: ${rmspace:${system.prompt},_}\nsystem: {prompt: '???'}\n")
+    with pytest.raises(ConfigError, match=r"^system\.prompt: missing; set it in the file or as key=value"):
+        load_config([tmp_path / "a.yaml"])
+
+
 def test_a_missing_file_names_the_nearest(tmp_path):
     (tmp_path / "shapes.yaml").write_text("{}")
     with pytest.raises(ConfigError, match=r"no such config file; did you mean .*shapes\.yaml"):
