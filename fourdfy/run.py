@@ -61,7 +61,7 @@ def train_stage(stage: Stage, *, device: str, command: Sequence[str], test: bool
         logger.info("stopped at step %d; the same command goes on from there", trainer.global_step)
         raise Stopped(128 + last.signal)
     if test:
-        trainer.test(system, data, verbose=False)
+        trainer.test(system, data, verbose=False, weights_only=True)
         stage.mark_finished()
 
 
@@ -75,7 +75,7 @@ def evaluate(mode: str, experiment: Experiment, *, device: str) -> None:
         return
     trainer = build_trainer(experiment, device, [])
     loop = trainer.test if mode == "test" else trainer.validate
-    loop(system, experiment.build_data(), verbose=False)
+    loop(system, experiment.build_data(), verbose=False, weights_only=True)
     logger.info("written to %s", experiment.trial_dir / "save")
 
 
