@@ -6,9 +6,9 @@ import time
 
 import pytest
 import torch
-from tests.launching import CONFIGS, ROOT, launch, trial
 
 from fourdfy.systems.checkpoint import read_checkpoint
+from tests.launching import CONFIGS, ROOT, launch, trial
 
 EXPERIMENTS = sorted(CONFIGS.glob("*_stage_*.yaml"))
 
@@ -26,7 +26,14 @@ VALIDATE = ("trainer.val_check_interval=2",)
 
 def test_help_answers_within_two_seconds_and_imports_no_torch():
     began = time.perf_counter()
-    code = "import sys; sys.argv = ['launch.py', '--help']\ntry:\n  import runpy; runpy.run_path('launch.py', run_name='__main__')\nexcept SystemExit: assert 'torch' not in sys.modules"
+    code = """
+import runpy, sys
+sys.argv = ["launch.py", "--help"]
+try:
+    runpy.run_path("launch.py", run_name="__main__")
+except SystemExit:
+    assert "torch" not in sys.modules
+"""
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "--check" in out.stdout
     assert time.perf_counter() - began < 2
@@ -80,16 +87,15 @@ def test_a_trial_folder_holds_what_the_documentation_says(trained):
 
 def test_losses_are_logged_by_step_kind(trained):
     header = (trial(trained, "shapes_stage_3") / "csv_logs/version_0/metrics.csv").read_text().split("\n")[0]
-    assert {"loss/multi_view/sds", "loss/single_view/vsd", "loss/single_view/lora", "loss/video/sds_video"} <= set(
-        header.split(",")
-    )
+    names = {"multi_view/sds", "single_view/vsd", "single_view/lora", "video/sds_video"}
+    assert {f"loss/{name}" for name in names} <= set(header.split(","))
 
 
 def test_a_checkpoint_holds_what_is_trained_and_no_frozen_prior(trained):
     path = trial(trained, "shapes_stage_3") / "ckpts" / "last.ckpt"
     keys = read_checkpoint(path)["state_dict"].keys()
     prefixes = {key.split(".")[0] for key in keys}
-    assert prefixes == {"geometry", "renderer", "guidance_single_view"}
+    assert prefixes == {"geometry", "background", "renderer", "guidance_single_view"}
     guidance = [key for key in keys if key.startswith("guidance")]
     assert all(key.split(".")[1] in ("lora", "camera_embedding") for key in guidance)
 
@@ -126,31 +132,40 @@ def test_resuming_equals_an_uninterrupted_run_bit_for_bit(trained, tmp_path):
         assert all(torch.equal(moments[0][index][key], value) for key, value in state.items())
 
 
-def test_weights_start_the_next_stage_at_step_0(trained, tmp_path, caplog):
+def test_weights_start_the_next_stage_at_step_0(trained, tmp_path):
     weights = trial(trained, "shapes_stage_3") / "ckpts" / "last.ckpt"
     given = [f"system.weights={weights}", "trainer.max_steps=1"]
     assert launch("shapes_stage_3.yaml", "train", tmp_path, *given) == 0
     after = read_checkpoint(trial(tmp_path, "shapes_stage_3") / "ckpts" / "last.ckpt")
     before = read_checkpoint(weights)
     assert after["global_step"] == 1
-    key = "geometry.encoding.encoding.encoding.params"
-    # one AdamW step at most moves an entry by its learning rate
-    assert (after["state_dict"][key] - before["state_dict"][key]).abs().max() < 0.03
-    assert before["state_dict"][key].abs().max() > 1e-3
+    # This stage leaves the static grid alone; a fresh one would differ, as the two runs' seeds do.
+    static = "geometry.encoding.encoding.encoding.params"
+    assert torch.equal(after["state_dict"][static], before["state_dict"][static])
+    # One AdamW step moves an entry by its learning rate and 1 % of that as decay; four went further.
+    moving, one_step = "geometry.encoding.encoding.encoding_time.params", 0.03 * 1.01
+    assert before["state_dict"][moving].abs().max() > 2 * one_step
+    assert 0 < (after["state_dict"][moving] - before["state_dict"][moving]).abs().max() <= one_step
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("system.geometry.denisty_bias=3", "system.geometry.denisty_bias (in the command line): unknown key; did you mean 'density_bias'?"),
+        (
+            "system.geometry.denisty_bias=3",
+            "system.geometry.denisty_bias (in the command line): unknown key; did you mean 'density_bias'?",
+        ),
         ("data.multi_view.batch_size=6", "n_view=4"),
         ("system.loss.lambda_sparsty=1", "there is no such loss"),
-        ("system.guidance_type_multi_view=multivew-diffusion-guidance", "did you mean 'multiview-diffusion-guidance'"),
+        (
+            "system.guidance_type_multi_view=multivew-diffusion-guidance",
+            "did you mean 'multiview-diffusion-guidance'",
+        ),
         ("system.optimizer.params={geometry.wings: {lr: 1}}", "leads nowhere at 'wings'"),
         ("system.prompt_processor_multi_view.pretrained_model_name_or_path=no/such-model", "Tried:"),
     ],
-)  # fmt: skip
-def test_a_mistake_ends_with_one_clear_error_before_any_training(override, message, tmp_path, capsys, monkeypatch):
+)
+def test_a_mistake_ends_with_one_error_before_any_training(override, message, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert launch("shapes_stage_1.yaml", "train", tmp_path, override) == 2
     assert message in capsys.readouterr().err

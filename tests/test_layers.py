@@ -15,8 +15,7 @@ MAY_IMPORT = {
     "prompts": BASE | {"ops", "diffusion", "prompts"},
     "guidance": BASE | {"ops", "diffusion", "prompts", "guidance"},
     "data": BASE | {"ops", "data"},
-    "systems": BASE
-    | {"ops", "fields", "renderers", "prompts", "guidance", "data", "systems"},
+    "systems": BASE | {"ops", "fields", "renderers", "prompts", "guidance", "data", "systems"},
 }
 OPTIONAL = {"numba", "triton", "tinycudann", "nerfacc", "xformers", "mvdream"}
 
@@ -25,7 +24,7 @@ def imported(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names.add(node.module)
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
     return names
