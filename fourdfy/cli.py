@@ -67,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
         help="which GPU, or cpu; CUDA_VISIBLE_DEVICES wins (default: the first GPU, else the CPU)",
     )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="log more")
-    parser.add_argument("--typecheck", action="store_true", help="check tensor shapes and types in every call")
+    parser.add_argument(
+        "--typecheck", action="store_true", help="check tensor shapes and types in every call"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change any key of the config")
     return parser
 

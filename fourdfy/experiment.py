@@ -127,4 +127,3 @@ def trial_dir(cfg: ExperimentConfig) -> Path:
     """``exp_root_dir/name/tag@timestamp``; a name or tag cannot lead out of ``exp_root_dir``."""
     timestamp = cfg.timestamp if cfg.use_timestamp else ""
     return Path(cfg.exp_root_dir) / sanitize_tag(cfg.name) / (sanitize_tag(cfg.tag) + timestamp)
-

@@ -21,7 +21,8 @@ def print_plan(experiments: Sequence[Experiment]) -> None:
     console = Console(soft_wrap=True, highlight=False)
     for number, experiment in enumerate(experiments, 1):
         cfg = experiment.cfg
-        console.print(f"[bold]stage {number}/{len(experiments)}: {cfg.name}[/], {cfg.trainer.max_steps} steps")
+        title = f"stage {number}/{len(experiments)}: {cfg.name}"
+        console.print(f"[bold]{title}[/], {cfg.trainer.max_steps} steps")
         console.print(f"  prompt: {cfg.system.prompt_processor.prompt!r}", markup=False)
         console.print(f"  folder: {experiment.trial_dir}", markup=False)
         for step in experiment.plan.steps:
@@ -29,8 +30,8 @@ def print_plan(experiments: Sequence[Experiment]) -> None:
             model = locate_model(guidance.pretrained_model_name_or_path, ("unet", "vae", "scheduler"))
             frames, height, width = experiment_frames(experiment, step.name)
             console.print(
-                f"  {step.name:<12} probability {step.probability:<5.3g} {frames:>2} frames of {height} x {width}, "
-                f"trains {' + '.join(sorted(step.trains))}\n"
+                f"  {step.name:<12} probability {step.probability:<5.3g} "
+                f"{frames:>2} frames of {height} x {width}, trains {' + '.join(sorted(step.trains))}\n"
                 f"  {'':<12} {getattr(cfg.system, _type_key(step.guidance_cfg))} from {model}",
                 markup=False,
             )
@@ -57,9 +58,7 @@ def _memory_estimate(experiment: Experiment) -> float:
         for key, path in vars(getattr(cfg, step.guidance_cfg)).items()
         if key.startswith("pretrained_model_name_or_path") and isinstance(path, str)
     }
-    rays = max(
-        (frames * height * width for frames, height, width in _all_frames(experiment)), default=0
-    )
+    rays = max((frames * height * width for frames, height, width in _all_frames(experiment)), default=0)
     samples = rays * cfg.renderer.num_samples_per_ray * SAMPLES_PER_RAY
     stored = sum(stored_bytes(path, ("unet", "vae")) or 0 for path in models)
     return scene + stored + samples * BYTES_PER_SAMPLE

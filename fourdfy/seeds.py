@@ -16,8 +16,6 @@ def step_seed(seed: int, step: int, stream: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def step_generator(
-    seed: int, step: int, stream: str, device: torch.device | str = "cpu"
-) -> torch.Generator:
+def step_generator(seed: int, step: int, stream: str, device: torch.device | str = "cpu") -> torch.Generator:
     """A fresh generator on ``device`` for one stream ("camera", "render", "guidance") of one step."""
     return torch.Generator(device=device).manual_seed(step_seed(seed, step, stream))

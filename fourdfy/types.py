@@ -82,7 +82,6 @@ class Samples(TensorRecord):
         return len(self.ray_indices)
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class FieldOutput(TensorRecord):
     """What a geometry says of N points at their times."""

@@ -2,14 +2,15 @@
 
 import os
 import signal
+from itertools import pairwise
 
 import pytest
-from tests.launching import launch, trial
 
 from fourdfy.config import ConfigError
 from fourdfy.recipe import load_recipe
 from fourdfy.systems.checkpoint import read_checkpoint
 from fourdfy.systems.fourdfy import FourdfySystem
+from tests.launching import launch, trial
 
 STAGES = ("shapes_stage_1", "shapes_stage_2", "shapes_stage_3")
 
@@ -44,7 +45,7 @@ def test_a_recipe_runs_all_stages_each_from_the_one_before(tmp_path, steps):
     computed, _ = steps
     assert recipe(tmp_path) == 0
     assert computed == [(name, step) for name in STAGES for step in (0, 1)]
-    for before, name in zip(STAGES, STAGES[1:], strict=False):
+    for before, name in pairwise(STAGES):
         raw = (trial(tmp_path, name) / "configs" / "parsed.yaml").read_text()
         assert f"weights: {trial(tmp_path, before)}/ckpts/last.ckpt" in raw
     assert list(trial(tmp_path, STAGES[2]).glob("save/it2-test.mp4"))

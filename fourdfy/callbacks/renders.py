@@ -22,9 +22,7 @@ class SaveRenders(pl.Callback):
         self.save_dir = save_dir
         self._frames: dict[str, list[dict[str, Tensor]]] = defaultdict(list)
 
-    def _gather(
-        self, trainer: Any, system: Any, outputs: RenderOutput, batch: EvalBatch, *args: Any
-    ) -> None:
+    def _gather(self, trainer: Any, system: Any, outputs: RenderOutput, batch: EvalBatch, *args: Any) -> None:
         self._frames[batch.split] += [
             {"rgb": rgb, "opacity": opacity, "depth": depth}
             for rgb, opacity, depth in zip(

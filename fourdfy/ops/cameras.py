@@ -63,9 +63,7 @@ def orbit_cameras(
     )
 
 
-def camera_directions(
-    fovy_deg: Float[Tensor, "F"], height: int, width: int
-) -> Float[Tensor, "F H W 3"]:
+def camera_directions(fovy_deg: Float[Tensor, "F"], height: int, width: int) -> Float[Tensor, "F H W 3"]:
     """Directions through the pixel centres in camera axes, -z ahead, not normalised."""
     focal = 0.5 * height / torch.tan(0.5 * torch.deg2rad(fovy_deg))
     rows = torch.arange(height, dtype=fovy_deg.dtype, device=fovy_deg.device)

@@ -97,4 +97,3 @@ class LastCheckpoint(pl.Callback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
-

@@ -265,4 +265,3 @@ class FourdfySystem(System):
                 )
         self.load_state_dict(fits, strict=False)
         return len(fits)
-

@@ -64,7 +64,8 @@ def _parameters_at(system: nn.Module, path: str) -> list[nn.Parameter]:
         if not hasattr(node, name):
             children = [key for key, _ in node.named_children()] if isinstance(node, nn.Module) else []
             guess = difflib.get_close_matches(name, children, n=1)
-            hint = f"did you mean {guess[0]!r}?" if guess else f"groups could be: {', '.join(_groups_of(system))}"
+            groups = f"groups could be: {', '.join(_groups_of(system))}"
+            hint = f"did you mean {guess[0]!r}?" if guess else groups
             raise ConfigError(f"system.optimizer.params: {path!r} leads nowhere at {name!r}; {hint}")
         node = getattr(node, name)
     return [node] if isinstance(node, nn.Parameter) else list(node.parameters())

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fourdfy.config import ConfigError, parse_config
-from fourdfy.prompts import base
 from fourdfy.ops.cameras import orbit_cameras
+from fourdfy.prompts import base
 from fourdfy.prompts.base import PromptProcessor, resolve_prompt
 from fourdfy.registry import find
 from tests.tiny_models import MAX_TOKENS, TEXT_WIDTH, save_clip_text
@@ -143,7 +143,7 @@ def test_views_choose_their_texts_by_strict_thresholds(model):
 
 
 def test_moments_are_equal_parts_of_the_scenes_time(model):
-    quarters = ["in the first quarter", "in the second quarter", "in the third quarter", "in the last quarter"]
+    quarters = [f"in the {nth} quarter" for nth in ("first", "second", "third", "last")]
     given = make(pretrained_model_name_or_path=str(model), moments=quarters).embeddings("cpu")
     times = torch.tensor([0.0, 0.24, 0.25, 0.5, 0.99, 1.0])
     views = cameras(torch.zeros(6), torch.zeros(6), times)

@@ -53,14 +53,15 @@ def test_a_path_to_nothing_names_what_exists(toy, path, message):
 
 
 def test_the_configured_optimizer_is_built(toy):
-    cfg = OptimizerConfig(name="AdamW", args={"betas": [0.9, 0.99], "eps": 1e-15}, params={"scale": {"lr": 0.5}})
+    args = {"betas": [0.9, 0.99], "eps": 1e-15}
+    cfg = OptimizerConfig(name="AdamW", args=args, params={"scale": {"lr": 0.5}})
     optimizer = build_optimizer(cfg, toy)
     assert isinstance(optimizer, torch.optim.AdamW)
     assert optimizer.param_groups[0]["eps"] == 1e-15
 
 
 def test_an_unknown_optimizer_is_refused():
-    with pytest.raises(ValueError, match="no such class in torch.optim"):
+    with pytest.raises(ValueError, match=r"no such class in torch\.optim"):
         OptimizerConfig(name="AdamV")
 
 
