@@ -56,6 +56,8 @@ def train_stage(stage: Stage, *, device: str, command: Sequence[str], test: bool
     last = LastCheckpoint(experiment.last_checkpoint, experiment.cfg.checkpoint.every_n_train_steps)
     trainer = build_trainer(experiment, device, [last, ProgressLine(stage.label)])
     system, data = experiment.build_system(), experiment.build_data()
+    if stage.resume_from is None:
+        system.load_weights()
     trainer.fit(system, data, ckpt_path=stage.resume_from, weights_only=True)
     if last.signal is not None:
         logger.info("stopped at step %d; the same command goes on from there", trainer.global_step)

@@ -22,5 +22,9 @@ class System(Component, pl.LightningModule):
         """Frames as they are evaluated."""
 
     @abstractmethod
+    def load_weights(self) -> None:
+        """Take what fits by name from ``system.weights``, if that is set; training starts at step 0."""
+
+    @abstractmethod
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take what this system has from a checkpoint's state."""

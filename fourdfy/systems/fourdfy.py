@@ -105,8 +105,6 @@ class FourdfySystem(System):
         self.texts: dict[str, TextEmbeddings] = {}
         self.audit = GradientAudit(frozenset(step.name for step in plan.steps))
         self.loaded_step = 0
-        if cfg.weights:
-            self._load_weights(cfg.weights, cfg.weights_ignore_modules or [])
 
     # -- set-up ---------------------------------------------------------------------------------
 
@@ -239,8 +237,10 @@ class FourdfySystem(System):
 
     _guidance_weights: dict[str, Tensor] | None = None
 
-    def _load_weights(self, path: str, ignore: list[str]) -> None:
-        """``system.weights``: take what fits by name; training starts anew at step 0."""
+    def load_weights(self) -> None:
+        path, ignore = self.cfg.weights, self.cfg.weights_ignore_modules or []
+        if not path:
+            return
         state = {
             key: value
             for key, value in read_checkpoint(path)["state_dict"].items()
