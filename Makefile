@@ -21,7 +21,7 @@ demo: install
 		system.prompt_processor.prompt="$(PROMPT)" $(ARGS)
 
 test: install
-	$(VENV)/bin/python -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
 
 lint: install
 	$(VENV)/bin/ruff check .
