@@ -76,8 +76,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def select_device(gpu: str | None) -> str:
     """Hide the GPUs that were not asked for (before CUDA is touched); "cuda" or "cpu"."""
-    # Threads that spin while they wait make two runs on one machine ten times slower, not two.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if gpu == "cpu":
         return "cpu"
     if gpu is not None:

@@ -116,7 +116,9 @@ def _save_shared(out: Path, folder: Path, *, with_vae: bool) -> None:
     record = store.read_record(out, "text") or _shipped_record("text")
     (folder / "text_encoder" / "training.json").write_text(json.dumps(record, indent=1) + "\n")
     if with_vae:
-        store.load_part(out, "vae").half().save_pretrained(folder / "vae")
+        vae = store.load_part(out, "vae").half()
+        vae.register_to_config(_name_or_path="")  # else the folder it was read from would be written
+        vae.save_pretrained(folder / "vae")
 
 
 def _model_index(part: str) -> dict[str, Any]:

@@ -133,6 +133,8 @@ class FourdfySystem(System):
         return max(self.global_step, self.loaded_step)
 
     def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
+        # Lightning's own count, by which it writes logs, is one ahead after resuming from a validated step.
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
         self.renderer.update_occupancy(
             step=self.global_step, dynamic=self.plan.dynamic, generator=self._generator("occupancy")
         )
