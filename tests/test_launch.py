@@ -1,5 +1,6 @@
 """The command line, from end to end."""
 
+import csv
 import subprocess
 import sys
 import time
@@ -125,6 +126,8 @@ def test_resuming_equals_an_uninterrupted_run_bit_for_bit(trained, tmp_path):
         read_checkpoint(trial(root, "shapes_stage_3") / "ckpts" / "last.ckpt") for root in (tmp_path, trained)
     )
     assert resumed["global_step"] == whole["global_step"] == 4
+    with open(trial(tmp_path, "shapes_stage_3") / "csv_logs/version_1/metrics.csv") as file:
+        assert {row["step"] for row in csv.DictReader(file)} == {"2", "3"}  # it went on, not anew
     for key, value in whole["state_dict"].items():
         assert torch.equal(resumed["state_dict"][key], value), key
     moments = [c["optimizer_states"][0]["state"] for c in (resumed, whole)]

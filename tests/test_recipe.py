@@ -57,6 +57,7 @@ def test_a_stopped_recipe_goes_on_and_computes_nothing_twice(tmp_path, steps):
     with pytest.raises(SystemExit) as stopped:
         recipe(tmp_path, "trainer.max_steps=3", "checkpoint.every_n_train_steps=100")
     assert stopped.value.code == 128 + signal.SIGTERM
+    assert len(computed) == 4
     assert recipe(tmp_path, "trainer.max_steps=3", "checkpoint.every_n_train_steps=100") == 0
     assert computed == [(name, step) for name in STAGES for step in range(3)]
     computed.clear()
