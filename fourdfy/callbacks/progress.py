@@ -29,7 +29,8 @@ class ProgressLine(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         now = time.monotonic()
-        if now - self._drawn >= REDRAW_SECONDS[self._live]:
+        due = now - self._drawn >= REDRAW_SECONDS[self._live]
+        if due and trainer.global_step < trainer.max_steps:  # the last line is on_train_end's
             self._drawn = now
             self._write(self._line(trainer, now), end="")
 
