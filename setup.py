@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["fourdfy", "fourdfy.*"]),
-    package_data={"fourdfy": ["shapes/assets/**/*", "prompts/*.json"]},
+    package_data={"fourdfy": ["shapes/assets/**/*", "prompts/*.json", "diffusion/key_maps/*.json"]},
     entry_points={"console_scripts": ["fourdfy = fourdfy.cli:main"]},
     install_requires=[
         "torch>=2.6",
@@ -28,10 +28,17 @@ setup(
         "numba>=0.61",
         "imageio>=2.37",
         "imageio-ffmpeg>=0.6",
+        "pillow>=11",
+        "scipy>=1.13",
+        "scikit-image>=0.25",
+        "trimesh>=4.6",
         "jaxtyping>=0.3",
         "beartype>=0.20",
         "rich>=13",
         "tensorboard>=2.18",
     ],
-    extras_require={"dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.9", "scipy>=1.13"]},
+    extras_require={
+        "textures": ["xatlas>=0.0.10"],
+        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.9", "pygltflib>=1.16"],
+    },
 )

@@ -1,8 +1,8 @@
 """Tiny random-weight models in genuine folder layouts, loaded through the genuine code paths.
 
-``save_stable_diffusion(folder)``, ``save_multi_view(folder)`` and ``save_zeroscope(folder)`` write a
-diffusers folder of about a megabyte and return it; the tokenizer is a real CLIP byte-pair encoding with
-a small vocabulary, so prompts of the usual lengths fit into 77 tokens.
+``save_stable_diffusion(folder)``, ``save_multi_view(folder)``, ``save_zeroscope(folder)`` and
+``save_videocrafter2(folder)`` write a diffusers folder of about a megabyte and return it; the tokenizer is
+a real CLIP byte-pair encoding with a small vocabulary, so prompts of the usual lengths fit into 77 tokens.
 """
 
 from __future__ import annotations
@@ -13,15 +13,23 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet3DConditionModel
+from diffusers.models.embeddings import TimestepEmbedding
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from fourdfy.diffusion import convert
+from fourdfy.diffusion.convert import targets_of
 from fourdfy.prompts.base import LIBRARY
 
 SAMPLE_SIZE = 8
 """Latents per side; the VAE makes 4 pixels of one, so the models' own size is 32 x 32."""
 TEXT_WIDTH = 16
 MAX_TOKENS = 77
+DATA = Path(__file__).with_name("data")
+KEY_MAPS = Path(convert.__file__).with_name("key_maps")
+ORIGINAL_UNET = {"sample_size": 8, "block_out_channels": (64,) * 4, "cross_attention_dim": 64}
+"""One head of the published width: the narrowest that the original checkpoints' layout allows."""
 QUALITY_WORDS = (
     "ugly, bad anatomy, blurry, pixelated, obscure, unnatural colors, poor lighting, dull, unclear, cropped, "
     "lowres, low quality, artifacts, duplicate, morbid, mutilated, poorly drawn face, deformed, dehydrated, "
@@ -54,18 +62,53 @@ def save_zeroscope(folder: Path, sample_size: int = SAMPLE_SIZE, seed: int = 0) 
     """ZeroScope: UNet3D and the parts of Stable Diffusion."""
     torch.manual_seed(seed)
     _save_common(folder, "TextToVideoSDPipeline", "UNet3DConditionModel", "epsilon")
-    unet = UNet3DConditionModel(
-        sample_size=sample_size,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
-        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
-        layers_per_block=1,
-        norm_num_groups=8,
-        cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=8,
-    )
-    _randomise(unet).save_pretrained(folder / "unet")
+    _save_video_unet(folder, sample_size)
     return folder
+
+
+def save_videocrafter2(folder: Path, sample_size: int = SAMPLE_SIZE, seed: int = 0) -> Path:
+    """VideoCrafter2 as it is after conversion: ZeroScope's parts and ``fps_embedding``."""
+    torch.manual_seed(seed)
+    _save_common(folder, "TextToVideoSDPipeline", "UNet3DConditionModel", "epsilon")
+    unet = _save_video_unet(folder, sample_size)
+    place = folder / "fps_embedding"
+    place.mkdir()
+    linear = unet.time_embedding.linear_1
+    embedding = TimestepEmbedding(linear.in_features, linear.out_features)
+    save_file(embedding.state_dict(), place / "diffusion_pytorch_model.safetensors")
+    config = {"_class_name": "TimestepEmbedding", "in_channels": linear.in_features}
+    (place / "config.json").write_text(json.dumps(config | {"time_embed_dim": linear.out_features}))
+    return folder
+
+
+def save_mvdream_checkpoint(file: Path, seed: int = 0) -> dict[str, torch.nn.Module]:
+    """MVDream as its authors' one file, at a small width; returns the diffusers networks in it."""
+    unet = UNet2DConditionModel(
+        **ORIGINAL_UNET,
+        down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+        attention_head_dim=[1] * 4,
+        use_linear_projection=True,
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=16,
+    )
+    networks = {"unet": unet} | _original_common(seed)
+    torch.save(_original_state("mvdream", networks), file)
+    return networks
+
+
+def save_videocrafter2_checkpoint(file: Path, seed: int = 0) -> dict[str, torch.nn.Module]:
+    """VideoCrafter2 as its authors' one file, at a small width; returns the networks in it.
+
+    As Lightning's files do, it also holds an object of a class that a reader need not have.
+    """
+    networks = {
+        "unet": UNet3DConditionModel(**ORIGINAL_UNET, attention_head_dim=64),
+        "fps_embedding": TimestepEmbedding(64, 256),
+    } | _original_common(seed)
+    state = _original_state("videocrafter2", networks)
+    torch.save({"epoch": 1, "callbacks": Path("a callback"), "state_dict": state}, file)
+    return networks
 
 
 def save_clip_text(folder: Path) -> None:
@@ -133,6 +176,68 @@ def _save_common(folder: Path, pipeline: str, unet_class: str, prediction_type: 
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def _save_video_unet(folder: Path, sample_size: int) -> UNet3DConditionModel:
+    unet = UNet3DConditionModel(
+        sample_size=sample_size,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=TEXT_WIDTH,
+        attention_head_dim=8,
+    )
+    _randomise(unet).save_pretrained(folder / "unet")
+    return unet
+
+
+def _original_common(seed: int) -> dict[str, torch.nn.Module]:
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        block_out_channels=(32,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+    )
+    text = CLIPTextConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        max_position_embeddings=MAX_TOKENS,
+        hidden_act="gelu",
+        bos_token_id=62,
+        eos_token_id=63,
+        pad_token_id=0,
+    )
+    return {"vae": vae, "text_encoder": CLIPTextModel(text)}
+
+
+def _original_state(name: str, networks: dict[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """The networks' tensors under the keys of the published checkpoint, with its left-out ones."""
+    ours = {}
+    for part, network in networks.items():
+        prefix = "fps_embedding." if part == "fps_embedding" else ""
+        ours[part] = {prefix + key: value for key, value in _randomise(network).state_dict().items()}
+    ours["unet"] |= ours.pop("fps_embedding", {})
+    maps = {"unet": f"{name}_unet", "vae": "vae", "text_encoder": "openclip_text"}
+    tables = {part: json.loads((KEY_MAPS / f"{file}.json").read_text()) for part, file in maps.items()}
+    schedule = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    state = {}
+    for key, shape in json.loads((DATA / f"original_keys_{name}.json").read_text()).items():
+        part = next((part for part, table in tables.items() if key.startswith(table["prefix"])), None)
+        targets = targets_of(key.removeprefix(tables[part]["prefix"]), tables[part]) if part else ()
+        if key == "alphas_cumprod":
+            state[key] = schedule.alphas_cumprod
+        elif not targets or ".resblocks.2." in key:
+            state[key] = torch.zeros(1)
+        elif ours[part].keys() >= set(targets):  # equal widths need no shortcuts; fewer blocks of text
+            tensor = torch.cat([ours[part][target] for target in targets])
+            state[key] = tensor.reshape(*tensor.shape, *[1] * (len(shape) - tensor.ndim))
+    return state
 
 
 def _unet_config(sample_size: int) -> dict:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +28,9 @@ from fourdfy.diffusion.hub import WEIGHTS, has_part
 from fourdfy.ops.diffusion import NoiseScales, Prediction, noise_scales, sample_noise
 
 logger = logging.getLogger(__name__)
+
+Gradient = Literal["exact", "subset"]
+"""How ``encode_images`` learns in parts."""
 
 
 class FrozenModels:
@@ -56,21 +60,28 @@ class NoiseSchedule:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions:
-    """Ways to need less memory; none of them changes a result by more than rounding."""
+    """Ways to need less memory; none of them changes a result by more than rounding.
+
+    Attention is PyTorch's SDPA, whatever is set here, unless another kernel is asked for and installed.
+    """
 
     half_precision_weights: bool | str = True
     """true (float16), false (float32) or "bf16"."""
     enable_memory_efficient_attention: bool = False
+    """xformers' attention in place of SDPA, if it is installed."""
     enable_sequential_cpu_offload: bool = False
+    """Keep weights in main memory and move each layer's to the GPU when it runs."""
     enable_attention_slicing: bool = False
+    """Compute attention a few heads at a time."""
     enable_channels_last_format: bool = False
+    """Store the weights of 2D convolutions channels last."""
 
     def dtype(self, device: torch.device) -> torch.dtype:
         """The weights' type; on a CPU always float32."""
         if self.half_precision_weights is False:
             return torch.float32
         if device.type == "cpu":
-            logger.info("half_precision_weights=%s: float32 on the CPU", self.half_precision_weights)
+            _say_once(f"half_precision_weights={self.half_precision_weights}: float32 on the CPU")
             return torch.float32
         return torch.bfloat16 if self.half_precision_weights == "bf16" else torch.float16
 
@@ -119,7 +130,7 @@ def load_text_encoder(folder: Path, device: torch.device) -> tuple[Any, nn.Modul
     tokenizer = AutoTokenizer.from_pretrained(
         folder / "tokenizer", local_files_only=True, trust_remote_code=False
     )
-    with _no_progress_bar():
+    with no_progress_bar():
         encoder = CLIPTextModel.from_pretrained(
             folder / "text_encoder", local_files_only=True, dtype=torch.float32
         )
@@ -158,14 +169,16 @@ def apply_memory_options(network: nn.Module, options: MemoryOptions, device: tor
         if find_spec("xformers") and device.type == "cuda":
             network.enable_xformers_memory_efficient_attention()
         else:
-            logger.info("enable_memory_efficient_attention: PyTorch's own SDPA, which is the default")
+            _say_once("enable_memory_efficient_attention: PyTorch's own SDPA, which is the default")
     if options.enable_attention_slicing and hasattr(network, "set_attention_slice"):
         network.set_attention_slice("auto")
     if options.enable_channels_last_format:
         _to_channels_last(network)
     if options.enable_sequential_cpu_offload:
         if device.type == "cpu":
-            logger.info("enable_sequential_cpu_offload: without effect on the CPU")
+            _say_once("enable_sequential_cpu_offload: without effect on the CPU")
+        elif not find_spec("accelerate"):
+            raise ValueError("enable_sequential_cpu_offload=true needs accelerate: pip install accelerate")
         else:
             from accelerate import cpu_offload
 
@@ -173,24 +186,32 @@ def apply_memory_options(network: nn.Module, options: MemoryOptions, device: tor
 
 
 def encode_images(
-    vae: nn.Module, images: Float[Tensor, "B 3 H W"], generator: torch.Generator, chunk: int = 0
+    vae: nn.Module,
+    images: Float[Tensor, "B 3 H W"],
+    generator: torch.Generator,
+    chunk: int = 0,
+    gradient: Gradient = "exact",
 ) -> Float[Tensor, "B C h w"]:
     """Latents drawn from the VAE's posterior, times its ``scaling_factor``, in float32.
 
-    Gradients reach ``images``. With ``chunk`` > 0 that many images are in the network at once and are
-    encoded again in the backward pass: the same numbers and gradients from less memory.
+    With ``chunk`` > 0 that many images are in the network at once. Gradients reach ``images``:
+
+    - exact: the parts are encoded again in the backward pass; the same numbers and gradients from
+      less memory.
+    - subset: only ``chunk`` images, drawn at random, get theirs; nothing is rescaled.
 
     Args:
         images: in 0..1.
-        generator: of the posterior's noise, drawn for all images at once.
+        generator: of the subset, and of the posterior's noise, drawn for all images at once.
     """
-    size = chunk if chunk > 0 else len(images)
-    again = size < len(images) and images.requires_grad
-    moments = [
-        checkpoint(_posterior, vae, part, use_reentrant=False) if again else _posterior(vae, part)
-        for part in (images * 2 - 1).split(size)
-    ]
-    mean, std = (torch.cat(m) for m in zip(*moments, strict=True))
+    images = images * 2 - 1
+    if not 0 < chunk < len(images):
+        mean, std = _posterior(vae, images)
+    elif gradient == "subset":
+        mean, std = _subset_posterior(vae, images, chunk, generator)
+    else:
+        again = partial(checkpoint, _posterior, vae, use_reentrant=False)
+        mean, std = _joined(again(part) for part in images.split(chunk))
     noise = sample_noise(mean.shape, generator, mean.device, mean.dtype)
     return (mean + std * noise) * vae.config.scaling_factor
 
@@ -205,8 +226,25 @@ def _posterior(vae: nn.Module, images: Float[Tensor, "B 3 H W"]) -> tuple[Tensor
     return posterior.mean.float(), posterior.std.float()
 
 
+def _subset_posterior(
+    vae: nn.Module, images: Float[Tensor, "B 3 H W"], chunk: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    order = torch.randperm(len(images), generator=generator, device=generator.device).to(images.device)
+    learn, *others = images[order].split(chunk)
+    with torch.no_grad():
+        fixed = [_posterior(vae, part) for part in others]
+    mean, std = _joined([_posterior(vae, learn), *fixed])
+    back = order.argsort()
+    return mean[back], std[back]
+
+
+def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return mean, std
+
+
 @contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """transformers draws one even for a local file; the run has its own."""
     from transformers.utils import logging as transformers_logging
 
@@ -217,6 +255,12 @@ def _no_progress_bar() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+@cache
+def _say_once(message: str) -> None:
+    """A run has many networks, and the same settings for them all."""
+    logger.info(message)
 
 
 def _to_channels_last(network: nn.Module) -> None:

