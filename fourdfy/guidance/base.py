@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -18,7 +19,15 @@ class Guidance(Component, nn.Module, ABC):
     Frozen networks are kept out of the module tree: they are not saved, moved or counted.
     """
 
-    def __init__(self, cfg: Component.Config, *, device: torch.device) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Component.Config):
+        def models(self) -> list[tuple[str, tuple[str, ...]]]:
+            """Every model that is needed, by its name or path, with the parts that are."""
+            return []
+
+    cfg: Config
+
+    def __init__(self, cfg: Config, *, device: torch.device) -> None:
         super().__init__()
         self.cfg = cfg
         self.device = device

@@ -1,17 +1,18 @@
 """What the latent diffusion priors share: settings, images to latents, and the networks' x_0.
 
-A subclass says which text and which cameras a batch goes with, and turns x_0 into its loss. Tests
-(and new priors) replace ``load_models`` or ``run_unet``; nothing else touches a network.
+A subclass turns x_0 into its loss. Tests (and new priors) replace ``load_models``, ``load_unet`` or
+``run_unet``; nothing else touches a network.
 
-B latents (images, or videos with a frame axis behind the channels), C channels, H x W pixels of
-rendered images, h x w latents, L tokens, E text channels, K numbers of a camera.
+N rendered frames of H x W pixels, B latents of h x w (images, or videos with a frame axis behind the
+channels), C channels, L tokens, E text channels, K numbers of a camera.
 """
 
 from __future__ import annotations
 
 import contextlib
-from abc import abstractmethod
 from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -19,8 +20,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fourdfy.config import ignored
 from fourdfy.diffusion.frozen import (
     FrozenModels,
+    Gradient,
     MemoryOptions,
     apply_memory_options,
     encode_images,
@@ -33,6 +36,7 @@ from fourdfy.guidance.base import Guidance
 from fourdfy.ops.diffusion import (
     add_noise,
     classifier_free_guidance,
+    lead_away,
     sample_noise,
     sample_timesteps,
     timestep_range,
@@ -40,7 +44,7 @@ from fourdfy.ops.diffusion import (
 )
 from fourdfy.ops.distillation import Weighting, bounded, score_loss, sds_gradient, sjc_gradient
 from fourdfy.schedules import Schedule, check_schedule, schedule_value
-from fourdfy.types import GuidanceOutput
+from fourdfy.types import Cameras, GuidanceOutput, TextEmbeddings, ViewTexts
 
 PARTS = ("unet", "vae", "scheduler")
 
@@ -69,11 +73,15 @@ class LatentGuidance(Guidance):
         grad_clip: Schedule = None
         """Bound on each entry of the latents' gradient; a scheduled scalar or null."""
         view_dependent_prompting: bool = True
-        cache_dir: str | None = None
-        """Without effect: HF_HOME says where hub models are kept."""
+        cache_dir: str | None = ignored("HF_HOME says where hub models are kept")
         token_merging: bool = False
+        """Fewer tokens in the self-attention of image models, by the package tomesd (Bolya & Hoffman
+        2023): faster, and not quite the same prior."""
         token_merging_params: dict[str, Any] | None = None
-        """Without effect while ``token_merging`` is false, and true is refused."""
+        """Arguments of ``tomesd.apply_patch``; ``use_rand`` is false unless it stands here."""
+
+        def models(self) -> list[tuple[str, tuple[str, ...]]]:
+            return [(self.pretrained_model_name_or_path, PARTS)]
 
         def __post_init__(self) -> None:
             check_schedule(self.min_step_percent, "min_step_percent")
@@ -84,8 +92,8 @@ class LatentGuidance(Guidance):
                 raise ValueError(
                     f'half_precision_weights={self.half_precision_weights!r}; expected true, false or "bf16"'
                 )
-            if self.token_merging:
-                raise ValueError("token_merging=true is not supported; set token_merging=false")
+            if self.token_merging and find_spec("tomesd") is None:
+                raise ValueError("token_merging=true needs tomesd: pip install tomesd, or set it to false")
 
     cfg: Config
 
@@ -97,45 +105,93 @@ class LatentGuidance(Guidance):
 
     def load_models(self) -> FrozenModels:
         """The frozen ``unet`` and ``vae``, and their noise ``schedule``."""
-        folder = resolve_model(self.cfg.pretrained_model_name_or_path, PARTS)
+        folder = resolve_model(*self.cfg.models()[0])
         return FrozenModels(
-            unet=self.load_network(folder, "unet", self.unet_class),
+            unet=self.load_unet(folder),
             vae=self.load_network(folder, "vae", "AutoencoderKL"),
             schedule=load_noise_schedule(folder, self.device),
         )
 
-    def load_network(self, folder: Any, part: str, class_name: str) -> torch.nn.Module:
+    def load_unet(self, folder: Path) -> torch.nn.Module:
+        unet = self.load_network(folder, "unet", self.unet_class)
+        if self.cfg.token_merging:
+            import tomesd
+
+            # Its random choices come from a generator of its own, which no checkpoint would hold.
+            tomesd.apply_patch(unet, **{"use_rand": False} | (self.cfg.token_merging_params or {}))
+        return unet
+
+    def load_network(self, folder: Path, part: str, class_name: str) -> torch.nn.Module:
         network = load_part(folder, part, class_name, dtype=self.dtype, device=self.device)
         apply_memory_options(network, self.cfg, self.device)
         return network
 
-    def encode(
-        self, rgb: Float[Tensor, "B H W 3"], generator: torch.Generator, chunk: int = 0
-    ) -> Float[Tensor, "B C h w"]:
+    def prepare(
+        self,
+        rgb: Float[Tensor, "N H W 3"],
+        text: TextEmbeddings,
+        cameras: Cameras,
+        step: int,
+        generator: torch.Generator,
+    ) -> tuple[Float[Tensor, "B C *S"], Int[Tensor, "B"], Float[Tensor, "B C *S"], ViewTexts]:
+        """(latents, timesteps, noise, texts) of N rendered frames: all that a loss needs.
+
+        Raises:
+            ValueError: the prompts want Perp-Neg, and this prior's texts do not depend on the view.
+        """
+        if text.perp_neg is not None and not self.cfg.view_dependent_prompting:
+            raise ValueError(
+                "use_perp_neg=true weighs the texts of views: set view_dependent_prompting=true in this "
+                "guidance, or use_perp_neg=false in its prompt processor"
+            )
+        latents = self.encode(rgb, generator)
+        timesteps, noise = self.draw(latents, step, generator)
+        # A video has one text: that of the view of its first frame.
+        first = cameras[:: len(rgb) // len(latents)]
+        return latents, timesteps, noise, text.for_views(first, self.cfg.view_dependent_prompting)
+
+    def encode(self, rgb: Float[Tensor, "N H W 3"], generator: torch.Generator) -> Float[Tensor, "B C *S"]:
         """Latents of images in 0..1; gradients reach ``rgb``."""
+        return self.encode_images(rgb, generator)
+
+    def encode_images(
+        self,
+        rgb: Float[Tensor, "N H W 3"],
+        generator: torch.Generator,
+        chunk: int = 0,
+        gradient: Gradient = "exact",
+    ) -> Float[Tensor, "N C h w"]:
+        """Each image's latents, at the size that the model works at; see ``frozen.encode_images``."""
         images = rgb.movedim(-1, 1)
         if images.shape[-2:] != self.image_size:
             images = F.interpolate(images, self.image_size, mode="bilinear", align_corners=False)
         with self._precision():
-            return encode_images(self.models.vae, images, generator, chunk)
+            return encode_images(self.models.vae, images, generator, chunk, gradient)
 
-    def predict_x0(
+    def guided_x0(
         self,
         noisy: Float[Tensor, "B C *S"],
         timesteps: Int[Tensor, "B"],
-        text: Float[Tensor, "B L E"],
-        uncond: Float[Tensor, "B L E"],
+        texts: ViewTexts,
+        scale: float,
         cameras: Float[Tensor, "B K"] | None = None,
     ) -> tuple[Float[Tensor, "B C *S"], Float[Tensor, "B C *S"]]:
-        """(with the text, without it) what the prior takes for clean, from one network call."""
-        twice = (noisy, timesteps) if cameras is None else (noisy, timesteps, cameras)
-        noisy_twice, timesteps_twice, *cameras_twice = (torch.cat([x, x]) for x in twice)
-        states = torch.cat([text, uncond])
-        prediction = self.run_unet(noisy_twice, timesteps_twice, states, *cameras_twice)
+        """What the prior takes for clean, from one network call: (guided by ``scale``, by the text alone).
+
+        Args:
+            scale: counted from the unconditional prediction.
+        """
+        states = (texts.text, texts.uncond, *texts.negatives)
+        inputs = (noisy, timesteps) if cameras is None else (noisy, timesteps, cameras)
+        noisy_all, timesteps_all, *cameras_all = (torch.cat([x] * len(states)) for x in inputs)
+        prediction = self.run_unet(noisy_all, timesteps_all, torch.cat(states), *cameras_all)
         scales = self.models.schedule.scales(timesteps, noisy.ndim)
-        kind = self.models.schedule.prediction
-        with_text, without = (x0_from_prediction(p, noisy, scales, kind) for p in prediction.chunk(2))
-        return with_text, without
+        with_text, without, *with_negatives = (
+            x0_from_prediction(part, noisy, scales, self.models.schedule.prediction)
+            for part in prediction.chunk(len(states))
+        )
+        led = lead_away(with_text, without, with_negatives, texts.weights)
+        return classifier_free_guidance(led, without, scale), with_text
 
     @torch.no_grad()
     def run_unet(
@@ -226,13 +282,23 @@ class ScoreDistillationGuidance(LatentGuidance):
 
     cfg: Config
 
+    def forward(
+        self,
+        rgb: Float[Tensor, "N H W 3"],
+        text: TextEmbeddings,
+        cameras: Cameras,
+        *,
+        step: int,
+        generator: torch.Generator,
+    ) -> GuidanceOutput:
+        return self.distill(*self.prepare(rgb, text, cameras, step, generator), step=step)
+
     def distill(
         self,
         latents: Float[Tensor, "B C *S"],
         timesteps: Int[Tensor, "B"],
         noise: Float[Tensor, "B C *S"],
-        text: Float[Tensor, "B L E"],
-        uncond: Float[Tensor, "B L E"],
+        texts: ViewTexts,
         *,
         step: int,
     ) -> GuidanceOutput:
@@ -241,15 +307,14 @@ class ScoreDistillationGuidance(LatentGuidance):
         scales = self.models.schedule.scales(timesteps, latents.ndim)
         noisy = add_noise(clean, noise, scales)
         # + 1: these priors' scale is counted from the text prediction, ours from the uncond.
-        x0 = classifier_free_guidance(
-            *self.predict_x0(noisy, timesteps, text, uncond), self.cfg.guidance_scale + 1
-        )
+        x0, _ = self.guided_x0(noisy, timesteps, texts, self.cfg.guidance_scale + 1)
         if self.cfg.use_sjc:
-            grad = sjc_gradient(clean, noise, x0, scales, self.cfg.var_red)
+            score = sjc_gradient(clean, noise, x0, scales, self.cfg.var_red)
         else:
-            grad = sds_gradient(clean, x0, scales, self.cfg.weighting_strategy)
-        grad = self.bound(grad, step)
+            score = sds_gradient(clean, x0, scales, self.cfg.weighting_strategy)
+        grad = self.bound(self.adjust(score), step)
         return self.output({self.loss_name: score_loss(latents, grad)}, grad, step)
 
-    @abstractmethod
-    def forward(self, rgb, text, cameras, *, step, generator) -> GuidanceOutput: ...
+    def adjust(self, score: Float[Tensor, "B C *S"]) -> Float[Tensor, "B C *S"]:
+        """What becomes of the weighted score before it is bounded; nothing, unless a prior says more."""
+        return score

@@ -6,6 +6,7 @@ B images = groups of ``n_view`` views, the views of a group neighbours in the ba
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
@@ -14,11 +15,12 @@ from torch import Tensor
 
 from fourdfy.diffusion.frozen import FrozenModels
 from fourdfy.diffusion.mvdream import camera_vectors, enable_multi_view_attention
-from fourdfy.guidance.latent import LatentGuidance
-from fourdfy.ops.diffusion import add_noise, classifier_free_guidance
+from fourdfy.diffusion.mvdream_package import load_mvdream_package
+from fourdfy.guidance.latent import PARTS, LatentGuidance
+from fourdfy.ops.diffusion import add_noise
 from fourdfy.ops.distillation import reconstruction_loss, rescale_guided_x0, score_loss, sds_gradient
 from fourdfy.registry import register
-from fourdfy.types import Cameras, GuidanceOutput, TextEmbeddings
+from fourdfy.types import Cameras, GuidanceOutput, TextEmbeddings, ViewTexts
 
 
 @register("multiview-diffusion-guidance")
@@ -30,9 +32,13 @@ class MultiViewGuidance(LatentGuidance):
     @dataclass(frozen=True, kw_only=True)
     class Config(LatentGuidance.Config):
         pretrained_model_name_or_path: str = "MVDream/MVDream"
-        model_name: str = "sd-v2.1-base-4view"
-        """The checkpoint's name in the original code; a folder in diffusers layout has one model."""
+        model_name: Literal["sd-v2.1-base-4view"] = "sd-v2.1-base-4view"
+        """The checkpoint's name in the original code."""
         ckpt_path: str | None = None
+        """The original's checkpoint file, or a folder in diffusers layout, in the place of the hub's."""
+        backend: Literal["diffusers", "mvdream"] = "diffusers"
+        """The networks' code: ours on diffusers, or the authors' package, to compare with. The package
+        takes checkpoint files and float32 alone, and no options for memory."""
         half_precision_weights: bool | str = False
         """False unlike elsewhere: the published runs kept this prior in float32."""
         guidance_scale: float = 50.0
@@ -47,13 +53,13 @@ class MultiViewGuidance(LatentGuidance):
         recon_std_rescale: float = 0.5
         """Share of the guided x_0's excess contrast that is taken back, 0..1."""
 
+        def models(self) -> list[tuple[str, tuple[str, ...]]]:
+            return [(self.ckpt_path or self.pretrained_model_name_or_path, PARTS)]
+
         def __post_init__(self) -> None:
             super().__post_init__()
-            if self.ckpt_path is not None:
-                raise ValueError(
-                    f"ckpt_path={self.ckpt_path}: original checkpoint files are not read yet; name a folder "
-                    "in diffusers layout with pretrained_model_name_or_path"
-                )
+            if self.backend == "mvdream" and self.token_merging:
+                raise ValueError("token_merging=true needs backend=diffusers; change one of the two")
             for side in ("height", "width"):
                 if getattr(self, side) is None:
                     object.__setattr__(self, side, self.image_size)
@@ -61,9 +67,15 @@ class MultiViewGuidance(LatentGuidance):
     cfg: Config
 
     def load_models(self) -> FrozenModels:
-        models = super().load_models()
-        enable_multi_view_attention(models.unet, self.cfg.n_view)
-        return models
+        if self.cfg.backend == "diffusers":
+            return super().load_models()
+        checkpoint, _ = self.cfg.models()[0]
+        return load_mvdream_package(self.cfg.model_name, checkpoint, self.cfg.n_view, self.dtype, self.device)
+
+    def load_unet(self, folder: Path) -> torch.nn.Module:
+        unet = super().load_unet(folder)
+        enable_multi_view_attention(unet, self.cfg.n_view)
+        return unet
 
     def forward(
         self,
@@ -79,20 +91,17 @@ class MultiViewGuidance(LatentGuidance):
                 f"{len(rgb)} images do not fill whole groups of n_view={self.cfg.n_view} views; "
                 f"set data.multi_view.batch_size to a multiple of {self.cfg.n_view}"
             )
-        latents = self.encode(rgb, generator)
-        timesteps, noise = self.draw(latents, step, generator)
-        states = text.for_views(cameras, self.cfg.view_dependent_prompting)
+        latents, timesteps, noise, texts = self.prepare(rgb, text, cameras, step, generator)
         # One noise level for all: the network attends over views and has only seen equal ones.
         timesteps = timesteps[:1].expand(len(latents))
-        return self.distill(latents, timesteps, noise, *states, cameras.c2w, step=step)
+        return self.distill(latents, timesteps, noise, texts, cameras.c2w, step=step)
 
     def distill(
         self,
         latents: Float[Tensor, "B C h w"],
         timesteps: Int[Tensor, "B"],
         noise: Float[Tensor, "B C h w"],
-        text: Float[Tensor, "B L E"],
-        uncond: Float[Tensor, "B L E"],
+        texts: ViewTexts,
         c2w: Float[Tensor, "B 4 4"],
         *,
         step: int,
@@ -102,8 +111,7 @@ class MultiViewGuidance(LatentGuidance):
         scales = self.models.schedule.scales(timesteps, latents.ndim)
         noisy = add_noise(clean, noise, scales)
         cameras = camera_vectors(c2w).to(self.dtype)
-        with_text, without = self.predict_x0(noisy, timesteps, text, uncond, cameras)
-        x0 = classifier_free_guidance(with_text, without, self.cfg.guidance_scale)
+        x0, with_text = self.guided_x0(noisy, timesteps, texts, self.cfg.guidance_scale, cameras)
         if self.cfg.recon_loss:
             x0 = rescale_guided_x0(x0, with_text, self.cfg.n_view, self.cfg.recon_std_rescale)
             loss = reconstruction_loss(latents, x0)

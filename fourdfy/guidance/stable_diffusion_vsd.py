@@ -19,7 +19,7 @@ from torch import Tensor
 from fourdfy.diffusion.frozen import FrozenModels, load_noise_schedule
 from fourdfy.diffusion.hub import resolve_model
 from fourdfy.diffusion.lora import LoRA
-from fourdfy.guidance.latent import PARTS, LatentGuidance
+from fourdfy.guidance.latent import LatentGuidance
 from fourdfy.ops.diffusion import (
     add_noise,
     classifier_free_guidance,
@@ -30,7 +30,7 @@ from fourdfy.ops.diffusion import (
 )
 from fourdfy.ops.distillation import score_loss, vsd_gradient
 from fourdfy.registry import register
-from fourdfy.types import Cameras, GuidanceOutput, TextEmbeddings
+from fourdfy.types import Cameras, GuidanceOutput, TextEmbeddings, ViewTexts
 
 CAMERA_DROP = 0.1
 """How often the LoRA learns a batch without its cameras, for guidance on them."""
@@ -38,7 +38,8 @@ CAMERA_DROP = 0.1
 
 @register("stable-diffusion-vsd-guidance")
 class StableDiffusionVSDGuidance(LatentGuidance):
-    """Losses ``vsd`` (moves the scene) and ``lora`` (trains the adapter and the camera embedding).
+    """Losses ``vsd`` (moves the scene) and ``lora`` (trains the adapter and the camera embedding, where
+    the optimizer has them).
 
     The adapter sits on a U-Net of its own, or, where both paths name one model, on the prior's U-Net,
     switched on only for its own calls.
@@ -57,6 +58,9 @@ class StableDiffusionVSDGuidance(LatentGuidance):
         """Noise levels per image in the LoRA's own loss."""
         camera_condition_type: Literal["extrinsics"] = "extrinsics"
         """The LoRA sees the camera-to-world matrix as it is, distance included."""
+
+        def models(self) -> list[tuple[str, tuple[str, ...]]]:
+            return [*super().models(), (self.pretrained_model_name_or_path_lora, ("unet", "scheduler"))]
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -79,13 +83,12 @@ class StableDiffusionVSDGuidance(LatentGuidance):
 
     def load_models(self) -> FrozenModels:
         models = super().load_models()
-        folder = resolve_model(self.cfg.pretrained_model_name_or_path, PARTS)
-        folder_lora = resolve_model(self.cfg.pretrained_model_name_or_path_lora, ("unet", "scheduler"))
+        folder, folder_lora = (resolve_model(*model) for model in self.cfg.models())
         if folder_lora.resolve() == folder.resolve():
             return FrozenModels(**vars(models), unet_lora=models.unet, schedule_lora=models.schedule)
         return FrozenModels(
             **vars(models),
-            unet_lora=self.load_network(folder_lora, "unet", self.unet_class),
+            unet_lora=self.load_unet(folder_lora),
             schedule_lora=load_noise_schedule(folder_lora, self.device),
         )
 
@@ -98,19 +101,15 @@ class StableDiffusionVSDGuidance(LatentGuidance):
         step: int,
         generator: torch.Generator,
     ) -> GuidanceOutput:
-        latents = self.encode(rgb, generator)
-        timesteps, noise = self.draw(latents, step, generator)
-        prior_states = text.for_views(cameras, self.cfg.view_dependent_prompting)
+        latents, timesteps, noise, texts = self.prepare(rgb, text, cameras, step, generator)
         # The LoRA is told the camera itself, so its text says nothing of the view.
-        lora_states = text.for_views(cameras, False)
+        lora_texts = text.for_views(cameras, view_dependent=False)
         c2w = cameras.c2w.flatten(1)
-        grad = self.bound(
-            self.vsd_gradient(latents.detach(), timesteps, noise, prior_states, lora_states, c2w), step
-        )
-        losses = {
-            "vsd": score_loss(latents, grad),
-            "lora": self.lora_loss(latents.detach(), lora_states[0], c2w, generator),
-        }
+        grad = self.vsd_gradient(latents.detach(), timesteps, noise, texts, lora_texts, c2w)
+        grad = self.bound(grad, step)
+        losses = {"vsd": score_loss(latents, grad)}
+        if any(parameter.requires_grad for parameter in self.parameters()):
+            losses["lora"] = self.lora_loss(latents.detach(), lora_texts.text, c2w, generator)
         return self.output(losses, grad, step)
 
     def vsd_gradient(
@@ -118,17 +117,15 @@ class StableDiffusionVSDGuidance(LatentGuidance):
         latents: Float[Tensor, "B C h w"],
         timesteps: Int[Tensor, "B"],
         noise: Float[Tensor, "B C h w"],
-        prior_states: tuple[Float[Tensor, "B L E"], Float[Tensor, "B L E"]],
-        lora_states: tuple[Float[Tensor, "B L E"], Float[Tensor, "B L E"]],
+        texts: ViewTexts,
+        lora_texts: ViewTexts,
         c2w: Float[Tensor, "B 16"],
     ) -> Float[Tensor, "B C h w"]:
         """The update at given noise levels and noise; no randomness of its own."""
         scales = self.models.schedule.scales(timesteps, latents.ndim)
         noisy = add_noise(latents, noise, scales)
-        prior = classifier_free_guidance(
-            *self.predict_x0(noisy, timesteps, *prior_states), self.cfg.guidance_scale
-        )
-        renderings = self.predict_x0_of_renderings(noisy, timesteps, lora_states, c2w)
+        prior, _ = self.guided_x0(noisy, timesteps, texts, self.cfg.guidance_scale)
+        renderings = self.predict_x0_of_renderings(noisy, timesteps, lora_texts, c2w)
         return vsd_gradient(prior, renderings, scales)
 
     @torch.no_grad()
@@ -136,7 +133,7 @@ class StableDiffusionVSDGuidance(LatentGuidance):
         self,
         noisy: Float[Tensor, "B C h w"],
         timesteps: Int[Tensor, "B"],
-        states: tuple[Float[Tensor, "B L E"], Float[Tensor, "B L E"]],
+        texts: ViewTexts,
         c2w: Float[Tensor, "B 16"],
     ) -> Float[Tensor, "B C h w"]:
         """What the LoRA takes for clean: its guided x_0, without a graph."""
@@ -144,12 +141,12 @@ class StableDiffusionVSDGuidance(LatentGuidance):
         scales = schedule.scales(timesteps, noisy.ndim)
         if self.cfg.guidance_scale_lora == 1:
             # The unconditional half would be multiplied by zero.
-            prediction = self.run_lora_unet(noisy, timesteps, states[0], c2w)
+            prediction = self.run_lora_unet(noisy, timesteps, texts.text, c2w)
             return x0_from_prediction(prediction, noisy, scales, schedule.prediction)
         prediction = self.run_lora_unet(
             torch.cat([noisy, noisy]),
             torch.cat([timesteps, timesteps]),
-            torch.cat(states),
+            torch.cat([texts.text, texts.uncond]),
             torch.cat([c2w, torch.zeros_like(c2w)]),
         )
         halves = (x0_from_prediction(p, noisy, scales, schedule.prediction) for p in prediction.chunk(2))

@@ -130,6 +130,27 @@ def classifier_free_guidance(
     return uncond + scale * (text - uncond)
 
 
+def lead_away(
+    text: Float[Tensor, "B C *S"],
+    uncond: Float[Tensor, "B C *S"],
+    negatives: Sequence[Float[Tensor, "B C *S"]],
+    weights: Sequence[Float[Tensor, "B"]],
+) -> Float[Tensor, "B C *S"]:
+    """The text's prediction, moved by what negative texts say that is not in it: Perp-Neg.
+
+    Each negative's difference from ``uncond`` enters times its weight (negative: away), less its
+    component along the text's own difference (Armandpour et al. 2023), so that what both texts have
+    in common stays. Like guidance it commutes with affine maps; without negatives it is ``text``.
+    """
+    direction = text - uncond
+    for negative, weight in zip(negatives, weights, strict=True):
+        axes = (-1, *[1] * (text.ndim - 1))
+        along = _dot(negative - uncond, direction) / _dot(direction, direction).clamp_min(1e-12)
+        perpendicular = negative - uncond - along.reshape(axes) * direction
+        text = text + weight.reshape(axes) * perpendicular
+    return text
+
+
 def timestep_range(
     min_step_percent: Schedule, max_step_percent: Schedule, step: int, num_train_timesteps: int = 1000
 ) -> tuple[int, int]:
@@ -167,3 +188,7 @@ def sample_noise(
 ) -> Float[Tensor, "..."]:
     """Standard normal numbers, drawn where the generator lives."""
     return torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=dtype).to(device)
+
+
+def _dot(a: Float[Tensor, "B C *S"], b: Float[Tensor, "B C *S"]) -> Float[Tensor, "B"]:
+    return (a * b).flatten(1).sum(1)

@@ -129,6 +129,18 @@ def weight(scales: NoiseScales, weighting: str) -> Float[Tensor, "B *ones"]:
     raise ValueError(f"weighting_strategy={weighting!r}; expected one of {Weighting.__args__}")
 
 
+def amplify_motion(score: Float[Tensor, "B C F H W"], scale: float) -> Float[Tensor, "B C F H W"]:
+    """A video's score with what differs between its F frames times ``scale``; their mean stays.
+
+    As 4D-fy's VideoCrafter prior has it, on the whole score ``eps_prior - eps``; the idea is that of
+    Align Your Gaussians (Ling et al. 2023).
+    """
+    if scale == 1:
+        return score
+    still = score.mean(dim=2, keepdim=True)
+    return still + scale * (score - still)
+
+
 def bounded(grad: Float[Tensor, "B C *S"], clip: float | None = None) -> Float[Tensor, "B C *S"]:
     """``grad`` with NaN as 0 and infinities finite, each entry within ``[-clip, clip]``."""
     grad = torch.nan_to_num(grad)

@@ -23,14 +23,16 @@ from jaxtyping import Float
 from omegaconf import MISSING
 from torch import Tensor
 
-from fourdfy.config import Component
-from fourdfy.diffusion.hub import resolve_model
-from fourdfy.types import TextEmbeddings
+from fourdfy.config import Component, ignored
+from fourdfy.diffusion.hub import cache_root, resolve_model
+from fourdfy.types import PerpNegDecays, TextEmbeddings
 
 logger = logging.getLogger(__name__)
 
 DIRECTIONS = ("side", "front", "back", "overhead")
 """In the order of ``TextEmbeddings.direction_indices``."""
+
+PARTS = ("tokenizer", "text_encoder")
 
 LIBRARY = Path(__file__).with_name("library.json")
 
@@ -65,13 +67,21 @@ class PromptProcessor(Component, ABC):
         """"front view of PROMPT" instead of "PROMPT, front view"."""
         use_cache: bool = True
         """Keep embeddings in $FOURDFY_CACHE, or ~/.cache/fourdfy."""
-        spawn: bool = True
-        """Without effect: the text encoder is freed without a process of its own."""
+        spawn: bool = ignored("the text encoder is freed without a process of its own", True)
         use_perp_neg: bool = False
+        """Texts mixed by azimuth, with the front and side views as negatives; see
+        ``TextEmbeddings.perp_neg_texts``. The guidance must have view_dependent_prompting=true."""
+        perp_neg_f_sb: tuple[float, float, float] = (1.0, 0.5, -0.606)
+        perp_neg_f_fsb: tuple[float, float, float] = (1.0, 0.5, 0.967)
+        perp_neg_f_fs: tuple[float, float, float] = (4.0, 0.5, -2.426)
+        perp_neg_f_sf: tuple[float, float, float] = (4.0, 0.5, -2.426)
+        """(a, b, c) of the negatives' weights -(a exp(-b r) + c); see ``PerpNegDecays``."""
+
+        def models(self) -> list[tuple[str, tuple[str, ...]]]:
+            """Every model that is needed, with its parts."""
+            return [(self.pretrained_model_name_or_path, PARTS)]
 
         def __post_init__(self) -> None:
-            if self.use_perp_neg:
-                raise ValueError("use_perp_neg=true is not there yet; set use_perp_neg=false")
             if self.prompt != MISSING:
                 resolve_prompt(self.prompt)
 
@@ -103,6 +113,7 @@ class PromptProcessor(Component, ABC):
         device = torch.device(device)
         views = [self.direction_texts(prompt) for prompt in self.prompts]
         states = self._states({*self.prompts, *chain(*views), self.cfg.negative_prompt}, device)
+        decays = PerpNegDecays(*(tuple(getattr(self.cfg, f"perp_neg_f_{f}")) for f in PerpNegDecays._fields))
         return TextEmbeddings(
             text=torch.stack([states[prompt] for prompt in self.prompts]),
             text_directions=torch.stack([torch.stack([states[text] for text in texts]) for texts in views]),
@@ -110,6 +121,7 @@ class PromptProcessor(Component, ABC):
             front_threshold=self.cfg.front_threshold,
             back_threshold=self.cfg.back_threshold,
             overhead_threshold=self.cfg.overhead_threshold,
+            perp_neg=decays if self.cfg.use_perp_neg else None,
         )
 
     def _with_view(self, prompt: str, direction: str) -> str:
@@ -119,7 +131,7 @@ class PromptProcessor(Component, ABC):
         return f"{view} view of {prompt}"
 
     def _states(self, texts: set[str], device: torch.device) -> dict[str, Float[Tensor, "L C"]]:
-        folder = resolve_model(self.cfg.pretrained_model_name_or_path, ("tokenizer", "text_encoder"))
+        folder = resolve_model(self.cfg.pretrained_model_name_or_path, PARTS)
         identity = model_identity(folder)
         known = {}
         if self.cfg.use_cache:
@@ -178,14 +190,13 @@ def tokenize(tokenizer: Any, text: str, max_length: int) -> list[int]:
 
 
 def cache_folder() -> Path:
-    """$FOURDFY_CACHE, or ~/.cache/fourdfy."""
-    root = os.environ.get("FOURDFY_CACHE") or Path.home() / ".cache" / "fourdfy"
-    return Path(root) / "text_embeddings"
+    """Of the embeddings, below the project's ``cache_root``."""
+    return cache_root() / "text_embeddings"
 
 
 def model_identity(folder: Path) -> str:
     """Names this text encoder and tokenizer with these weights; a retrained one gets another name."""
-    files = sorted(f for part in ("tokenizer", "text_encoder") for f in (folder / part).rglob("*"))
+    files = sorted(f for part in PARTS for f in (folder / part).rglob("*"))
     stamps = [
         (str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()
     ]

@@ -13,7 +13,7 @@ from torch import nn
 from fourdfy.config import parse_config
 from fourdfy.diffusion.frozen import FrozenModels, NoiseSchedule
 from fourdfy.guidance.latent import LatentGuidance
-from fourdfy.types import Cameras, TextEmbeddings
+from fourdfy.types import Cameras, TextEmbeddings, ViewTexts
 
 ARRAYS = np.load(Path(__file__).parents[1] / "data" / "sds_reference.npz")
 CPU = torch.device("cpu")
@@ -77,7 +77,12 @@ def states(count: int, fill: float, tokens: int = 3, channels: int = 2) -> torch
     return torch.full((count, tokens, channels), fill)
 
 
-def embeddings(channels: int = 16, tokens: int = 77) -> TextEmbeddings:
+def texts(count: int) -> ViewTexts:
+    """Texts whose two halves are told apart: ones with the text, zeros without."""
+    return ViewTexts(states(count, 1.0), states(count, 0.0))
+
+
+def embeddings(channels: int = 16, tokens: int = 77, **more: Any) -> TextEmbeddings:
     """Random states, different for every view."""
     generator = torch.Generator().manual_seed(0)
     text, uncond = torch.randn(2, tokens, channels, generator=generator)
@@ -88,6 +93,7 @@ def embeddings(channels: int = 16, tokens: int = 77) -> TextEmbeddings:
         front_threshold=30.0,
         back_threshold=30.0,
         overhead_threshold=60.0,
+        **more,
     )
 
 

@@ -10,7 +10,9 @@ from fourdfy.config import parse_config
 from fourdfy.guidance.multiview import MultiViewGuidance
 from fourdfy.guidance.stable_diffusion import StableDiffusionGuidance
 from fourdfy.guidance.stable_diffusion_vsd import StableDiffusionVSDGuidance
+from fourdfy.guidance.videocrafter import VideoCrafterGuidance
 from fourdfy.guidance.zeroscope import ZeroScopeGuidance
+from fourdfy.types import ViewTexts
 from tests.guidance.reference import (
     ARRAYS,
     CPU,
@@ -21,6 +23,7 @@ from tests.guidance.reference import (
     recorded,
     schedule,
     states,
+    texts,
 )
 
 ZEROSCOPE = {
@@ -47,10 +50,40 @@ def test_zeroscope(name):
     known = case(f"zeroscope_{name}")
     config = ZEROSCOPE[name] | {"guidance_scale": known.guidance_scale.item()}
     guidance, unet = recorded(ZeroScopeGuidance, known.noise_pred, **config)
-    out = guidance.distill(known.latents, known.t, known.noise, states(1, 1.0), states(1, 0.0), step=0)
+    out = guidance.distill(known.latents, known.t, known.noise, texts(1), step=0)
     check(out, "sds_video", known, unet)
     assert torch.equal(unet.timesteps, known.model_t)
     assert torch.equal(unet.states, torch.cat([states(1, 1.0), states(1, 0.0)])), "text half first"
+
+
+@pytest.mark.parametrize("guidance_class", [VideoCrafterGuidance, ZeroScopeGuidance])
+@pytest.mark.parametrize("name", ["amp30", "amp1"])
+def test_videocrafter(name, guidance_class):
+    known = case(f"videocrafter_{name}")
+    guidance, unet = recorded(
+        guidance_class,
+        known.noise_pred,
+        guidance_scale=known.guidance_scale.item(),
+        motion_amp_scale=known.motion_amp_scale.item(),
+    )
+    out = guidance.distill(known.latents, known.t, known.noise, texts(1), step=0)
+    check(out, "sds_video", known, unet)
+    assert torch.equal(unet.states, torch.cat([states(1, 1.0), states(1, 0.0)])), "text half first"
+
+
+def test_videocrafter_step_range_closes_in():
+    guidance, _ = recorded(
+        VideoCrafterGuidance,
+        torch.zeros(1),
+        min_step_percent=[0, 0.02, 0.02, 5000],
+        max_step_percent=[0, 0.98, 0.5, 5000],
+    )
+    assert [guidance.timestep_range(step) for step in (0, 2500, 5000, 9000)] == [
+        (20, 980),
+        (20, 740),
+        (20, 500),
+        (20, 500),
+    ]
 
 
 def test_several_videos_are_distilled_each_by_its_own_noise_level():
@@ -63,7 +96,7 @@ def test_several_videos_are_distilled_each_by_its_own_noise_level():
     (text_1, uncond_1), (text_2, uncond_2) = one.noise_pred.chunk(2), other.noise_pred.chunk(2)
     guidance, _ = recorded(ZeroScopeGuidance, torch.cat([text_1, text_2, uncond_1, uncond_2]))
     latents = both[0].requires_grad_()
-    out = guidance.distill(*both, states(2, 1.0), states(2, 0.0), step=0)
+    out = guidance.distill(*both, texts(2), step=0)
     (gradient,) = torch.autograd.grad(out.losses["sds_video"], latents)
     assert_matches(2 * gradient[:1], one.dloss_dlatents)
 
@@ -73,7 +106,7 @@ def test_stable_diffusion():
     guidance, _ = recorded(
         StableDiffusionGuidance, known.noise_pred, guidance_scale=known.guidance_scale.item()
     )
-    out = guidance.distill(known.latents, known.t, known.noise, states(2, 1.0), states(2, 0.0), step=0)
+    out = guidance.distill(known.latents, known.t, known.noise, texts(2), step=0)
     out.losses["sds"].backward()
     assert_matches(2 * known.latents.grad, known.grad)
 
@@ -93,8 +126,7 @@ def test_multi_view(name):
         known.latents,
         known.t.expand(count),
         known.noise,
-        states(count, 1.0),
-        states(count, 0.0),
+        texts(count),
         known.c2w,
         step=0,
     )
@@ -106,9 +138,7 @@ def test_multi_view(name):
 def test_multi_view_without_reconstruction_is_plain_score_distillation():
     known = case("mvdream_recon_t300")
     guidance, _ = recorded_multi_view(known, recon_loss=False)
-    out = guidance.distill(
-        known.latents, known.t.expand(8), known.noise, states(8, 1.0), states(8, 0.0), known.c2w, step=0
-    )
+    out = guidance.distill(known.latents, known.t.expand(8), known.noise, texts(8), known.c2w, step=0)
     out.losses["sds"].backward()
     text, uncond = known.noise_pred.chunk(2)
     abar = schedule().alphas_cumprod[300]
@@ -162,8 +192,8 @@ def test_vsd_gradient(vsd, name):
     known = case(name)
     guidance = with_lora_kind(vsd(guidance_scale_lora=known.guidance_scale_lora.item()), name)
     guidance.prior_prediction, guidance.lora_prediction = known.noise_pred_base, known.pred_lora
-    view_text = (states(2, 1.0), states(2, 0.0))
-    plain_text = (states(2, 2.0), states(2, 0.0))
+    view_text = ViewTexts(states(2, 1.0), states(2, 0.0))
+    plain_text = ViewTexts(states(2, 2.0), states(2, 0.0))
     grad = guidance.vsd_gradient(
         known.latents.detach(), known.t, known.noise, view_text, plain_text, known.c2w.flatten(1)
     )
@@ -171,22 +201,22 @@ def test_vsd_gradient(vsd, name):
     noisy, timesteps, seen, labels = guidance.asked_prior
     assert_matches(noisy, known.model_input)
     assert torch.equal(timesteps, torch.cat([known.t, known.t]))
-    assert torch.equal(seen, torch.cat(view_text))
+    assert torch.equal(seen, torch.cat(view_text[:2]))
     assert labels is None, "the prior takes no cameras"
     noisy, _, seen, labels = guidance.asked_lora
     assert torch.equal(labels, known.class_labels_seen[:2])
-    assert torch.equal(seen, plain_text[0])
+    assert torch.equal(seen, plain_text.text)
 
 
 def test_vsd_guides_the_lora_away_from_no_camera(vsd):
     known = case("vsd_v_lora")
     guidance = with_lora_kind(vsd(guidance_scale_lora=3.0), "vsd_v_lora")
     guidance.lora_prediction = known.pred_lora
-    plain_text = (states(2, 2.0), states(2, 0.0))
+    plain_text = ViewTexts(states(2, 2.0), states(2, 0.0))
     noisy = known.model_input[:2]
     x0 = guidance.predict_x0_of_renderings(noisy, known.t, plain_text, known.c2w.flatten(1))
     assert torch.equal(guidance.asked_lora[3], known.class_labels_seen), "zeros for the uncond half"
-    assert torch.equal(guidance.asked_lora[2], torch.cat(plain_text))
+    assert torch.equal(guidance.asked_lora[2], torch.cat(plain_text[:2]))
     abar = schedule().alphas_cumprod[known.t].reshape(-1, 1, 1, 1)
     text, uncond = (abar.sqrt() * noisy - (1 - abar).sqrt() * v for v in known.pred_lora.chunk(2))
     assert_matches(x0, uncond + 3 * (text - uncond))

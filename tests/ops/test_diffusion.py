@@ -15,6 +15,7 @@ from fourdfy.ops.diffusion import (
     classifier_free_guidance,
     epsilon_from_x0,
     flow_scales,
+    lead_away,
     noise_scales,
     prediction_from_x0,
     prediction_target,
@@ -144,3 +145,50 @@ def test_an_unknown_kind_of_prediction_is_named():
         x0_from_prediction(x, noisy, scales, "sample")
     with pytest.raises(ValueError, match="'sample' is not known"):
         prediction_target(x, noise, scales, "sample")
+
+
+def random_predictions(count: int):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 3, 4, 2, 5, generator=generator, dtype=torch.float64)
+
+
+def test_leading_away_is_its_formula_for_each_latent():
+    text, uncond, *negatives = random_predictions(4)
+    weights = (torch.tensor([-1.5, 0.0, 2.0]).double(), torch.tensor([-0.3, -2.0, 0.0]).double())
+    led = lead_away(text, uncond, negatives, weights)
+    for b in range(3):
+        direction = (text - uncond)[b].flatten()
+        unit = direction / direction.norm()
+        wanted = text[b].flatten()
+        for negative, weight in zip(negatives, weights, strict=True):
+            other = (negative - uncond)[b].flatten()
+            wanted = wanted + weight[b] * (other - (other @ unit) * unit)
+        torch.testing.assert_close(led[b].flatten(), wanted)
+
+
+def test_leading_away_keeps_what_both_texts_mean():
+    text, uncond, other = random_predictions(3)
+    weight = torch.tensor([-1.0, -2.0, -3.0]).double()
+    same = uncond + 0.7 * (text - uncond)
+    torch.testing.assert_close(lead_away(text, uncond, [same], [weight]), text)
+    led = lead_away(text, uncond, [other], [weight])
+    assert (led - text).flatten(1).norm(dim=1).min() > 1
+    along = ((led - text) * (text - uncond)).flatten(1).sum(1)
+    torch.testing.assert_close(along, torch.zeros(3).double(), rtol=0, atol=1e-12)
+    assert lead_away(text, uncond, [], []) is text
+    assert torch.isfinite(lead_away(text, text, [other], [weight])).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_leading_away_may_be_done_in_any_parametrisation(kind):
+    scales = noise_scales(
+        scaled_linear_alphas_cumprod(dtype=torch.float64), torch.tensor([20, 437, 900]), ndim=5
+    )
+    noisy, *predictions = random_predictions(4)[:, :, :, None]
+    weight = torch.tensor([-1.0, -2.0, 0.5]).double()
+
+    def led(text, uncond, negative):
+        return lead_away(text, uncond, [negative], [weight])
+
+    x0 = [x0_from_prediction(p, noisy, scales, kind) for p in predictions]
+    torch.testing.assert_close(led(*x0), x0_from_prediction(led(*predictions), noisy, scales, kind))

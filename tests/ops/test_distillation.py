@@ -20,6 +20,7 @@ from fourdfy.ops.diffusion import (
     x0_from_prediction,
 )
 from fourdfy.ops.distillation import (
+    amplify_motion,
     bounded,
     reconstruction_loss,
     rescale_guided_x0,
@@ -86,14 +87,27 @@ def test_zeroscope_gradient_is_the_recorded_one(name):
     assert_matches(grad.norm(), values["grad_norm"])
 
 
-def test_videocrafter_gradient_without_motion_amplification_is_the_recorded_one():
-    values = arrays("videocrafter_amp1")
+@pytest.mark.parametrize("name", ["amp1", "amp30"])
+def test_videocrafter_gradient_is_the_recorded_one(name):
+    values = arrays(f"videocrafter_{name}")
     scales, noisy = at_noise_level(values)
     x0, _ = guided_x0(values, scales, noisy, values["guidance_scale"].item() + 1)
-    loss = score_loss(values["latents"], bounded(sds_gradient(values["latents"], x0, scales)))
+    score = sds_gradient(values["latents"], x0, scales)
+    grad = bounded(amplify_motion(score, values["motion_amp_scale"].item()))
+    loss = score_loss(values["latents"], grad)
     loss.backward()
     assert_matches(values["latents"].grad, values["dloss_dlatents"])
     assert_matches(loss, values["loss"])
+    assert_matches(grad.norm(), values["grad_norm"])
+
+
+def test_motion_is_amplified_and_what_rests_is_kept():
+    score = torch.randn(2, 4, 5, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    amplified = amplify_motion(score, 7.0)
+    torch.testing.assert_close(amplified.mean(2), score.mean(2))
+    torch.testing.assert_close(amplified.diff(dim=2), 7 * score.diff(dim=2))
+    assert torch.equal(amplify_motion(score, 1.0), score)
+    torch.testing.assert_close(amplify_motion(score, 0.0), score.mean(2, keepdim=True).expand_as(score))
 
 
 def test_stable_diffusion_gradient_is_the_recorded_one():

@@ -11,11 +11,15 @@ import torch
 from fourdfy.config import ConfigError, parse_config
 from fourdfy.ops.cameras import orbit_cameras
 from fourdfy.prompts import base
-from fourdfy.prompts.base import PromptProcessor, resolve_prompt
+from fourdfy.prompts.base import DIRECTIONS, PromptProcessor, resolve_prompt
 from fourdfy.registry import find
 from tests.tiny_models import MAX_TOKENS, TEXT_WIDTH, save_clip_text
 
-NAMES = ("stable-diffusion-prompt-processor", "zeroscope-prompt-processor")
+NAMES = (
+    "stable-diffusion-prompt-processor",
+    "zeroscope-prompt-processor",
+    "videocrafter-prompt-processor",
+)
 
 
 def make(name: str = NAMES[0], **config) -> PromptProcessor:
@@ -78,10 +82,25 @@ def test_the_view_may_stand_in_front():
     ]
 
 
-def test_a_view_may_have_a_text_of_its_own():
-    texts = make(prompt_back="the tail of a fox").direction_texts("a red cube spinning")
-    assert texts[2] == "the tail of a fox"
-    assert texts[1] == "a red cube spinning, front view"
+@pytest.mark.parametrize("index", range(4))
+def test_a_view_may_have_a_text_of_its_own(index, model):
+    view = DIRECTIONS[index]
+    processor = make(pretrained_model_name_or_path=str(model), moments=["at the start", "at the end"])
+    changed = make(
+        pretrained_model_name_or_path=str(model),
+        moments=["at the start", "at the end"],
+        **{f"prompt_{view}": "the tail of a fox"},
+    )
+    for prompt in processor.prompts:
+        texts = processor.direction_texts(prompt)
+        texts[index] = "the tail of a fox"
+        assert changed.direction_texts(prompt) == texts
+    given, plain = changed.embeddings("cpu"), processor.embeddings("cpu")
+    own = processor.load_encoder(model, torch.device("cpu"))(["the tail of a fox"]).detach()
+    torch.testing.assert_close(given.text_directions[:, index], own.expand(2, -1, -1))
+    others = [i for i in range(4) if i != index]
+    assert torch.equal(given.text_directions[:, others], plain.text_directions[:, others])
+    assert torch.equal(given.text, plain.text)
 
 
 def test_a_library_prompt_is_found_by_its_words():
@@ -101,12 +120,19 @@ def test_an_ambiguous_or_unknown_library_prompt_lists_the_candidates():
         make(prompt="lib:xyzzy")
 
 
-def test_a_prompt_must_be_given_and_perp_neg_must_not():
-    cls = find(NAMES[0], PromptProcessor)
+def test_a_prompt_must_be_given():
     with pytest.raises(ConfigError, match="prompt: missing"):
-        parse_config(cls.Config, {})
-    with pytest.raises(ConfigError, match="set use_perp_neg=false"):
-        make(use_perp_neg=True)
+        parse_config(find(NAMES[0], PromptProcessor).Config, {})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_config_says_which_model_it_needs(name):
+    (needed,) = make(name, pretrained_model_name_or_path="a").cfg.models()
+    assert needed == ("a", ("tokenizer", "text_encoder"))
+
+
+def test_the_originals_settings_without_meaning_are_accepted():
+    make("videocrafter-prompt-processor", config="somewhere/inference_t2v.yaml", spawn=False)
 
 
 def test_default_thresholds_are_the_original_ones():
@@ -134,12 +160,12 @@ def test_views_choose_their_texts_by_strict_thresholds(model):
     azimuth = torch.tensor([0.0, 29.9, 30.0, 150.0, 150.1, -180.0, 330.1, 90.0])
     elevation = torch.tensor([0.0] * 7 + [60.1])
     views = cameras(elevation, azimuth)
-    text, uncond = given.for_views(views, view_dependent=True)
+    text, uncond, *_ = given.for_views(views, view_dependent=True)
     expected = [1, 1, 0, 0, 2, 2, 1, 3]
     assert torch.equal(text, given.text_directions[0, expected])
     assert all(torch.equal(states, given.uncond) for states in uncond)
-    plain, _ = given.for_views(views, view_dependent=False)
-    assert all(torch.equal(states, given.text[0]) for states in plain)
+    plain = given.for_views(views, view_dependent=False)
+    assert all(torch.equal(states, given.text[0]) for states in plain.text)
 
 
 def test_moments_are_equal_parts_of_the_scenes_time(model):
@@ -148,8 +174,8 @@ def test_moments_are_equal_parts_of_the_scenes_time(model):
     times = torch.tensor([0.0, 0.24, 0.25, 0.5, 0.99, 1.0])
     views = cameras(torch.zeros(6), torch.zeros(6), times)
     index = [0, 0, 1, 2, 3, 3]
-    assert torch.equal(given.for_views(views, view_dependent=False)[0], given.text[index])
-    assert torch.equal(given.for_views(views, view_dependent=True)[0], given.text_directions[index, 1])
+    assert torch.equal(given.for_views(views, view_dependent=False).text, given.text[index])
+    assert torch.equal(given.for_views(views, view_dependent=True).text, given.text_directions[index, 1])
     assert not torch.equal(given.text[0], given.text[1])
 
 
@@ -220,10 +246,11 @@ def test_the_default_cache_is_in_the_home_folder(monkeypatch, tmp_path):
     assert base.cache_folder() == tmp_path / ".cache" / "fourdfy" / "text_embeddings"
 
 
-def test_a_prompt_that_is_too_long_shows_where_it_would_be_cut(model):
+@pytest.mark.parametrize("name", NAMES)
+def test_a_prompt_that_is_too_long_shows_where_it_would_be_cut(name, model):
     long = "a panda dancing and " * 25 + "a blue whale"
     with pytest.raises(ValueError, match=rf"the text encoder reads {MAX_TOKENS}") as error:
-        make(pretrained_model_name_or_path=str(model), prompt=long).embeddings("cpu")
+        make(name, pretrained_model_name_or_path=str(model), prompt=long).embeddings("cpu")
     kept, cut = str(error.value).split(">>>")
     assert "a panda dancing and" in kept
     assert "blue whale" in cut and "blue whale" not in kept

@@ -1,0 +1,57 @@
+"""Score distillation from text-to-video models: whole clips at once.
+
+N = B F rendered frames, the F frames of a video neighbours in the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fourdfy.diffusion.frozen import Gradient
+from fourdfy.guidance.latent import ScoreDistillationGuidance
+from fourdfy.ops.distillation import amplify_motion
+
+
+class VideoGuidance(ScoreDistillationGuidance):
+    """Loss ``sds_video``, averaged over videos, not over frames."""
+
+    unet_class: ClassVar[str] = "UNet3DConditionModel"
+    loss_name: ClassVar[str] = "sds_video"
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(ScoreDistillationGuidance.Config):
+        num_frames: int | None = None
+        """Frames per video; null: all frames of a step are one video."""
+        motion_amp_scale: float = 1.0
+        """Times this, what the prior says of the difference between frames; see ``amplify_motion``."""
+        low_ram_vae: int = 0
+        """Frames that are in the VAE at once, with their activations; 0 or less: all."""
+        gradient: Gradient = "exact"
+        """With ``low_ram_vae``: exact encodes again in the backward pass; subset is the original's
+        way, a random ``low_ram_vae`` of the frames learn and the others do not, nothing rescaled."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.token_merging:
+                raise ValueError("token_merging=true is for image models; set token_merging=false")
+
+    cfg: Config
+
+    def encode(self, rgb: Float[Tensor, "N H W 3"], generator: torch.Generator) -> Float[Tensor, "B C F h w"]:
+        """Latents of videos; gradients reach ``rgb``, as ``cfg.gradient`` says."""
+        num_frames = self.cfg.num_frames or len(rgb)
+        if len(rgb) % num_frames:
+            raise ValueError(
+                f"{len(rgb)} frames are no whole number of videos of num_frames={num_frames}; "
+                f"set data.single_view.num_frames={num_frames}, or num_frames of the video guidance to null"
+            )
+        latents = self.encode_images(rgb, generator, self.cfg.low_ram_vae, self.cfg.gradient)
+        return latents.unflatten(0, (-1, num_frames)).movedim(1, 2)
+
+    def adjust(self, score: Float[Tensor, "B C F h w"]) -> Float[Tensor, "B C F h w"]:
+        return amplify_motion(score, self.cfg.motion_amp_scale)

@@ -1,0 +1,20 @@
+"""Prompts for VideoCrafter2, whose text encoder is OpenCLIP's without its last block.
+
+A folder made from the original checkpoint holds it as a ``CLIPTextModel`` with one layer fewer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fourdfy.config import ignored
+from fourdfy.prompts.stable_diffusion import StableDiffusionPromptProcessor
+from fourdfy.registry import register
+
+
+@register("videocrafter-prompt-processor")
+class VideoCrafterPromptProcessor(StableDiffusionPromptProcessor):
+    @dataclass(frozen=True, kw_only=True)
+    class Config(StableDiffusionPromptProcessor.Config):
+        pretrained_model_name_or_path: str = "VideoCrafter/VideoCrafter2"
+        config: str | None = ignored("the model's description comes with its checkpoint")

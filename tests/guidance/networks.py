@@ -1,0 +1,78 @@
+"""Guidances on tiny genuine networks."""
+
+from __future__ import annotations
+
+import torch
+
+from fourdfy.config import parse_config
+from fourdfy.guidance.base import Guidance
+from fourdfy.guidance.stable_diffusion_vsd import StableDiffusionVSDGuidance
+from fourdfy.registry import find
+from tests.guidance.reference import CPU, cameras, embeddings
+
+TEXT = embeddings()
+
+
+def make(name: str, folder, **config) -> Guidance:
+    cls = find(name, Guidance)
+    config = {"pretrained_model_name_or_path": str(folder)} | config
+    return cls(parse_config(cls.Config, config), device=CPU)
+
+
+def make_vsd(tiny, lora="sd", **config) -> StableDiffusionVSDGuidance:
+    return make(
+        "stable-diffusion-vsd-guidance",
+        tiny["sd"],
+        pretrained_model_name_or_path_lora=str(tiny[lora]),
+        **config,
+    )
+
+
+def images(count: int, size: int = 24) -> torch.Tensor:
+    return torch.rand(count, size, size, 3, generator=torch.Generator().manual_seed(3)).requires_grad_()
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def run(guidance: Guidance, count: int = 4, seed: int = 0):
+    rgb = images(count)
+    azimuths = [360.0 * view / count for view in range(count)]
+    out = guidance(rgb, TEXT, cameras(azimuths), step=10, generator=generator(seed))
+    return rgb, out
+
+
+ALL = {
+    "sds": ("stable-diffusion-guidance", "sd", {}),
+    "sds_of_v_prediction": ("stable-diffusion-guidance", "sd_v", {}),
+    "sjc": ("stable-diffusion-guidance", "sd", {"use_sjc": True, "var_red": False}),
+    "vsd": ("stable-diffusion-vsd-guidance", "sd", {}),
+    "multi_view": ("multiview-diffusion-guidance", "multi_view", {}),
+    "multi_view_sds": ("multiview-diffusion-guidance", "multi_view", {"recon_loss": False}),
+    "video": ("zeroscope-guidance", "zeroscope", {"height": None, "width": None}),
+    "videocrafter": (
+        "videocrafter-guidance",
+        "videocrafter",
+        {"height": None, "width": None, "motion_amp_scale": 30.0, "low_ram_vae": 2},
+    ),
+    "two_videos": ("zeroscope-guidance", "zeroscope", {"height": 16, "width": 32, "num_frames": 2}),
+    "slicing": ("stable-diffusion-guidance", "sd", {"enable_attention_slicing": True}),
+    "multi_view_slicing": (
+        "multiview-diffusion-guidance",
+        "multi_view",
+        {"enable_attention_slicing": True, "enable_memory_efficient_attention": True},
+    ),
+    "channels_last": (
+        "zeroscope-guidance",
+        "zeroscope",
+        {"height": None, "width": None, "enable_channels_last_format": True},
+    ),
+}
+
+
+def make_any(tiny, kind: str, **more) -> Guidance:
+    name, folder, config = ALL[kind]
+    if name == "stable-diffusion-vsd-guidance":
+        config = config | {"pretrained_model_name_or_path_lora": str(tiny["sd_v"])}
+    return make(name, tiny[folder], **config | more)

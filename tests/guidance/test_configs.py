@@ -1,0 +1,71 @@
+"""Guidance configs: what is refused, and which models are asked for."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fourdfy.config import ConfigError, build, parse_config
+from fourdfy.guidance.base import Guidance
+from fourdfy.registry import find
+from tests.guidance.networks import make
+from tests.guidance.reference import CPU
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("stable-diffusion-guidance", {"half_precision_weights": "fp8"}, "half_precision_weights='fp8'"),
+        ("zeroscope-guidance", {"gradient": "none"}, "gradient"),
+        ("videocrafter-guidance", {"use_hifa": True}, "set use_hifa=false"),
+        ("stable-diffusion-guidance", {"min_step_percent": [1, 2]}, "min_step_percent=.*expected a number"),
+        ("stable-diffusion-guidance", {"weighting_strategy": "sdss"}, "weighting_strategy"),
+        ("multiview-diffusion-guidance", {"camera_condition_type": "full"}, "camera_condition_type"),
+        ("multiview-diffusion-guidance", {"model_name": "sd-v1.5-4view"}, "model_name.*sd-v2.1-base-4view"),
+        ("multiview-diffusion-guidance", {"backend": "ldm"}, "backend"),
+        ("stable-diffusion-vsd-guidance", {"enable_sequential_cpu_offload": True}, "set it to false"),
+        ("zeroscope-guidance", {"guidance_scal": 3}, "did you mean 'guidance_scale'"),
+    ],
+)
+def test_a_wrong_setting_is_refused_before_anything_is_loaded(name, given, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(find(name, Guidance).Config, given)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "models"),
+    [
+        ("stable-diffusion-guidance", {}, {"a": {"unet", "vae", "scheduler"}}),
+        ("zeroscope-guidance", {}, {"a": {"unet", "vae", "scheduler"}}),
+        ("videocrafter-guidance", {}, {"a": {"unet", "vae", "scheduler", "fps_embedding"}}),
+        ("multiview-diffusion-guidance", {}, {"a": {"unet", "vae", "scheduler"}}),
+        ("multiview-diffusion-guidance", {"ckpt_path": "b.pt"}, {"b.pt": {"unet", "vae", "scheduler"}}),
+        ("multiview-diffusion-guidance", {"backend": "mvdream"}, {"a": {"unet", "vae", "scheduler"}}),
+        (
+            "stable-diffusion-vsd-guidance",
+            {"pretrained_model_name_or_path_lora": "b"},
+            {"a": {"unet", "vae", "scheduler"}, "b": {"unet", "scheduler"}},
+        ),
+    ],
+)
+def test_a_config_says_which_models_it_needs(name, given, models):
+    cfg = parse_config(find(name, Guidance).Config, {"pretrained_model_name_or_path": "a"} | given)
+    assert {model: set(parts) for model, parts in cfg.models()} == models
+
+
+def test_a_guidance_builds_from_the_name_in_a_config(tiny):
+    cls = find("stable-diffusion-guidance", Guidance)
+    cfg = parse_config(cls.Config, {"pretrained_model_name_or_path": str(tiny["sd"])})
+    object.__setattr__(cfg, "_component", cls)
+    assert isinstance(build(cfg, device=CPU), cls)
+
+
+def test_an_image_model_in_place_of_a_video_model_is_named(tiny):
+    with pytest.raises(ValueError, match="holds a UNet2DConditionModel, this guidance needs a UNet3D"):
+        make("zeroscope-guidance", tiny["sd"])
+
+
+def test_the_folders_are_those_of_the_hub(tiny):
+    index = json.loads((tiny["sd"] / "model_index.json").read_text())
+    assert set(index) - {"_class_name"} == {"scheduler", "text_encoder", "tokenizer", "unet", "vae"}

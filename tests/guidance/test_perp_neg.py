@@ -1,0 +1,59 @@
+"""Negative views in a guidance: one network call, each score by its perpendicular part."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fourdfy.ops.diffusion import classifier_free_guidance, lead_away, x0_from_prediction
+from fourdfy.types import PerpNegDecays
+from tests.guidance.networks import TEXT, generator, images, make_any
+from tests.guidance.reference import cameras, embeddings
+
+DECAYS = PerpNegDecays(
+    fs=(4.0, 0.5, -2.426), sf=(4.0, 0.5, -2.426), fsb=(1.0, 0.5, 0.967), sb=(1.0, 0.5, -0.606)
+)
+PERP_NEG = embeddings(perp_neg=DECAYS)
+
+
+@pytest.mark.parametrize("kind", ["sds", "sds_of_v_prediction", "vsd", "two_videos", "multi_view"])
+def test_negative_views_are_asked_for_in_the_same_call(tiny, kind):
+    """The guided x_0 is the definition, from calls of the network for one text each."""
+    guidance = make_any(tiny, kind, view_dependent_prompting=True)
+    views = cameras([0.0, 60.0, 135.0, 180.0])
+    texts = PERP_NEG.for_views(views, True)
+    shape = (4, 4, 2, 8, 8) if kind == "two_videos" else (4, 4, 8, 8)
+    noisy, timesteps = torch.randn(shape, generator=generator()), torch.full((4,), 400)
+    vectors = views.c2w.flatten(1) if kind == "multi_view" else None
+    guided, text_alone = guidance.guided_x0(noisy, timesteps, texts, 3.0, vectors)
+
+    models = guidance.models
+    scales = models.schedule.scales(timesteps, noisy.ndim)
+
+    def alone(states):
+        prediction = guidance.run_unet(noisy, timesteps, states, vectors)
+        return x0_from_prediction(prediction, noisy, scales, models.schedule.prediction)
+
+    text, uncond, *negatives = (alone(s) for s in (texts.text, texts.uncond, *texts.negatives))
+    wanted = classifier_free_guidance(lead_away(text, uncond, negatives, texts.weights), uncond, 3.0)
+    torch.testing.assert_close(guided, wanted, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(text_alone, text, rtol=1e-3, atol=1e-4)
+    plain = classifier_free_guidance(text, uncond, 3.0)
+    assert ((guided - plain).flatten(1).norm(dim=1) > 1e-2).all()
+
+
+@pytest.mark.parametrize("kind", ["sds", "vsd", "two_videos"])
+def test_perp_neg_changes_the_loss_of_a_guidance(tiny, kind):
+    guidance = make_any(tiny, kind)
+    rgb, views = images(4), cameras([0.0, 60.0, 135.0, 180.0])
+    plain, negative = (
+        guidance(rgb, text, views, step=10, generator=generator()).losses for text in (TEXT, PERP_NEG)
+    )
+    name = next(iter(plain))
+    assert torch.isfinite(negative[name]) and not torch.isclose(plain[name], negative[name])
+
+
+def test_perp_neg_without_texts_for_views_is_refused(tiny):
+    guidance = make_any(tiny, "multi_view")
+    with pytest.raises(ValueError, match=r"view_dependent_prompting=true.*use_perp_neg=false"):
+        guidance(images(4), PERP_NEG, cameras([0.0, 90.0, 180.0, 270.0]), step=0, generator=generator())
