@@ -1,31 +1,54 @@
 """Volume rendering of a field over space and time: march, prune, ask the field, composite.
 
-F frames of H x W pixels, R = F*H*W rays; a pass renders r of them, with N samples in all. A sample's
-time is that of its ray's frame, so all frames of a step are rendered at once.
+F frames of H x W pixels, R rays of them (all, or those of one pass), N samples over these. A sample's time
+is that of its ray's frame, so all frames of a step are rendered at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
-from torch.utils.checkpoint import checkpoint
 
 from fourdfy.ops.compositing import accumulate, opacity_and_depth, weights_from_density, z_variance
-from fourdfy.ops.ray_marching import march, step_size, visible
+from fourdfy.ops.ray_marching import intersect_box, march, step_size, visible
 from fourdfy.registry import register
-from fourdfy.renderers.base import Renderer, Scene
+from fourdfy.renderers.base import Renderer, SampleBudget, Scene
 from fourdfy.renderers.occupancy import OccupancyGrid
-from fourdfy.types import FieldOutput, RayBundle, RenderOutput, Samples
+from fourdfy.renderers.passes import FlatRays, cut, last_samples, split_rays
+from fourdfy.types import FieldOutput, RayBundle, RenderOutput, Samples, TensorRecord
 
-# Samples that one pass of an evaluation may have before pruning: a few hundred MB of indices.
-MAX_EVAL_SAMPLES = 1 << 23
+# Steps along rays that are examined at once before pruning, and samples that an evaluation shades at
+# once: about 100 bytes each.
+MAX_SAMPLES = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShadedRays(TensorRecord):
+    """Some rays' sums over their samples, without the background, and what their samples are."""
+
+    rgb: Float[Tensor, "R 3"]
+    opacity: Float[Tensor, "R 1"]
+    depth: Float[Tensor, "R 1"]
+    z_variance: Float[Tensor, "R 1"]
+    normal: Float[Tensor, "R 3"] | None
+    deformation: Float[Tensor, "R 3"] | None
+    weights: Float[Tensor, "N"]
+    normals: Float[Tensor, "N 3"] | None
+    t_dirs: Float[Tensor, "N 3"] | None
+
+
+Shade = Callable[[FlatRays, Samples, int, torch.Generator], list[ShadedRays]]
+"""From rays, their samples, the step and a generator to the shaded rays, in order."""
+
+Record = TypeVar("Record", bound=TensorRecord)
 
 
 @register("nerf-volume-renderer")
@@ -42,9 +65,6 @@ class NeRFVolumeRenderer(Renderer):
         """Whether training shifts the samples of each ray by a random part of a step."""
         eval_chunk_size: int = 160000
         """Points per call of the field where no gradient is needed: pruning, occupancy, evaluation."""
-        frames_per_pass: int = 0
-        """Frames rendered at once in training; the backward pass recomputes them. 0 renders all at
-        once. Bounds memory; images and gradients stay the same."""
         return_comp_normal: bool = False
         """Ask the geometry for normals even where the material does not need them."""
         return_normal_perturb: bool = False
@@ -87,6 +107,9 @@ class NeRFVolumeRenderer(Renderer):
             if self.radius <= 0:
                 raise ValueError(f"radius={self.radius}: expected a positive length")
 
+        def samples_with_graph(self, rays: int, occupied: float, budget: SampleBudget) -> float:
+            return rays * self.num_samples_per_ray * occupied
+
     cfg: Config
     bbox: Float[Tensor, "2 3"]
 
@@ -102,20 +125,15 @@ class NeRFVolumeRenderer(Renderer):
         self.estimator = OccupancyGrid(cfg.grid_resolution, cfg.radius)
 
     def forward(
-        self, rays: RayBundle, *, step: int, generator: torch.Generator | None = None
+        self,
+        rays: RayBundle,
+        *,
+        step: int,
+        generator: torch.Generator | None = None,
+        sample_budget: SampleBudget = "train_max_nums",
     ) -> RenderOutput:
-        """See ``Renderer``. Rays that meet nothing show the background; without a generator no graph
-        is built."""
-        with nullcontext() if generator else torch.no_grad():
-            # In this order, so that no draw depends on how the frames are split into passes.
-            jitter = self._jitter(rays, generator)
-            background = self.scene.background(rays.directions, generator=generator)
-            shading = generator.clone_state() if generator else None
-            parts = [
-                self._render_pass(rays, jitter, start, stop, step, shading)
-                for start, stop in self._passes(rays, training=generator is not None)
-            ]
-            return _assemble(rays, background, parts)
+        """See ``Renderer``. The graph holds all samples at once: there is no budget here."""
+        return self._render(rays, step, generator, self._shade_at_once)
 
     @torch.no_grad()
     def update_occupancy(self, *, step: int, dynamic: bool, generator: torch.Generator) -> None:
@@ -140,52 +158,46 @@ class NeRFVolumeRenderer(Renderer):
             return rays.origins.new_zeros(count)
         return torch.rand(count, generator=generator, device=generator.device).to(rays.origins)
 
-    def _passes(self, rays: RayBundle, training: bool) -> Iterator[tuple[int, int]]:
-        """Ranges of rays; training passes hold whole frames."""
-        frames, height, width = rays.directions.shape[:3]
-        total = frames * height * width
-        if training:
-            size = (self.cfg.frames_per_pass or frames) * height * width
-        else:
-            size = max(1, MAX_EVAL_SAMPLES // self.cfg.num_samples_per_ray)
-        return ((start, min(start + size, total)) for start in range(0, total, size))
+    def _render(
+        self, rays: RayBundle, step: int, generator: torch.Generator | None, shade: Shade
+    ) -> RenderOutput:
+        """March, prune, shade, put together. ``shade`` is for training; an evaluation builds no graph."""
+        with nullcontext() if generator else torch.no_grad():
+            # In this order, so that no draw depends on how the samples are shaded.
+            jitter = self._jitter(rays, generator)
+            background = self.scene.background(rays.directions, generator=generator)
+            flat = FlatRays.of(rays)
+            samples = self._visible_samples(flat, jitter, step)
+            if generator:
+                parts = shade(flat, samples, step, generator.clone_state())
+            else:
+                parts = [
+                    self._shade(*cut(flat, samples, part), step, None, self._field_in_chunks)
+                    for part in split_rays(last_samples(samples, len(flat)), MAX_SAMPLES)
+                ]
+            return _assemble(rays, background, samples, parts)
 
-    def _render_pass(
-        self,
-        rays: RayBundle,
-        jitter: Float[Tensor, "R"],
-        start: int,
-        stop: int,
-        step: int,
-        generator: torch.Generator | None,
-    ) -> _Part:
-        """Rays ``start`` to ``stop``; in several training passes the backward pass shades them anew."""
-        frames = torch.arange(start, stop, device=jitter.device) // rays.directions[0, ..., 0].numel()
-        part = _PassRays(
-            origins=rays.origins.reshape(-1, 3)[start:stop],
-            directions=rays.directions.reshape(-1, 3)[start:stop],
-            times=rays.times[frames],
-            light_positions=rays.light_positions[frames],
-        )
-        samples, positions, times = self._visible_samples(part, jitter[start:stop], step)
-        args = (part, samples, positions, times, step, generator)
-        if generator and stop - start < len(jitter):
-            modules = (self.scene.geometry, self.scene.material)
-            shaded = checkpoint(
-                self._shade,
-                *args,
-                use_reentrant=False,
-                context_fn=lambda: (nullcontext(), _RequiresGradAsNow(modules)),
-            )
-        else:
-            shaded = self._shade(*args)
-        return dataclasses.replace(shaded, start=start)
+    def _shade_at_once(
+        self, rays: FlatRays, samples: Samples, step: int, generator: torch.Generator
+    ) -> list[ShadedRays]:
+        return [self._shade(rays, samples, step, generator, self._field)]
 
     @torch.no_grad()
-    def _visible_samples(
-        self, rays: _PassRays, jitter: Float[Tensor, "r"], step: int
-    ) -> tuple[Samples, Float[Tensor, "N 3"], Float[Tensor, "N 1"]]:
-        """Where to look: samples, their midpoints, their times."""
+    def _visible_samples(self, rays: FlatRays, jitter: Float[Tensor, "R"], step: int) -> Samples:
+        """Where to look. In several passes, as most of what is marched is pruned."""
+        t_near, t_far = intersect_box(rays.origins, rays.directions, *self.bbox.to(rays.origins))
+        steps = ((t_far - t_near).clamp(min=0) / self.step_size).ceil().long()
+        return joined_records(
+            [
+                self._march_and_prune(rays[part.rays], jitter[part.rays], part.rays.start, step)
+                for part in split_rays(steps.cumsum(0), MAX_SAMPLES)
+            ]
+        )
+
+    def _march_and_prune(
+        self, rays: FlatRays, jitter: Float[Tensor, "R"], first_ray: int, step: int
+    ) -> Samples:
+        """The visible samples of some rays, whose indices begin with ``first_ray``."""
         cfg = self.cfg
         samples = march(
             rays.origins,
@@ -195,125 +207,96 @@ class NeRFVolumeRenderer(Renderer):
             step_size=self.step_size,
             occupied=self.estimator.occupied if cfg.grid_prune else None,
         )
-        t_mids = (samples.t_starts + samples.t_ends) / 2
-        # index_select, here and below: several times faster than indexing on the CPU.
-        origins, directions, times = (
-            values.index_select(0, samples.ray_indices)
-            for values in (rays.origins, rays.directions, rays.times[:, None])
-        )
-        positions = torch.addcmul(origins, directions, t_mids[:, None])
-        if not (cfg.grid_prune and cfg.prune_alpha_threshold):
-            return samples, positions, times
-        sigmas = _joined(
-            [
-                self.scene.geometry.density(some_positions, some_times, step=step)
-                for some_positions, some_times in _chunks(positions, times, cfg.eval_chunk_size)
-            ]
-        )
-        threshold = self.estimator.occs.mean().clamp(max=cfg.alpha_thre)
-        kept = visible(samples, sigmas, len(rays.origins), alpha_threshold=threshold).nonzero().squeeze(1)
-        samples = Samples(
-            ray_indices=samples.ray_indices.index_select(0, kept),
-            t_starts=samples.t_starts.index_select(0, kept),
-            t_ends=samples.t_ends.index_select(0, kept),
-        )
-        return samples, positions.index_select(0, kept), times.index_select(0, kept)
+        if cfg.grid_prune and cfg.prune_alpha_threshold:
+            positions, times = _midpoints(rays, samples)
+            sigmas = _joined(
+                [
+                    self.scene.geometry.density(some_positions, some_times, step=step)
+                    for some_positions, some_times in _chunks(positions, times, cfg.eval_chunk_size)
+                ]
+            )
+            threshold = self.estimator.occs.mean().clamp(max=cfg.alpha_thre)
+            kept = visible(samples, sigmas, len(rays), alpha_threshold=threshold).nonzero().squeeze(1)
+            samples = Samples(
+                ray_indices=samples.ray_indices.index_select(0, kept),
+                t_starts=samples.t_starts.index_select(0, kept),
+                t_ends=samples.t_ends.index_select(0, kept),
+            )
+        return dataclasses.replace(samples, ray_indices=samples.ray_indices + first_ray)
 
     def _shade(
         self,
-        rays: _PassRays,
+        rays: FlatRays,
         samples: Samples,
-        positions: Float[Tensor, "N 3"],
-        times: Float[Tensor, "N 1"],
         step: int,
         generator: torch.Generator | None,
-    ) -> _Part:
-        """What is there, and what it looks like."""
-        field = self._field(positions, times, step, training=generator is not None)
-        ray_indices = samples.ray_indices
+        field_at: Callable[[Tensor, Tensor, int], FieldOutput],
+    ) -> ShadedRays:
+        """What is there, and what it looks like; ``field_at`` asks the geometry."""
+        positions, times = _midpoints(rays, samples)
+        field = field_at(positions, times, step)
+        ray_indices, n_rays = samples.ray_indices, len(rays)
         rgb = self.scene.material(
             field.features,
             positions=positions,
             normals=field.normals,
             light_positions=rays.light_positions[ray_indices],
             step=step,
-            # A copy: every pass, and its recomputation, sees the same draws.
+            # A copy: whoever shades other rays, or these again, sees the same draws.
             generator=generator.clone_state() if generator else None,
         )
-        n_rays = len(rays.origins)
         weights = weights_from_density(field.sigmas, samples.t_starts, samples.t_ends, ray_indices, n_rays)
         t_mids = (samples.t_starts + samples.t_ends) / 2
         opacity, depth = opacity_and_depth(weights, t_mids, ray_indices, n_rays)
 
-        def summed(values: Float[Tensor, "N 3"] | None) -> Float[Tensor, "r 3"] | None:
+        def summed(values: Float[Tensor, "N 3"] | None) -> Float[Tensor, "R 3"] | None:
             return None if values is None else accumulate(weights, values, ray_indices, n_rays)
 
-        return _Part(
+        return ShadedRays(
             rgb=summed(rgb),
             opacity=opacity,
             depth=depth,
             z_variance=z_variance(weights, t_mids, depth, ray_indices),
             normal=summed(field.normals),
             deformation=summed(field.deformation),
-            samples=samples,
             weights=weights,
             normals=field.normals,
             t_dirs=None if field.normals is None else rays.directions.index_select(0, ray_indices),
         )
 
-    def _field(
-        self, positions: Float[Tensor, "N 3"], times: Float[Tensor, "N 1"], step: int, training: bool
-    ) -> FieldOutput:
+    def _field(self, positions: Float[Tensor, "N 3"], times: Float[Tensor, "N 1"], step: int) -> FieldOutput:
         want_normals = self.scene.material.requires_normal or self.cfg.return_comp_normal
-        # In training chunks would save nothing: the graph holds all of them.
-        size = max(1, len(positions)) if training else self.cfg.eval_chunk_size
-        chunks = [
-            self.scene.geometry(some_positions, some_times, step=step, want_normals=want_normals)
-            for some_positions, some_times in _chunks(positions, times, size)
-        ]
-        return _cat_fields(chunks)
+        return self.scene.geometry(positions, times, step=step, want_normals=want_normals)
+
+    def _field_in_chunks(
+        self, positions: Float[Tensor, "N 3"], times: Float[Tensor, "N 1"], step: int
+    ) -> FieldOutput:
+        """For no_grad alone: a graph would hold all chunks."""
+        return joined_records(
+            [self._field(*chunk, step) for chunk in _chunks(positions, times, self.cfg.eval_chunk_size)]
+        )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _PassRays:
-    """The rays of one pass, each with what its frame says."""
-
-    origins: Float[Tensor, "r 3"]
-    directions: Float[Tensor, "r 3"]
-    times: Float[Tensor, "r"]
-    light_positions: Float[Tensor, "r 3"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """What one pass renders; sums over samples, without the background."""
-
-    rgb: Float[Tensor, "r 3"]
-    opacity: Float[Tensor, "r 1"]
-    depth: Float[Tensor, "r 1"]
-    z_variance: Float[Tensor, "r 1"]
-    normal: Float[Tensor, "r 3"] | None
-    deformation: Float[Tensor, "r 3"] | None
-    samples: Samples
-    """Ray indices count from the pass's first ray, ``start``."""
-    weights: Float[Tensor, "N"]
-    normals: Float[Tensor, "N 3"] | None
-    t_dirs: Float[Tensor, "N 3"] | None
-    start: int = 0
+def _midpoints(rays: FlatRays, samples: Samples) -> tuple[Float[Tensor, "N 3"], Float[Tensor, "N 1"]]:
+    """Positions and times of samples."""
+    # index_select, here and elsewhere: several times faster than indexing on the CPU.
+    origins, directions, times = (
+        values.index_select(0, samples.ray_indices) for values in (rays.origins, rays.directions, rays.times)
+    )
+    t_mids = (samples.t_starts + samples.t_ends) / 2
+    return torch.addcmul(origins, directions, t_mids[:, None]), times
 
 
-def _assemble(rays: RayBundle, background: Float[Tensor, "F H W 3"], parts: Sequence[_Part]) -> RenderOutput:
-    """Pixels of all passes as images, over the background."""
-    shape = rays.directions.shape[:3]
+def _assemble(
+    rays: RayBundle, background: Float[Tensor, "F H W 3"], samples: Samples, parts: Sequence[ShadedRays]
+) -> RenderOutput:
+    """All rays as images, over the background."""
+    shaded, shape = joined_records(parts), rays.directions.shape[:3]
 
-    def joined(name: str) -> Tensor | None:
-        return _joined([getattr(part, name) for part in parts])
-
-    def image(name: str) -> Tensor | None:
-        pixels = joined(name)
+    def image(pixels: Tensor | None) -> Tensor | None:
         return None if pixels is None else pixels.view(*shape, -1)
 
-    foreground, opacity, normal = image("rgb"), image("opacity"), image("normal")
+    foreground, opacity, normal = image(shaded.rgb), image(shaded.opacity), image(shaded.normal)
     if normal is not None:
         normal = (normalize(normal, dim=-1) + 1) / 2 * opacity
     return RenderOutput(
@@ -321,18 +304,14 @@ def _assemble(rays: RayBundle, background: Float[Tensor, "F H W 3"], parts: Sequ
         comp_rgb_fg=foreground,
         comp_rgb_bg=background,
         opacity=opacity,
-        depth=image("depth"),
-        z_variance=image("z_variance"),
-        samples=Samples(
-            ray_indices=_joined([part.samples.ray_indices + part.start for part in parts]),
-            t_starts=_joined([part.samples.t_starts for part in parts]),
-            t_ends=_joined([part.samples.t_ends for part in parts]),
-        ),
-        weights=joined("weights"),
+        depth=image(shaded.depth),
+        z_variance=image(shaded.z_variance),
+        samples=samples,
+        weights=shaded.weights,
         comp_normal=normal,
-        deformation=image("deformation"),
-        normals=joined("normals"),
-        t_dirs=joined("t_dirs"),
+        deformation=image(shaded.deformation),
+        normals=shaded.normals,
+        t_dirs=shaded.t_dirs,
     )
 
 
@@ -341,33 +320,14 @@ def _chunks(positions: Tensor, times: Tensor, size: int) -> Iterator[tuple[Tenso
     return zip(positions.split(size), times.split(size), strict=True)
 
 
-def _cat_fields(chunks: Sequence[FieldOutput]) -> FieldOutput:
-    names = [f.name for f in dataclasses.fields(FieldOutput)]
-    return FieldOutput(**{name: _joined([getattr(chunk, name) for chunk in chunks]) for name in names})
+def joined_records(records: Sequence[Record]) -> Record:
+    """Field by field, one after the other."""
+    names = [f.name for f in dataclasses.fields(records[0])]
+    return type(records[0])(**{name: _joined([getattr(one, name) for one in records]) for name in names})
 
 
 def _joined(values: Sequence[Tensor | None]) -> Tensor | None:
-    """One after the other, without a copy where there is one only; None where a field has none."""
+    """One after the other, without a copy where there is one only; None where a record has none."""
     if values[0] is None or len(values) == 1:
         return values[0]
     return torch.cat(values)
-
-
-class _RequiresGradAsNow(AbstractContextManager):
-    """Inside, each parameter requires a gradient where it did when this was made.
-
-    For the backward pass's recomputation: the half that was frozen in the forward pass may be
-    trainable again by then, and another graph would be recorded.
-    """
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.flags = [(p, p.requires_grad) for module in modules for p in module.parameters()]
-
-    def __enter__(self) -> None:
-        self.before = [parameter.requires_grad for parameter, _ in self.flags]
-        for parameter, flag in self.flags:
-            parameter.requires_grad_(flag)
-
-    def __exit__(self, *error: object) -> None:
-        for (parameter, _), flag in zip(self.flags, self.before, strict=True):
-            parameter.requires_grad_(flag)

@@ -96,6 +96,13 @@ def test_the_deformation_gets_a_gradient_through_the_displaced_position():
         assert parameter.grad.abs().sum() > 0
 
 
+def test_what_is_deformed_learns_in_static_stages_alone():
+    for static in (True, False):
+        encoding = make_encoding("HashGridSpatialTimeDeform", static=static)
+        assert encoding.encoding.params.requires_grad == static
+        assert all(parameter.requires_grad for parameter in encoding.dynamic_parameters())
+
+
 def test_a_fresh_deformation_is_near_zero():
     encoding = HashGridSpatialTimeDeform(parse("HashGridSpatialTimeDeform", **GRID))
     assert 0 < encode(encoding, 0.4).deformation.abs().max() < 1e-3

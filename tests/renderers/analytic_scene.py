@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fourdfy.fields.base import Background, Geometry, Material
+from fourdfy.ops.cameras import cast_rays, orbit_cameras
 from fourdfy.renderers.base import Scene
 from fourdfy.renderers.nerf import NeRFVolumeRenderer
 from fourdfy.types import FieldOutput
@@ -21,7 +22,7 @@ class Ball(Geometry):
         self.orbit = nn.Parameter(torch.tensor(float(orbit)))
         self.color = nn.Parameter(torch.tensor([2.0, -1.0, 0.5]))
         self.size, self.sharpness, self.extras = size, sharpness, extras
-        self.largest_call = 0
+        self.largest_call = self.largest_trained_call = self.trained = 0
 
     @property
     def radius(self):
@@ -40,6 +41,9 @@ class Ball(Geometry):
         return self.peak * torch.sigmoid(self.sharpness * inside)
 
     def forward(self, positions, times, *, step, want_normals=False):
+        if torch.is_grad_enabled():
+            self.trained += len(positions)
+            self.largest_trained_call = max(self.largest_trained_call, len(positions))
         normals = nn.functional.normalize(positions - self.centers(times), dim=-1)
         return FieldOutput(
             sigmas=self.density(positions, times, step=step),
@@ -76,14 +80,37 @@ class Parts:
     renderer: NeRFVolumeRenderer
 
 
-def make_scene(*, random_material=False, refresh=True, dynamic=True, **settings):
-    """A renderer with a small budget, its occupancy grid refreshed a few times."""
+def make_scene(*, kind=NeRFVolumeRenderer, random_material=False, refresh=True, dynamic=True, **settings):
+    """A renderer with few samples, its occupancy grid refreshed a few times."""
     geometry_keys = ("peak", "size", "orbit", "sharpness", "extras")
     geometry = Ball(**{key: settings.pop(key) for key in geometry_keys if key in settings})
     scene = Scene(geometry=geometry, material=Paint(random_material), background=Plain())
     settings = {"num_samples_per_ray": 48, "grid_resolution": 16, **settings}
-    renderer = NeRFVolumeRenderer(NeRFVolumeRenderer.Config(**settings), scene)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(0, 160 if refresh else 0, 16):
-        renderer.update_occupancy(step=step, dynamic=dynamic, generator=generator)
+    renderer = kind(kind.Config(**settings), scene)
+    if refresh:
+        refresh_occupancy(renderer, dynamic=dynamic)
     return Parts(scene=scene, renderer=renderer)
+
+
+def refresh_occupancy(renderer, dynamic=True):
+    generator = torch.Generator().manual_seed(0)
+    for step in range(0, 160, 16):
+        renderer.update_occupancy(step=step, dynamic=dynamic, generator=generator)
+
+
+def frames(count=3, size=10, dtype=torch.float32):
+    """Rays of cameras all around, each at its own time; ``size`` rows and two columns more."""
+    cameras = orbit_cameras(
+        torch.full((count,), 20.0, dtype=dtype),
+        torch.arange(count, dtype=dtype) * 75,
+        distance=2.6,
+        fovy_deg=45.0,
+        times=torch.linspace(0, 0.9, count, dtype=dtype),
+        height=size,
+        width=size + 2,
+    )
+    return cast_rays(cameras)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
