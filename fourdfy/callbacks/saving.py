@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import imageio.v2 as imageio
 import numpy as np
@@ -170,6 +171,42 @@ def save_image(path: Path, pixels: Pixels) -> None:
         half_written.write_bytes(encoded.getvalue())
 
 
+def save_clip(path: Path, frames: Clip, *, fps: int) -> Path:
+    """Write frames as the suffix of ``path`` says: mp4, gif, webp, or png for a folder of them.
+
+    Gives the file or the folder; for an mp4 without ffmpeg the folder, see ``save_video``.
+    """
+    if path.suffix == ".png":
+        return save_frames(path.with_suffix(""), frames)
+    if path.suffix == ".mp4":
+        return save_video(path, frames, fps=fps) or path.with_suffix("")
+    save_animated_image(path, frames, fps=fps)
+    return path
+
+
+def save_frames(folder: Path, frames: Clip) -> Path:
+    """Write ``{i}.png`` and give the folder."""
+    for index, frame in enumerate(frames):
+        save_image(folder / f"{index}.png", frame)
+    return folder
+
+
+def save_animated_image(path: Path, frames: Clip, *, fps: int) -> None:
+    """An endless loop as GIF or WebP. A GIF has one palette for all frames, so that nothing flickers,
+    and hundredths of a second between them."""
+    from PIL import Image
+
+    images = [Image.fromarray(frame) for frame in frames]
+    options: dict[str, Any] = {"duration": 1000 / fps, "quality": 85, "method": 4}
+    if path.suffix == ".gif":
+        # Chosen from all frames, in one picture.
+        palette = Image.fromarray(np.concatenate(frames)).quantize(256, method=Image.Quantize.MEDIANCUT)
+        images = [image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for image in images]
+        options = {"duration": 10 * max(2, round(100 / fps))}
+    with whole_file(path) as half_written:
+        images[0].save(half_written, save_all=True, append_images=images[1:], loop=0, **options)
+
+
 def save_video(path: Path, frames: Clip, *, fps: int) -> Path | None:
     """Write an mp4 and give its path.
 
@@ -178,8 +215,7 @@ def save_video(path: Path, frames: Clip, *, fps: int) -> Path | None:
     if _has_ffmpeg():
         write_mp4(path, frames, fps=fps)
         return path
-    for index, frame in enumerate(frames):
-        save_image(path.with_suffix("") / f"{index}.png", frame)
+    save_frames(path.with_suffix(""), frames)
     return None
 
 

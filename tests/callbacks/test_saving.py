@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis.strategies import text
+from PIL import Image
 
 from fourdfy.callbacks import saving
 
@@ -144,6 +145,36 @@ def test_a_video_plays_everywhere(tmp_path):
     saving.save_video(tmp_path / "clip.mp4", saving.to_pixels(gradient()), fps=16)
     about = imageio.get_reader(tmp_path / "clip.mp4").get_meta_data()
     assert about["codec"] == "h264" and about["pix_fmt"].startswith("yuv420p")
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_an_animated_image_loops_at_the_speed_of_the_clip(tmp_path, suffix):
+    frames = saving.to_pixels(gradient(5, 32, 48))
+    path = saving.save_clip(tmp_path / f"clip.{suffix}", frames, fps=20)
+    with Image.open(path) as image:
+        assert image.n_frames == 5 and image.info["loop"] == 0
+        for index, frame in enumerate(frames):
+            image.seek(index)
+            image.load()
+            assert image.info["duration"] == 50  # milliseconds
+            shown = np.asarray(image.convert("RGB")).astype(int)
+            assert np.abs(shown - frame).mean() < 20  # 256 colours for all of the gradient, dithered
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_frames_of_a_gif_share_one_palette(tmp_path):
+    path = saving.save_clip(tmp_path / "clip.gif", saving.to_pixels(gradient(4, 32, 48)), fps=10)
+    frames = np.stack([*imageio.get_reader(path).iter_data()])[..., :3]
+    assert 100 < len(np.unique(frames.reshape(-1, 3), axis=0)) <= 256
+    assert len(np.unique(frames[0].reshape(-1, 3), axis=0)) < 100  # the others' colours are the rest
+
+
+def test_a_clip_as_png_is_a_folder_of_its_frames(tmp_path, no_ffmpeg):
+    frames = saving.to_pixels(gradient(3))
+    for suffix in ("png", "mp4"):  # the latter for want of ffmpeg
+        folder = saving.save_clip(tmp_path / f"{suffix}_clip.{suffix}", frames, fps=10)
+        assert folder == tmp_path / f"{suffix}_clip"
+        assert np.array_equal(imageio.imread(folder / "2.png"), frames[2])
 
 
 def test_without_ffmpeg_there_are_frames_and_one_warning(tmp_path, no_ffmpeg, caplog):

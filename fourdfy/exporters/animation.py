@@ -1,0 +1,162 @@
+"""A whole clip as one GLB that plays in a loop.
+
+Where a deformation moves the scene: one mesh whose vertices follow it (morph targets). Where the
+scene changes by added features there is nothing to follow, so every moment has a mesh of its own,
+and only one is shown at a time (scale 1, the others 0).
+
+M moments, V vertices, N points. Positions are in scene units.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy import ndarray
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fourdfy.exporters.base import Subject
+from fourdfy.exporters.gltf import ARRAY_BUFFER, Glb
+from fourdfy.exporters.mesh_files import ColoredMesh, ImageFormat, add_material, add_primitive, y_up
+from fourdfy.ops.isosurface import in_chunks, invert_warp
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 1 << 17
+TRACKING_TOLERANCE = 1e-4
+"""How near a vertex must come to its canonical point, as a share of the radius."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tracks:
+    """Where the vertices of the first moment's mesh are at every moment."""
+
+    positions: Float[Tensor, "M V 3"]
+    residuals: Float[Tensor, "M V"]
+    """Distance in canonical space from the point that the vertex should be; 0 is exact."""
+
+
+@torch.no_grad()
+def deforms(subject: Subject) -> bool:
+    """Whether the geometry moves its points by a deformation."""
+    point, time = torch.zeros(1, 3, device=subject.device), torch.zeros(1, 1, device=subject.device)
+    return subject.scene.geometry(point, time, step=subject.step).deformation is not None
+
+
+def follow(subject: Subject, positions: Float[Tensor, "V 3"], times: Sequence[float]) -> Tracks:
+    """The paths of points that lie on the surface at ``times[0]``.
+
+    The field maps backwards: the point x of time t is the canonical point x + dx(x, t). A vertex
+    belongs to one canonical point, that of its place at the first moment; where it is at a later one
+    solves ``p + dx(p, t) = canonical``, which is found by Broyden's method from its place a moment
+    before. Density biases are functions of x itself and do not move along, so the surface of a later
+    moment is only nearly this one.
+    """
+    radius = subject.scene.geometry.radius
+
+    def displacement(points: Float[Tensor, "N 3"], time: float) -> Float[Tensor, "N 3"]:
+        def of_some(some: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3"]:
+            field = subject.scene.geometry(some, torch.full_like(some[:, :1], time), step=subject.step)
+            return 2 * radius * field.deformation  # the cube of side 1, in scene units
+
+        return in_chunks(of_some, points, CHUNK)
+
+    canonical = positions + displacement(positions, times[0])
+    places, residuals = [positions], [torch.zeros_like(positions[:, 0])]
+    for time in times[1:]:
+        found, residual = invert_warp(
+            lambda points, time=time: displacement(points, time),
+            canonical,
+            places[-1],
+            tolerance=TRACKING_TOLERANCE * radius,
+        )
+        places.append(found)
+        residuals.append(residual)
+    tracks = Tracks(positions=torch.stack(places), residuals=torch.stack(residuals))
+    lost = (tracks.residuals > 10 * TRACKING_TOLERANCE * radius).float().mean()
+    logger.info(
+        "%d vertices followed over %d moments: residual %.1e mean, %.1e largest, %.1f %% lost",
+        len(positions), len(times), tracks.residuals.mean(), tracks.residuals.max(), 100 * lost,
+    )  # fmt: skip
+    return tracks
+
+
+def morphing_glb(mesh: ColoredMesh, tracks: Tracks, *, seconds: float, image_format: ImageFormat) -> bytes:
+    """One mesh; between two moments its vertices move on straight lines."""
+    glb = Glb()
+    mesh = _reaching(mesh, tracks.positions.flatten(0, 1))
+    primitive = add_primitive(glb, mesh, add_material(glb, mesh, image_format))
+    first, *later = pad(tracks.positions, (0, 0, 0, len(mesh.surface.positions) - tracks.positions.shape[1]))
+    primitive["targets"] = [
+        {"POSITION": glb.add_array(y_up(places - first), target=ARRAY_BUFFER, bounds=True)}
+        for places in later
+    ]
+    rest = [0.0] * len(later)
+    node = glb.add("nodes", mesh=glb.add("meshes", primitives=[primitive], weights=rest))
+    key_times = np.linspace(0, seconds, len(tracks.positions), dtype=np.float32)
+    # Moment k is target k - 1 in full; the first moment is the mesh itself.
+    weights = np.eye(len(key_times), len(later), k=-1, dtype=np.float32)
+    _animate(glb, key_times, {node: weights.reshape(-1)}, path="weights", interpolation="LINEAR")
+    glb.add_scene([node])
+    return glb.to_bytes()
+
+
+def switching_glb(meshes: Sequence[ColoredMesh], *, seconds: float) -> bytes:
+    """A mesh with vertex colours for each moment, each shown for an equal part of the time."""
+    glb = Glb()
+    material = glb.add_material()
+    everything = torch.cat([mesh.surface.positions for mesh in meshes])
+    meshes = [_reaching(meshes[0], everything), *meshes[1:]]
+    nodes = [
+        glb.add(
+            "nodes",
+            name=f"moment {moment}",
+            mesh=glb.add("meshes", primitives=[add_primitive(glb, mesh, material)]),
+            scale=[float(moment == 0)] * 3,  # where nothing is played, the first moment
+        )
+        for moment, mesh in enumerate(meshes)
+    ]
+    key_times = np.linspace(0, seconds, len(meshes) + 1, dtype=np.float32)
+    shown = np.eye(len(meshes), len(meshes) + 1, dtype=np.float32)
+    shown[-1, -1] = 1  # the last key only says when the clip ends
+    scales = {node: np.repeat(keys[:, None], 3, axis=1) for node, keys in zip(nodes, shown, strict=True)}
+    _animate(glb, key_times, scales, path="scale", interpolation="STEP")
+    glb.add_scene(nodes)
+    return glb.to_bytes()
+
+
+def _reaching(mesh: ColoredMesh, everything: Float[Tensor, "N 3"]) -> ColoredMesh:
+    """The mesh with two more vertices, of no triangle, at the corners of the box around ``everything``.
+
+    A viewer frames what it sees at rest, the first moment alone; what moves on would leave the picture.
+    """
+
+    def padded(values: Tensor | None) -> Tensor | None:
+        return None if values is None else torch.cat([values, values[:2]])
+
+    surface = mesh.surface
+    corners = torch.stack([everything.amin(0), everything.amax(0)])
+    surface = replace(
+        surface, positions=torch.cat([surface.positions, corners]), normals=padded(surface.normals)
+    )
+    return replace(mesh, surface=surface, colors=padded(mesh.colors), uvs=padded(mesh.uvs))
+
+
+def _animate(
+    glb: Glb, key_times: ndarray, values: dict[int, ndarray], *, path: str, interpolation: str
+) -> None:
+    """One animation: a channel for each node, all with the same key times."""
+    keys = glb.add_array(key_times, bounds=True)
+    samplers = [
+        {"input": keys, "output": glb.add_array(of_node), "interpolation": interpolation}
+        for of_node in values.values()
+    ]
+    channels = [
+        {"sampler": index, "target": {"node": node, "path": path}} for index, node in enumerate(values)
+    ]
+    glb.add("animations", name="clip", samplers=samplers, channels=channels)

@@ -1,0 +1,153 @@
+"""The surface of a scene at a moment, with the colours that a camera straight above it sees.
+
+V vertices, T triangles, N points, K samples of a ray. Positions are in scene units.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fourdfy.config import ConfigError
+from fourdfy.exporters.base import Subject
+from fourdfy.fields.base import Geometry
+from fourdfy.ops.compositing import accumulate, weights_from_density
+from fourdfy.ops.isosurface import (
+    in_chunks,
+    marching_cubes,
+    sample_grid,
+    silhouette_level,
+    smoothed,
+    vertex_normals,
+    without_small_parts,
+)
+
+logger = logging.getLogger(__name__)
+
+FOG_SMOOTHING = 0.25
+"""Width of the density's blur, in units of the depth that light enters. Dense scenes stay sharp."""
+COLOR_REACH, COLOR_SAMPLES = 0.05, 12
+"""A surface's colour is composited over this share of the radius before and behind it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surface:
+    """Triangles, counter-clockwise from outside."""
+
+    positions: Float[Tensor, "V 3"]
+    faces: Int[Tensor, "T 3"]
+    normals: Float[Tensor, "V 3"]
+    """Unit, outward."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IsosurfaceSettings:
+    """A geometry's ``isosurface_*`` keys; these defaults where it has none."""
+
+    resolution: int = 128
+    threshold: float | int | str = "auto"
+    chunk: int = 0
+    remove_outliers: bool = True
+    outlier_n_faces_threshold: float = 0.01
+
+    @classmethod
+    def of(cls, geometry: Geometry) -> IsosurfaceSettings:
+        given = getattr(geometry, "cfg", None)
+        names = [f.name for f in fields(cls) if hasattr(given, f"isosurface_{f.name}")]
+        return cls(**{name: getattr(given, f"isosurface_{name}") for name in names})
+
+
+@torch.no_grad()
+def extract_surface(subject: Subject, time: float, settings: IsosurfaceSettings) -> Surface:
+    """The isosurface at scene time ``time``.
+
+    Raises:
+        ConfigError: no density reaches the threshold; says how dense the scene is.
+    """
+    geometry, radius = subject.scene.geometry, subject.scene.geometry.radius
+
+    def density(positions: Float[Tensor, "n 3"]) -> Float[Tensor, "n"]:
+        return geometry.density(positions, torch.full_like(positions[:, :1], time), step=subject.step)
+
+    grid = sample_grid(
+        density,
+        radius=radius,
+        resolution=settings.resolution,
+        chunk_size=settings.chunk or 1 << 17,
+        device=subject.device,
+    )
+    level = _level(grid, grid, settings, radius, time)
+    # Light enters a fog of density s to a depth of about 1 / s. What is finer there is noise to a camera,
+    # but would be crevices in a mesh.
+    fog = smoothed(grid, radius, FOG_SMOOTHING / level)
+    level = _level(fog, grid, settings, radius, time)
+    positions, faces = marching_cubes(fog, level, radius)
+    if settings.remove_outliers:
+        positions, faces = without_small_parts(positions, faces, settings.outlier_n_faces_threshold)
+    logger.info("surface at time %.3g: density %.3g, %d triangles", time, level, len(faces))
+    return Surface(positions=positions, faces=faces, normals=vertex_normals(positions, faces))
+
+
+def _level(
+    grid: Float[Tensor, "R R R"],
+    seen: Float[Tensor, "R R R"],
+    settings: IsosurfaceSettings,
+    radius: float,
+    time: float,
+) -> float:
+    auto = settings.threshold == "auto"
+    level = silhouette_level(grid, radius, seen) if auto else float(settings.threshold)
+    low, high = float(grid.min()), float(grid.max())
+    if level is None or not low < level < high:
+        raise ConfigError(
+            f"system.geometry.isosurface_threshold={settings.threshold}: no surface at time {time:g}, where "
+            f"the density runs from {low:.3g} to {high:.3g}; give a number between, or auto for what a "
+            f"camera sees"
+        )
+    return level
+
+
+@torch.no_grad()
+def surface_colors(
+    subject: Subject, positions: Float[Tensor, "N 3"], normals: Float[Tensor, "N 3"], time: float
+) -> Float[Tensor, "N 3"]:
+    """Displayed colours, 0..1, of a camera that looks at each point from where its normal points.
+
+    The point's own colour would not do: a soft surface shows what lies a little deeper. Materials that
+    shade are lit from the camera, so that what is left is the albedo under full light.
+    """
+    reach = COLOR_REACH * subject.scene.geometry.radius
+    rays = torch.cat([positions, normals], dim=-1)
+    return in_chunks(lambda some: _colors_from_above(subject, some, reach, time), rays, 1 << 14)
+
+
+def _colors_from_above(
+    subject: Subject, rays: Float[Tensor, "n 6"], reach: float, time: float
+) -> Float[Tensor, "n 3"]:
+    geometry, material = subject.scene.geometry, subject.scene.material
+    points, normals = rays.split(3, dim=-1)
+    edges = torch.linspace(-reach, reach, COLOR_SAMPLES + 1, device=rays.device)
+    starts, ends = edges[:-1].repeat(len(rays)), edges[1:].repeat(len(rays))
+    ray_indices = torch.arange(len(rays), device=rays.device).repeat_interleave(COLOR_SAMPLES)
+    samples = points[ray_indices] - (starts + ends)[:, None] / 2 * normals[ray_indices]
+    field = geometry(
+        samples,
+        torch.full_like(samples[:, :1], time),
+        step=subject.step,
+        want_normals=material.requires_normal,
+    )
+    colors = material(
+        field.features,
+        positions=samples,
+        normals=field.normals,
+        light_positions=samples + normals[ray_indices],
+        step=subject.step,
+    )
+    weights = weights_from_density(field.sigmas, starts, ends, ray_indices, len(rays))
+    total = accumulate(weights, torch.ones_like(weights)[:, None], ray_indices, len(rays))
+    mixed = accumulate(weights, colors, ray_indices, len(rays)) / total.clamp(min=1e-6)
+    return mixed.clamp(0, 1)

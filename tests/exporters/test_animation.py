@@ -1,0 +1,121 @@
+import numpy as np
+import pygltflib
+import pytest
+import torch
+import trimesh
+
+from fourdfy.config import parse_config
+from fourdfy.exporters.animation import deforms, follow
+from fourdfy.exporters.mesh_exporter import MeshExporter
+from fourdfy.exporters.mesh_files import y_up
+from fourdfy.exporters.surface import IsosurfaceSettings, extract_surface
+from tests.exporters.readers import accessor
+from tests.exporters.scenes import make_subject, moved
+
+torch.set_num_threads(1)
+
+FRAMES, SECONDS = 5, 2.0
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["deformed", "added"])
+def exported(request, tmp_path_factory):
+    """(whether the field deforms, the GLB as pygltflib reads it, its path)"""
+    cfg = parse_config(
+        MeshExporter.Config,
+        {
+            "times": [],
+            "animation_frames": FRAMES,
+            "animation_seconds": SECONDS,
+            "animation_resolution": 32,
+            "save_texture": False,
+        },
+    )
+    folder = tmp_path_factory.mktemp("export")
+    (file,) = MeshExporter(cfg).export(make_subject(deforms=request.param), folder)
+    return request.param, pygltflib.GLTF2().load(file), file
+
+
+def shown(gltf, index):
+    """Positions on screen at key ``index`` of the animation, by the rules of glTF."""
+    (animation,) = gltf.animations
+    pieces = []
+    for channel in animation.channels:
+        sampler, node = animation.samplers[channel.sampler], gltf.nodes[channel.target.node]
+        values = accessor(gltf, sampler.output)
+        (primitive,) = gltf.meshes[node.mesh].primitives
+        positions = accessor(gltf, primitive.attributes.POSITION)
+        if channel.target.path == "weights":
+            weights = values.reshape(-1, len(primitive.targets))[index]
+            for weight, target in zip(weights, primitive.targets, strict=True):
+                positions = positions + weight * accessor(gltf, target["POSITION"])
+        elif not values[index].any():
+            continue
+        pieces.append(positions[np.unique(accessor(gltf, primitive.indices))])
+    return np.concatenate(pieces)
+
+
+def truth(time):
+    """The box of the analytic ball at a time, in glTF's axes."""
+    points = torch.nn.functional.normalize(torch.randn(20000, 3, generator=torch.Generator().manual_seed(0)))
+    places = y_up(moved(0.8 * points, torch.full((20000, 1), time)))
+    return places.min(0), places.max(0)
+
+
+def test_every_moment_shows_the_ball_where_it_is(exported):
+    _, gltf, _ = exported
+    for index, time in enumerate(np.linspace(0, 1, FRAMES)):
+        places = shown(gltf, index)
+        low, high = truth(float(time))
+        assert np.abs(places.min(0) - low).max() < 0.06 and np.abs(places.max(0) - high).max() < 0.06
+
+
+def test_the_clip_has_its_length_and_its_kind_of_motion(exported):
+    deformed, gltf, _ = exported
+    (animation,) = gltf.animations
+    keys = accessor(gltf, animation.samplers[0].input)
+    assert keys[0] == 0 and keys[-1] == SECONDS == gltf.accessors[animation.samplers[0].input].max[0]
+    assert (np.diff(keys) > 0).all()
+    assert {s.interpolation for s in animation.samplers} == {"LINEAR" if deformed else "STEP"}
+    if deformed:
+        assert len(gltf.meshes) == 1 and len(keys) == FRAMES
+        (primitive,) = gltf.meshes[0].primitives
+        weights = accessor(gltf, animation.samplers[0].output).reshape(FRAMES, FRAMES - 1)
+        assert np.array_equal(weights, np.eye(FRAMES)[:, 1:])
+        assert len(primitive.targets) == len(gltf.meshes[0].weights) == FRAMES - 1
+    else:
+        scales = np.stack([accessor(gltf, sampler.output) for sampler in animation.samplers])
+        assert (scales.sum(0) == 1).all()  # one mesh at a time, in each axis
+        assert [node.scale for node in gltf.nodes] == [[1, 1, 1]] + [[0, 0, 0]] * (FRAMES - 1)
+
+
+def test_a_viewer_frames_the_whole_clip(exported):
+    """At rest only the first moment has a size; two loose vertices span the rest."""
+    _, gltf, _ = exported
+    (primitive,) = gltf.meshes[gltf.nodes[0].mesh].primitives
+    box = gltf.accessors[primitive.attributes.POSITION]
+    every = np.concatenate([shown(gltf, index) for index in range(FRAMES)])
+    assert np.allclose(box.min, every.min(0), atol=1e-6) and np.allclose(box.max, every.max(0), atol=1e-6)
+
+
+def test_another_reader_agrees_about_the_first_moment(exported):
+    _, gltf, file = exported
+    scene = trimesh.load(file)
+    mesh = next(iter(scene.geometry.values()))
+    (primitive,) = gltf.meshes[0].primitives
+    assert len(mesh.faces) == len(accessor(gltf, primitive.indices)) // 3
+    low, _ = truth(0.0)
+    assert np.abs(mesh.vertices[mesh.faces.reshape(-1)].min(0) - low).max() < 0.06
+    assert mesh.volume > 0
+
+
+def test_vertices_are_followed_through_a_known_deformation():
+    subject = make_subject(deforms=True)
+    assert deforms(subject) and not deforms(make_subject(deforms=False))
+    surface = extract_surface(subject, 0.0, IsosurfaceSettings(resolution=24))
+    times = torch.linspace(0, 1, 5).tolist()
+    tracks = follow(subject, surface.positions, times)
+    assert tracks.residuals.max() <= 2e-4  # the tolerance, at this radius
+    for time, places in zip(times, tracks.positions, strict=True):
+        wanted = moved(surface.positions, torch.full_like(surface.positions[:, :1], time))
+        assert (places - wanted).norm(dim=-1).max() < 5e-4
+    assert (tracks.positions[-1] - tracks.positions[0]).norm(dim=-1).max() > 0.4

@@ -1,0 +1,75 @@
+"""``launch.py --export`` and ``--test``, with a scene that was never trained: the ball it starts from."""
+
+import pytest
+import torch
+
+from fourdfy.config import load_config
+from fourdfy.experiment import parse_experiment
+from fourdfy.systems.checkpoint import SafeCheckpointIO
+from tests.launching import CONFIGS, TINY, launch
+
+SMALL = (
+    "seed=1",
+    "system.geometry.isosurface_resolution=24",
+    "system.geometry.density_blob_scale=20",
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """As another experiment, of another name, left it at step 12."""
+    folder = tmp_path_factory.mktemp("other")
+    loaded = load_config([CONFIGS / "shapes_stage_3.yaml"], [*TINY, *SMALL, "name=another"])
+    system = parse_experiment(loaded).build_system()
+    with torch.no_grad():
+        system.renderer.update_occupancy(step=0, dynamic=True, generator=torch.Generator().manual_seed(0))
+    path = folder / "scene.ckpt"
+    SafeCheckpointIO().save_checkpoint({"state_dict": system.state_dict(), "global_step": 12}, path)
+    return path
+
+
+def files_of(root):
+    return {
+        str(path.relative_to(root / "shapes_stage_3" / "tiny" / "save"))
+        for path in root.rglob("*")
+        if path.is_file() and "save" in path.parts
+    }
+
+
+def test_one_command_writes_the_mesh_and_the_clip(checkpoint, tmp_path):
+    given = ("system.exporter.animation_frames=3", "system.exporter.animation_resolution=16")
+    given += ("system.exporter.texture_size=64", f"resume={checkpoint}")
+    assert launch("shapes_stage_3.yaml", "export", tmp_path, *SMALL, *given) == 0
+    assert files_of(tmp_path) == {"it12-export/model.glb", "it12-export/model_animated.glb"}
+
+
+def test_videos_are_another_exporter(checkpoint, tmp_path):
+    given = ("system.exporter_type=video-exporter", "system.exporter.trajectory=val_video")
+    assert launch("shapes_stage_3.yaml", "export", tmp_path, *SMALL, f"resume={checkpoint}", *given) == 0
+    names = [f"it12-export/val_video{end}.{fmt}" for end in ("", "_depth") for fmt in ("mp4", "gif", "webp")]
+    assert files_of(tmp_path) == {*names, "it12-export/val_video_transforms.json"}
+
+
+def test_any_checkpoint_that_fits_is_tested(checkpoint, tmp_path):
+    assert launch("shapes_stage_3.yaml", "test", tmp_path, *SMALL, f"resume={checkpoint}") == 0
+    assert {"it12-test.mp4", "it12-test_static.mp4", "it12-test-depth-jet.mp4"} <= files_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "system.geometry.isosurface_threshold=1e6",
+            "system.geometry.isosurface_threshold=1000000.0: no",
+        ),
+        (
+            "system.exporter.ftm=ply",
+            "system.exporter.ftm (in the command line): unknown key; did you",
+        ),
+        ("system.exporter_type=mash-exporter", "did you mean 'mesh-exporter'?"),
+    ],
+)
+def test_a_mistake_ends_with_one_error(checkpoint, tmp_path, capsys, override, message):
+    assert launch("shapes_stage_3.yaml", "export", tmp_path, *SMALL, f"resume={checkpoint}", override) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.rglob("*.glb"))
