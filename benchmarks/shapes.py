@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--per-gpu", type=int, default=1, help="runs at a time on each GPU (or on the CPU)")
     parser.add_argument("--drop", action="append", choices=DROPS)
+    parser.add_argument("--config", default="configs/shapes.yaml", help="the recipe")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="the first so many")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
@@ -50,20 +51,22 @@ def main() -> None:
     jobs = [(prompt, drop) for drop in args.drop or DROPS for prompt in PROMPTS[: args.prompts]]
     with ThreadPoolExecutor(args.per_gpu * len(gpus)) as pool:
         places = [gpus[k % len(gpus)] for k in range(len(jobs))]
-        rows = list(pool.map(lambda job, place: run(*job, place, args.out, args.overrides), jobs, places))
+        rows = list(pool.map(lambda job, place: run(*job, place, args), jobs, places))
     rows = [row for row in rows if row]
     (args.out / "all.json").write_text(json.dumps(rows, indent=1))
     print(table(rows))
 
 
-def run(prompt: str, drop: str, place: str, out: Path, overrides: list[str]) -> dict | None:
+def run(prompt: str, drop: str, place: str, args: argparse.Namespace) -> dict | None:
     """The row of one run; None (and its log) if it failed."""
     name = f"{prompt} {drop}".replace(" ", "_")
+    out: Path = args.out
     result, log = out / f"{name}.json", out / f"{name}.log"
     out.mkdir(parents=True, exist_ok=True)
     if not result.exists():
         command = [sys.executable, "-m", "fourdfy.evaluation.shapes", "--prompt", prompt, "--gpu", place]
-        command += ["--json", str(result), f"exp_root_dir={out / 'trials'}", *overrides]
+        command += ["--config", args.config, "--json", str(result)]
+        command += [f"exp_root_dir={out / 'trials'}", *args.overrides]
         command += ["--drop", drop] if drop != "none" else []
         environment = os.environ | ({} if place == "cpu" else {"CUDA_VISIBLE_DEVICES": place})
         with open(log, "w") as file:

@@ -14,14 +14,17 @@ EXAMPLES = """examples:
   launch.py --config configs/shapes.yaml --train system.prompt_processor.prompt="a red cube spinning"
   launch.py --config configs/shapes_stage_1.yaml --train --gpu 0 trainer.max_steps=500
   launch.py --config <trial>/configs/parsed.yaml --test resume=<trial>/ckpts/last.ckpt
+  launch.py --config <trial>/configs/parsed.yaml --export resume=<trial>/ckpts/last.ckpt
 """
 
 MODES = {
     "train": "train, then render the test views; a recipe runs all its stages and goes on where it stopped",
     "validate": "render the validation views of resume=CKPT",
     "test": "render the test views and videos of resume=CKPT",
+    "export": "write what opens elsewhere from resume=CKPT: meshes, an animated GLB, or videos",
     "evaluate": "compare resume=CKPT with the ground truth (prompts of the shapes world)",
     "check": "parse everything and print the plan; loads no weights",
+    "fetch": "download (and convert) every model that the config needs; trains nothing",
 }
 
 

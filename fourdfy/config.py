@@ -9,9 +9,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,8 @@ from omegaconf.errors import ConfigKeyError, InterpolationToMissingValueError, O
 
 from fourdfy import registry
 from fourdfy.schedules import schedule_max
+
+logger = logging.getLogger(__name__)
 
 
 class ConfigError(ValueError):
@@ -70,6 +75,31 @@ def inner_slot(kind: type, by: str, default: Mapping[str, Any] | None = None) ->
 
 def _slot(spec: Slot, default: Mapping[str, Any] | None) -> Any:
     return field(default_factory=lambda: dict(default or {}), metadata={"slot": spec})
+
+
+def ignored(reason: str, default: Any = None) -> Any:
+    """A field that old files set and nothing reads; ``warn_of_ignored`` names it where it is set.
+
+    Args:
+        reason: what takes its place, or why nothing does.
+        default: the value that goes without saying.
+    """
+    return field(default=default, metadata={"ignored": reason})
+
+
+def warn_of_ignored(cfg: Any) -> None:
+    """One warning that names every key of a parsed config that was set and has no effect."""
+    if lines := [f"  {key}: {reason}" for key, reason in _ignored_keys(cfg, "")]:
+        logger.warning("these keys of the config have no effect:\n%s", "\n".join(lines))
+
+
+def _ignored_keys(cfg: Any, path: str) -> Iterator[tuple[str, str]]:
+    for f in dataclasses.fields(cfg):
+        value, key = getattr(cfg, f.name), _join(path, f.name)
+        if "ignored" in f.metadata and value != f.default:
+            yield key, f.metadata["ignored"]
+        elif dataclasses.is_dataclass(value):
+            yield from _ignored_keys(value, key)
 
 
 def component_class(cfg: Component.Config) -> type:
@@ -211,12 +241,12 @@ class LoadedConfig:
 
 
 def load_config(
-    paths: Sequence[str | Path], overrides: Sequence[str] = (), ignore: Sequence[str] = ()
+    paths: Sequence[str | Path], overrides: Sequence[str] = (), stage: int | None = None
 ) -> LoadedConfig:
     """Files merged left to right, then ``key=value`` overrides, interpolations resolved.
 
     Args:
-        ignore: top-level keys to leave out.
+        stage: of a recipe, which one this is: ``stage_2: {...}`` in the files is for the second alone.
 
     Raises:
         ConfigError: a file is missing or no YAML mapping; an override has no ``=``; a bad interpolation.
@@ -225,16 +255,16 @@ def load_config(
     sources: dict[str, str] = {}
     merged = OmegaConf.create()
     for path in paths:
-        merged = OmegaConf.merge(merged, _load_layers(Path(path), sources))
+        merged = _merge(merged, _load_layers(Path(path), sources))
+    if stage is not None:
+        merged = _merge(_without_stages(merged), merged.get(f"stage_{stage}", OmegaConf.create()))
     for override in overrides:
         if "=" not in override or override.startswith(("-", "=")):
             raise ConfigError(f"{override!r}: expected key=value, e.g. trainer.max_steps=1000")
     try:
         dotlist = OmegaConf.from_dotlist(list(overrides))
         _record(dotlist, "the command line", sources)
-        merged = OmegaConf.merge(merged, dotlist)
-        for key in ignore:
-            merged.pop(key, None)
+        merged = _merge(merged, dotlist)
         _share_prompt(merged)
         return LoadedConfig(OmegaConf.to_container(merged, resolve=True), sources)  # type: ignore[arg-type]
     except InterpolationToMissingValueError as error:
@@ -261,9 +291,31 @@ def _load_layers(path: Path, sources: dict[str, str]) -> DictConfig:
     bases = [bases] if isinstance(bases, str) else bases
     merged = OmegaConf.create()
     for base in bases:
-        merged = OmegaConf.merge(merged, _load_layers(path.parent / base, sources))
+        merged = _merge(merged, _load_layers(path.parent / base, sources))
     _record(layer, str(path), sources)
-    return OmegaConf.merge(merged, layer)  # type: ignore[return-value]
+    return _merge(merged, layer)
+
+
+def _without_stages(recipe: DictConfig) -> DictConfig:
+    own = [key for key in recipe if not re.fullmatch(r"stages|stage_\d+", str(key))]
+    return OmegaConf.masked_copy(recipe, own)
+
+
+def _merge(below: DictConfig, layer: DictConfig) -> DictConfig:
+    """``layer`` over ``below``. Where it names another class (``renderer_type``), the settings of the one
+    that it replaces (``renderer``) are left behind."""
+    below = copy.deepcopy(below)
+    _drop_replaced(below, layer)
+    return OmegaConf.merge(below, layer)  # type: ignore[return-value]
+
+
+def _drop_replaced(below: DictConfig, layer: DictConfig) -> None:
+    for key in layer:
+        mine, theirs = layer._get_node(key), below._get_node(key)
+        if isinstance(mine, DictConfig) and isinstance(theirs, DictConfig):
+            _drop_replaced(theirs, mine)
+        elif "_type" in str(key) and theirs is not None and mine != theirs:
+            below.pop(key.replace("_type", "", 1), None)
 
 
 def _record(layer: DictConfig, source: str, sources: dict[str, str], prefix: str = "") -> None:

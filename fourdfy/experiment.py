@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fourdfy.callbacks.saving import sanitize_tag
-from fourdfy.config import ConfigError, LoadedConfig, build, parse_config, slot
+from fourdfy.config import ConfigError, LoadedConfig, build, ignored, parse_config, slot, warn_of_ignored
 from fourdfy.data.base import DataModule
 from fourdfy.systems.base import System
 from fourdfy.systems.supervision import SupervisionPlan, plan_supervision
@@ -24,13 +24,12 @@ class TrainerConfig:
     num_sanity_val_steps: int = 0
     val_check_interval: int = 1000
     """Training steps between validations; 0 for none."""
-    enable_progress_bar: bool = True
+    enable_progress_bar: bool = ignored("the progress line is always written", True)
     precision: int | str = 32
     gradient_clip_val: float | None = None
     deterministic: bool = False
     """Refuse operations without a deterministic implementation (CUDA only; the CPU always is)."""
-    inference_mode: bool = False
-    """Accepted from the original's files; evaluation never builds a graph."""
+    inference_mode: bool = ignored("evaluation never builds a graph", False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +37,8 @@ class CheckpointConfig:
     """``checkpoint``: ``ckpts/last.ckpt``, also written at the end and on SIGTERM or SIGINT."""
 
     every_n_train_steps: int = 1000
-    save_last: bool = True
-    save_top_k: int = 0
-    """The two keys above are accepted from the original's files; there is one checkpoint, the last."""
+    save_last: bool = ignored("there is one checkpoint, the last", True)
+    save_top_k: int = ignored("there is one checkpoint, the last", 0)
 
     def __post_init__(self) -> None:
         if self.every_n_train_steps < 1:
@@ -106,6 +104,7 @@ def parse_experiment(loaded: LoadedConfig) -> Experiment:
     if values.get("use_timestamp", True) and not values.get("timestamp"):
         values["timestamp"] = datetime.now().strftime("@%Y%m%d-%H%M%S")
     cfg = parse_config(ExperimentConfig, values, sources=loaded.sources)
+    warn_of_ignored(cfg)
     plan = plan_supervision(
         prob_multi_view=cfg.data.prob_multi_view,
         prob_single_view_video=cfg.data.single_view.prob_single_view_video,

@@ -1,17 +1,20 @@
-"""``--check``: what a run would do, from which models, in how much memory. Loads no weights."""
+"""``--check``: what a run would do, from which models, in how much memory; ``--fetch``: have them here."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from rich.console import Console
 
 from fourdfy.config import build
-from fourdfy.diffusion.hub import locate_model, stored_bytes
+from fourdfy.diffusion.hub import locate_model, resolve_model, stored_bytes
 from fourdfy.experiment import Experiment
 
-SAMPLES_PER_RAY = 0.08
-"""Share of a ray's steps that survive pruning, for a compact object (8 % of the grid)."""
+logger = logging.getLogger(__name__)
+
+OCCUPIED = 0.08
+"""Share of the samples that survive pruning, for a compact object."""
 BYTES_PER_SAMPLE = 1900
 """Activations of the reference field, forward and backward, per sample and 64 features of encoding."""
 
@@ -26,16 +29,50 @@ def print_plan(experiments: Sequence[Experiment]) -> None:
         console.print(f"  prompt: {cfg.system.prompt_processor.prompt!r}", markup=False)
         console.print(f"  folder: {experiment.trial_dir}", markup=False)
         for step in experiment.plan.steps:
-            guidance = getattr(cfg.system, step.guidance_cfg)
-            model = locate_model(guidance.pretrained_model_name_or_path, ("unet", "vae", "scheduler"))
             frames, height, width = experiment_frames(experiment, step.name)
             console.print(
                 f"  {step.name:<12} probability {step.probability:<5.3g} "
                 f"{frames:>2} frames of {height} x {width}, trains {' + '.join(sorted(step.trains))}\n"
-                f"  {'':<12} {getattr(cfg.system, _type_key(step.guidance_cfg))} from {model}",
+                f"  {'':<12} {getattr(cfg.system, _type_key(step.guidance_cfg))}",
                 markup=False,
             )
-        console.print(f"  memory, roughly: {_memory_estimate(experiment) / 2**30:.1f} GiB")
+        for name, parts in needed_models(experiment).items():
+            console.print(f"  model: {locate_model(name, parts)}, for its {', '.join(parts)}", markup=False)
+        here = all(stored_bytes(name, parts) is not None for name, parts in needed_models(experiment).items())
+        console.print(
+            f"  memory, roughly: {_memory_estimate(experiment) / 2**30:.1f} GiB"
+            + ("" if here else ", and what the models take that are not here")
+        )
+
+
+def fetch_models(experiments: Sequence[Experiment]) -> None:
+    """``--fetch``: bring every model that the stages need to this disk; all that are missing are tried.
+
+    Raises:
+        FileNotFoundError: some are nowhere to be had; says what was tried for each.
+    """
+    needed: dict[str, tuple[str, ...]] = {}
+    for experiment in experiments:
+        for name, parts in needed_models(experiment).items():
+            needed[name] = tuple(dict.fromkeys((*needed.get(name, ()), *parts)))
+    failures = []
+    for name, parts in needed.items():
+        try:
+            logger.info("%s: in %s", name, resolve_model(name, parts))
+        except FileNotFoundError as error:
+            failures.append(str(error))
+    if failures:
+        raise FileNotFoundError("\n".join(failures))
+
+
+def needed_models(experiment: Experiment) -> dict[str, tuple[str, ...]]:
+    """Model name -> the parts that the priors and prompts of the stage take from it."""
+    needed: dict[str, tuple[str, ...]] = {}
+    for step in experiment.plan.steps:
+        for key in (step.guidance_cfg, step.prompt_cfg):
+            for name, parts in getattr(experiment.cfg.system, key).models():
+                needed[name] = tuple(dict.fromkeys((*needed.get(name, ()), *parts)))
+    return needed
 
 
 def experiment_frames(experiment: Experiment, step: str) -> tuple[int, int, int]:
@@ -52,20 +89,16 @@ def _memory_estimate(experiment: Experiment) -> float:
     """Bytes: the scene with gradients and two moments, the priors as stored here, one step's samples."""
     cfg = experiment.cfg.system
     scene = sum(p.numel() for p in build(cfg.geometry).parameters()) * 16
-    models = {
-        path
+    samples = max(
+        cfg.renderer.samples_with_graph(frames * height * width, OCCUPIED, step.sample_budget)
         for step in experiment.plan.steps
-        for key, path in vars(getattr(cfg, step.guidance_cfg)).items()
-        if key.startswith("pretrained_model_name_or_path") and isinstance(path, str)
-    }
-    rays = max((frames * height * width for frames, height, width in _all_frames(experiment)), default=0)
-    samples = rays * cfg.renderer.num_samples_per_ray * SAMPLES_PER_RAY
-    stored = sum(stored_bytes(path, ("unet", "vae")) or 0 for path in models)
+        for frames, height, width in [experiment_frames(experiment, step.name)]
+    )
+    stored = sum(
+        stored_bytes(name, tuple(part for part in parts if part in ("unet", "vae"))) or 0
+        for name, parts in needed_models(experiment).items()
+    )
     return scene + stored + samples * BYTES_PER_SAMPLE
-
-
-def _all_frames(experiment: Experiment) -> list[tuple[int, int, int]]:
-    return [experiment_frames(experiment, step.name) for step in experiment.plan.steps]
 
 
 def _largest(value: int | list[int]) -> int:

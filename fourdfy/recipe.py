@@ -1,7 +1,8 @@
 """Recipes: several stages in one command, each from the previous one's ``last.ckpt``.
 
 A recipe file lists ``stages`` (experiment files beside it); every other key it holds, and every
-override, goes to all of them. ``stage_2.key=value`` goes to the second alone.
+override, goes to all of them. What stands under ``stage_2`` goes to the second alone, in the file and as
+``stage_2.key=value``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from omegaconf import OmegaConf
 
 from fourdfy.config import ConfigError, load_config
 from fourdfy.experiment import Experiment, parse_experiment
-from fourdfy.systems.checkpoint import read_checkpoint
+from fourdfy.systems.checkpoint import read_own_checkpoint
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Stage:
         """Trained to its last step."""
         if self.resume_from is None:
             return False
-        return read_checkpoint(self.resume_from)["global_step"] >= self.experiment.cfg.trainer.max_steps
+        return read_own_checkpoint(self.resume_from)["global_step"] >= self.experiment.cfg.trainer.max_steps
 
     @property
     def is_finished(self) -> bool:
@@ -102,7 +103,7 @@ def load_recipe(paths: Sequence[Path], overrides: Sequence[str]) -> list[Stage]:
     for number, file in enumerate(files, 1):
         previous = [f"system.weights={stages[-1].experiment.last_checkpoint}"] if stages else []
         own = for_stage.get(number, [])
-        loaded = load_config([file, *paths], [*previous, *shared, *own], ignore=("stages",))
+        loaded = load_config([file, *paths], [*previous, *shared, *own], stage=number)
         stages.append(Stage(parse_experiment(loaded), (file, *paths), number, len(files)))
     return stages
 

@@ -13,7 +13,7 @@ from fourdfy.callbacks.progress import ProgressLine
 from fourdfy.callbacks.renders import SaveRenders
 from fourdfy.config import ConfigError
 from fourdfy.experiment import Experiment
-from fourdfy.plan import print_plan
+from fourdfy.plan import fetch_models, print_plan
 from fourdfy.recipe import Stage, load_recipe
 from fourdfy.systems.base import System
 from fourdfy.systems.checkpoint import LastCheckpoint, SafeCheckpointIO, read_checkpoint
@@ -38,6 +38,8 @@ def run(
     stages = load_recipe(config, overrides)
     if mode == "check":
         print_plan([stage.experiment for stage in stages])
+    elif mode == "fetch":
+        fetch_models([stage.experiment for stage in stages])
     elif mode == "train":
         for stage in stages:
             train_stage(stage, device=device, command=command)
@@ -68,17 +70,29 @@ def train_stage(stage: Stage, *, device: str, command: Sequence[str], test: bool
 
 
 def evaluate(mode: str, experiment: Experiment, *, device: str) -> None:
-    """``--validate``, ``--test`` or ``--evaluate`` of the checkpoint that ``resume`` names."""
+    """``--validate``, ``--test``, ``--export`` or ``--evaluate`` of the checkpoint that ``resume`` names."""
     system = load_system(experiment, device, experiment.cfg.resume)
     if mode == "evaluate":
         from fourdfy.evaluation.shapes import evaluate_system
 
         evaluate_system(system, experiment.cfg.system.prompt_processor.prompt, experiment.trial_dir)
         return
+    if mode == "export":
+        export(system, experiment)
+        return
     trainer = build_trainer(experiment, device, [])
     loop = trainer.test if mode == "test" else trainer.validate
     loop(system, experiment.build_data(), verbose=False, weights_only=True)
     logger.info("written to %s", experiment.trial_dir / "save")
+
+
+def export(system: System, experiment: Experiment) -> None:
+    """``save/it{step}-export/``: what ``system.exporter`` makes of the scene."""
+    data, dynamic = experiment.build_data(), experiment.plan.dynamic
+    cameras = data.val_cameras(dynamic) | data.test_cameras(dynamic)
+    folder = experiment.trial_dir / "save" / f"it{system.loaded_step}-export"
+    for path in system.export(folder, cameras):
+        logger.info("%s  %s", path, _size(path))
 
 
 def load_system(experiment: Experiment, device: str, path: str | Path | None) -> System:
@@ -90,6 +104,11 @@ def load_system(experiment: Experiment, device: str, path: str | Path | None) ->
     system.on_load_checkpoint(checkpoint)
     system.load_state_dict(checkpoint["state_dict"])
     return system.to(device).eval()
+
+
+def _size(path: Path) -> str:
+    files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+    return f"{sum(file.stat().st_size for file in files) / 1e6:.2f} MB"
 
 
 def build_trainer(experiment: Experiment, device: str, callbacks: Sequence[pl.Callback]) -> pl.Trainer:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fourdfy"
-BASE = {"types", "registry", "config", "schedules", "seeds"}
+BASE = {"types", "registry", "config", "schedules", "seeds", "safe_load"}
 MAY_IMPORT = {
     "ops": BASE | {"ops"},
     "fields": BASE | {"ops", "fields"},
@@ -15,7 +15,8 @@ MAY_IMPORT = {
     "prompts": BASE | {"ops", "diffusion", "prompts"},
     "guidance": BASE | {"ops", "diffusion", "prompts", "guidance"},
     "data": BASE | {"ops", "data"},
-    "systems": BASE | {"ops", "fields", "renderers", "prompts", "guidance", "data", "systems"},
+    "exporters": BASE | {"ops", "fields", "renderers", "callbacks", "exporters"},
+    "systems": BASE | {"ops", "fields", "renderers", "prompts", "guidance", "data", "exporters", "systems"},
 }
 OPTIONAL = {"numba", "triton", "tinycudann", "nerfacc", "xformers", "mvdream"}
 

@@ -17,13 +17,16 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fourdfy.config import ignored
 from fourdfy.ops.cameras import look_at, spherical_positions
 from fourdfy.types import Cameras
+
+EVALUATED = "evaluation views are data.single_view's"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CameraConfig:
-    """What both samplers draw from, and the evaluation cameras."""
+    """What both samplers draw from."""
 
     batch_size: Any = 1
     """Cameras (videos, in video steps) of a step; like ``height``, a number or a list."""
@@ -57,19 +60,6 @@ class CameraConfig:
     """Frames of a video, and moments that a still of a dynamic scene is drawn from."""
     sample_rand_frames: Literal["t0"] | None = None
     """``t0``: times (u + k) / num_frames with one u in [0, 1); null: linspace(0, 1, num_frames)."""
-    eval_height: int = 512
-    """Pixels, in validation and test."""
-    eval_width: int = 512
-    """Pixels, in validation and test."""
-    eval_batch_size: int = 1
-    """Frames rendered per evaluation step; the images do not depend on it."""
-    n_val_views: int = 1
-    """Validation stills around the object."""
-    n_test_views: int = 120
-    """Test views around a static object."""
-    eval_elevation_deg: float = 15.0
-    eval_camera_distance: float = 1.5
-    eval_fovy_deg: float = 70.0
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "height", "width"):
@@ -78,8 +68,8 @@ class CameraConfig:
             low, high = getattr(self, key)
             if low > high:
                 raise ValueError(f"{key}=[{low}, {high}]: the lower bound comes first")
-        if self.num_frames < 1 or self.eval_batch_size < 1:
-            raise ValueError("num_frames and eval_batch_size: expected at least 1")
+        if self.num_frames < 1:
+            raise ValueError("num_frames: expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,11 +98,29 @@ class SingleViewConfig(CameraConfig):
     """Parts of the test sequence: rest at an azimuth, then turn to the next."""
     test_traj: Literal["motion_smooth", "motion_smooth_full"] | None = None
     """Camera of the dynamic test sequence; see ``trajectories``."""
+    eval_height: int = 512
+    """Pixels, in validation and test."""
+    eval_width: int = 512
+    """Pixels, in validation and test."""
+    eval_batch_size: int = 1
+    """Frames rendered per evaluation step; the images do not depend on it."""
+    n_val_views: int = 1
+    """Validation stills around the object."""
+    n_test_views: int = 120
+    """Test views around a static object."""
+    eval_elevation_deg: float = 15.0
+    eval_camera_distance: float = 1.5
+    eval_fovy_deg: float = 70.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eval_batch_size < 1:
+            raise ValueError("eval_batch_size: expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class MultiViewConfig(CameraConfig):
-    """Groups of cameras evenly around the object. Its evaluation keys have no effect."""
+    """Groups of cameras evenly around the object."""
 
     n_view: int = 1
     """Cameras of a group."""
@@ -120,6 +128,14 @@ class MultiViewConfig(CameraConfig):
     """Divide distances by tan(fovy / 2), so that the object keeps its size in the image."""
     zoom_range: tuple[float, float] = (1.0, 1.0)
     """Factor on the angle of view, after ``relative_radius``."""
+    n_val_views: int | None = ignored(EVALUATED)
+    n_test_views: int | None = ignored(EVALUATED)
+    eval_height: int | None = ignored(EVALUATED)
+    eval_width: int | None = ignored(EVALUATED)
+    eval_batch_size: int | None = ignored(EVALUATED)
+    eval_elevation_deg: float | None = ignored(EVALUATED)
+    eval_camera_distance: float | None = ignored(EVALUATED)
+    eval_fovy_deg: float | None = ignored(EVALUATED)
 
     def __post_init__(self) -> None:
         super().__post_init__()

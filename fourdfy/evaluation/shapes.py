@@ -297,9 +297,9 @@ DROP_OVERRIDES: dict[str, tuple[str, ...]] = {
 
 
 def train_prompt(
-    prompt: ShapePrompt, device: str, drop: str | None, overrides: Sequence[str]
+    prompt: ShapePrompt, device: str, drop: str | None, overrides: Sequence[str], recipe: Path = RECIPE
 ) -> tuple[Render, float]:
-    """Train ``configs/shapes.yaml`` on a prompt: the scene's renderer, and the seconds it took.
+    """Train a recipe of the shapes world on a prompt: the scene's renderer, and the seconds it took.
 
     Args:
         device: "cuda" or "cpu".
@@ -307,13 +307,13 @@ def train_prompt(
         overrides: further ``key=value``, after those of ``drop``.
     """
     began = time.perf_counter()
-    tag = prompt.text + (f" without {drop}" if drop else "")
+    tag = " ".join([prompt.text, *([f"without {drop}"] if drop else []), *recipe.stem.split("_")[1:]])
     given = [
         f"tag={tag}",
         f"system.prompt_processor.prompt={prompt.text}",
         *DROP_OVERRIDES.get(drop or "", ()),
     ]
-    stages = load_recipe([RECIPE], [*given, *overrides])
+    stages = load_recipe([recipe], [*given, *overrides])
     for stage in stages:
         train_stage(stage, device=device, command=sys.argv, test=False)
     experiment = stages[-1].experiment
@@ -327,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     try:
         prompts = [parse_prompt(text) for text in args.prompt]
-        results = Results(args.json, drop=args.drop, overrides=args.overrides)
+        results = Results(args.json, config=args.config.stem, drop=args.drop, overrides=args.overrides)
     except ValueError as error:
         parser.error(str(error))
     for override in args.overrides:
@@ -338,7 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = select_device(args.gpu)
     rows = []
     for prompt in prompts:
-        render, seconds = train_prompt(prompt, device, args.drop, args.overrides)
+        render, seconds = train_prompt(prompt, device, args.drop, args.overrides, args.config)
         report = evaluate_scene(prompt, render)
         rows.append(results.add(report, seconds))
     Console().print(summary_table(rows))
@@ -349,12 +349,12 @@ class Results:
     """The results of a run, in a JSON file that is whole after every prompt.
 
     What an earlier command left in the file stays, so ablations can share one; the same prompt with
-    the same drop and overrides replaces its own row.
+    the same recipe, drop and overrides replaces its own row.
     """
 
-    def __init__(self, path: Path | None, *, drop: str | None, overrides: Sequence[str]) -> None:
+    def __init__(self, path: Path | None, *, config: str, drop: str | None, overrides: Sequence[str]) -> None:
         self._path = path
-        self._settings = {"drop": drop, "overrides": list(overrides)}
+        self._settings = {"config": config, "drop": drop, "overrides": list(overrides)}
         self._rows: list[dict[str, Any]] = []
         if path is None or not path.exists():
             return
@@ -374,7 +374,7 @@ class Results:
 
     @staticmethod
     def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-        return row["prompt"], row["drop"], tuple(row["overrides"])
+        return row["prompt"], row["config"], row["drop"], tuple(row["overrides"])
 
 
 def _write_json(path: Path, values: Any) -> None:
@@ -391,6 +391,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Train the shapes recipe on prompts and compare the scenes with the ground truth.",
     )
     parser.add_argument("--prompt", action="append", required=True, help='e.g. "a red cube spinning"')
+    parser.add_argument(
+        "--config", type=Path, default=RECIPE, metavar="YAML", help="the recipe (configs/shapes.yaml)"
+    )
     parser.add_argument(
         "--gpu", metavar="ID", help="which GPU, or cpu (default: the first GPU, else the CPU)"
     )

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fourdfy.config import Component, build, inner_slot
+from fourdfy.config import Component, build, ignored, inner_slot
 from fourdfy.fields.mlp import VanillaMLP
 from fourdfy.ops.hash_grid import HashGridSpec, check_backend, hash_grid
 from fourdfy.ops.spherical_harmonics import MAX_DEGREE, spherical_harmonics
@@ -125,8 +125,7 @@ class HashGrid(Encoding):
         """Of ``ops.hash_grid``."""
         static: bool = False
         """The scene has no time. 4D-fy's files write it into every grid; only space-time grids read it."""
-        num_frames: int | None = None
-        """Accepted for 4D-fy's files; without effect."""
+        num_frames: int | None = ignored("a grid over time has no frames")
 
         def __post_init__(self) -> None:
             self.spec(3)
@@ -169,10 +168,9 @@ class Grid(HashGrid):
     @dataclass(frozen=True, kw_only=True)
     class Config(HashGrid.Config):
         type: Literal["Hash"] = "Hash"
-        start_level: int | None = None
-        start_step: int | None = None
-        update_steps: int | None = None
-        """The last three are written in 4D-fy's files and have no effect, there or here."""
+        start_level: int | None = ignored("otype Grid has all its levels from the start")
+        start_step: int | None = ignored("otype Grid has all its levels from the start")
+        update_steps: int | None = ignored("otype Grid has all its levels from the start")
 
 
 @register("ProgressiveBandHashGrid")
@@ -261,7 +259,7 @@ class HashGridSpatialTimeDeform(HashGrid):
     """A grid over space, read where a deformation over space and time sends the point.
 
     The displacement is in unit-cube coordinates and may leave the cube. A static scene is not
-    displaced, and its deformation is None.
+    displaced, and its deformation is None; where the scene moves, the grid over space learns no more.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -283,6 +281,7 @@ class HashGridSpatialTimeDeform(HashGrid):
         self.time_network: VanillaMLP = build(
             cfg.time_network_config, self.encoding_time.n_output_dims, n_input_dims
         )
+        self.encoding.requires_grad_(cfg.static)
 
     def forward(self, x: Float[Tensor, "N D"], times: Float[Tensor, "N 1"], *, step: int) -> EncodingOutput:
         if self.cfg.static:

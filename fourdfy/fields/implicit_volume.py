@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from fourdfy.config import build, inner_slot
+from fourdfy.config import build, ignored, inner_slot
 from fourdfy.fields.base import Geometry
 from fourdfy.fields.encodings import CompositeEncoding, Encoding, EncodingOutput
 from fourdfy.fields.mlp import VanillaMLP
@@ -65,16 +65,21 @@ class ImplicitVolume(Geometry):
         """One-sided differences, central differences, a network of their own, or autograd."""
         finite_difference_normal_eps: float | int | str = 0.01
         """In scene units; ``progressive``: one cell of the encoding's finest level in use."""
-        isosurface: bool = True
-        isosurface_method: Literal["mt", "mc-cpu"] = "mt"
+        isosurface: bool = ignored("a mesh is made when one is exported", True)
+        isosurface_method: str = ignored("meshes are made by marching cubes", "mt")
         isosurface_resolution: int = 128
-        isosurface_threshold: float | int | str = 25.0
-        """Density of the surface, or ``auto``. These keys are the mesh exporter's."""
+        """Of exported meshes: samples of the density along each axis."""
+        isosurface_threshold: float | int | str = "auto"
+        """Density of the surface (25 in threestudio), or ``auto``: the one with the silhouettes of the
+        rendered scene."""
         isosurface_chunk: int = 0
-        isosurface_coarse_to_fine: bool = True
-        isosurface_deformable_grid: bool = False
+        """Points per call of the field; 0 for 131072."""
+        isosurface_coarse_to_fine: bool = ignored("the whole grid is sampled", True)
+        isosurface_deformable_grid: bool = ignored("the grid is regular", False)
         isosurface_remove_outliers: bool = True
+        """Drop small parts that hang together with nothing else."""
         isosurface_outlier_n_faces_threshold: float = 0.01
+        """Small: fewer triangles than this share of the largest part's."""
 
         def __post_init__(self) -> None:
             get_activation(self.density_activation)
@@ -94,6 +99,11 @@ class ImplicitVolume(Geometry):
                 raise ValueError(
                     f"finite_difference_normal_eps={eps!r}: expected a number above 0 or 'progressive'"
                 )
+            threshold = self.isosurface_threshold
+            if threshold != "auto" and (isinstance(threshold, str) or threshold <= 0):
+                raise ValueError(f"isosurface_threshold={threshold!r}: expected a number above 0 or 'auto'")
+            if self.isosurface_resolution < 2:
+                raise ValueError(f"isosurface_resolution={self.isosurface_resolution}: expected at least 2")
             ramp = self.anneal_density_blob_std_config
             if ramp and ramp.min_anneal_step >= ramp.max_anneal_step:
                 raise ValueError(

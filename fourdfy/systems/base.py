@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -20,6 +22,11 @@ class System(Component, pl.LightningModule):
     @abstractmethod
     def render(self, cameras: Cameras) -> RenderOutput:
         """Frames as they are evaluated."""
+
+    @abstractmethod
+    def export(self, folder: Path, cameras: Mapping[str, Cameras]) -> list[Path]:
+        """Write what ``system.exporter`` says into ``folder``; ``cameras`` are the data module's
+        evaluation sequences. Gives the files."""
 
     @abstractmethod
     def load_weights(self) -> None:

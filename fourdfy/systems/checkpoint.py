@@ -12,7 +12,12 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 
+from fourdfy import __version__
 from fourdfy.config import ConfigError
+from fourdfy.safe_load import read_torch_file
+
+MADE_HERE = "fourdfy"
+"""The key of a checkpoint that holds the version of fourdfy which wrote it."""
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -24,7 +29,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as file:
-                torch.save(checkpoint, file)
+                torch.save({MADE_HERE: __version__, **checkpoint}, file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, target)
@@ -32,14 +37,14 @@ class SafeCheckpointIO(TorchCheckpointIO):
             temporary.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> Any:
-        return read_checkpoint(path, map_location)
+        return read_checkpoint(path)
 
 
-def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """A checkpoint's content; nothing in the file can run code.
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's content, ours or the original's, with tensors on the CPU; nothing in it can run code.
 
     Raises:
-        ConfigError: no such file, or not a checkpoint that can be read safely.
+        ConfigError: no such file, or not a checkpoint.
     """
     path = Path(path)
     if not path.is_file():
@@ -47,12 +52,27 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         hint = f"; there is {', '.join(there)}" if there else ""
         raise ConfigError(f"{path}: no such checkpoint{hint}")
     try:
-        checkpoint = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-    except Exception as error:
-        raise ConfigError(f"{path}: not a checkpoint that can be read safely: {error}") from error
-    if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
-        raise ConfigError(f"{path}: not a fourdfy checkpoint (it has no state_dict)")
-    return checkpoint  # type: ignore[return-value]
+        checkpoint = read_torch_file(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if not isinstance(checkpoint.get("state_dict"), Mapping):
+        raise ConfigError(f"{path}: not a checkpoint of a scene (it has no state_dict)")
+    return checkpoint
+
+
+def read_own_checkpoint(path: str | Path) -> dict[str, Any]:
+    """A checkpoint that training can go on from.
+
+    Raises:
+        ConfigError: as ``read_checkpoint``; or other code wrote it, whose optimizer knows other groups.
+    """
+    checkpoint = read_checkpoint(path)
+    if MADE_HERE not in checkpoint:
+        raise ConfigError(
+            f"resume={path}: written by other code; training can't go on from its optimizer, but can "
+            f"start from its scene: system.weights={path}"
+        )
+    return checkpoint
 
 
 class LastCheckpoint(pl.Callback):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fourdfy.config import Component, ConfigError, build, slot
+from fourdfy.config import Component, ConfigError, build, ignored, slot
 from fourdfy.data.datamodule import EvalBatch
+from fourdfy.exporters.base import Exporter, Subject
 from fourdfy.fields.base import Background, Geometry, Material
 from fourdfy.guidance.base import Guidance
 from fourdfy.ops.cameras import cast_rays
@@ -24,11 +27,14 @@ from fourdfy.seeds import step_generator, step_seed
 from fourdfy.systems.base import System
 from fourdfy.systems.checkpoint import read_checkpoint
 from fourdfy.systems.optim import GradientAudit, OptimizerConfig, build_optimizer, frozen
+from fourdfy.systems.original import own_names
 from fourdfy.systems.supervision import SupervisionPlan, SupervisionStep
 from fourdfy.types import Cameras, RenderOutput, StepBatch, TextEmbeddings
 
 logger = logging.getLogger(__name__)
 
+GUIDANCES = {"guidance", "guidance_multi_view", "guidance_single_view", "guidance_video"}
+"""What an optimizer group may name although the stage builds no such guidance, or never ("guidance")."""
 GUIDANCE_LOSSES = ("sds", "vsd", "lora", "sds_video")
 
 
@@ -65,6 +71,8 @@ class FourdfySystem(System):
         guidance_multi_view: Any = slot(Guidance, "guidance_type_multi_view")
         guidance_type_video: str | None = None
         guidance_video: Any = slot(Guidance, "guidance_type_video")
+        exporter_type: str = "mesh-exporter"
+        exporter: Any = slot(Exporter, "exporter_type")
 
         loss: dict[str, Schedule] = field(default_factory=dict)
         """``lambda_NAME``: scheduled weight of the loss NAME; 0 or absent is off."""
@@ -76,12 +84,11 @@ class FourdfySystem(System):
         weights_ignore_modules: list[str] | None = None
         """Prefixes of parameters not to take from ``weights``."""
 
-        stage: Any = None
-        prob_multi_view: Any = None
-        prob_single_view_video: Any = None
-        simultan: Any = None
-        loggers: Any = None
-        """The five keys above are read from elsewhere or not at all; the original's files set them."""
+        stage: str | None = ignored("the losses' weights say what is on")
+        prob_multi_view: float | None = ignored("data.prob_multi_view is read")
+        prob_single_view_video: float | None = ignored("data.single_view.prob_single_view_video is read")
+        simultan: bool | None = ignored("data.single_view.simultan is read")
+        loggers: Any = ignored("the trial folder has TensorBoard and CSV logs")
 
         def __post_init__(self) -> None:
             known = (*GUIDANCE_LOSSES, *REGULARIZERS)
@@ -115,15 +122,24 @@ class FourdfySystem(System):
         device = self.trainer.strategy.root_device
         torch.manual_seed(step_seed(self.seed, 0, "guidance parameters"))
         for step in self.plan.steps:
-            prompts: PromptProcessor = build(getattr(self.cfg, step.prompt_cfg))
-            self.texts[step.name] = prompts.embeddings(device)
-            guidance: Guidance = build(getattr(self.cfg, step.guidance_cfg), device=device)
-            setattr(self, step.guidance, guidance)
+            with _errors_of(f"system.{step.prompt_cfg}"):
+                prompts: PromptProcessor = build(getattr(self.cfg, step.prompt_cfg))
+                self.texts[step.name] = prompts.embeddings(device)
+            with _errors_of(f"system.{step.guidance_cfg}"):
+                guidance: Guidance = build(getattr(self.cfg, step.guidance_cfg), device=device)
+                setattr(self, step.guidance, guidance)
         if self._guidance_weights:
             self._load_parameters(self._guidance_weights)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return build_optimizer(self.cfg.optimizer, self)
+        built = {step.guidance for step in self.plan.steps}
+        trains = frozenset[str]().union(*(step.trains for step in self.plan.steps))
+        return build_optimizer(
+            self.cfg.optimizer,
+            self,
+            absent=GUIDANCES - built,
+            untrained=self.parameters_outside(trains),
+        )
 
     # -- training -------------------------------------------------------------------------------
 
@@ -133,8 +149,6 @@ class FourdfySystem(System):
         return max(self.global_step, self.loaded_step)
 
     def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
-        # Lightning's own count, by which it writes logs, is one ahead after resuming from a validated step.
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.global_step
         self.renderer.update_occupancy(
             step=self.global_step, dynamic=self.plan.dynamic, generator=self._generator("occupancy")
         )
@@ -145,7 +159,10 @@ class FourdfySystem(System):
         weights = self.active_losses(self.global_step)
         with frozen(self.parameters_outside(step.trains)):
             render = self.renderer(
-                cast_rays(batch.cameras), step=self.global_step, generator=self._generator("render")
+                cast_rays(batch.cameras),
+                step=self.global_step,
+                generator=self._generator("render"),
+                sample_budget=step.sample_budget,
             )
             guidance: Guidance = getattr(self, step.guidance)
             out = guidance(
@@ -204,7 +221,11 @@ class FourdfySystem(System):
             values |= {f"{step.name}/{name}": value for name, value in metrics.items()}
             values[f"{step.name}/samples"] = float(len(render.samples))
             values[f"{step.name}/opacity"] = render.opacity.detach().mean()
-            self.log_dict(values)
+            self.log_dict(values, logger=False)  # for the progress line
+            # Not through Lightning: its count of steps is one ahead after resuming from a validated step.
+            for log in self.trainer.loggers:
+                log.log_metrics({name: float(value) for name, value in values.items()}, self.global_step)
+                log.save()
         return torch.stack(weighted).sum()
 
     def _generator(self, stream: str) -> torch.Generator:
@@ -223,13 +244,24 @@ class FourdfySystem(System):
     def test_step(self, batch: EvalBatch, batch_idx: int) -> RenderOutput:
         return self.render(batch.cameras)
 
+    def export(self, folder: Path, cameras: Mapping[str, Cameras]) -> list[Path]:
+        subject = Subject(
+            scene=self.renderer.scene,
+            render=self.render,
+            cameras=cameras,
+            dynamic=self.plan.dynamic,
+            step=self.step,
+            device=self.device,
+        )
+        return build(self.cfg.exporter).export(subject, folder)
+
     # -- checkpoints ----------------------------------------------------------------------------
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Resuming: guidance weights wait for their guidance; evaluation does without them."""
         self.loaded_step = checkpoint["global_step"]
         own = set(self.state_dict())
-        state = checkpoint["state_dict"]
+        state = own_names(checkpoint["state_dict"], own)
         checkpoint["state_dict"] = {key: value for key, value in state.items() if key in own}
         if missing := sorted(own - set(state)):
             raise ConfigError(
@@ -257,7 +289,7 @@ class FourdfySystem(System):
 
     def _load_parameters(self, given: Mapping[str, Tensor]) -> int:
         own = self.state_dict()
-        fits = {key: value for key, value in given.items() if key in own}
+        fits = {key: value for key, value in own_names(given, own).items() if key in own}
         for key, value in fits.items():
             if value.shape != own[key].shape:
                 raise ConfigError(
@@ -267,3 +299,14 @@ class FourdfySystem(System):
                 )
         self.load_state_dict(fits, strict=False)
         return len(fits)
+
+
+@contextmanager
+def _errors_of(key: str) -> Iterator[None]:
+    """What a prior finds wrong with its settings when it loads, as an error of the config's ``key``."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (ValueError, ModuleNotFoundError) as error:
+        raise ConfigError(f"{key}: {error}") from error

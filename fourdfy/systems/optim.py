@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 from fourdfy.config import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +35,25 @@ class OptimizerConfig:
                 raise ValueError(f"params[{path!r}]={options!r}: expected options such as {{lr: 0.01}}")
 
 
-def parameter_groups(system: nn.Module, params: Mapping[str, Any]) -> list[dict[str, Any]]:
+def parameter_groups(
+    system: nn.Module,
+    params: Mapping[str, Any],
+    *,
+    absent: Collection[str] = (),
+    untrained: Iterable[nn.Parameter] = (),
+) -> list[dict[str, Any]]:
     """One optimizer group for each path, in order; a parameter belongs to the first that has it.
+
+    Args:
+        absent: parts that this system could have and has not; their groups are left out.
+        untrained: parameters that no step reaches; like frozen ones they are in no group.
 
     Raises:
         ConfigError: a path leads nowhere or to no parameter; says what there is.
     """
-    groups, taken = [], set()
+    groups, taken, frozen_ids = [], set(), {id(parameter) for parameter in untrained}
     for path, options in params.items():
-        if options is None:
+        if options is None or path.split(".")[0] in absent:
             continue
         parameters = [p for p in _parameters_at(system, path) if id(p) not in taken]
         if not parameters:
@@ -49,13 +62,30 @@ def parameter_groups(system: nn.Module, params: Mapping[str, Any]) -> list[dict[
                 f"groups could be: {', '.join(_groups_of(system))}"
             )
         taken |= {id(p) for p in parameters}
-        groups.append({"params": parameters, "name": path, **options})
+        if learning := [p for p in parameters if p.requires_grad and id(p) not in frozen_ids]:
+            groups.append({"params": learning, "name": path, **options})
+        else:
+            logger.info("system.optimizer.params: no step of this stage trains %s", path)
     return groups
 
 
-def build_optimizer(cfg: OptimizerConfig, system: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer over the configured groups of ``system``."""
-    return getattr(torch.optim, cfg.name)(parameter_groups(system, cfg.params), **cfg.args)
+def build_optimizer(
+    cfg: OptimizerConfig,
+    system: nn.Module,
+    *,
+    absent: Collection[str] = (),
+    untrained: Iterable[nn.Parameter] = (),
+) -> torch.optim.Optimizer:
+    """The optimizer over the configured groups of ``system``; what is in none is frozen for good.
+
+    See ``parameter_groups`` for the arguments.
+    """
+    groups = parameter_groups(system, cfg.params, absent=absent, untrained=untrained)
+    trained = {id(parameter) for group in groups for parameter in group["params"]}
+    for parameter in system.parameters():
+        if id(parameter) not in trained:
+            parameter.requires_grad_(False)
+    return getattr(torch.optim, cfg.name)(groups, **cfg.args)
 
 
 def _parameters_at(system: nn.Module, path: str) -> list[nn.Parameter]:

@@ -5,6 +5,8 @@
 | multi_view | pm | groups of n_view cameras, one time | static / static / dynamic |
 | single_view | (1 - pm)(1 - pv) | batch_size cameras, one time | static / static / dynamic |
 | video | (1 - pm) pv | one camera, num_frames times | - / both / dynamic |
+
+A renderer of bounded memory reads train_max_nums in video steps, train_max_nums_static in the others.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from fourdfy.config import ConfigError
+from fourdfy.renderers.base import SampleBudget
 from fourdfy.seeds import step_generator
 
 
@@ -26,6 +29,8 @@ class SupervisionStep:
     probability: float
     trains: frozenset[str]
     """Which of "static", "dynamic" (halves of the scene) and "guidance" (a LoRA) learn from it."""
+    sample_budget: SampleBudget
+    """The renderer's setting that bounds how many samples have a graph at once."""
     guidance: str
     """The system's attribute and config key of the guidance, without its prefix's type key."""
     guidance_cfg: str
@@ -87,13 +92,14 @@ def plan_supervision(
     if static:
         still, moving = {"static", "guidance"}, set()
     elif freeze_static_modules:
-        still = moving = {"dynamic"}
+        still = moving = {"dynamic", "guidance"}  # the LoRA keeps up with what it sees
     else:
         still, moving = {"static", "guidance"}, {"static", "dynamic", "guidance"}
+    images, video = "train_max_nums_static", "train_max_nums"
     rows = (
-        ("multi_view", pm, still, "guidance_multi_view", "guidance_multi_view", "_multi_view"),
-        ("single_view", (1 - pm) * (1 - pv), still, "guidance_single_view", "guidance", ""),
-        ("video", (1 - pm) * pv, moving, "guidance_video", "guidance_video", "_video"),
+        ("multi_view", pm, still, images, "guidance_multi_view", "guidance_multi_view", "_multi_view"),
+        ("single_view", (1 - pm) * (1 - pv), still, images, "guidance_single_view", "guidance", ""),
+        ("video", (1 - pm) * pv, moving, video, "guidance_video", "guidance_video", "_video"),
     )
     return SupervisionPlan(
         steps=tuple(
@@ -101,11 +107,12 @@ def plan_supervision(
                 name=name,
                 probability=probability,
                 trains=frozenset(trains),
+                sample_budget=budget,
                 guidance=attribute,
                 guidance_cfg=key,
                 prompt_cfg=f"prompt_processor{suffix}",
             )
-            for name, probability, trains, attribute, key, suffix in rows
+            for name, probability, trains, budget, attribute, key, suffix in rows
             if probability > 0
         ),
         dynamic=not static,

@@ -32,10 +32,10 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
     path = tmp_path / "last.ckpt"
     torch.save({"state_dict": Bomb()}, path)
-    with pytest.raises(ConfigError, match="read safely"):
+    with pytest.raises(ConfigError, match="no state_dict"):
         read_checkpoint(path)
     path.write_bytes(pickle.dumps(Bomb()))
-    with pytest.raises(ConfigError, match="read safely"):
+    with pytest.raises(ConfigError, match="can't be read"):
         read_checkpoint(path)
 
 

@@ -54,6 +54,26 @@ def test_frozen_static_modules_leave_the_moving_half(kind):
     assert gradients(this, this.build_system(), this.build_data(), kind) == {"dynamic"}
 
 
+class Rendered(Exception):
+    """Stops a step where it has called the renderer."""
+
+
+@pytest.mark.parametrize("kind", ["multi_view", "video"])
+def test_a_step_tells_the_renderer_its_sample_budget(built, kind, monkeypatch):
+    this, system, data = built
+    seen = {}
+
+    def forward(rays, **keywords):
+        seen.update(keywords)
+        raise Rendered
+
+    monkeypatch.setattr(system.renderer, "forward", forward)
+    monkeypatch.setattr(system, "parameters_outside", lambda trains: iter(()))  # there is no guidance here
+    with pytest.raises(Rendered):
+        system.training_step(batch_of(this, data, kind), 0)
+    assert seen["sample_budget"] == this.plan[kind].sample_budget
+
+
 def test_a_loss_is_on_when_its_weight_is_not_0_at_the_step():
     system = experiment("system.loss.lambda_opaque=[10,0.0,3.0,11]").build_system()
     assert "opaque" not in system.active_losses(10)

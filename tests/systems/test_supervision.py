@@ -46,12 +46,20 @@ def test_video_steps_need_simultan():
         (False, False, "multi_view", {"static", "guidance"}),
         (False, False, "single_view", {"static", "guidance"}),
         (False, False, "video", {"static", "dynamic", "guidance"}),
-        (False, True, "multi_view", {"dynamic"}),
-        (False, True, "video", {"dynamic"}),
+        (False, True, "multi_view", {"dynamic", "guidance"}),
+        (False, True, "video", {"dynamic", "guidance"}),
     ],
 )
 def test_which_half_learns(static, freeze, kind, trains):
     assert plan(0.5, 0.0 if static else 0.5, static=static, freeze=freeze)[kind].trains == trains
+
+
+def test_video_steps_have_a_sample_budget_of_their_own():
+    assert {step.name: step.sample_budget for step in plan(0.5, 0.5).steps} == {
+        "multi_view": "train_max_nums_static",
+        "single_view": "train_max_nums_static",
+        "video": "train_max_nums",
+    }
 
 
 def test_the_next_step_is_a_pure_function_of_seed_and_step():
