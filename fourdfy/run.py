@@ -35,6 +35,8 @@ def run(
         ConfigError: what the user gave does not work; says what would.
         Stopped: a signal ended training early; the same command goes on from there.
     """
+    if mode == "fetch":  # whatever the prompt, the models are the same; so none need be given
+        overrides = ["system.prompt_processor.prompt=any", *overrides]
     stages = load_recipe(config, overrides)
     if mode == "check":
         print_plan([stage.experiment for stage in stages])

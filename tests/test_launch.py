@@ -195,3 +195,20 @@ def test_a_prompt_cannot_escape_the_output_folder(tmp_path):
     folder = parse_experiment(loaded).trial_dir
     assert folder.resolve().is_relative_to(tmp_path / "shapes_stage_1")
     assert ".." not in folder.name[:2]
+
+
+def test_fetching_names_where_each_model_is(tmp_path, caplog):
+    with caplog.at_level("INFO", "fourdfy.plan"):
+        assert launch("shapes.yaml", "fetch", tmp_path) == 0
+    for name in ("fourdfy/shapes-image", "fourdfy/shapes-4view", "fourdfy/shapes-video"):
+        assert any(record.message.startswith(f"{name}: in ") for record in caplog.records)
+
+
+def test_fetching_offline_tells_all_that_is_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    config = str(CONFIGS / "fourdfy_stage_3_vc.yaml")
+    assert main(["--config", config, "--fetch", "--gpu", "cpu"]) == 2
+    said = capsys.readouterr().err
+    for name in ("MVDream/MVDream", "stabilityai/stable-diffusion-2-1-base", "VideoCrafter/VideoCrafter2"):
+        assert f"the model '{name}' was not found" in said
