@@ -119,6 +119,12 @@ def parse_experiment(loaded: LoadedConfig) -> Experiment:
                     f"system.{key}: missing, and {step.name} steps have probability {step.probability:g}; "
                     f"set it and its type key, or the probability to 0"
                 )
+        prompts, guidance = getattr(cfg.system, step.prompt_cfg), getattr(cfg.system, step.guidance_cfg)
+        if prompts.use_perp_neg and not getattr(guidance, "view_dependent_prompting", True):
+            raise ConfigError(
+                f"system.{step.prompt_cfg}.use_perp_neg=true weighs the texts of views; set "
+                f"system.{step.guidance_cfg}.view_dependent_prompting=true, or it to false"
+            )
     return Experiment(cfg, values, plan)
 
 

@@ -174,6 +174,7 @@ def test_weights_start_the_next_stage_at_step_0(trained, tmp_path):
             f"system.prompt_processor_multi_view.prompt={'very ' * 99}",
             "system.prompt_processor_multi_view: a prompt has",
         ),
+        ("system.prompt_processor_multi_view.use_perp_neg=true", "view_dependent_prompting=true"),
         ("system.guidance_multi_view.height=63", "system.guidance_multi_view: height, width"),
     ],
 )

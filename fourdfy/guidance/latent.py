@@ -134,16 +134,7 @@ class LatentGuidance(Guidance):
         step: int,
         generator: torch.Generator,
     ) -> tuple[Float[Tensor, "B C *S"], Int[Tensor, "B"], Float[Tensor, "B C *S"], ViewTexts]:
-        """(latents, timesteps, noise, texts) of N rendered frames: all that a loss needs.
-
-        Raises:
-            ValueError: the prompts want Perp-Neg, and this prior's texts do not depend on the view.
-        """
-        if text.perp_neg is not None and not self.cfg.view_dependent_prompting:
-            raise ValueError(
-                "use_perp_neg=true weighs the texts of views: set view_dependent_prompting=true in this "
-                "guidance, or use_perp_neg=false in its prompt processor"
-            )
+        """(latents, timesteps, noise, texts) of N rendered frames: all that a loss needs."""
         latents = self.encode(rgb, generator)
         timesteps, noise = self.draw(latents, step, generator)
         # A video has one text: that of the view of its first frame.

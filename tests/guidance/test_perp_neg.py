@@ -51,9 +51,3 @@ def test_perp_neg_changes_the_loss_of_a_guidance(tiny, kind):
     )
     name = next(iter(plain))
     assert torch.isfinite(negative[name]) and not torch.isclose(plain[name], negative[name])
-
-
-def test_perp_neg_without_texts_for_views_is_refused(tiny):
-    guidance = make_any(tiny, "multi_view")
-    with pytest.raises(ValueError, match=r"view_dependent_prompting=true.*use_perp_neg=false"):
-        guidance(images(4), PERP_NEG, cameras([0.0, 90.0, 180.0, 270.0]), step=0, generator=generator())
