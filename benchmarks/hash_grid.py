@@ -1,11 +1,11 @@
 """How long the hash grid takes: forward, and backward with respect to parameters and positions.
 
     python benchmarks/hash_grid.py                 # this machine's CPU, torch's number of threads
-    python benchmarks/hash_grid.py --device cuda --backends torch
+    python benchmarks/hash_grid.py --device cuda --points 1048576 --levels 16
     python benchmarks/hash_grid.py --toy           # seconds; what the test runs
 
 Warm up, repeat, report the median in ms and the spread (10th to 90th percentile) as a Markdown table.
-"Look-ups" are corners read by the forward pass, per second and thread.
+"Look-ups" are corners read by the forward pass, per second and CPU thread or GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fourdfy.ops.hash_grid import BACKENDS, HashGridSpec, hash_grid
+from fourdfy.ops.hash_grid import BACKENDS, FASTEST, HashGridSpec, hash_grid
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"commit {_commit()}; {torch.get_num_threads()} threads; {args.points} points, "
         f"{args.levels} levels, 2 features; median of {args.repeats}",
         "",
-        "| D | T | back end | forward ms | look-ups M/s/thread | backward, params | backward, params + x |",
+        "| D | T | back end | forward ms | look-ups M/s | backward, params | backward, params + x |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for n_dims in (3, 4):
@@ -61,7 +61,8 @@ def _row(spec: HashGridSpec, backend: str, args: argparse.Namespace) -> str:
     both = _times(lambda: torch.autograd.grad(out, (params, moving), grad, retain_graph=True), args)
 
     corners = args.points * spec.n_levels * 2**spec.n_input_dims
-    rate = corners / statistics.median(forward) / 1e6 / torch.get_num_threads()
+    n_workers = torch.get_num_threads() if args.device == "cpu" else 1
+    rate = corners / statistics.median(forward) / 1e6 / n_workers
     cells = [spec.n_input_dims, f"2^{spec.log2_hashmap_size}", backend, _cell(forward), f"{rate:.0f}"]
     return "| " + " | ".join(map(str, [*cells, _cell(params_only), _cell(both)])) + " |"
 
@@ -111,13 +112,16 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--base-resolution", type=int, default=16)
     parser.add_argument("--per-level-scale", type=float, default=1.447269237440378)
     parser.add_argument("--log2-sizes", type=int, nargs="+", default=[15, 19])
-    parser.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--backends", nargs="+", choices=BACKENDS, help="default: the device's own, and torch"
+    )
+    parser.add_argument("--device", default="cpu", choices=FASTEST)
     parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--toy", action="store_true", help="tiny shapes, to see that it runs")
     args = parser.parse_args(argv)
+    args.backends = args.backends or [FASTEST[args.device], "torch"]
     if args.toy:
         args.points, args.levels, args.log2_sizes, args.repeats, args.warm_up = 64, 2, [8], 2, 1
     return args

@@ -28,7 +28,8 @@ class TrainerConfig:
     precision: int | str = 32
     gradient_clip_val: float | None = None
     deterministic: bool = False
-    """Refuse operations without a deterministic implementation (CUDA only; the CPU always is)."""
+    """Refuse operations without a deterministic implementation (CUDA only; the CPU always is). The hash
+    grid then runs on its plain reference, which is much slower."""
     inference_mode: bool = ignored("evaluation never builds a graph", False)
 
 

@@ -10,6 +10,8 @@ stand side by side. Checkpoints therefore move between the back ends, and to and
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import math
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -23,8 +25,11 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = {"torch": ".reference", "numba": ".numba_cpu"}
+BACKENDS = {"torch": ".reference", "numba": ".numba_cpu", "triton": ".triton_gpu"}
 """Name -> module with ``forward(x, params, spec)``; imported on first use."""
+
+FASTEST = {"cpu": "numba", "cuda": "triton"}
+"""Device -> the back end of its own, for float32; both need the package of their name."""
 
 PRIMES = (1, 2654435761, 805459861, 3674653429, 2097192037, 1434869437, 2165219737)
 """A hashed entry is the xor of ``cell_d * PRIMES[d]`` in 32 bits, modulo the entries of its level."""
@@ -115,7 +120,8 @@ def hash_grid(
         x: points, nominally in the unit cube. Nothing is clamped: outside of it dense levels wrap
             around and hashed ones go on.
         params: ``spec.n_params`` numbers, coarse to fine; the same for all back ends.
-        backend: ``auto`` takes numba for float32 on the CPU where it is installed, else torch.
+        backend: ``auto`` takes, for float32, numba on the CPU and triton on CUDA where they are installed;
+            torch for all else, and on CUDA under ``torch.use_deterministic_algorithms``.
 
     Raises:
         ValueError: shapes, dtypes or devices do not match the spec or each other; the back end asked
@@ -135,8 +141,10 @@ def hash_grid(
 
 def pick_backend(x: Tensor) -> str:
     """The fastest back end that is installed and serves the device and dtype of ``x``."""
-    fast = x.device.type == "cpu" and x.dtype == torch.float32 and _numba_is_installed()
-    name = "numba" if fast else "torch"
+    name = FASTEST.get(x.device.type)
+    repeatable = name != "triton" or not torch.are_deterministic_algorithms_enabled()
+    if name is None or x.dtype != torch.float32 or not repeatable or not _is_installed(name):
+        name = "torch"
     _log_once(name, str(x.device.type), str(x.dtype))
     return name
 
@@ -160,8 +168,17 @@ def _load_backend(name: str):
 
 
 @cache
-def _numba_is_installed() -> bool:
-    return find_spec("numba") is not None
+def _is_installed(package: str) -> bool:
+    if package == "triton" and not _has_c_compiler():
+        logger.warning(
+            "no C compiler, which Triton starts its kernels with: the hash grid will be slow; install gcc"
+        )
+        return False
+    return find_spec(package) is not None
+
+
+def _has_c_compiler() -> bool:
+    return bool(os.environ.get("CC")) or any(shutil.which(name) for name in ("gcc", "clang", "cc"))
 
 
 @cache
