@@ -10,9 +10,9 @@ stand side by side. Checkpoints therefore move between the back ends, and to and
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
-import math
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import import_module
