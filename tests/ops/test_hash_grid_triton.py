@@ -1,17 +1,19 @@
 """The hash grid in Triton agrees with the torch reference: on a GPU where there is one, else interpreted."""
 
+import ast
 import os
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
 from fourdfy.ops import hash_grid as package
-from fourdfy.ops.hash_grid import HashGridSpec, hash_grid, pick_backend
+from fourdfy.ops.hash_grid import HashGridSpec, hash_grid, pick_backend, reference
 from tests.ops.test_hash_grid import random_case
 
 ROOT = Path(__file__).parents[2]
@@ -192,3 +194,48 @@ def test_auto_on_cuda(monkeypatch, dtype, installed, deterministic, expected):
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     with FakeTensorMode():  # a CUDA tensor where there is no CUDA
         assert pick_backend(torch.empty(1, 3, device="cuda", dtype=dtype)) == expected
+
+
+# Trusting it
+
+
+@kernels
+def test_working_kernels_are_trusted():
+    assert package.agrees_with_reference(
+        "triton", HashGridSpec(n_input_dims=3, n_levels=2), torch.device(DEVICE)
+    )
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda x, params, spec: reference.forward(x, params, spec) * 1.01,
+        lambda x, params, spec: reference.forward(x.detach(), params, spec) + 0 * x.sum(),
+        lambda x, params, spec: (_ for _ in ()).throw(RuntimeError("no kernel image")),
+    ],
+    ids=["features", "position gradient", "launch"],
+)
+def test_broken_kernels_are_not_trusted_and_said_so(broken, monkeypatch, caplog):
+    monkeypatch.setattr(package, "pick_backend", lambda x: "triton")
+    load = package._load_backend
+    monkeypatch.setattr(
+        package,
+        "_load_backend",
+        lambda name: SimpleNamespace(forward=broken) if name == "triton" else load(name),
+    )
+    package.agrees_with_reference.cache_clear()
+    spec = HashGridSpec(n_input_dims=3, n_levels=2, log2_hashmap_size=9)
+    x, params = random_case(5, spec)
+    with caplog.at_level("WARNING"):
+        assert torch.equal(hash_grid(x, params, spec), reference.forward(x, params, spec))
+    package.agrees_with_reference.cache_clear()
+    assert "does not work here" in caplog.text
+
+
+def test_no_kernel_argument_has_a_name_of_triton_s_launcher():
+    """Its launcher is generated code with names of its own; an argument of such a name never arrives."""
+    source = ast.parse((ROOT / "fourdfy/ops/hash_grid/triton_gpu.py").read_text())
+    for function in (node for node in ast.walk(source) if isinstance(node, ast.FunctionDef)):
+        if any("jit" in ast.unparse(decorator) for decorator in function.decorator_list):
+            names = {argument.arg for argument in function.args.args}
+            assert not names & {"params", "options", "specialization"}, function.name

@@ -122,7 +122,7 @@ def _level_table(spec: HashGridSpec, device: torch.device) -> tuple[Tensor, Tens
 @no_type_check
 def _interpolate(
     x,
-    params,
+    table,
     features,
     scales,
     levels,
@@ -138,7 +138,7 @@ def _interpolate(
     points, inside, f, mask = _tile(n_points, F, FP, B)
     weights, entries = _find_corners(x, points, inside, scales, levels, level, -1, D, B)
     at = entries[:, :, None] * F + f[None, None, :]
-    values = tl.load(params + at, mask=mask[:, None, :], other=0.0)
+    values = tl.load(table + at, mask=mask[:, None, :], other=0.0)
     sums = tl.sum(weights[:, :, None] * values, axis=1)
     tl.store(features + points[:, None] * (L * F) + level * F + f[None, :], sums, mask=mask)
 
@@ -174,7 +174,7 @@ def _scatter(
 @no_type_check
 def _differentiate(
     x,
-    params,
+    table,
     grad_features,
     grad_x,
     scales,
@@ -197,7 +197,7 @@ def _differentiate(
             grad_features + points[:, None] * (L * F) + level * F + f[None, :], mask=mask, other=0.0
         )
         at = entries[:, :, None] * F + f[None, None, :]
-        values = tl.load(params + at, mask=mask[:, None, :], other=0.0)
+        values = tl.load(table + at, mask=mask[:, None, :], other=0.0)
         values = tl.sum(values * grads[:, None, :], axis=2)
         for axis in tl.static_range(D):
             weights, _ = _find_corners(x, points, inside, scales, levels, level, axis, D, B)
