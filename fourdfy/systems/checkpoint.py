@@ -110,7 +110,7 @@ class LastCheckpoint(pl.Callback):
 
     def _save(self, trainer: pl.Trainer) -> None:
         if self._saved_step != trainer.global_step:
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(self.path, weights_only=False)  # the optimizer too
             self._saved_step = trainer.global_step
 
     def _restore_handlers(self) -> None:
