@@ -1,7 +1,7 @@
 """The twelve experiments with models of the real size and random weights: time and memory of each step kind.
 
-    python benchmarks/experiments.py --models outputs/models --out outputs/experiments        # on every GPU
-    python benchmarks/experiments.py --models outputs/models --out outputs/experiments --config fourdfy_stage_3
+    python benchmarks/experiments.py --models outputs/models --out outputs/experiments    # on every GPU
+    python benchmarks/experiments.py ... --config fourdfy_stage_3 --config fourdfy_stage_3_vc --steps 40
 
 The models are made once (11 GB in float16). Learning rates are 0, so that every step sees the same compact
 object: the initial blob, which fills about 8 % of the occupancy grid. Stage 1 and 2 go from 64 x 64 to

@@ -49,6 +49,7 @@ def read_torch_file(path: str | Path) -> dict[str, Any]:
         try:
             content = torch.load(path, weights_only=True, **settings)
         except pickle.UnpicklingError:
+            # Not torch's unpickler but ours, which looks nothing up.
             content = torch.load(path, weights_only=False, pickle_module=InertPickle, **settings)
     except Exception as error:  # a broken pickle may fail in any way
         reason = str(error).strip().partition("\n")[0]

@@ -11,6 +11,7 @@ import torch
 from fourdfy.cli import main
 from fourdfy.experiment import Experiment
 from fourdfy.fields.implicit_volume import ImplicitVolume
+from fourdfy.guidance import latent
 from fourdfy.guidance.latent import LatentGuidance
 from fourdfy.recipe import load_recipe
 from fourdfy.systems.checkpoint import read_checkpoint
@@ -185,7 +186,8 @@ class Watch:
     """What a run did: its video batches, the most points that had a graph at once, its last system."""
 
     def __init__(self, monkeypatch) -> None:
-        self.batches, self.points, self.autocast = [], [], []
+        self.batches, self.points, self.autocast, self.options = [], [], [], []
+        apply = latent.apply_memory_options
         training_step, forward, call_unet = (
             FourdfySystem.training_step,
             ImplicitVolume.forward,
@@ -206,6 +208,11 @@ class Watch:
             self.autocast.append(torch.is_autocast_enabled("cpu"))
             return call_unet(guidance, *args)
 
+        def watched_options(network, options, device):
+            self.options.append((type(network).__name__, options))
+            apply(network, options, device)
+
+        monkeypatch.setattr(latent, "apply_memory_options", watched_options)
         monkeypatch.setattr(FourdfySystem, "training_step", watched_step)
         monkeypatch.setattr(ImplicitVolume, "forward", watched_forward)
         monkeypatch.setattr(LatentGuidance, "call_unet", watched_unet)
@@ -234,8 +241,8 @@ KNOBS: dict[str, tuple[list[str], Callable[[Watch], Any], Any]] = {
     "full precision": (["trainer.precision=32"], lambda w: any(w.autocast), False),
     "attention": (
         ["system.guidance_video.enable_memory_efficient_attention=true"],
-        lambda w: w.system.guidance_video.cfg.enable_memory_efficient_attention,
-        True,
+        lambda w: [network for network, options in w.options if options.enable_memory_efficient_attention],
+        ["UNet3DConditionModel", "AutoencoderKL"],
     ),
     "frames": (["data.single_view.num_frames=8"], lambda w: len(w.batches[0].cameras), 8),
     "levels": (["system.geometry.pos_encoding_config.n_levels=8"], grid_levels, 8),
