@@ -155,7 +155,7 @@ def parse_config(
         }
         return schema(**values, **parsed_slots)
     except OmegaConfBaseException as error:
-        key = error.full_key or ""
+        key = error.full_key or _culprit(schema, given)
         raise _error(path, key, sources, _explain(error, schema, key)) from error
     except ValueError as error:  # from __post_init__, of a nested dataclass or the schema's own
         raise error if isinstance(error, ConfigError) else _error(path, "", sources, str(error)) from error
@@ -203,6 +203,21 @@ def _explain(error: OmegaConfBaseException, schema: type, key: str) -> str:
         owner = error.object_type if dataclasses.is_dataclass(error.object_type) else schema
         return _unknown_key(key.split(".")[-1], {f.name: f for f in dataclasses.fields(owner)})
     return str(error).split("\n")[0]
+
+
+def _culprit(schema: type, given: Mapping[str, Any], places: tuple[str, ...] = ()) -> str:
+    """The dotted key whose value alone does not fit, for errors that name none."""
+    for key, value in given.items():
+        nested: Any = value
+        for place in (key, *reversed(places)):
+            nested = {place: nested}
+        try:
+            OmegaConf.merge(OmegaConf.structured(schema), nested)
+        except OmegaConfBaseException:
+            here = (*places, str(key))
+            inside = _culprit(schema, value, here) if isinstance(value, Mapping) else ""
+            return inside or ".".join(here)
+    return ""
 
 
 def _unknown_key(key: str, known: Mapping[str, Any]) -> str:

@@ -163,6 +163,7 @@ def test_weights_start_the_next_stage_at_step_0(trained, tmp_path):
             "system.geometry.denisty_bias (in the command line): unknown key; did you mean 'density_bias'?",
         ),
         ("data.multi_view.batch_size=6", "n_view=4"),
+        ("data.single_view.fovy_range=[15]", "data.single_view.fovy_range (in the command line): "),
         ("system.loss.lambda_sparsty=1", "there is no such loss"),
         (
             "system.guidance_type_multi_view=multivew-diffusion-guidance",
