@@ -50,13 +50,17 @@ def main() -> None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     make_models(args.models)
-    gpus = [str(k) for k in range(torch.cuda.device_count())] or [""]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = visible.split(",")
     with ThreadPoolExecutor(len(gpus)) as pool:
         places = [gpus[k % len(gpus)] for k in range(len(names))]
         list(pool.map(lambda name, gpu: run(name, gpu, args), names, places))
     results = {
         name: json.loads(file.read_text()) for name in names if (file := args.out / f"{name}.json").exists()
     }
+    for name in names:
+        if name not in results:
+            print(f"{name} failed; see {args.out / name}.log")
     print(f"{torch.cuda.get_device_name() if gpus != [''] else 'CPU'}, torch {torch.__version__}")
     print(table(results))
 
