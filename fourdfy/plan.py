@@ -36,9 +36,10 @@ def print_plan(experiments: Sequence[Experiment]) -> None:
                 f"  {'':<12} {getattr(cfg.system, _type_key(step.guidance_cfg))}",
                 markup=False,
             )
-        for name, parts in needed_models(experiment).items():
+        models = needed_models([experiment]).items()
+        for name, parts in models:
             console.print(f"  model: {locate_model(name, parts)}, for its {', '.join(parts)}", markup=False)
-        here = all(stored_bytes(name, parts) is not None for name, parts in needed_models(experiment).items())
+        here = all(stored_bytes(name, parts) is not None for name, parts in models)
         console.print(
             f"  memory, roughly: {_memory_estimate(experiment) / 2**30:.1f} GiB"
             + ("" if here else ", and what the models take that are not here")
@@ -46,17 +47,13 @@ def print_plan(experiments: Sequence[Experiment]) -> None:
 
 
 def fetch_models(experiments: Sequence[Experiment]) -> None:
-    """``--fetch``: bring every model that the stages need to this disk; all that are missing are tried.
+    """``--fetch``: bring every model that the stages need to this disk; each is tried.
 
     Raises:
         FileNotFoundError: some are nowhere to be had; says what was tried for each.
     """
-    needed: dict[str, tuple[str, ...]] = {}
-    for experiment in experiments:
-        for name, parts in needed_models(experiment).items():
-            needed[name] = tuple(dict.fromkeys((*needed.get(name, ()), *parts)))
     failures = []
-    for name, parts in needed.items():
+    for name, parts in needed_models(experiments).items():
         try:
             logger.info("%s: in %s", name, resolve_model(name, parts))
         except FileNotFoundError as error:
@@ -65,13 +62,14 @@ def fetch_models(experiments: Sequence[Experiment]) -> None:
         raise FileNotFoundError("\n".join(failures))
 
 
-def needed_models(experiment: Experiment) -> dict[str, tuple[str, ...]]:
-    """Model name -> the parts that the priors and prompts of the stage take from it."""
+def needed_models(experiments: Sequence[Experiment]) -> dict[str, tuple[str, ...]]:
+    """Model name -> the parts that the priors and prompts of the stages take from it."""
     needed: dict[str, tuple[str, ...]] = {}
-    for step in experiment.plan.steps:
-        for key in (step.guidance_cfg, step.prompt_cfg):
-            for name, parts in getattr(experiment.cfg.system, key).models():
-                needed[name] = tuple(dict.fromkeys((*needed.get(name, ()), *parts)))
+    for experiment in experiments:
+        for step in experiment.plan.steps:
+            for key in (step.guidance_cfg, step.prompt_cfg):
+                for name, parts in getattr(experiment.cfg.system, key).models():
+                    needed[name] = tuple(dict.fromkeys((*needed.get(name, ()), *parts)))
     return needed
 
 
@@ -96,7 +94,7 @@ def _memory_estimate(experiment: Experiment) -> float:
     )
     stored = sum(
         stored_bytes(name, tuple(part for part in parts if part in ("unet", "vae"))) or 0
-        for name, parts in needed_models(experiment).items()
+        for name, parts in needed_models([experiment]).items()
     )
     return scene + stored + samples * BYTES_PER_SAMPLE
 
