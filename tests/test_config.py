@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 
 from fourdfy import registry
-from fourdfy.config import Component, ConfigError, inner_slot, load_config, parse_config, slot
+from fourdfy.config import (
+    Component,
+    ConfigError,
+    ignored,
+    inner_slot,
+    load_config,
+    parse_config,
+    slot,
+    warn_of_ignored,
+)
 
 
 class Animal(Component):
@@ -108,6 +117,45 @@ def test_later_layers_win_and_overrides_win_over_files(tmp_path):
 def test_the_originals_resolvers(tmp_path, expression, value):
     (tmp_path / "a.yaml").write_text(f"v: {expression!r}\n")
     assert load_config([tmp_path / "a.yaml"]).values["v"] == value
+
+
+@pytest.mark.parametrize(
+    ("override", "left"),
+    [
+        ([], {"shared": 2}),
+        (["system.renderer_type=another"], {}),
+        (["system.renderer_type=one"], {"shared": 2}),
+        (["system.renderer_type=another", "system.renderer.own=3"], {"own": 3}),
+    ],
+)
+def test_naming_another_class_leaves_the_old_one_s_settings_behind(tmp_path, override, left):
+    file = tmp_path / "x.yaml"
+    file.write_text("system: {renderer_type: one, renderer: {shared: 2}}")
+    assert load_config([file], override).values["system"].get("renderer", {}) == left
+
+
+def test_what_a_recipe_holds_for_one_stage_goes_to_that_stage_alone(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("stages: [a, b]\nseed: 1\nstage_2: {seed: 2, name: second}")
+    assert load_config([file], stage=1).values == {"seed": 1}
+    assert load_config([file], stage=2).values == {"seed": 2, "name": "second"}
+    assert load_config([file], ["seed=3"], stage=2).values == {"seed": 3, "name": "second"}
+
+
+def test_a_key_without_effect_is_warned_of_where_it_is_set(caplog):
+    @dataclass(frozen=True, kw_only=True)
+    class Inner:
+        old: int = ignored("nobody counts", 1)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Outer:
+        inner: Inner = field(default_factory=Inner)
+        older: str | None = ignored("gone")
+
+    warn_of_ignored(Outer(inner=Inner(old=1)))
+    assert not caplog.records
+    warn_of_ignored(Outer(inner=Inner(old=2), older="x"))
+    assert "inner.old: nobody counts" in caplog.text and "older: gone" in caplog.text
 
 
 def test_one_prompt_serves_all_processors_unless_they_have_their_own(tmp_path):

@@ -39,6 +39,20 @@ def test_null_switches_a_group_off(toy):
     assert [g["name"] for g in groups] == ["scale"]
 
 
+def test_groups_hold_only_what_some_step_trains(toy):
+    params = {"guidance": {"lr": 1}, "geometry.encoding": {"lr": 0.1}, "geometry.network": {"lr": 0.1}}
+    toy.geometry.network.bias.requires_grad_(False)
+    groups = parameter_groups(toy, params, absent={"guidance"}, untrained=toy.geometry.encoding.parameters())
+    assert [(g["name"], [id(p) for p in g["params"]]) for g in groups] == [
+        ("geometry.network", [id(toy.geometry.network.weight)])
+    ]
+
+
+def test_what_no_group_has_is_frozen_for_good(toy):
+    build_optimizer(OptimizerConfig(params={"scale": {"lr": 0.5}}), toy)
+    assert [name for name, p in toy.named_parameters() if p.requires_grad] == ["scale"]
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
