@@ -102,7 +102,7 @@ class NeRFVolumeRenderer(Renderer):
                 raise ValueError("return_normal_perturb is not supported: no loss here uses it; remove it")
             for key in ("num_samples_per_ray", "eval_chunk_size", "update_interval", "occ_times"):
                 if (value := getattr(self, key)) is not None and value < 1:
-                    raise ValueError(f"{key}={getattr(self, key)}: expected at least 1")
+                    raise ValueError(f"{key}={value}: expected at least 1")
             if not 1 <= self.grid_resolution <= 254:
                 raise ValueError(f"grid_resolution={self.grid_resolution}: expected 1..254")
             if self.radius <= 0:
