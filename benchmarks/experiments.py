@@ -17,13 +17,13 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from gpus import environment, spread
 
 from fourdfy.config import load_config
 from fourdfy.experiment import Experiment, parse_experiment
@@ -50,18 +50,16 @@ def main() -> None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     make_models(args.models)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    gpus = visible.split(",")
-    with ThreadPoolExecutor(len(gpus)) as pool:
-        places = [gpus[k % len(gpus)] for k in range(len(names))]
-        list(pool.map(lambda name, gpu: run(name, gpu, args), names, places))
+    spread(names, lambda name, gpu: run(name, gpu, args))
     results = {
         name: json.loads(file.read_text()) for name in names if (file := args.out / f"{name}.json").exists()
     }
     for name in names:
         if name not in results:
             print(f"{name} failed; see {args.out / name}.log")
-    print(f"{torch.cuda.get_device_name() if gpus != [''] else 'CPU'}, torch {torch.__version__}")
+    print(
+        f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'CPU'}, torch {torch.__version__}"
+    )
     print(table(results))
 
 
@@ -69,12 +67,11 @@ def run(name: str, gpu: str, args: argparse.Namespace) -> None:
     """One config in a process of its own; its log beside its result."""
     command = [sys.executable, __file__, "--here", "--config", name, "--models", str(args.models)]
     command += ["--out", str(args.out), "--steps", str(args.steps), *args.overrides]
-    environment = os.environ | {
-        "CUDA_VISIBLE_DEVICES": gpu,
-        "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
-    }
+    paths = {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
     with open(args.out / f"{name}.log", "w") as log:
-        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
+        subprocess.run(
+            command, stdout=log, stderr=subprocess.STDOUT, env=environment(gpu) | paths, check=False
+        )
 
 
 def measure(name: str, models: Path, steps: int, overrides: list[str]) -> dict[str, Any]:

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
-import torch
+from gpus import environment, spread
 
 PROMPTS = (
     "a red cube bouncing",
@@ -46,12 +44,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="the first so many")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    gpus = visible.split(",") if visible else ["cpu"]
     jobs = [(prompt, drop) for drop in args.drop or DROPS for prompt in PROMPTS[: args.prompts]]
-    with ThreadPoolExecutor(args.per_gpu * len(gpus)) as pool:
-        places = [gpus[k % len(gpus)] for k in range(len(jobs))]
-        rows = list(pool.map(lambda job, place: run(*job, place, args), jobs, places))
+    rows = spread(jobs, lambda job, place: run(*job, place, args), args.per_gpu)
     rows = [row for row in rows if row]
     (args.out / "all.json").write_text(json.dumps(rows, indent=1))
     print(table(rows))
@@ -68,9 +62,10 @@ def run(prompt: str, drop: str, place: str, args: argparse.Namespace) -> dict | 
         command += ["--config", args.config, "--json", str(result)]
         command += [f"exp_root_dir={out / 'trials'}", *args.overrides]
         command += ["--drop", drop] if drop != "none" else []
-        environment = os.environ | ({} if place == "cpu" else {"CUDA_VISIBLE_DEVICES": place})
         with open(log, "w") as file:
-            subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
+            subprocess.run(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment(place), check=False
+            )
     return json.loads(result.read_text())[0] if result.exists() else None
 
 

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from fourdfy.config import build
+from fourdfy.data.sampling import at_step
 from fourdfy.diffusion.hub import locate_model, resolve_model, stored_bytes
 from fourdfy.experiment import Experiment
 
 logger = logging.getLogger(__name__)
 
 OCCUPIED = 0.08
-"""Share of the samples that survive pruning, for a compact object."""
+"""Share of the samples that survive pruning, for a compact object in a square picture."""
 BYTES_PER_SAMPLE = 1900
 """Activations of the reference field, forward and backward, per sample and 64 features of encoding."""
 
@@ -29,10 +30,12 @@ def print_plan(experiments: Sequence[Experiment]) -> None:
         console.print(f"  prompt: {cfg.system.prompt_processor.prompt!r}", markup=False)
         console.print(f"  folder: {experiment.trial_dir}", markup=False)
         for step in experiment.plan.steps:
-            frames, height, width = experiment_frames(experiment, step.name)
+            frames = ", then ".join(
+                "{} frames of {} x {}".format(*x) for x in _frames(experiment, step.name)
+            )
             console.print(
                 f"  {step.name:<12} probability {step.probability:<5.3g} "
-                f"{frames:>2} frames of {height} x {width}, trains {' + '.join(sorted(step.trains))}\n"
+                f"{frames}, trains {' + '.join(sorted(step.trains))}\n"
                 f"  {'':<12} {getattr(cfg.system, _type_key(step.guidance_cfg))}",
                 markup=False,
             )
@@ -73,34 +76,39 @@ def needed_models(experiments: Sequence[Experiment]) -> dict[str, tuple[str, ...
     return needed
 
 
-def experiment_frames(experiment: Experiment, step: str) -> tuple[int, int, int]:
-    """(frames, height, width) of a step kind, at the largest of its resolutions."""
+def _frames(experiment: Experiment, step: str) -> list[tuple[int, int, int]]:
+    """(frames, height, width) of a step kind, one for each stretch between resolution milestones."""
     data = experiment.cfg.data
-    if step == "video":
-        view = data.single_view
-        return _largest(view.batch_size) * view.num_frames, view.height_vid, view.width_vid
     view = data.multi_view if step == "multi_view" else data.single_view
-    return _largest(view.batch_size), _largest(view.height), _largest(view.width)
+    stretches = []
+    for start in (0, *view.resolution_milestones):
+        batch, height, width = (
+            at_step(values, view.resolution_milestones, start)
+            for values in (view.batch_size, view.height, view.width)
+        )
+        if step == "video":
+            batch, height, width = batch * view.num_frames, view.height_vid, view.width_vid
+        stretches.append((batch, height, width))
+    return list(dict.fromkeys(stretches))
 
 
 def _memory_estimate(experiment: Experiment) -> float:
-    """Bytes: the scene with gradients and two moments, the priors as stored here, one step's samples."""
+    """Bytes: the scene with gradients and two moments, the priors as stored here, the largest graph."""
     cfg = experiment.cfg.system
     scene = sum(p.numel() for p in build(cfg.geometry).parameters()) * 16
-    samples = max(
-        cfg.renderer.samples_with_graph(frames * height * width, OCCUPIED, step.sample_budget)
-        for step in experiment.plan.steps
-        for frames, height, width in [experiment_frames(experiment, step.name)]
-    )
     stored = sum(
         stored_bytes(name, tuple(part for part in parts if part in ("unet", "vae"))) or 0
         for name, parts in needed_models([experiment]).items()
     )
-    return scene + stored + samples * BYTES_PER_SAMPLE
-
-
-def _largest(value: int | list[int]) -> int:
-    return value if isinstance(value, int) else max(value)
+    graphs = []
+    for step in experiment.plan.steps:
+        guidance = getattr(cfg, step.guidance_cfg)
+        for frames, height, width in _frames(experiment, step.name):
+            # The object fits the shorter side.
+            rays = frames * min(height, width) ** 2
+            samples = cfg.renderer.samples_with_graph(rays, OCCUPIED, step.sample_budget)
+            graphs.append(samples * BYTES_PER_SAMPLE + guidance.activation_bytes(frames, height, width))
+    return scene + stored + max(graphs)
 
 
 def _type_key(guidance_cfg: str) -> str:

@@ -1,6 +1,6 @@
 """Every command line of the original's README, and every knob it names, with tiny models on the CPU."""
 
-import importlib.util
+import importlib
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -281,11 +281,9 @@ def test_without_the_knob_more_points_have_a_graph_at_once(models, tmp_path, mon
     assert max(watch.points) > 50
 
 
-def test_the_benchmark_of_the_experiments_times_every_step_kind(models):
-    path = ROOT / "benchmarks" / "experiments.py"
-    spec = importlib.util.spec_from_file_location("experiments_benchmark", path)
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+def test_the_benchmark_of_the_experiments_times_every_step_kind(models, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark = importlib.import_module("experiments")
     name = "fourdfy_stage_3_low_vram"
     reduced = toy(name, models)
     reduced.append(f"seed={seed_of_all_kinds(experiment(name, reduced))}")

@@ -25,6 +25,10 @@ class Guidance(Component, nn.Module, ABC):
             """Every model that is needed, by its name or path, with the parts that are."""
             return []
 
+        def activation_bytes(self, frames: int, height: int, width: int) -> int:
+            """About what a step of so many rendered frames keeps for the backward pass; 0 where unknown."""
+            return 0
+
     cfg: Config
 
     def __init__(self, cfg: Config, *, device: torch.device) -> None:

@@ -48,6 +48,9 @@ from fourdfy.types import Cameras, GuidanceOutput, TextEmbeddings, ViewTexts
 
 PARTS = ("unet", "vae", "scheduler")
 
+VAE_BYTES_PER_PIXEL = 11_000
+"""Activations of Stable Diffusion's VAE encoder in 16 bits, per pixel of its input."""
+
 
 class LatentGuidance(Guidance):
     """A latent diffusion model as a prior on rendered images."""
@@ -82,6 +85,9 @@ class LatentGuidance(Guidance):
 
         def models(self) -> list[tuple[str, tuple[str, ...]]]:
             return [(self.pretrained_model_name_or_path, PARTS)]
+
+        def activation_bytes(self, frames: int, height: int, width: int) -> int:
+            return frames * (self.height or height) * (self.width or width) * VAE_BYTES_PER_PIXEL
 
         def __post_init__(self) -> None:
             check_schedule(self.min_step_percent, "min_step_percent")

@@ -35,6 +35,10 @@ class VideoGuidance(ScoreDistillationGuidance):
         """With ``low_ram_vae``: exact encodes again in the backward pass; subset is the original's
         way, a random ``low_ram_vae`` of the frames learn and the others do not, nothing rescaled."""
 
+        def activation_bytes(self, frames: int, height: int, width: int) -> int:
+            at_once = min(frames, self.low_ram_vae) if self.low_ram_vae > 0 else frames
+            return super().activation_bytes(at_once, height, width)
+
         def __post_init__(self) -> None:
             super().__post_init__()
             if self.token_merging:
