@@ -32,7 +32,7 @@ def transmittance_from_density(
     # One running sum over all rays, minus its value where the ray begins. It grows with the whole
     # scene, and a difference of large float32 numbers would have no digits left; in float64 the
     # rounding stays below 1e-9 for any total up to 1e6.
-    before = pad((sigmas * (t_ends - t_starts)).double().cumsum(0), (1, 0))
+    before = pad(running_sum((sigmas * (t_ends - t_starts)).double()), (1, 0))
     begins = torch.searchsorted(ray_indices, torch.arange(n_rays, device=ray_indices.device))
     before_ray = before.index_select(0, begins).index_select(0, ray_indices)
     return torch.exp(before_ray - before[:-1]).to(sigmas.dtype)
@@ -82,6 +82,21 @@ def z_variance(
     """``sum w (t - depth)^2``: how thick the surface looks. Scene units squared."""
     offsets = t_mids - depth[:, 0].index_select(0, ray_indices)
     return accumulate(weights, offsets.square()[:, None], ray_indices, len(depth))
+
+
+def running_sum(values: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
+    """``values.cumsum(0)``, always in the same order under ``torch.use_deterministic_algorithms``.
+
+    CUDA's own adds in whatever order its blocks come, and is then refused.
+    """
+    if not torch.are_deterministic_algorithms_enabled():
+        return values.cumsum(0)
+    # Sums of 1, 2, 4, ... neighbours (Hillis and Steele 1986).
+    reach = 1
+    while reach < len(values):
+        values = values + pad(values[:-reach], (reach, 0))
+        reach *= 2
+    return values
 
 
 def _sum_per_ray(

@@ -10,6 +10,7 @@ from hypothesis.strategies import floats, lists
 from fourdfy.ops.compositing import (
     accumulate,
     opacity_and_depth,
+    running_sum,
     transmittance_from_density,
     weights_from_density,
     z_variance,
@@ -112,3 +113,19 @@ def test_no_samples_give_zero_images_with_a_graph():
     assert pixels.shape == (4, 3) and not pixels.any() and not opacity.any() and not depth.any()
     opacity.sum().backward()
     assert sigmas.grad.shape == (0,)
+
+
+@pytest.mark.parametrize("n_samples", [1, 2, 37])
+def test_the_sum_in_a_fixed_order_is_the_sum(n_samples):
+    values = torch.linspace(0.1, 3, n_samples, dtype=torch.float64, requires_grad=True)
+    weights = torch.linspace(-1, 1, n_samples, dtype=torch.float64)
+    expected = values.cumsum(0)
+    torch.use_deterministic_algorithms(True)
+    try:
+        total = running_sum(values)
+        assert "Cumsum" not in type(total.grad_fn).__name__
+    finally:
+        torch.use_deterministic_algorithms(False)
+    torch.testing.assert_close(total, expected)
+    gradients = [torch.autograd.grad((weights * sums).sum(), values)[0] for sums in (total, expected)]
+    torch.testing.assert_close(*gradients)
