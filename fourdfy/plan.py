@@ -30,9 +30,7 @@ def print_plan(experiments: Sequence[Experiment]) -> None:
         console.print(f"  prompt: {cfg.system.prompt_processor.prompt!r}", markup=False)
         console.print(f"  folder: {experiment.trial_dir}", markup=False)
         for step in experiment.plan.steps:
-            frames = ", then ".join(
-                "{} frames of {} x {}".format(*x) for x in _frames(experiment, step.name)
-            )
+            frames = ", then ".join("{} frames of {} x {}".format(*x) for x in _frames(experiment, step.name))
             console.print(
                 f"  {step.name:<12} probability {step.probability:<5.3g} "
                 f"{frames}, trains {' + '.join(sorted(step.trains))}\n"

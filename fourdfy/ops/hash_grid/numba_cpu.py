@@ -60,8 +60,8 @@ class _HashGrid(torch.autograd.Function):
         x, params = ctx.saved_tensors
         wants_x, wants_params, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            # create_graph=True (analytic normals that are trained): the reference can be derived again.
-            return *_reference_gradients(x, params, ctx.spec, grad_features, wants_x, wants_params), None
+            # create_graph=True: analytic normals that are trained.
+            return *reference.gradients(x, params, ctx.spec, grad_features, wants_x, wants_params), None
         levels, grad = _level_table(ctx.spec), _numpy(grad_features.contiguous())
         grad_x = grad_params = None
         if wants_params:
@@ -73,15 +73,6 @@ class _HashGrid(torch.autograd.Function):
             arrays = _numpy(x), _numpy(params), levels, grad, _numpy(grad_x)
             _split_points(len(x), lambda start, stop: _differentiate(*arrays, start, stop))
         return grad_x, grad_params, None
-
-
-def _reference_gradients(
-    x: Tensor, params: Tensor, spec: HashGridSpec, grad: Tensor, wants_x: bool, wants_params: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    wanted = [tensor for tensor, wants in ((x, wants_x), (params, wants_params)) if wants]
-    features = reference.forward(x, params, spec)
-    gradients = iter(torch.autograd.grad(features, wanted, grad, create_graph=True))
-    return next(gradients) if wants_x else None, next(gradients) if wants_params else None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -53,3 +53,12 @@ def _corner_entries(cells: Int[Tensor, "N D"], level: GridLevel) -> Int[Tensor, 
         else:
             entries = torch.cat([entries + near, entries + far], dim=1)
     return (entries & UINT32) % level.entries
+
+
+def gradients(
+    x: Tensor, params: Tensor, spec: HashGridSpec, grad_features: Tensor, wants_x: bool, wants_params: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of ``x`` and ``params``, as far as they are wanted; these can be derived again."""
+    wanted = [tensor for tensor, wants in ((x, wants_x), (params, wants_params)) if wants]
+    results = iter(torch.autograd.grad(forward(x, params, spec), wanted, grad_features, create_graph=True))
+    return next(results) if wants_x else None, next(results) if wants_params else None

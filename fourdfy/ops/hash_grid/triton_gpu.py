@@ -56,9 +56,8 @@ class _HashGrid(torch.autograd.Function):
         x, params = ctx.saved_tensors
         wants_x, wants_params, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
-            # create_graph=True (analytic normals that are trained): the reference can be derived again.
-            _, pull_back = torch.func.vjp(lambda *inputs: reference.forward(*inputs, ctx.spec), x, params)
-            return *pull_back(grad_features), None
+            # create_graph=True: analytic normals that are trained.
+            return *reference.gradients(x, params, ctx.spec, grad_features, wants_x, wants_params), None
         grad_features = grad_features.contiguous()
         grad_x = grad_params = None
         if wants_params:
