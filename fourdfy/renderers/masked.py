@@ -6,21 +6,20 @@ R rays, N samples over all rays (packed, sorted by ray), G groups of samples tha
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
+from fourdfy.ops.recomputation import recomputed
 from fourdfy.registry import register
 from fourdfy.renderers.base import SampleBudget
 from fourdfy.renderers.nerf import NeRFVolumeRenderer, ShadedRays, joined_records
-from fourdfy.renderers.passes import FlatRays, Pass, cut, last_samples, split_rays
+from fourdfy.renderers.passes import FlatRays, cut, last_samples, split_rays
 from fourdfy.types import FieldOutput, RayBundle, RenderOutput, Samples
 
 
@@ -99,26 +98,13 @@ class MaskedVolumeRenderer(NeRFVolumeRenderer):
         if len(samples) <= budget:
             return self._shade_at_once(rays, samples, step, generator)
         modules = (self.scene.geometry, self.scene.material)
-        return [
-            checkpoint(
-                self._shade_pass,
-                rays,
-                samples,
-                part,
-                step,
-                generator,
-                use_reentrant=False,
-                preserve_rng_state=False,  # every draw comes from the generator
-                context_fn=lambda: (nullcontext(), _RequiresGradAsNow(modules)),
-            )
-            for part in split_rays(last_samples(samples, len(rays)), budget)
-        ]
-
-    def _shade_pass(
-        self, rays: FlatRays, samples: Samples, part: Pass, step: int, generator: torch.Generator
-    ) -> ShadedRays:
-        # Cut in here: arguments live until the backward pass, so they are the whole image's alone.
-        return self._shade(*cut(rays, samples, part), step, generator, self._field)
+        inputs = [parameter for module in modules for parameter in module.parameters()]
+        inputs += [rays.origins, rays.directions, rays.times, rays.light_positions]
+        return recomputed(
+            lambda part: self._shade(*cut(rays, samples, part), step, generator, self._field),
+            split_rays(last_samples(samples, len(rays)), budget),
+            inputs,
+        )
 
     # -- subset ---------------------------------------------------------------------------------
 
@@ -161,23 +147,3 @@ def draw_subset(samples: Samples, quotas: Quotas, generator: torch.Generator) ->
     drawn = torch.zeros_like(shuffled, dtype=torch.bool)
     drawn[shuffled] = rank < quotas.sizes[groups]
     return drawn
-
-
-class _RequiresGradAsNow(AbstractContextManager):
-    """Inside, each parameter requires a gradient where it did when this was made.
-
-    For the backward pass's recomputation: the half that was frozen in the forward pass may be
-    trainable again by then, and another graph would be recorded.
-    """
-
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.flags = [(p, p.requires_grad) for module in modules for p in module.parameters()]
-
-    def __enter__(self) -> None:
-        self.before = [parameter.requires_grad for parameter, _ in self.flags]
-        for parameter, flag in self.flags:
-            parameter.requires_grad_(flag)
-
-    def __exit__(self, *error: object) -> None:
-        for (parameter, _), flag in zip(self.flags, self.before, strict=True):
-            parameter.requires_grad_(flag)

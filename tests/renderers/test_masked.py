@@ -1,7 +1,7 @@
 """Passes change memory and nothing else; a subset of samples carries its own gradients and no others."""
 
 import gc
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -87,6 +87,19 @@ def test_single_precision_is_exact_to_its_rounding(budget):
     assert_equal(grads[1], grads[0], 1e-5)
 
 
+def test_gradients_reach_the_cameras_too():
+    grads = []
+    for kind, settings in ((NeRFVolumeRenderer, {}), (MaskedVolumeRenderer, {"train_max_nums": 40})):
+        parts = make_scene(kind=kind, **settings)
+        shift = torch.zeros(3, requires_grad=True)
+        rays = frames()
+        rays = replace(rays, origins=rays.origins + shift)
+        image = parts.renderer(rays, step=0, generator=generator()).comp_rgb
+        grads.append(torch.autograd.grad((image * image.detach()).sum(), shift)[0])
+    assert grads[0].abs().min() > 0
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-4)
+
+
 class HalfPaint(Paint):
     """Colours by a layer that autocast runs in half precision."""
 
@@ -130,6 +143,8 @@ def test_a_step_names_its_budget():
     for name, budget in budgets.items():
         parts.scene.geometry.largest_trained_call = 0
         render = parts.renderer(frames(), step=0, generator=generator(), sample_budget=name)
+        assert parts.scene.geometry.largest_trained_call == 0, "the forward pass builds no graph"
+        render.comp_rgb.sum().backward()
         assert len(render.samples) > 300
         assert 0.8 * budget < parts.scene.geometry.largest_trained_call <= budget
 

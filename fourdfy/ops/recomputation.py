@@ -1,0 +1,97 @@
+"""Gradients in bounded memory: piece by piece, each computed anew in the backward pass (Chen et al. 2016).
+
+``torch.utils.checkpoint`` does the same, but builds every piece's graph in the forward pass too and watches
+each tensor that it would save. Small pieces are launches and little else, and here take half of the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from functools import partial
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fourdfy.types import TensorRecord
+
+Piece = TypeVar("Piece")
+Record = TypeVar("Record", bound=TensorRecord)
+
+
+def recomputed(
+    compute: Callable[[Piece], Record], pieces: Sequence[Piece], inputs: Sequence[Tensor]
+) -> list[Record]:
+    """``compute(piece)`` of every piece; of their graphs, one at a time exists, in the backward pass.
+
+    The second computation sees the first one's autocast, and its inputs require gradients again. All
+    else that ``compute`` reads must be as it was: randomness comes from a generator that it copies.
+
+    Args:
+        inputs: the tensors that ``compute`` derives its results from. Gradients reach those that require
+            one now, and no other tensor.
+
+    Raises:
+        RuntimeError: in the backward pass, an input was modified in place, or gradients of gradients are
+            asked for.
+    """
+    with torch.no_grad():
+        records = [compute(piece) for piece in pieces]
+    learning = [tensor for tensor in inputs if tensor.requires_grad]
+    values = tuple(value for record in records for value in _tensors(record).values())
+    with_graph = iter(_Recomputed.apply(compute, pieces, values, *learning))
+    return [replace(record, **{name: next(with_graph) for name in _tensors(record)}) for record in records]
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, compute, pieces, values, *inputs):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
+        ctx.compute, ctx.pieces = compute, pieces
+        device = values[0].device.type
+        ctx.autocast = partial(
+            torch.autocast,
+            device,
+            dtype=torch.get_autocast_dtype(device),
+            enabled=torch.is_autocast_enabled(device),
+        )
+        return values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        inputs, totals, grads = ctx.saved_tensors, [None] * len(ctx.saved_tensors), iter(grads)
+        with _requiring_gradients(inputs):
+            for piece in ctx.pieces:
+                with torch.enable_grad(), ctx.autocast():
+                    values = list(_tensors(ctx.compute(piece)).values())
+                pairs = zip(values, islice(grads, len(values)), strict=True)
+                pairs = [(value, grad) for value, grad in pairs if grad is not None and value.requires_grad]
+                if not pairs:
+                    continue
+                values, upstream = zip(*pairs, strict=True)
+                for k, grad in enumerate(torch.autograd.grad(values, inputs, upstream, allow_unused=True)):
+                    if grad is not None:
+                        totals[k] = grad.clone() if totals[k] is None else totals[k].add_(grad)
+        return None, None, None, *totals
+
+
+def _tensors(record: TensorRecord) -> dict[str, Any]:
+    return {f.name: value for f in fields(record) if (value := getattr(record, f.name)) is not None}  # type: ignore[arg-type]
+
+
+@contextmanager
+def _requiring_gradients(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Some may have been frozen since."""
+    frozen = [tensor for tensor in tensors if not tensor.requires_grad]
+    for tensor in frozen:
+        tensor.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for tensor in frozen:
+            tensor.requires_grad_(False)
