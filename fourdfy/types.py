@@ -6,6 +6,7 @@ M moments and D view directions of a prompt, L tokens, C channels. All are froze
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -19,15 +20,16 @@ class TensorRecord:
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """A copy with ``Tensor.to(*args, **kwargs)`` applied to every tensor, records included."""
-        movable = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        return replace(  # type: ignore[type-var]
-            self,
-            **{
-                name: value.to(*args, **kwargs)
-                for name, value in movable.items()
-                if isinstance(value, Tensor | TensorRecord)
-            },
-        )
+        return self.mapped(lambda value: value.to(*args, **kwargs))
+
+    def mapped(self, change: Callable[[Any], Any]) -> Any:
+        """A copy with ``change(value)`` in the place of each of ``tensors()``, in order."""
+        return replace(self, **{name: change(value) for name, value in self.tensors().items()})  # type: ignore[type-var]
+
+    def tensors(self) -> dict[str, Any]:
+        """Its tensors and records by name; what is None or a number is left out."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in values.items() if isinstance(value, Tensor | TensorRecord)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +57,7 @@ class Cameras(TensorRecord):
 
     def __getitem__(self, index: slice | Tensor) -> Cameras:
         """Some of the frames, by slice or by indices."""
-        picked = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v[index] for k, v in picked.items() if isinstance(v, Tensor)})
+        return self.mapped(lambda value: value[index])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
 from functools import partial
-from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -41,9 +39,9 @@ def recomputed(
     with torch.no_grad():
         records = [compute(piece) for piece in pieces]
     learning = [tensor for tensor in inputs if tensor.requires_grad]
-    values = tuple(value for record in records for value in _tensors(record).values())
+    values = tuple(value for record in records for value in record.tensors().values())
     with_graph = iter(_Recomputed.apply(compute, pieces, values, *learning))
-    return [replace(record, **{name: next(with_graph) for name in _tensors(record)}) for record in records]
+    return [record.mapped(lambda _: next(with_graph)) for record in records]
 
 
 class _Recomputed(torch.autograd.Function):
@@ -68,8 +66,9 @@ class _Recomputed(torch.autograd.Function):
         with _requiring_gradients(inputs):
             for piece in ctx.pieces:
                 with torch.enable_grad(), ctx.autocast():
-                    values = list(_tensors(ctx.compute(piece)).values())
-                pairs = zip(values, islice(grads, len(values)), strict=True)
+                    values = ctx.compute(piece).tensors().values()
+                # As many gradients as there are values; the rest is for the pieces to come.
+                pairs = [(value, next(grads)) for value in values]
                 pairs = [(value, grad) for value, grad in pairs if grad is not None and value.requires_grad]
                 if not pairs:
                     continue
@@ -78,10 +77,6 @@ class _Recomputed(torch.autograd.Function):
                     if grad is not None:
                         totals[k] = grad.clone() if totals[k] is None else totals[k].add_(grad)
         return None, None, None, *totals
-
-
-def _tensors(record: TensorRecord) -> dict[str, Any]:
-    return {f.name: value for f in fields(record) if (value := getattr(record, f.name)) is not None}  # type: ignore[arg-type]
 
 
 @contextmanager

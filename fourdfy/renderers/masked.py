@@ -5,7 +5,6 @@ R rays, N samples over all rays (packed, sorted by ray), G groups of samples tha
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -97,13 +96,11 @@ class MaskedVolumeRenderer(NeRFVolumeRenderer):
     ) -> list[ShadedRays]:
         if len(samples) <= budget:
             return self._shade_at_once(rays, samples, step, generator)
-        modules = (self.scene.geometry, self.scene.material)
-        inputs = [parameter for module in modules for parameter in module.parameters()]
-        inputs += [rays.origins, rays.directions, rays.times, rays.light_positions]
+        parameters = *self.scene.geometry.parameters(), *self.scene.material.parameters()
         return recomputed(
             lambda part: self._shade(*cut(rays, samples, part), step, generator, self._field),
             split_rays(last_samples(samples, len(rays)), budget),
-            inputs,
+            inputs=(*parameters, *rays.tensors().values()),
         )
 
     # -- subset ---------------------------------------------------------------------------------
@@ -129,10 +126,7 @@ class MaskedVolumeRenderer(NeRFVolumeRenderer):
             )
         field = self._field(positions.index_select(0, trained), times.index_select(0, trained), step)
         both, order = joined_records([field, without]), torch.cat([trained, fixed]).argsort()
-        values = {f.name: getattr(both, f.name) for f in dataclasses.fields(both)}
-        return FieldOutput(
-            **{name: None if v is None else v.index_select(0, order) for name, v in values.items()}
-        )
+        return both.mapped(lambda value: value.index_select(0, order))
 
 
 def draw_subset(samples: Samples, quotas: Quotas, generator: torch.Generator) -> Bool[Tensor, "N"]:

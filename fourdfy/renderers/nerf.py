@@ -222,11 +222,7 @@ class NeRFVolumeRenderer(Renderer):
             )
             threshold = self.estimator.occs.mean().clamp(max=cfg.alpha_thre)
             kept = visible(samples, sigmas, len(rays), alpha_threshold=threshold).nonzero().squeeze(1)
-            samples = Samples(
-                ray_indices=samples.ray_indices.index_select(0, kept),
-                t_starts=samples.t_starts.index_select(0, kept),
-                t_ends=samples.t_ends.index_select(0, kept),
-            )
+            samples = samples.mapped(lambda value: value.index_select(0, kept))
         return dataclasses.replace(samples, ray_indices=samples.ray_indices + first_ray)
 
     def _shade(

@@ -5,7 +5,6 @@ R rays, N samples over all rays (packed, sorted by ray).
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +37,7 @@ class FlatRays(TensorRecord):
         return len(self.origins)
 
     def __getitem__(self, index: slice) -> FlatRays:
-        return FlatRays(**{f.name: getattr(self, f.name)[index] for f in dataclasses.fields(self)})
+        return self.mapped(lambda value: value[index])
 
 
 @dataclass(frozen=True)

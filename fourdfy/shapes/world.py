@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
@@ -117,7 +117,7 @@ def render_codes(
     shapes = codes[:, 1].cpu()
     for shape in shapes.unique().tolist():
         frames = (shapes == shape).nonzero()[:, 0].to(rgb.device)
-        some = _frames(fine, frames)
+        some = fine[frames]
         some_codes = codes.to(rgb.device)[frames]
         colour, alpha = _render_one_shape(SHAPES[shape], some_codes[:, 0], some_codes[:, 2], some)
         colour = colour + (1 - alpha) * background[frames, None, None, :]
@@ -262,11 +262,6 @@ def _root(discriminant: PerRay) -> tuple[PerRay, PerRay]:
 
 def _nonzero(values: Float[Tensor, "*F"]) -> Float[Tensor, "*F"]:
     return torch.where(values.abs() < _EPS, _EPS, values)
-
-
-def _frames(cameras: Cameras, index: Int[Tensor, "G"]) -> Cameras:
-    tensors = {f.name: getattr(cameras, f.name) for f in fields(cameras) if f.name not in ("height", "width")}
-    return replace(cameras, **{name: value[index] for name, value in tensors.items()})
 
 
 def _shrink(images: Float[Tensor, "F H W C"], factor: int) -> Float[Tensor, "F h w C"]:
