@@ -135,10 +135,12 @@ def hash_grid(
         raise ValueError(
             f"points are {x.dtype} on {x.device}, params {params.dtype} on {params.device}; move one of them"
         )
-    name = pick_backend(x) if backend == "auto" else backend
-    if backend == "auto" and name == "triton" and not agrees_with_reference(name, spec, x.device):
-        name = "torch"
-    return _load_backend(name).forward(x, params, spec)
+    if backend == "auto":
+        backend = pick_backend(x)
+        if backend == "triton" and not agrees_with_reference(backend, spec, x.device):
+            backend = "torch"
+        _log_once(backend, x.device.type, str(x.dtype))
+    return _load_backend(backend).forward(x, params, spec)
 
 
 def pick_backend(x: Tensor) -> str:
@@ -147,7 +149,6 @@ def pick_backend(x: Tensor) -> str:
     repeatable = name != "triton" or not torch.are_deterministic_algorithms_enabled()
     if name is None or x.dtype != torch.float32 or not repeatable or not _is_installed(name):
         name = "torch"
-    _log_once(name, str(x.device.type), str(x.dtype))
     return name
 
 
