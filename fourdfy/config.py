@@ -14,7 +14,7 @@ import dataclasses
 import difflib
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, InterpolationToMissingValueError, OmegaConfBaseException
 
 from fourdfy import registry
+from fourdfy.bounds import misfit
 from fourdfy.schedules import schedule_max
 
 logger = logging.getLogger(__name__)
@@ -148,6 +149,8 @@ def parse_config(
         missing = [key for key in OmegaConf.missing_keys(merged) if key.split(".")[0] not in parsed_slots]
         if missing:
             raise _error(path, missing[0], sources, "missing; set it in the file or as key=value")
+        for key, problem in _misfits(schema, merged, parsed_slots):
+            raise _error(path, key, sources, problem)
         values = {
             name: OmegaConf.to_object(merged[name]) if OmegaConf.is_config(merged[name]) else merged[name]
             for name in known
@@ -196,6 +199,18 @@ def _parse_slot(
     cfg = parse_config(cls.Config, inner, _join(path, name), sources)
     object.__setattr__(cfg, "_component", cls)
     return cfg
+
+
+def _misfits(schema: type, values: DictConfig, done: Collection[str] = ()) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong) of every number that its field doesn't take; see ``bounds``."""
+    for f in dataclasses.fields(schema):
+        if f.name in done or OmegaConf.is_missing(values, f.name):
+            continue
+        value, inner = values[f.name], OmegaConf.get_type(values, f.name)
+        if isinstance(value, DictConfig) and dataclasses.is_dataclass(inner):
+            yield from ((f"{f.name}.{key}", problem) for key, problem in _misfits(inner, value))
+        elif problem := misfit(_plain(value), f.metadata):
+            yield f.name, problem
 
 
 def _explain(error: OmegaConfBaseException, schema: type, key: str) -> str:

@@ -1,0 +1,84 @@
+"""Which numbers a config field takes, said where the field is declared.
+
+``width: int = number(64, 1, 8192)`` refuses 0 when the config is parsed, by its key. NaN and infinity are
+refused everywhere, also in fields that declare nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field
+from typing import Any
+
+from fourdfy.schedules import check_schedule
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """An interval; ``above`` excludes its lower end."""
+
+    low: float | int = -math.inf
+    high: float | int = math.inf
+    above: float | int | None = None
+
+    def __contains__(self, value: float | int) -> bool:
+        return self.low <= value <= self.high and (self.above is None or value > self.above)
+
+    def __str__(self) -> str:
+        if math.isfinite(self.low) and math.isfinite(self.high):
+            return f"{self.low:g} to {self.high:g}"
+        lower = f"at least {self.low:g}" if math.isfinite(self.low) else ""
+        lower = lower if self.above is None else f"more than {self.above:g}"
+        upper = f"at most {self.high:g}" if math.isfinite(self.high) else ""
+        return " and ".join(part for part in (lower, upper) if part)
+
+
+def number(
+    default: Any = MISSING,
+    low: float | int = -math.inf,
+    high: float | int = math.inf,
+    *,
+    above: float | int | None = None,
+) -> Any:
+    """A config field of numbers from ``low`` to ``high``, or ``above`` a bound; of a list, every entry."""
+    return _field(default, {"bounds": Bounds(low, high, above)})
+
+
+def scheduled(default: Any = MISSING, low: float | int = -math.inf, high: float | int = math.inf) -> Any:
+    """A config field of a scheduled scalar (see ``schedules``) whose values lie from ``low`` to ``high``."""
+    return _field(default, {"bounds": Bounds(low, high), "scheduled": True})
+
+
+def _field(default: Any, metadata: Mapping[str, Any]) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def misfit(value: Any, metadata: Mapping[str, Any]) -> str:
+    """What is wrong with a field's plain value, or ""; ``metadata`` is the field's."""
+    if unreal := [number for number in _numbers(value) if not math.isfinite(number)]:
+        return f"{unreal[0]} cannot work; expected a finite number"
+    if value is None or "bounds" not in metadata:
+        return ""
+    if "scheduled" in metadata:
+        try:
+            check_schedule(value, "value")
+        except ValueError as error:
+            return str(error)
+        value = value[-3:-1] if isinstance(value, list | tuple) else value
+    outside = [number for number in _numbers(value) if number not in metadata["bounds"]]
+    return f"{outside[0]:g} is outside the range; expected {metadata['bounds']}" if outside else ""
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    """Every number in a plain value, down into lists and mappings."""
+    if isinstance(value, int | float):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _numbers(entry)
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            yield from _numbers(entry)

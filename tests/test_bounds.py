@@ -1,0 +1,51 @@
+"""Numbers that a field does not take are refused when a config is parsed, by key."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from fourdfy.bounds import number, scheduled
+from fourdfy.config import Component, ConfigError, parse_config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lens:
+    fovy_range: tuple[float, float] = number((40.0, 70.0), high=179, above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Camera(Component.Config):
+    width: int = number(64, 1, 8192)
+    share: Any = scheduled(0.5, 0, 1)
+    sizes: list[int] = number([1, 2], 1)
+    free: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+    lens: Lens = field(default_factory=Lens)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"width": 0}, r"^camera\.width: 0 is outside the range; expected 1 to 8192"),
+        ({"width": 10**9}, r"^camera\.width: 1e\+09 is outside"),
+        ({"share": [0, 0.5, 98.0, 100]}, r"^camera\.share: 98 is outside the range; expected 0 to 1"),
+        ({"share": "much"}, r"^camera\.share: value='much': expected a number, \[start, v0, v1, end\]"),
+        ({"sizes": [1, 0]}, r"^camera\.sizes: 0 is outside the range; expected at least 1"),
+        ({"lens": {"fovy_range": [0, 0]}}, r"^camera\.lens\.fovy_range: 0 .* more than 0 and at most 179"),
+        ({"free": float("nan")}, r"^camera\.free: nan cannot work; expected a finite number"),
+        ({"options": {"eps": float("inf")}}, r"^camera\.options: inf cannot work"),
+    ],
+)
+def test_a_number_outside_is_refused_by_its_key(given, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(Camera, given, "camera")
+
+
+def test_a_number_inside_is_taken():
+    cfg = parse_config(
+        Camera, {"width": 8192, "share": [0, 0.0, 1.0, 1000], "lens": {"fovy_range": [1, 179]}}
+    )
+    assert (cfg.width, cfg.share, cfg.lens.fovy_range) == (8192, [0, 0.0, 1.0, 1000], (1.0, 179.0))
