@@ -108,7 +108,7 @@ class RenderOutput(TensorRecord):
     comp_rgb_bg: Float[Tensor, "F H W 3"]
     opacity: Float[Tensor, "F H W 1"]
     depth: Float[Tensor, "F H W 1"]
-    """Sum of w t, not divided by opacity; scene units."""
+    """Sum of w t, not divided by opacity; scene units. Images show ``ops.compositing.expected_depth``."""
     z_variance: Float[Tensor, "F H W 1"]
     samples: Samples
     weights: Float[Tensor, "N"]

@@ -85,6 +85,7 @@ def test_a_trial_folder_holds_what_the_documentation_says(trained):
         "save/it4-test/0.png",
         "save/it4-test_static.mp4",
         "save/it4-test-depth-jet.mp4",
+        "save/it4-test-depth/0.png",
     } <= names
     assert list(folder.glob("tb_logs/version_0/events*"))
 

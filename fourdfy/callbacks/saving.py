@@ -1,10 +1,12 @@
 """Images and videos of a trial's ``save`` folder, under the names of threestudio and 4D-fy.
 
 ``it{step}-{i}.png``, ``it{step}-{i}_video.png`` and ``.mp4`` (validation);
-``it{step}-test/{i}.png`` and ``it{step}-test.mp4``, likewise ``-test_static`` and ``-test-depth-jet``.
+``it{step}-test/{i}.png`` and ``it{step}-test.mp4``, likewise ``-test_static``, ``-test-normal``,
+``-test-normal_static`` and ``-test-depth-jet``; ``it{step}-test-depth/{i}.png``, depth in 16 bit.
 A file appears under its name when it is whole, never before.
 
-F frames, H x W pixels. Values are 0..1 floats; pixels are 8 bit.
+F frames, H x W pixels. Values are 0..1 floats; pixels are 8 bit where nothing else is said. A depth is
+``ops.compositing.expected_depth``: a distance from the camera in scene units, 0 where there is nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 import imageio.v2 as imageio
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, UInt8, UInt16
 from numpy import ndarray
 from torch import Tensor
 
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 VALIDATION_FPS = 16
 TEST_FPS = 15
 DEPTH_PERCENTILES = (10.0, 99.0)
+DEPTH_SCALE = 1000
+"""Of a 16-bit depth image: its value for one scene unit."""
 MAX_TAG_BYTES = 100
 
 Pixels = UInt8[ndarray, "_ _ 3"]
@@ -42,41 +46,29 @@ Clip = UInt8[ndarray, "_ _ _ 3"]
 # What a run saves
 
 
-def save_validation(
-    save_dir: Path,
-    step: int,
-    index: int,
-    *,
-    rgb: Float[Tensor, "H W 3"],
-    opacity: Float[Tensor, "H W 1"],
-) -> Path:
-    """``it{step}-{index}.png``: RGB and opacity side by side."""
+def save_validation(save_dir: Path, step: int, index: int, images: Sequence[Float[Tensor, "H W _"]]) -> Path:
+    """``it{step}-{index}.png``: RGB, normals where there are any, and opacity side by side."""
     path = save_dir / f"it{step}-{index}.png"
-    save_image(path, side_by_side([to_pixels(rgb), to_pixels(opacity)]))
+    save_image(path, side_by_side([to_pixels(image) for image in images]))
     return path
 
 
 def save_validation_video(
-    save_dir: Path,
-    step: int,
-    index: int,
-    *,
-    rgb: Float[Tensor, "F H W 3"],
-    opacity: Float[Tensor, "F H W 1"],
+    save_dir: Path, step: int, index: int, clips: Sequence[Float[Tensor, "F H W _"]]
 ) -> Path:
-    """``it{step}-{index}_video.png``: all RGB frames, then all opacities, in one wide image; and the
-    RGB frames as ``.mp4``. Gives the path of the image."""
+    """``it{step}-{index}_video.png``: all RGB frames, then all of the next clip, in one wide image; and
+    the RGB frames as ``.mp4``. Gives the path of the image."""
     path = save_dir / f"it{step}-{index}_video.png"
-    frames = to_pixels(rgb)
-    save_image(path, side_by_side([*frames, *to_pixels(opacity)]))
-    save_video(path.with_suffix(".mp4"), frames, fps=VALIDATION_FPS)
+    pixels = [to_pixels(clip) for clip in clips]
+    save_image(path, side_by_side([frame for clip in pixels for frame in clip]))
+    save_video(path.with_suffix(".mp4"), pixels[0], fps=VALIDATION_FPS)
     return path
 
 
 def save_test_frame(
     save_dir: Path, step: int, index: int, rgb: Float[Tensor, "H W 3"], *, kind: str = "test"
 ) -> Path:
-    """``it{step}-{kind}/{index}.png``; ``kind`` is "test" or "test_static"."""
+    """``it{step}-{kind}/{index}.png``; ``kind`` is "test", "test-normal", "test_static", ..."""
     path = save_dir / f"it{step}-{kind}" / f"{index}.png"
     save_image(path, to_pixels(rgb))
     return path
@@ -102,12 +94,16 @@ def save_test_video(save_dir: Path, step: int, *, kind: str = "test") -> Path | 
     return path
 
 
-def save_depth_jet(save_dir: Path, step: int, depths: Sequence[Float[Tensor, "H W 1"]]) -> Path | None:
-    """``it{step}-test-depth-jet/{i}.png`` and its mp4, in one colour scale for the whole test run."""
+def save_depths(save_dir: Path, step: int, depths: Sequence[Float[Tensor, "H W 1"]]) -> Path | None:
+    """``it{step}-test-depth/{i}.png``: 16-bit grey, ``DEPTH_SCALE`` times the depth; 0 is the background.
+
+    ``it{step}-test-depth-jet/{i}.png`` and its mp4 show the same in one colour scale for the whole run.
+    """
     near, far = depth_range(depths)
     for index, depth in enumerate(depths):
-        path = save_dir / f"it{step}-test-depth-jet" / f"{index}.png"
-        save_image(path, depth_to_jet(depth, near, far))
+        values = (depth[..., 0] * DEPTH_SCALE).round().clamp(0, 2**16 - 1)
+        save_image(save_dir / f"it{step}-test-depth" / f"{index}.png", values.cpu().numpy().astype(np.uint16))
+        save_image(save_dir / f"it{step}-test-depth-jet" / f"{index}.png", depth_to_jet(depth, near, far))
     return save_test_video(save_dir, step, kind="test-depth-jet")
 
 
@@ -135,7 +131,7 @@ def side_by_side(images: Sequence[Pixels]) -> Pixels:
 
 
 def depth_range(depths: Sequence[Float[Tensor, "H W 1"]]) -> tuple[float, float]:
-    """Percentiles 10 and 99 of all depths that are not zero; (0, 1) where there are none."""
+    """Percentiles 10 and 99 of all depths but the background's zeros; (0, 1) where there are none."""
     nonzero = [depth[depth != 0].detach().float().cpu().numpy() for depth in depths]
     values = np.concatenate(nonzero) if nonzero else np.zeros(0)
     if not len(values):
@@ -147,10 +143,10 @@ def depth_range(depths: Sequence[Float[Tensor, "H W 1"]]) -> tuple[float, float]
 def depth_to_jet(depth: Float[Tensor, "*F H W 1"], near: float, far: float) -> UInt8[ndarray, "*F H W 3"]:
     """Depth clipped to ``near``..``far`` in the JET colour map: near is red, far is blue.
 
-    A depth of exactly zero is a ray that met nothing; it gets the far end of the map, not the near one.
+    The background, a depth of exactly zero, is black, which is not in the map.
     """
     closeness = 1 - ((depth - near) / max(far - near, 1e-6)).clamp(0, 1)
-    return to_pixels(jet(torch.where(depth == 0, 0.0, closeness)))
+    return to_pixels(torch.where(depth == 0, 0.0, jet(closeness)))
 
 
 def jet(values: Float[Tensor, "*F 1"]) -> Float[Tensor, "*F 3"]:
@@ -163,8 +159,8 @@ def jet(values: Float[Tensor, "*F 1"]) -> Float[Tensor, "*F 3"]:
 # Files
 
 
-def save_image(path: Path, pixels: Pixels) -> None:
-    """Write a PNG."""
+def save_image(path: Path, pixels: Pixels | UInt16[ndarray, "_ _"]) -> None:
+    """Write a PNG: 8-bit colours, or 16-bit grey."""
     encoded = io.BytesIO()
     imageio.imwrite(encoded, pixels, format="png")
     with whole_file(path) as half_written:

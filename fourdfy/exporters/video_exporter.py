@@ -13,6 +13,7 @@ from fourdfy.callbacks import saving
 from fourdfy.config import ConfigError
 from fourdfy.exporters.base import Exporter, Subject
 from fourdfy.exporters.camera_path import load_cameras, save_cameras
+from fourdfy.ops.compositing import expected_depth
 from fourdfy.registry import register
 from fourdfy.types import Cameras
 
@@ -31,7 +32,7 @@ class VideoExporter(Exporter):
         formats: list[VideoFormat] = field(default_factory=lambda: ["mp4", "gif", "webp"])
         """``png``: all frames, in a folder. Without ffmpeg, mp4 is frames as well."""
         depth: bool = True
-        """Also the depths, near red and far blue."""
+        """Also the depths, near red and far blue, the background black."""
         fps: int = saving.TEST_FPS
         frames_at_once: int = 8
         """Bounds memory."""
@@ -50,7 +51,7 @@ class VideoExporter(Exporter):
         for some in torch.arange(len(cameras)).split(cfg.frames_at_once):
             out = subject.render(cameras[some])
             colors.append(out.comp_rgb.cpu())
-            depths.append(out.depth.cpu())
+            depths.append(expected_depth(out.opacity, out.depth).cpu())
         clips = {name: saving.to_pixels(torch.cat(colors))}
         if cfg.depth:
             depth = torch.cat(depths)

@@ -68,9 +68,23 @@ def opacity_and_depth(
     ray_indices: Int[Tensor, "N"],
     n_rays: int,
 ) -> tuple[Float[Tensor, "R 1"], Float[Tensor, "R 1"]]:
-    """``(sum w, sum w t)``: the depth is in scene units and not divided by the opacity."""
+    """``(sum w, sum w t)``: the depth is in scene units and not divided by the opacity.
+
+    Losses read this sum, as in threestudio; what is shown and saved is ``expected_depth``.
+    """
     opacity = _sum_per_ray(weights, ray_indices, n_rays)
     return opacity[:, None], accumulate(weights, t_mids[:, None], ray_indices, n_rays)
+
+
+def expected_depth(
+    opacity: Float[Tensor, "*F H W 1"], depth: Float[Tensor, "*F H W 1"]
+) -> Float[Tensor, "*F H W 1"]:
+    """``sum w t / sum w``, the mean distance at which light is stopped; 0 where the opacity is 0.5 or less.
+
+    Args:
+        opacity, depth: the sums of ``opacity_and_depth``.
+    """
+    return torch.where(opacity > 0.5, depth / opacity, 0)
 
 
 def z_variance(

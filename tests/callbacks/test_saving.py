@@ -64,12 +64,13 @@ def test_jet_is_blue_green_red():
     ]  # fmt: skip
 
 
-def test_near_is_hot_and_nothing_is_cold():
+def test_near_is_hot_far_is_cold_and_nothing_is_black():
     depth = torch.tensor([2.0, 3.0, 4.0, 0.0]).view(1, 4, 1)
     near, middle, far, nothing = saving.depth_to_jet(depth, 2.0, 4.0)[0].tolist()
     assert near == [127, 0, 0]
     assert middle == [127, 255, 127]
-    assert far == nothing == [0, 0, 127]
+    assert far == [0, 0, 127]
+    assert nothing == [0, 0, 0]
 
 
 def test_the_depth_range_is_of_the_whole_run_and_of_what_was_hit():
@@ -87,7 +88,7 @@ def test_an_empty_run_has_a_depth_range():
 
 def test_a_validation_image_shows_rgb_beside_opacity(tmp_path):
     rgb, opacity = gradient()[1], torch.full((16, 24, 1), 0.5)
-    path = saving.save_validation(tmp_path, 1000, 0, rgb=rgb, opacity=opacity)
+    path = saving.save_validation(tmp_path, 1000, 0, [rgb, opacity])
     assert path == tmp_path / "it1000-0.png"
     image = imageio.imread(path)
     assert image.shape == (16, 48, 3)
@@ -97,7 +98,7 @@ def test_a_validation_image_shows_rgb_beside_opacity(tmp_path):
 
 def test_a_validation_video_is_one_wide_image_and_an_mp4(tmp_path):
     rgb = gradient(frames=3)
-    path = saving.save_validation_video(tmp_path, 20, 1, rgb=rgb, opacity=torch.ones(3, 16, 24, 1))
+    path = saving.save_validation_video(tmp_path, 20, 1, [rgb, torch.ones(3, 16, 24, 1)])
     assert sorted(file.name for file in tmp_path.iterdir()) == ["it20-1_video.mp4", "it20-1_video.png"]
     image = imageio.imread(path)
     assert image.shape == (16, 6 * 24, 3)
@@ -124,7 +125,7 @@ def test_a_test_video_without_frames_says_what_is_missing(tmp_path):
 
 def test_depth_frames_share_one_scale(tmp_path):
     near, far = torch.full((8, 8, 1), 2.0), torch.full((8, 8, 1), 4.0)
-    path = saving.save_depth_jet(tmp_path, 7, [near, far])
+    path = saving.save_depths(tmp_path, 7, [near, far])
     assert path == tmp_path / "it7-test-depth-jet.mp4"
     hot, cold = (imageio.imread(tmp_path / "it7-test-depth-jet" / f"{k}.png") for k in range(2))
     assert hot[0, 0].argmax() == 0 and cold[0, 0].argmax() == 2

@@ -86,7 +86,7 @@ def make_subject(*, deforms=False, dynamic=True, peak=60.0):
         shape = (len(cameras), cameras.height, cameras.width)
         rgb = cameras.times[:, None, None, None].expand(*shape, 3)
         depth = torch.linspace(2, 4, cameras.width)[:, None].expand(*shape, 1)
-        return SimpleNamespace(comp_rgb=rgb, depth=depth)
+        return SimpleNamespace(comp_rgb=rgb, depth=0.8 * depth, opacity=torch.full_like(depth, 0.8))
 
     return Subject(
         scene=scene, render=render, cameras={"test": path}, dynamic=dynamic, step=7,

@@ -9,6 +9,7 @@ from hypothesis.strategies import floats, lists
 
 from fourdfy.ops.compositing import (
     accumulate,
+    expected_depth,
     opacity_and_depth,
     running_sum,
     transmittance_from_density,
@@ -129,3 +130,11 @@ def test_the_sum_in_a_fixed_order_is_the_sum(n_samples):
     torch.testing.assert_close(total, expected)
     gradients = [torch.autograd.grad((weights * sums).sum(), values)[0] for sums in (total, expected)]
     torch.testing.assert_close(*gradients)
+
+
+def test_expected_depth_is_the_mean_of_the_distances_where_more_than_half_the_light_is_stopped():
+    weights = torch.tensor([[0.3, 0.3], [0.25, 0.25], [0.0, 0.0], [0.0, 1.0]])
+    distances = torch.tensor([2.0, 4.0])
+    opacity, depth = weights.sum(1), weights @ distances
+    shown = expected_depth(opacity.view(1, 2, 2, 1), depth.view(1, 2, 2, 1)).flatten()
+    torch.testing.assert_close(shown, torch.tensor([3.0, 0.0, 0.0, 4.0]))

@@ -6,25 +6,11 @@ import pytest
 import torch
 
 from fourdfy.ops.regularizers import REGULARIZERS
-from fourdfy.types import RenderOutput, Samples
+from tests.renders import render_output
 
 
 def render(opacity=None, **given):
-    opacity = torch.zeros(1, 1, 2, 1) if opacity is None else opacity
-    image = torch.zeros(*opacity.shape[:3], 3)
-    ray_indices = torch.zeros(1, dtype=torch.long)
-    samples = Samples(ray_indices=ray_indices, t_starts=torch.zeros(1), t_ends=torch.ones(1))
-    fields = {
-        "comp_rgb": image,
-        "comp_rgb_fg": image,
-        "comp_rgb_bg": image,
-        "opacity": opacity,
-        "depth": torch.zeros_like(opacity),
-        "z_variance": torch.zeros_like(opacity),
-        "samples": samples,
-        "weights": torch.ones(1),
-    }
-    return RenderOutput(**(fields | given))
+    return render_output(torch.zeros(1, 1, 2, 1) if opacity is None else opacity, **given)
 
 
 def images(*values):

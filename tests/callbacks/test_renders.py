@@ -1,0 +1,77 @@
+"""What evaluation renders, as files."""
+
+from types import SimpleNamespace
+
+import imageio.v2 as imageio
+import pytest
+import torch
+from pytorch_lightning import Trainer
+
+from fourdfy.callbacks.renders import SaveRenders
+from fourdfy.callbacks.saving import to_pixels
+from fourdfy.data.datamodule import chunks
+from fourdfy.ops.cameras import orbit_cameras
+from tests.renders import render_output
+
+SYSTEM = SimpleNamespace(step=3)
+OPACITY = torch.tensor([0.6, 1.0, 0.3, 0.0]).view(1, 1, 4, 1)
+"""A near thing that lets light through, a far thing that does not, fog, and nothing."""
+DISTANCE = torch.tensor([2.0, 4.0, 1.0, 0.0]).view(1, 1, 4, 1)
+NORMAL = torch.tensor([[1.0, 0.5, 0.5], [0.5, 1.0, 0.5], [0.2, 0.1, 0.1], [0.0, 0.0, 0.0]]).view(1, 1, 4, 3)
+
+
+def written(folder, splits, normal=None):
+    """The ``save`` folder after one evaluation of two frames for each split."""
+    callback = SaveRenders(folder)
+    outputs = render_output(
+        OPACITY.expand(2, -1, -1, -1),
+        comp_rgb=OPACITY.expand(2, -1, -1, 3),
+        comp_normal=None if normal is None else normal.expand(2, -1, -1, -1),
+        depth=(OPACITY * DISTANCE).expand(2, -1, -1, -1),
+    )
+    cameras = orbit_cameras(
+        torch.zeros(2), torch.zeros(2), distance=3.0, fovy_deg=40.0, times=torch.zeros(2), height=1, width=4
+    )
+    for end in (callback.on_validation_epoch_end, callback.on_test_epoch_end):
+        for split in splits:
+            (batch,) = chunks(split, cameras, 2)
+            callback._gather(None, SYSTEM, outputs, batch, 0)
+        end(Trainer.__new__(Trainer), SYSTEM)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shaded(tmp_path_factory):
+    """Of a scene with normals."""
+    splits = ("val", "val_video", "test", "test_static")
+    return written(tmp_path_factory.mktemp("save"), splits, NORMAL)
+
+
+def test_depth_images_show_how_far_things_are_whatever_their_opacity(shaded):
+    near, far, fog, nothing = imageio.imread(shaded / "it3-test-depth-jet" / "1.png")[0].tolist()
+    assert near == [127, 0, 0]
+    assert far == [0, 0, 127]
+    assert fog == nothing == [0, 0, 0]
+
+
+def test_depth_for_tools_is_in_thousandths_of_a_scene_unit(shaded):
+    depth = imageio.imread(shaded / "it3-test-depth" / "1.png")
+    assert depth.dtype == "uint16"
+    assert depth.tolist() == [[2000, 4000, 0, 0]]
+
+
+def test_normals_are_shown_where_there_are_some(shaded, tmp_path):
+    assert (shaded / "it3-test-normal.mp4").exists() and (shaded / "it3-test-normal_static.mp4").exists()
+    image = imageio.imread(shaded / "it3-test-normal" / "1.png")
+    assert image.tolist() == to_pixels(NORMAL[0]).tolist()
+    assert imageio.imread(shaded / "it3-0.png")[:, 4:8].tolist() == image.tolist()
+    assert imageio.imread(shaded / "it3-0_video.png")[:, 8:12].tolist() == image.tolist()
+
+    plain = written(tmp_path, ("val", "val_video", "test"))
+    assert not list(plain.glob("*normal*"))
+    assert imageio.imread(plain / "it3-0.png").shape == (1, 8, 3)
+
+
+def test_frames_show_the_scene_over_its_background(shaded):
+    for name in ("it3-test/0.png", "it3-test_static/1.png"):
+        assert imageio.imread(shaded / name).tolist() == to_pixels(OPACITY[0]).tolist()
