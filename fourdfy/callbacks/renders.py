@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,28 @@ import torch
 from torch import Tensor
 
 from fourdfy.callbacks import saving
+from fourdfy.config import ConfigError
 from fourdfy.data.datamodule import EvalBatch
 from fourdfy.ops.compositing import expected_depth
 from fourdfy.types import RenderOutput
 
 
 class SaveRenders(pl.Callback):
-    """Gathers the frames of each split ("val", "val_video", "test", "test_static") and writes them."""
+    """Gathers the frames of each split ("val", "val_video", "test", "test_static") and writes them.
+
+    While a scene is trained, and in the test that follows, what can't be written costs a warning.
+
+    Raises:
+        ConfigError: where writing them is all that was asked for, and they can't be written.
+    """
 
     def __init__(self, save_dir: Path) -> None:
         self.save_dir = save_dir
         self._images: dict[str, dict[str, list[Tensor]]] = defaultdict(dict)
+        self._trained = False
+
+    def on_fit_start(self, trainer: pl.Trainer, system: Any) -> None:
+        self._trained = True
 
     def _gather(self, trainer: Any, system: Any, outputs: RenderOutput, batch: EvalBatch, *args: Any) -> None:
         images = {
@@ -38,24 +51,33 @@ class SaveRenders(pl.Callback):
     on_test_batch_end = _gather
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, system: Any) -> None:
-        views, clip = self._shown("val"), self._shown("val_video")
-        for index, images in enumerate(zip(*views, strict=True)):
-            saving.save_validation(self.save_dir, system.step, index, images)
-        if clip:
-            saving.save_validation_video(self.save_dir, system.step, 0, [torch.stack(x) for x in clip])
-        self._images.clear()
+        with self._written("validation images"):
+            views, clip = self._shown("val"), self._shown("val_video")
+            for index, images in enumerate(zip(*views, strict=True)):
+                saving.save_validation(self.save_dir, system.step, index, images)
+            if clip:
+                clips = [torch.stack(frames) for frames in clip]
+                saving.save_validation_video(self.save_dir, system.step, 0, clips)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, system: Any) -> None:
-        for split in ("test", "test_static"):
-            images = self._images[split]
-            for name, kind in (("rgb", split), ("normal", split.replace("test", "test-normal"))):
-                for index, image in enumerate(images.get(name, [])):
-                    saving.save_test_frame(self.save_dir, system.step, index, image, kind=kind)
-                if name in images:
-                    saving.save_test_video(self.save_dir, system.step, kind=kind)
-        if depths := self._images["test"].get("depth"):
-            saving.save_depths(self.save_dir, system.step, depths)
-        self._images.clear()
+        with self._written("test images and videos (--test renders them again)"):
+            for split in ("test", "test_static"):
+                images = self._images[split]
+                for name, kind in (("rgb", split), ("normal", split.replace("test", "test-normal"))):
+                    if name in images:
+                        saving.save_test(self.save_dir, system.step, images[name], kind=kind)
+            if depths := self._images["test"].get("depth"):
+                saving.save_depths(self.save_dir, system.step, depths)
+
+    @contextmanager
+    def _written(self, what: str) -> Iterator[None]:
+        try:
+            with saving.by_product(what) if self._trained else nullcontext():
+                yield
+        except OSError as error:
+            raise ConfigError(f"{self.save_dir}: {what} can't be written: {error}") from error
+        finally:
+            self._images.clear()
 
     def _shown(self, split: str) -> list[list[Tensor]]:
         """The images that validation shows side by side, as far as there are any."""

@@ -15,9 +15,10 @@ import hashlib
 import io
 import logging
 import os
+import subprocess
 import unicodedata
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,25 @@ DEPTH_SCALE = 1000
 """Of a 16-bit depth image: its value for one scene unit."""
 MAX_TAG_BYTES = 100
 
-Pixels = UInt8[ndarray, "_ _ 3"]
-Clip = UInt8[ndarray, "_ _ _ 3"]
+BT709 = (
+    "scale=out_color_matrix=bt709:out_range=tv,"
+    "setparams=color_primaries=bt709:color_trc=bt709:colorspace=bt709:range=tv"
+)
+"""Without it ffmpeg converts by BT.601 and says nothing, and players take HD for BT.709."""
+ENCODERS = {
+    ".mp4": ["-c:v", "libx264", "-crf", "10", "-movflags", "+faststart"],
+    ".webm": ["-c:v", "libvpx-vp9", "-crf", "15", "-b:v", "0"],
+}
+SIGNATURES = {".mp4": (4, b"ftyp"), ".webm": (0, b"\x1aE\xdf\xa3")}
+"""Where such a file says what it is, and how."""
+ENCODER_SECONDS, ENCODER_SECONDS_PER_FRAME = 30.0, 1.0
+"""An encoder that takes longer is taken to hang; a hundred times what a video needs."""
+MAX_GIF_FPS = 50.0
+"""Browsers slow down what is faster."""
+
+Pixels = UInt8[ndarray, "_ _ C"]
+Clip = UInt8[ndarray, "_ _ _ C"]
+"""C is 3, or 4 with opacity."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -65,33 +83,14 @@ def save_validation_video(
     return path
 
 
-def save_test_frame(
-    save_dir: Path, step: int, index: int, rgb: Float[Tensor, "H W 3"], *, kind: str = "test"
-) -> Path:
-    """``it{step}-{kind}/{index}.png``; ``kind`` is "test", "test-normal", "test_static", ..."""
-    path = save_dir / f"it{step}-{kind}" / f"{index}.png"
-    save_image(path, to_pixels(rgb))
-    return path
+def save_test(
+    save_dir: Path, step: int, images: Sequence[Float[Tensor, "H W _"]], *, kind: str = "test"
+) -> Path | None:
+    """``it{step}-{kind}/{i}.png`` and ``it{step}-{kind}.mp4``; ``kind`` is "test", "test-normal", ...
 
-
-def save_test_video(save_dir: Path, step: int, *, kind: str = "test") -> Path | None:
-    """``it{step}-{kind}.mp4`` from the frames that ``save_test_frame`` wrote, in order of their number.
-
-    None, with one warning, where there is no ffmpeg: the frames are all there is.
-
-    Raises:
-        ValueError: there are no frames.
+    Gives the video's path; None, with a warning, where it can't be encoded.
     """
-    folder = save_dir / f"it{step}-{kind}"
-    numbered = [file for file in folder.glob("*.png") if file.stem.isdecimal()]
-    files = sorted(numbered, key=lambda file: int(file.stem))
-    if not files:
-        raise ValueError(f"{folder} holds no frames; call save_test_frame(..., kind={kind!r}) first")
-    path = save_dir / f"it{step}-{kind}.mp4"
-    if not _has_ffmpeg():
-        return None
-    write_mp4(path, (imageio.imread(file) for file in files), fps=TEST_FPS)
-    return path
+    return _save_frames_and_video(save_dir / f"it{step}-{kind}", to_pixels(torch.stack([*images])))
 
 
 def save_depths(save_dir: Path, step: int, depths: Sequence[Float[Tensor, "H W 1"]]) -> Path | None:
@@ -99,12 +98,17 @@ def save_depths(save_dir: Path, step: int, depths: Sequence[Float[Tensor, "H W 1
 
     ``it{step}-test-depth-jet/{i}.png`` and its mp4 show the same in one colour scale for the whole run.
     """
-    near, far = depth_range(depths)
     for index, depth in enumerate(depths):
         values = (depth[..., 0] * DEPTH_SCALE).round().clamp(0, 2**16 - 1)
         save_image(save_dir / f"it{step}-test-depth" / f"{index}.png", values.cpu().numpy().astype(np.uint16))
-        save_image(save_dir / f"it{step}-test-depth-jet" / f"{index}.png", depth_to_jet(depth, near, far))
-    return save_test_video(save_dir, step, kind="test-depth-jet")
+    frames = depth_to_jet(torch.stack([*depths]), *depth_range(depths))
+    return _save_frames_and_video(save_dir / f"it{step}-test-depth-jet", frames)
+
+
+def _save_frames_and_video(folder: Path, frames: Clip) -> Path | None:
+    save_frames(folder, frames)
+    video = folder.with_name(f"{folder.name}.mp4")
+    return video if _encoded(video, frames, TEST_FPS) else None
 
 
 # ---------------------------------------------------------------------------------------------
@@ -159,6 +163,15 @@ def jet(values: Float[Tensor, "*F 1"]) -> Float[Tensor, "*F 3"]:
 # Files
 
 
+@contextmanager
+def by_product(what: str) -> Iterator[None]:
+    """Writing that a run can do without: where it fails, one warning says why, and the run goes on."""
+    try:
+        yield
+    except Exception as error:  # whatever it is, hours of training are worth more
+        _warn_once(f"{what} could not be written; the run goes on ({type(error).__name__}: {error})")
+
+
 def save_image(path: Path, pixels: Pixels | UInt16[ndarray, "_ _"]) -> None:
     """Write a PNG: 8-bit colours, or 16-bit grey."""
     encoded = io.BytesIO()
@@ -167,14 +180,15 @@ def save_image(path: Path, pixels: Pixels | UInt16[ndarray, "_ _"]) -> None:
         half_written.write_bytes(encoded.getvalue())
 
 
-def save_clip(path: Path, frames: Clip, *, fps: int) -> Path:
-    """Write frames as the suffix of ``path`` says: mp4, gif, webp, or png for a folder of them.
+def save_clip(path: Path, frames: Clip, *, fps: float | int) -> Path:
+    """Write frames as the suffix of ``path`` says: mp4, webm, gif, webp, or png for a folder of them.
 
-    Gives the file or the folder; for an mp4 without ffmpeg the folder, see ``save_video``.
+    Every one of them lasts ``len(frames) / fps`` seconds, to the nearest tick of its clock. Gives the
+    file or the folder; for a video that can't be encoded the folder, see ``save_video``.
     """
     if path.suffix == ".png":
         return save_frames(path.with_suffix(""), frames)
-    if path.suffix == ".mp4":
+    if path.suffix in ENCODERS:
         return save_video(path, frames, fps=fps) or path.with_suffix("")
     save_animated_image(path, frames, fps=fps)
     return path
@@ -187,49 +201,110 @@ def save_frames(folder: Path, frames: Clip) -> Path:
     return folder
 
 
-def save_animated_image(path: Path, frames: Clip, *, fps: int) -> None:
-    """An endless loop as GIF or WebP. A GIF has one palette for all frames, so that nothing flickers,
-    and hundredths of a second between them."""
+def save_animated_image(path: Path, frames: Clip, *, fps: float | int) -> None:
+    """An endless loop as GIF or WebP. A GIF has one palette for all frames, so that nothing flickers, no
+    opacity, and at most ``MAX_GIF_FPS``; frames beyond that are left out."""
     from PIL import Image
 
-    images = [Image.fromarray(frame) for frame in frames]
-    options: dict[str, Any] = {"duration": 1000 / fps, "quality": 85, "method": 4}
     if path.suffix == ".gif":
+        shown = _resampled(frames[..., :3], fps, MAX_GIF_FPS)
         # Chosen from all frames, in one picture.
-        palette = Image.fromarray(np.concatenate(frames)).quantize(256, method=Image.Quantize.MEDIANCUT)
-        images = [image.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG) for image in images]
-        options = {"duration": 10 * max(2, round(100 / fps))}
+        palette = Image.fromarray(np.concatenate(shown)).quantize(256, method=Image.Quantize.MEDIANCUT)
+        images = [
+            Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG)
+            for frame in shown
+        ]
+        options: dict[str, Any] = {"duration": _durations(len(shown), min(fps, MAX_GIF_FPS), tick=10)}
+    else:
+        images = [Image.fromarray(frame) for frame in frames]
+        options = {"duration": _durations(len(frames), fps, tick=1), "quality": 85, "method": 4}
     with whole_file(path) as half_written:
         images[0].save(half_written, save_all=True, append_images=images[1:], loop=0, **options)
 
 
-def save_video(path: Path, frames: Clip, *, fps: int) -> Path | None:
-    """Write an mp4 and give its path.
+def _resampled(frames: Clip, fps: float | int, most: float) -> Clip:
+    """The frames that are on at the ticks of a clock of ``most`` Hz, where ``fps`` is above that."""
+    if fps <= most:
+        return frames
+    return frames[(np.arange(round(len(frames) * most / fps)) * fps / most).astype(int)]
 
-    Without ffmpeg: None, one warning, and the frames as ``{i}.png`` in a folder of the video's name.
+
+def _durations(count: int, fps: float | int, *, tick: int) -> list[int]:
+    """Milliseconds for each frame, in whole ticks, that never drift from the clip's time."""
+    return np.diff(np.round(np.arange(count + 1) * 1000 / (fps * tick)) * tick).astype(int).tolist()
+
+
+class EncoderError(RuntimeError):
+    """The video encoder is missing, failed, hung, or wrote something else."""
+
+
+def save_video(path: Path, frames: Clip, *, fps: float | int) -> Path | None:
+    """Write an mp4 or webm and give its path.
+
+    Where it can't be encoded: None, one warning, and the frames as ``{i}.png`` in a folder of the video's
+    name.
     """
-    if _has_ffmpeg():
-        write_mp4(path, frames, fps=fps)
+    if _encoded(path, frames, fps):
         return path
     save_frames(path.with_suffix(""), frames)
     return None
 
 
-def write_mp4(path: Path, frames: Iterator[Pixels] | Clip, *, fps: int) -> None:
-    """H.264, yuv420p, which every player knows. Needs ffmpeg.
+def _encoded(path: Path, frames: Clip, fps: float | int) -> bool:
+    try:
+        write_video(path, frames, fps=fps)
+    except EncoderError as error:
+        _warn_once(f"no videos, only PNG frames: {error}")
+        return False
+    return True
+
+
+_warn_once = cache(logger.warning)
+
+
+def write_video(path: Path, frames: Clip, *, fps: float | int) -> None:
+    """``.mp4``: H.264, yuv420p, its index in front, which every player knows. ``.webm``: VP9 with opacity,
+    where the frames have it. Both are converted to BT.709 and say so.
 
     yuv420p wants even sizes: an odd image repeats its last row or column. Nothing is resized.
+
+    Raises:
+        EncoderError: there is no such file afterwards.
     """
-    # macro_block_size 1, since imageio's default of 16 resizes to a multiple of 16.
-    options = {"codec": "libx264", "pixelformat": "yuv420p", "macro_block_size": 1, "quality": 8}
-    with (
-        whole_file(path) as half_written,
-        # closing: imageio's own context leaves ffmpeg running, and its file open, on an error.
-        closing(imageio.get_writer(half_written, format="FFMPEG", fps=fps, **options)) as writer,
-    ):
-        for frame in frames:
-            height, width = frame.shape[:2]
-            writer.append_data(np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge"))
+    height, width, channels = frames.shape[1:]
+    even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    stored = "yuva420p" if channels == 4 and path.suffix == ".webm" else "yuv420p"
+    at, signature = SIGNATURES[path.suffix]
+    seconds = ENCODER_SECONDS + ENCODER_SECONDS_PER_FRAME * len(frames)
+    with whole_file(path) as half_written:
+        command = [
+            _ffmpeg(), "-y", "-v", "error", "-f", "rawvideo", "-pix_fmt", {3: "rgb24", 4: "rgba"}[channels],
+            "-s", f"{even.shape[2]}x{even.shape[1]}", "-framerate", f"{fps}", "-i", "-",
+            "-vf", BT709, *ENCODERS[path.suffix], "-pix_fmt", stored, f"file:{half_written}",
+        ]  # fmt: skip
+        try:
+            done = subprocess.run(
+                command, input=memoryview(even).cast("B"), capture_output=True, timeout=seconds
+            )
+        except subprocess.TimeoutExpired as error:
+            raise EncoderError(f"ffmpeg was not done after {seconds:g} s") from error
+        except OSError as error:
+            raise EncoderError(f"ffmpeg does not start: {error}") from error
+        if done.returncode:
+            said = done.stderr.decode(errors="replace").strip().splitlines() or ["it did not say why"]
+            raise EncoderError(f"ffmpeg failed with status {done.returncode}: {said[0]}")
+        if not half_written.is_file() or not half_written.read_bytes().startswith(signature, at):
+            raise EncoderError(f"what ffmpeg wrote is no {path.suffix[1:]} file")
+
+
+def _ffmpeg() -> str:
+    """The encoder's path."""
+    try:
+        from imageio_ffmpeg import get_ffmpeg_exe
+
+        return get_ffmpeg_exe()
+    except (ImportError, RuntimeError) as error:
+        raise EncoderError(f"ffmpeg is missing; pip install imageio-ffmpeg ({error})") from error
 
 
 @contextmanager
@@ -262,18 +337,3 @@ def sanitize_tag(text: str) -> str:
     digest = hashlib.blake2b(plain.encode(errors="surrogatepass"), digest_size=4).hexdigest()
     kept = safe.encode()[: MAX_TAG_BYTES - len(digest) - 1].decode(errors="ignore")
     return f"{kept.rstrip('.')}-{digest}".lstrip("-")
-
-
-@cache
-def _has_ffmpeg() -> bool:
-    """Whether mp4 files can be written; says so once if not."""
-    try:
-        import imageio_ffmpeg
-
-        imageio_ffmpeg.get_ffmpeg_exe()
-    except (ImportError, RuntimeError) as error:
-        logger.warning(
-            "ffmpeg is missing, so no videos, only PNG frames; pip install imageio-ffmpeg (%s)", error
-        )
-        return False
-    return True

@@ -7,8 +7,10 @@ import pytest
 import torch
 from pytorch_lightning import Trainer
 
+from fourdfy.callbacks import saving
 from fourdfy.callbacks.renders import SaveRenders
 from fourdfy.callbacks.saving import to_pixels
+from fourdfy.config import ConfigError
 from fourdfy.data.datamodule import chunks
 from fourdfy.ops.cameras import orbit_cameras
 from tests.renders import render_output
@@ -20,9 +22,11 @@ DISTANCE = torch.tensor([2.0, 4.0, 1.0, 0.0]).view(1, 1, 4, 1)
 NORMAL = torch.tensor([[1.0, 0.5, 0.5], [0.5, 1.0, 0.5], [0.2, 0.1, 0.1], [0.0, 0.0, 0.0]]).view(1, 1, 4, 3)
 
 
-def written(folder, splits, normal=None):
-    """The ``save`` folder after one evaluation of two frames for each split."""
+def written(folder, splits, normal=None, *, trained=False):
+    """The ``save`` folder after one evaluation of two frames for each split, perhaps after training."""
     callback = SaveRenders(folder)
+    if trained:
+        callback.on_fit_start(Trainer.__new__(Trainer), SYSTEM)
     outputs = render_output(
         OPACITY.expand(2, -1, -1, -1),
         comp_rgb=OPACITY.expand(2, -1, -1, 3),
@@ -75,3 +79,20 @@ def test_normals_are_shown_where_there_are_some(shaded, tmp_path):
 def test_frames_show_the_scene_over_its_background(shaded):
     for name in ("it3-test/0.png", "it3-test_static/1.png"):
         assert imageio.imread(shaded / name).tolist() == to_pixels(OPACITY[0]).tolist()
+
+
+def test_pictures_that_can_not_be_written_cost_a_trained_scene_one_warning_each(tmp_path, caplog):
+    (tmp_path / "save").write_text("a file where the folder should be")
+    saving._warn_once.cache_clear()
+    splits = ("val", "val_video", "test", "test_static")
+    for _ in range(2):
+        written(tmp_path / "save", splits, trained=True)
+    of_validation, of_test = (record.getMessage() for record in caplog.records)
+    assert of_validation.startswith("validation images could not be written; the run goes on (")
+    assert "save" in of_test and "--test renders them again" in of_test
+
+
+def test_pictures_that_were_asked_for_and_can_not_be_written_are_an_error(tmp_path):
+    (tmp_path / "save").write_text("a file where the folder should be")
+    with pytest.raises(ConfigError, match=r"save: test images .* can't be written"):
+        written(tmp_path / "save", ("test",))

@@ -1,4 +1,5 @@
 import logging
+import subprocess
 
 import imageio.v2 as imageio
 import numpy as np
@@ -22,17 +23,24 @@ def gradient(frames: int = 4, height: int = 16, width: int = 24) -> torch.Tensor
 
 
 @pytest.fixture
-def no_ffmpeg(monkeypatch):
-    """A machine without ffmpeg."""
+def ffmpeg(monkeypatch, tmp_path_factory):
+    """``ffmpeg(script)``: the machine's ffmpeg is this script; "" if it may not be run, None for none."""
     import imageio_ffmpeg
+
+    path = tmp_path_factory.mktemp("bin") / "ffmpeg"
 
     def missing():
         raise RuntimeError("No ffmpeg exe could be found.")
 
-    monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", missing)
-    saving._has_ffmpeg.cache_clear()
-    yield
-    saving._has_ffmpeg.cache_clear()
+    def install(script):
+        if script is not None:
+            path.write_text(f"#!/bin/sh\nfor out; do :; done; out=${{out#file:}}\n{script}\n")
+            path.chmod(0o755 if script else 0o644)
+        find = missing if script is None else lambda: str(path)
+        monkeypatch.setattr(imageio_ffmpeg, "get_ffmpeg_exe", find)
+
+    saving._warn_once.cache_clear()
+    return install
 
 
 # -- pixels --------------------------------------------------------------------------------------
@@ -107,28 +115,14 @@ def test_a_validation_video_is_one_wide_image_and_an_mp4(tmp_path):
     assert imageio.get_reader(path.with_suffix(".mp4")).get_meta_data()["fps"] == 16
 
 
-def test_a_test_video_has_its_frames_in_numerical_order(tmp_path):
-    for index in [10, 9, 2, 1, 0]:
-        saving.save_test_frame(tmp_path, 5, index, torch.full((16, 16, 3), index / 10), kind="test_static")
-    path = saving.save_test_video(tmp_path, 5, kind="test_static")
+def test_a_test_is_its_frames_and_a_video_of_them_in_order(tmp_path):
+    images = [torch.full((16, 16, 3), index / 11) for index in range(11)]
+    path = saving.save_test(tmp_path, 5, images, kind="test_static")
     assert path == tmp_path / "it5-test_static.mp4"
-    assert (tmp_path / "it5-test_static" / "10.png").exists()
+    assert imageio.imread(tmp_path / "it5-test_static" / "10.png")[0, 0, 0] == int(10 / 11 * 255)
     levels = [float(frame.mean()) for frame in imageio.get_reader(path)]
-    assert len(levels) == 5 and levels == sorted(levels)
+    assert len(levels) == 11 and levels == sorted(levels)
     assert imageio.get_reader(path).get_meta_data()["fps"] == 15
-
-
-def test_a_test_video_without_frames_says_what_is_missing(tmp_path):
-    with pytest.raises(ValueError, match="holds no frames"):
-        saving.save_test_video(tmp_path, 5)
-
-
-def test_depth_frames_share_one_scale(tmp_path):
-    near, far = torch.full((8, 8, 1), 2.0), torch.full((8, 8, 1), 4.0)
-    path = saving.save_depths(tmp_path, 7, [near, far])
-    assert path == tmp_path / "it7-test-depth-jet.mp4"
-    hot, cold = (imageio.imread(tmp_path / "it7-test-depth-jet" / f"{k}.png") for k in range(2))
-    assert hot[0, 0].argmax() == 0 and cold[0, 0].argmax() == 2
 
 
 @pytest.mark.parametrize("size", [(64, 64), (17, 33), (90, 160), (2, 2)])
@@ -148,16 +142,73 @@ def test_a_video_plays_everywhere(tmp_path):
     assert about["codec"] == "h264" and about["pix_fmt"].startswith("yuv420p")
 
 
+def test_a_video_is_in_the_colours_that_its_tags_say(tmp_path):
+    """Red by BT.709 in limited range: Y = 16 + 219 * 0.2126, and so on; by BT.601, Y would be 81."""
+    red = np.zeros((3, 16, 16, 3), np.uint8)
+    red[..., 0] = 255
+    for name in ("clip.mp4", "clip.webm"):
+        saving.save_video(tmp_path / name, red, fps=16)
+        tags, planes = decode(tmp_path / name)
+        y, u, v = (planes[at] for at in (0, 16 * 16, 16 * 16 * 5 // 4))
+        assert np.abs(np.array([y, u, v]) - [62.6, 102.3, 240]).max() < 2, name
+        assert "(tv, bt709, progressive)" in tags, name
+
+
+def test_an_mp4_begins_with_its_index(tmp_path):
+    """So that a page plays it before all of it is there."""
+    saving.save_video(tmp_path / "clip.mp4", saving.to_pixels(gradient()), fps=16)
+    content = (tmp_path / "clip.mp4").read_bytes()
+    assert 0 < content.index(b"moov") < content.index(b"mdat")
+
+
+def test_a_webm_keeps_opacity(tmp_path):
+    frames = np.concatenate([saving.to_pixels(gradient()), np.zeros((4, 16, 24, 1), np.uint8)], axis=-1)
+    frames[..., 3] = 10 * np.arange(24)
+    saving.save_video(tmp_path / "clip.webm", frames, fps=16)
+    _, planes = decode(tmp_path / "clip.webm", "-c:v", "libvpx-vp9", pixel_format="yuva420p")
+    opacity = planes[: 16 * 24 * 5 // 2][-16 * 24 :].reshape(16, 24)
+    assert np.abs(opacity.astype(int) - 10 * np.arange(24)).max() < 8
+
+
+def decode(path, *options, pixel_format="yuv420p"):
+    """What ffmpeg says of a video's stream, and the bytes of its planes."""
+    ffmpeg = saving._ffmpeg()
+    about = subprocess.run([ffmpeg, "-i", path], capture_output=True, text=True).stderr
+    raw = ["-f", "rawvideo", "-pix_fmt", pixel_format, "-"]
+    planes = subprocess.run([ffmpeg, "-v", "error", *options, "-i", path, *raw], capture_output=True).stdout
+    return next(line for line in about.splitlines() if "Video:" in line), np.frombuffer(planes, np.uint8)
+
+
+@pytest.mark.parametrize("fps", [15, 15.5, 24, 60])
+def test_every_format_lasts_as_long_as_the_clip(tmp_path, fps):
+    frames = saving.to_pixels(gradient(31, 16, 16))
+    for suffix, tick in (("gif", 0.01), ("webp", 0.001), ("mp4", 0.001)):
+        path = saving.save_clip(tmp_path / f"clip.{suffix}", frames, fps=fps)
+        if suffix == "mp4":
+            seconds = imageio.get_reader(path).get_meta_data()["duration"]  # to a hundredth
+        else:
+            with Image.open(path) as image:
+                assert image.info["loop"] == 0
+                durations = [duration_of(image, index) for index in range(image.n_frames)]
+            assert min(durations) >= 0.02 if suffix == "gif" else True  # else browsers take 0.1
+            seconds = sum(durations)
+        assert seconds == pytest.approx(31 / fps, abs=max(tick, 0.01)), suffix
+
+
+def duration_of(image, index):
+    image.seek(index)
+    image.load()
+    return image.info["duration"] / 1000
+
+
 @pytest.mark.parametrize("suffix", ["gif", "webp"])
-def test_an_animated_image_loops_at_the_speed_of_the_clip(tmp_path, suffix):
+def test_an_animated_image_shows_the_frames(tmp_path, suffix):
     frames = saving.to_pixels(gradient(5, 32, 48))
     path = saving.save_clip(tmp_path / f"clip.{suffix}", frames, fps=20)
     with Image.open(path) as image:
-        assert image.n_frames == 5 and image.info["loop"] == 0
+        assert image.n_frames == 5
         for index, frame in enumerate(frames):
-            image.seek(index)
-            image.load()
-            assert image.info["duration"] == 50  # milliseconds
+            assert duration_of(image, index) == 0.05
             shown = np.asarray(image.convert("RGB")).astype(int)
             assert np.abs(shown - frame).mean() < 20  # 256 colours for all of the gradient, dithered
     assert list(tmp_path.iterdir()) == [path]
@@ -170,42 +221,54 @@ def test_the_frames_of_a_gif_share_one_palette(tmp_path):
     assert len(np.unique(frames[0].reshape(-1, 3), axis=0)) < 100  # the others' colours are the rest
 
 
-def test_a_clip_as_png_is_a_folder_of_its_frames(tmp_path, no_ffmpeg):
+def test_a_clip_as_png_is_a_folder_of_its_frames(tmp_path, ffmpeg):
     frames = saving.to_pixels(gradient(3))
+    ffmpeg(None)
     for suffix in ("png", "mp4"):  # the latter for want of ffmpeg
         folder = saving.save_clip(tmp_path / f"{suffix}_clip.{suffix}", frames, fps=10)
         assert folder == tmp_path / f"{suffix}_clip"
         assert np.array_equal(imageio.imread(folder / "2.png"), frames[2])
 
 
-def test_without_ffmpeg_there_are_frames_and_one_warning(tmp_path, no_ffmpeg, caplog):
-    frames = saving.to_pixels(gradient(3))
+BROKEN = {
+    "missing": (None, "pip install imageio-ffmpeg"),
+    "without libx264": ("echo \"Unknown encoder 'libx264'\" >&2; exit 8", "Unknown encoder 'libx264'"),
+    "dies": ("head -c 100 >/dev/null; kill -9 $$", "status -9"),
+    "does not start": ("", "does not start"),
+    "hangs": ("exec sleep 60", "not done after 0.3 s"),
+    "writes nothing": ("cat >/dev/null", "no mp4"),
+    "writes an empty file": ('cat >/dev/null; : >"$out"', "no mp4"),
+    "writes rubbish": ('cat >/dev/null; echo rubbish >"$out"', "no mp4"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_without_a_working_encoder_there_are_frames_and_one_warning(
+    tmp_path, ffmpeg, monkeypatch, caplog, how
+):
+    script, said = BROKEN[how]
+    ffmpeg(script)
+    monkeypatch.setattr(saving, "ENCODER_SECONDS", 0.3 if how == "hangs" else 30)
+    monkeypatch.setattr(saving, "ENCODER_SECONDS_PER_FRAME", 0)
+    frames = saving.to_pixels(gradient(3, 160, 160))  # more than a pipe holds
     with caplog.at_level(logging.WARNING):
         assert saving.save_video(tmp_path / "clip.mp4", frames, fps=16) is None
-        assert saving.save_video(tmp_path / "other.mp4", frames, fps=16) is None
-        saving.save_test_frame(tmp_path, 1, 0, gradient()[0])
-        assert saving.save_test_video(tmp_path, 1) is None
+        assert saving.save_test(tmp_path, 1, [gradient()[0]]) is None
     (warning,) = caplog.records
-    assert "pip install imageio-ffmpeg" in warning.getMessage()
+    assert said in warning.getMessage() and "only PNG frames" in warning.getMessage()
     written = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file())
-    folders = ("clip", "other")
-    assert written == sorted([f"{f}/{k}.png" for f in folders for k in range(3)] + ["it1-test/0.png"])
+    assert written == [*(f"clip/{k}.png" for k in range(3)), "it1-test/0.png"]
 
 
 # -- whole files ---------------------------------------------------------------------------------
 
 
-def test_a_video_that_fails_half_way_leaves_the_old_file_and_no_other(tmp_path):
+def test_a_video_that_fails_half_way_leaves_the_old_file_and_no_other(tmp_path, ffmpeg):
     path = tmp_path / "clip.mp4"
     path.write_bytes(b"the old one")
-
-    def frames():
-        yield np.zeros((16, 16, 3), np.uint8)
-        assert path.read_bytes() == b"the old one"
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        saving.write_mp4(path, frames(), fps=16)
+    ffmpeg('echo half >"$out"; exit 1')
+    with pytest.raises(saving.EncoderError):
+        saving.write_video(path, np.zeros((2, 16, 16, 3), np.uint8), fps=16)
     assert path.read_bytes() == b"the old one"
     assert list(tmp_path.iterdir()) == [path]
 
