@@ -344,8 +344,12 @@ def _drop_replaced(below: DictConfig, layer: DictConfig) -> None:
         mine, theirs = layer._get_node(key), below._get_node(key)
         if isinstance(mine, DictConfig) and isinstance(theirs, DictConfig):
             _drop_replaced(theirs, mine)
-        elif "_type" in str(key) and theirs is not None and mine != theirs:
+        elif "_type" in str(key) and theirs is not None and _canonical(mine) != _canonical(theirs):
             below.pop(key.replace("_type", "", 1), None)
+
+
+def _canonical(node: Any) -> Any:
+    return registry.ALIASES.get(node._value(), node._value())
 
 
 def _record(layer: DictConfig, source: str, sources: dict[str, str], prefix: str = "") -> None:

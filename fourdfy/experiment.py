@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from fourdfy.bounds import number
 from fourdfy.callbacks.saving import sanitize_tag
 from fourdfy.config import ConfigError, LoadedConfig, build, ignored, parse_config, slot, warn_of_ignored
 from fourdfy.data.base import DataModule
@@ -19,14 +20,15 @@ from fourdfy.systems.supervision import SupervisionPlan, plan_supervision
 class TrainerConfig:
     """``trainer``: how Lightning's Trainer runs the stage."""
 
-    max_steps: int = 10000
-    log_every_n_steps: int = 50
-    num_sanity_val_steps: int = 0
-    val_check_interval: int = 1000
+    max_steps: int = number(10000, 0)
+    log_every_n_steps: int = number(50, 1)
+    num_sanity_val_steps: int = number(0, 0)
+    val_check_interval: int = number(1000, 0)
     """Training steps between validations; 0 for none."""
     enable_progress_bar: bool = ignored("the progress line is always written", True)
-    precision: int | str = 32
-    gradient_clip_val: float | None = None
+    precision: Literal[32, "32-true", "16-mixed", "bf16-mixed", 16, "bf16"] = 32
+    """``16`` and ``bf16`` are older names of the mixed ones."""
+    gradient_clip_val: float | None = number(None, 0)
     deterministic: bool = False
     """Refuse operations without a deterministic implementation (CUDA only; the CPU always is). The hash
     grid then runs on its plain reference, which is much slower."""
@@ -37,13 +39,9 @@ class TrainerConfig:
 class CheckpointConfig:
     """``checkpoint``: ``ckpts/last.ckpt``, also written at the end and on SIGTERM or SIGINT."""
 
-    every_n_train_steps: int = 1000
+    every_n_train_steps: int = number(1000, 1)
     save_last: bool = ignored("there is one checkpoint, the last", True)
     save_top_k: int = ignored("there is one checkpoint, the last", 0)
-
-    def __post_init__(self) -> None:
-        if self.every_n_train_steps < 1:
-            raise ValueError(f"every_n_train_steps={self.every_n_train_steps}: expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,13 +51,18 @@ class ExperimentConfig:
     name: str = "default"
     tag: str = ""
     description: str = ""
-    seed: int = 0
+    seed: int = number(0, 0)
     exp_root_dir: str = "outputs"
     use_timestamp: bool = True
     timestamp: str = ""
     """Set by the run itself; part of the trial folder's name."""
     resume: str | None = None
     """A checkpoint of this very experiment: training goes on, or evaluation takes its weights."""
+    exp_dir: str = ""
+    trial_name: str = ""
+    trial_dir: str = ""
+    """Written by the original into its ``parsed.yaml``; they follow from the keys above and are not read."""
+    n_gpus: int = ignored("a run uses one GPU", 1)
     data_type: str = "single-multiview-combined-camera-datamodule"
     data: Any = slot(DataModule, "data_type")
     system_type: str = "fourdfy-system"

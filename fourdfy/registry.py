@@ -42,6 +42,15 @@ MODULES = {
     "fourdfy-system": "fourdfy.systems.fourdfy",
 }
 
+ALIASES = {
+    "4dfy-single-multiview-combined-camera-datamodule": "single-multiview-combined-camera-datamodule",
+    "4dfy-zeroscope-guidance": "zeroscope-guidance",
+    "4dfy-zeroscope-prompt-processor": "zeroscope-prompt-processor",
+    "mvdream-multiview-diffusion-guidance": "multiview-diffusion-guidance",
+    "mvdream-neural-environment-map-background": "neural-environment-map-background",
+}
+"""What threestudio's extensions for 4D-fy and MVDream call the same components."""
+
 _CLASSES: dict[str, type] = {}
 
 
@@ -49,13 +58,15 @@ def register(name: str) -> Callable[[type], type]:
     """Class decorator: make the class known as ``name`` in configs.
 
     Raises:
-        ValueError: another class has the name.
+        ValueError: another class has the name, or it is one of the project's own.
     """
 
     def wrap(cls: type) -> type:
-        known = _CLASSES.get(name)
-        if known is not None and known.__qualname__ != cls.__qualname__:
-            raise ValueError(f"{name!r} is already registered for {known.__qualname__}")
+        own, known = MODULES.get(ALIASES.get(name, name)), _CLASSES.get(name)
+        if own and own != cls.__module__:
+            raise ValueError(f"{name!r} is already registered, in {own}")
+        if known and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(f"{name!r} is already registered for {known.__module__}.{known.__qualname__}")
         _CLASSES[name] = cls
         return cls
 
@@ -68,6 +79,7 @@ def find(name: str, kind: type) -> type:
     Raises:
         ValueError: no such name, or a class of another kind; says which names there are.
     """
+    name = ALIASES.get(name, name)
     if name not in _CLASSES and name in MODULES:
         import_module(MODULES[name])
     cls = _CLASSES.get(name)

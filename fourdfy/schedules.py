@@ -1,8 +1,8 @@
 """Scheduled scalars: a number, or ``[start, v0, v1, end]``, or ``[v0, v1, end]`` with start 0.
 
-The ramp is ``v0 + (v1 - v0) * clip((now - start) / (end - start), 0, 1)``. ``now`` is the global
-step where ``end`` is an int and the epoch where it is a float (threestudio's rule, kept because its
-YAML files rely on it; an endless training epoch stays 0, so a float end never moves).
+The ramp is ``v0 + (v1 - v0) * clip((step - start) / (end - start), 0, 1)`` of the global step. In
+threestudio an ``end`` that is a float counts epochs. Training is one endless epoch, so such a schedule
+would never move; it is refused.
 """
 
 from __future__ import annotations
@@ -15,18 +15,17 @@ Schedule = Any
 """Annotation of a config field that holds a scheduled scalar; check it with ``check_schedule``."""
 
 
-def schedule_value(value: Schedule, step: int, epoch: int = 0) -> float | int:
-    """The scalar at ``step``. A number is returned as it is, its type kept.
+def schedule_value(value: Schedule, step: int) -> float | int:
+    """The scalar at the global ``step``. A number is returned as it is, its type kept.
 
     Raises:
-        ValueError: not a number and not a list of 3 or 4 numbers with start != end.
+        ValueError: not a number and not a list of 3 or 4 numbers with whole start != end.
     """
     check_schedule(value, "schedule")
     if isinstance(value, int | float):
         return value
     start, v0, v1, end = value if len(value) == 4 else [0, *value]
-    now = step if isinstance(end, int) else epoch
-    return v0 + (v1 - v0) * max(min(1.0, (now - start) / (end - start)), 0.0)
+    return v0 + (v1 - v0) * max(min(1.0, (step - start) / (end - start)), 0.0)
 
 
 def schedule_max(value: Schedule) -> float | int:
@@ -44,5 +43,10 @@ def check_schedule(value: Schedule, key: str) -> None:
         raise ValueError(expected)
     if not all(isinstance(number, int | float) for number in value):
         raise ValueError(expected)
-    if (value[0] if len(value) == 4 else 0) == value[-1]:
+    if isinstance(end := value[-1], float):
+        step = max(1, round(end)) if math.isfinite(end) else "a whole number"
+        raise ValueError(
+            f"{key}={value!r}: a schedule ends at a step, {end!r} would count epochs; write {step}"
+        )
+    if (value[0] if len(value) == 4 else 0) == end:
         raise ValueError(f"{expected}; start and end are equal")

@@ -193,6 +193,24 @@ def test_a_name_cannot_be_registered_twice():
             pass
 
 
+def test_a_class_of_the_same_name_in_another_module_does_not_take_the_place():
+    twin = type("Cat", (Animal,), {"__module__": "my_cats", "__qualname__": "Cat"})
+    with pytest.raises(ValueError, match=r"'test-cat' is already registered for .*test_config\.Cat"):
+        registry.register("test-cat")(twin)
+
+
+def test_importing_a_module_again_is_no_second_class():
+    again = type("Cat", (Animal,), {"__module__": Cat.__module__, "__qualname__": Cat.__qualname__})
+    assert registry.register("test-cat")(again) is again
+    registry.register("test-cat")(Cat)
+
+
+@pytest.mark.parametrize("name", ["implicit-volume", "4dfy-zeroscope-guidance"])
+def test_a_plugin_cannot_take_the_name_of_a_component_of_the_project(name):
+    with pytest.raises(ValueError, match=r"already registered, in fourdfy\."):
+        registry.register(name)(type("Mine", (Animal,), {}))
+
+
 def test_find_says_which_kind_it_wanted():
     class Plant(Component):
         pass

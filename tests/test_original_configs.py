@@ -6,6 +6,7 @@ whole list of where ours differ; docs/differences.md explains it.
 
 import fnmatch
 import logging
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from fourdfy.config import load_config
+from fourdfy.config import component_class, load_config
 from fourdfy.experiment import parse_experiment
 from fourdfy.recipe import load_recipe
 from tests.launching import CONFIGS, ROOT
@@ -134,3 +135,54 @@ def test_our_own_files_set_nothing_without_effect(name, caplog):
     with caplog.at_level(logging.WARNING, "fourdfy.config"):
         load_recipe([CONFIGS / f"{name}.yaml"], [PROMPT])
     assert not caplog.records
+
+
+def test_the_original_s_parsed_yaml_loads(tmp_path, caplog):
+    file = write_original("fourdfy_stage_2", tmp_path)
+    started = "@20240131-120000"
+    parsed = OmegaConf.to_container(OmegaConf.load(file))
+    for suffix in ("", "_multi_view", "_video"):
+        parsed["system"][f"prompt_processor{suffix}"]["prompt"] = "a panda dancing"
+    parsed |= {
+        "description": "",
+        "tag": "a_panda_dancing",
+        "use_timestamp": True,
+        "timestamp": started,
+        "exp_dir": "outputs/fourdfy_stage_2",
+        "trial_name": f"a_panda_dancing{started}",
+        "trial_dir": f"outputs/fourdfy_stage_2/a_panda_dancing{started}",
+        "n_gpus": 1,
+        "resume": None,
+    }
+    OmegaConf.save(OmegaConf.create(parsed), file)
+    with caplog.at_level(logging.WARNING, "fourdfy.config"):
+        theirs = load_recipe([file], [])[0].experiment
+    assert str(theirs.trial_dir) == parsed["trial_dir"]
+    assert not {"exp_dir", "trial_name", "trial_dir", "n_gpus"} & set(re.findall(r"\w+", caplog.text))
+    load_recipe([file], ["n_gpus=2"])
+    assert "n_gpus: a run uses one GPU" in caplog.text
+
+
+EXTENSION = {
+    "data_type": "4dfy-single-multiview-combined-camera-datamodule",
+    "system.background_type": "mvdream-neural-environment-map-background",
+    "system.background.share_aug": "true",
+    "system.guidance_type_multi_view": "mvdream-multiview-diffusion-guidance",
+    "system.guidance_type_video": "4dfy-zeroscope-guidance",
+    "system.prompt_processor_type_video": "4dfy-zeroscope-prompt-processor",
+}
+
+
+def test_what_threestudio_s_extension_calls_the_components_is_understood(caplog):
+    """The names in the files of threestudio-4dfy, each of which loads what the original's name does."""
+    overrides = [f"{key}={name}" for key, name in EXTENSION.items()]
+    with caplog.at_level(logging.WARNING, "fourdfy.config"):
+        theirs = load_recipe([CONFIGS / "fourdfy_stage_3.yaml"], [PROMPT, *overrides])[0].experiment
+    ours = load_recipe([CONFIGS / "fourdfy_stage_3.yaml"], [PROMPT])[0].experiment
+    assert theirs.cfg.system.guidance_video == ours.cfg.system.guidance_video
+    for part in ("guidance_video", "guidance_multi_view", "background", "prompt_processor_video"):
+        mine, its = (component_class(getattr(e.cfg.system, part)) for e in (ours, theirs))
+        assert mine is its
+    assert not caplog.records
+    load_recipe([CONFIGS / "fourdfy_stage_3.yaml"], [PROMPT, "system.background.share_aug=false"])
+    assert "system.background.share_aug: all frames of a call share the colour" in caplog.text

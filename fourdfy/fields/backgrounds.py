@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fourdfy.config import build, inner_slot
+from fourdfy.config import build, ignored, inner_slot
 from fourdfy.fields.base import Background
 from fourdfy.fields.encodings import CompositeEncoding, Encoding
 from fourdfy.fields.mlp import VanillaMLP
@@ -31,6 +31,7 @@ class AugmentedConfig(Background.Config):
     """Of that, per call; all frames of a call share the colour."""
     random_aug_colors: list[list[float]] | None = None
     """Colours to draw from; null: uniform in the colour cube."""
+    share_aug: bool = ignored("all frames of a call share the colour", True)
 
     def __post_init__(self) -> None:
         if self.n_output_dims != 3:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,14 +26,37 @@ class OptimizerConfig:
     args: dict[str, Any] = field(default_factory=dict)
     params: dict[str, Any] = field(default_factory=dict)
     """Dotted path from the system (``geometry.encoding``) -> group options (``{lr: 0.01}``); null
-    switches an inherited group off. What no path names is not trained."""
+    switches an inherited group off. What no path names is not trained; without any, everything is."""
 
     def __post_init__(self) -> None:
-        if not isinstance(getattr(torch.optim, self.name, None), type):
+        if not _is_optimizer(self.name):
             raise ValueError(f"name={self.name!r}: no such class in torch.optim, e.g. AdamW")
+        self._check("args", self.args)
         for path, options in self.params.items():
             if options is not None and not isinstance(options, Mapping):
-                raise ValueError(f"params[{path!r}]={options!r}: expected options such as {{lr: 0.01}}")
+                raise ValueError(f"params.{path}={options!r}: expected options such as {{lr: 0.01}}")
+            self._check(f"params.{path}", options or {})
+
+    def _check(self, place: str, options: Mapping[str, Any]) -> None:
+        """Raise a ValueError unless the optimizer takes these options, with these values."""
+        known = [key for key in inspect.signature(getattr(torch.optim, self.name)).parameters]
+        for key in options.keys() - known[1:]:
+            guess = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {guess[0]!r}?" if guess else f"known: {', '.join(known[1:])}"
+            raise ValueError(f"{place}.{key}: {self.name} has no such option; {hint}")
+        if problem := self._refusal(self.args | options):
+            alone = ((key, self._refusal({key: value})) for key, value in options.items())
+            key, problem = next(((key, why) for key, why in alone if why), ("", problem))
+            given = f".{key}={options[key]!r}" if key else f"={options!r}"
+            raise ValueError(f"{place}{given}: {self.name} refuses it: {problem}")
+
+    def _refusal(self, options: Mapping[str, Any]) -> str:
+        """What the optimizer's constructor says to the options; "" if it takes them."""
+        try:
+            getattr(torch.optim, self.name)([torch.zeros(1, 1)], **options)
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            return str(error)
+        return ""
 
 
 def parameter_groups(
@@ -42,30 +66,40 @@ def parameter_groups(
     absent: Collection[str] = (),
     untrained: Iterable[nn.Parameter] = (),
 ) -> list[dict[str, Any]]:
-    """One optimizer group for each path, in order; a parameter belongs to the first that has it.
+    """One optimizer group for each path, in order; a parameter belongs to the most specific path.
 
     Args:
+        params: group options by path; empty: one group of everything that learns.
         absent: parts that this system could have and has not; their groups are left out.
         untrained: parameters that no step reaches; like frozen ones they are in no group.
 
     Raises:
-        ConfigError: a path leads nowhere or to no parameter; says what there is.
+        ConfigError: a path leads nowhere or to no parameter; says what there is. Or nothing is left to train.
     """
-    groups, taken, frozen_ids = [], set(), {id(parameter) for parameter in untrained}
-    for path, options in params.items():
-        if options is None or path.split(".")[0] in absent:
-            continue
-        parameters = [p for p in _parameters_at(system, path) if id(p) not in taken]
+    if params:
+        found = {path: _parameters_at(system, path) for path in params if path.split(".")[0] not in absent}
+    else:
+        found, params = {"system": list(system.parameters())}, {"system": {}}
+    wanted = {path: parameters for path, parameters in found.items() if params[path] is not None}
+    owner: dict[int, str] = {}
+    for path in sorted(wanted, key=lambda path: -path.count(".")):
+        for parameter in wanted[path]:
+            owner.setdefault(id(parameter), path)
+
+    groups, frozen_ids = [], {id(parameter) for parameter in untrained}
+    for path, parameters in wanted.items():
         if not parameters:
             raise ConfigError(
-                f"system.optimizer.params: {path!r} holds no parameter (of its own); "
+                f"system.optimizer.params: {path!r} holds no parameter; "
                 f"groups could be: {', '.join(_groups_of(system))}"
             )
-        taken |= {id(p) for p in parameters}
-        if learning := [p for p in parameters if p.requires_grad and id(p) not in frozen_ids]:
-            groups.append({"params": learning, "name": path, **options})
+        own = [p for p in parameters if owner[id(p)] == path]
+        if learning := [p for p in own if p.requires_grad and id(p) not in frozen_ids]:
+            groups.append({"params": learning, "name": path, **params[path]})
         else:
             logger.info("system.optimizer.params: no step of this stage trains %s", path)
+    if not groups:
+        raise ConfigError("system.optimizer.params: no group holds anything that this stage trains")
     return groups
 
 
@@ -86,6 +120,11 @@ def build_optimizer(
         if id(parameter) not in trained:
             parameter.requires_grad_(False)
     return getattr(torch.optim, cfg.name)(groups, **cfg.args)
+
+
+def _is_optimizer(name: str) -> bool:
+    found = getattr(torch.optim, name, None)
+    return isinstance(found, type) and issubclass(found, torch.optim.Optimizer) and name != "Optimizer"
 
 
 def _parameters_at(system: nn.Module, path: str) -> list[nn.Parameter]:

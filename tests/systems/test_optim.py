@@ -48,6 +48,70 @@ def test_groups_hold_only_what_some_step_trains(toy):
     ]
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_most_specific_path_has_a_parameter_in_any_order(toy, order):
+    params = {
+        "geometry": {"lr": 0.1},
+        "geometry.encoding": {"lr": 0.2},
+        "geometry.encoding.bias": {"lr": 0.3},
+    }
+    groups = parameter_groups(toy, dict(list(params.items())[::order]))
+    encoding, network = toy.geometry.encoding, toy.geometry.network
+    assert {g["lr"]: [id(p) for p in g["params"]] for g in groups} == {
+        0.1: [id(network.weight), id(network.bias)],
+        0.2: [id(encoding.weight)],
+        0.3: [id(encoding.bias)],
+    }
+
+
+def test_a_path_whose_parameters_are_all_in_other_groups_is_left_out(toy):
+    toy.geometry["whole"] = nn.Sequential(toy.geometry.encoding)
+    groups = parameter_groups(toy, {"geometry.whole": {"lr": 0.1}, "geometry.whole.0": {"lr": 0.2}})
+    assert [g["name"] for g in groups] == ["geometry.whole.0"]
+
+
+def test_without_any_path_everything_that_learns_is_one_group(toy):
+    toy.geometry.network.bias.requires_grad_(False)
+    optimizer = build_optimizer(OptimizerConfig(args={"lr": 0.5}), toy, untrained=[toy.scale])
+    (group,) = optimizer.param_groups
+    expected = [toy.geometry.encoding.weight, toy.geometry.encoding.bias, toy.geometry.network.weight]
+    assert [id(p) for p in group["params"]] == [id(p) for p in expected]
+    assert (group["name"], group["lr"]) == ("system", 0.5)
+
+
+def test_nothing_to_train_is_an_error(toy):
+    with pytest.raises(ConfigError, match="no group holds anything that this stage trains"):
+        parameter_groups(toy, {"scale": None})
+
+
+def test_a_group_that_is_switched_off_must_exist(toy):
+    with pytest.raises(ConfigError, match=r"'scale\.lr' leads nowhere at 'lr'"):
+        parameter_groups(toy, {"scale": {"lr": 0.1}, "scale.lr": None})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"args": {"beta": [0.9, 0.9]}}, r"args\.beta: AdamW has no such option; did you mean 'betas'\?"),
+        ({"params": {"a.b": {"lrr": 0.1}}}, r"params\.a\.b\.lrr: AdamW has no such option; .* 'lr'\?"),
+        ({"params": {"a": {"encoding": {"lr": 1}}}}, r"params\.a\.encoding: AdamW has no such option"),
+        ({"params": {"a.b": {"lr": -1}}}, r"params\.a\.b\.lr=-1: AdamW refuses it: Invalid learning rate"),
+        ({"params": {"a.b": {"lr": None}}}, r"params\.a\.b\.lr=None: AdamW refuses it"),
+        ({"args": {"betas": [0.9]}}, r"args\.betas=\[0\.9\]: AdamW refuses it"),
+        ({"name": "SGD", "args": {"nesterov": True, "momentum": 0}}, "SGD refuses it: Nesterov"),
+        ({"params": {"a.b": 0.1}}, r"params\.a\.b=0\.1: expected options such as"),
+        ({"name": "Optimizer"}, r"no such class in torch\.optim"),
+    ],
+)
+def test_options_that_the_optimizer_does_not_take_are_refused_by_key(options, message):
+    with pytest.raises(ValueError, match=message):
+        OptimizerConfig(**options)
+
+
+def test_options_that_need_each_other_are_taken():
+    OptimizerConfig(name="SGD", args={"momentum": 0.9}, params={"a": {"nesterov": True}})
+
+
 def test_what_no_group_has_is_frozen_for_good(toy):
     build_optimizer(OptimizerConfig(params={"scale": {"lr": 0.5}}), toy)
     assert [name for name, p in toy.named_parameters() if p.requires_grad] == ["scale"]
