@@ -27,7 +27,8 @@ from gpus import environment, spread
 
 from fourdfy.config import load_config
 from fourdfy.experiment import Experiment, parse_experiment
-from fourdfy.run import build_trainer
+from fourdfy.systems.lightning import LightningData, LightningSystem
+from fourdfy.trainer import build_trainer
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("fourdfy_stage_*.yaml"))
@@ -82,7 +83,9 @@ def measure(name: str, models: Path, steps: int, overrides: list[str]) -> dict[s
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stopwatch = Stopwatch()
     trainer = build_trainer(experiment, device, [stopwatch])
-    trainer.fit(experiment.build_system(), experiment.build_data())
+    system = experiment.build_system()
+    system.prepare(torch.device(device), resumed=False)
+    trainer.fit(LightningSystem(system), LightningData(experiment.build_data()))
     return {"kinds": stopwatch.summary(), "mixture_ms": mixture(experiment, stopwatch.summary())}
 
 

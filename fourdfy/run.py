@@ -6,17 +6,14 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import pytorch_lightning as pl
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+import torch
 
-from fourdfy.callbacks.progress import ProgressLine
-from fourdfy.callbacks.renders import SaveRenders
 from fourdfy.config import ConfigError
 from fourdfy.experiment import Experiment
 from fourdfy.plan import fetch_models, print_plan
 from fourdfy.recipe import Stage, load_recipe
 from fourdfy.systems.base import System
-from fourdfy.systems.checkpoint import LastCheckpoint, SafeCheckpointIO, read_checkpoint
+from fourdfy.systems.checkpoint import read_checkpoint
 from fourdfy.trial import prepare_trial
 
 logger = logging.getLogger(__name__)
@@ -55,19 +52,25 @@ def train_stage(stage: Stage, *, device: str, command: Sequence[str], test: bool
     if stage.is_finished or (stage.is_trained and not test):
         logger.info("%s: finished already, in %s", stage.label, experiment.trial_dir)
         return
+    # Lightning takes seconds to import: not before there is something to run.
+    from fourdfy.callbacks.last_checkpoint import LastCheckpoint
+    from fourdfy.callbacks.progress import ProgressLine
+    from fourdfy.systems.lightning import LightningData, LightningSystem
+    from fourdfy.trainer import build_trainer
+
     prepare_trial(experiment, stage.files, command)
     logger.info("%s: writing to %s", stage.label, experiment.trial_dir)
     last = LastCheckpoint(experiment.last_checkpoint, experiment.cfg.checkpoint.every_n_train_steps)
     trainer = build_trainer(experiment, device, [last, ProgressLine(stage.label)])
-    system, data = experiment.build_system(), experiment.build_data()
-    if stage.resume_from is None:
-        system.load_weights()
-    trainer.fit(system, data, ckpt_path=stage.resume_from, weights_only=True)
+    system = experiment.build_system()
+    system.prepare(torch.device(device), resumed=stage.resume_from is not None)
+    module, data = LightningSystem(system), LightningData(experiment.build_data())
+    trainer.fit(module, data, ckpt_path=stage.resume_from, weights_only=True)
     if last.signal is not None:
         logger.info("stopped at step %d; the same command goes on from there", trainer.global_step)
         raise Stopped(128 + last.signal)
     if test:
-        trainer.test(system, data, verbose=False, weights_only=True)
+        trainer.test(module, data, verbose=False, weights_only=True)
         stage.mark_finished()
 
 
@@ -82,9 +85,12 @@ def evaluate(mode: str, experiment: Experiment, *, device: str) -> None:
     if mode == "export":
         export(system, experiment)
         return
+    from fourdfy.systems.lightning import LightningData, LightningSystem
+    from fourdfy.trainer import build_trainer
+
     trainer = build_trainer(experiment, device, [])
     loop = trainer.test if mode == "test" else trainer.validate
-    loop(system, experiment.build_data(), verbose=False, weights_only=True)
+    loop(LightningSystem(system), LightningData(experiment.build_data()), verbose=False, weights_only=True)
     logger.info("written to %s", experiment.trial_dir / "save")
 
 
@@ -92,7 +98,7 @@ def export(system: System, experiment: Experiment) -> None:
     """``save/it{step}-export/``: what ``system.exporter`` makes of the scene."""
     data, dynamic = experiment.build_data(), experiment.plan.dynamic
     cameras = data.val_cameras(dynamic) | data.test_cameras(dynamic)
-    folder = experiment.trial_dir / "save" / f"it{system.loaded_step}-export"
+    folder = experiment.trial_dir / "save" / f"it{system.step}-export"
     for path in system.export(folder, cameras):
         logger.info("%s  %s", path, _size(path))
 
@@ -103,36 +109,10 @@ def load_system(experiment: Experiment, device: str, path: str | Path | None) ->
         raise ConfigError("resume: missing; give resume=<trial>/ckpts/last.ckpt")
     checkpoint = read_checkpoint(path)
     system = experiment.build_system()
-    system.on_load_checkpoint(checkpoint)
-    system.load_state_dict(checkpoint["state_dict"])
+    system.load_checkpoint(checkpoint)
     return system.to(device).eval()
 
 
 def _size(path: Path) -> str:
     files = [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
     return f"{sum(file.stat().st_size for file in files) / 1e6:.2f} MB"
-
-
-def build_trainer(experiment: Experiment, device: str, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
-    """Lightning's Trainer as every mode uses it."""
-    cfg, trial = experiment.cfg.trainer, experiment.trial_dir
-    return pl.Trainer(
-        accelerator="gpu" if device == "cuda" else "cpu",
-        devices=1,
-        max_steps=cfg.max_steps,
-        min_epochs=0,
-        log_every_n_steps=cfg.log_every_n_steps,
-        num_sanity_val_steps=cfg.num_sanity_val_steps,
-        val_check_interval=cfg.val_check_interval or None,
-        limit_val_batches=None if cfg.val_check_interval else 0,
-        precision=cfg.precision,  # type: ignore[arg-type]
-        gradient_clip_val=cfg.gradient_clip_val,
-        deterministic=cfg.deterministic,
-        inference_mode=False,
-        logger=[TensorBoardLogger(trial, name="tb_logs"), CSVLogger(trial, name="csv_logs")],
-        callbacks=[*callbacks, SaveRenders(trial / "save")],
-        plugins=[SafeCheckpointIO()],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )

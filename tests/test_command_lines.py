@@ -195,10 +195,10 @@ class Watch:
             LatentGuidance.call_unet,
         )
 
-        def watched_step(system, batch, index):
+        def watched_step(system, batch):
             self.system = system
             self.batches += [batch] if batch.step == "video" else []
-            return training_step(system, batch, index)
+            return training_step(system, batch)
 
         def watched_forward(geometry, positions, times, **options):
             if torch.is_grad_enabled():

@@ -9,7 +9,7 @@ import pytest
 from fourdfy.config import ConfigError
 from fourdfy.recipe import load_recipe
 from fourdfy.systems.checkpoint import read_checkpoint
-from fourdfy.systems.fourdfy import FourdfySystem
+from fourdfy.systems.lightning import LightningSystem
 from tests.launching import launch, trial
 
 STAGES = ("shapes_stage_1", "shapes_stage_2", "shapes_stage_3")
@@ -19,7 +19,7 @@ STAGES = ("shapes_stage_1", "shapes_stage_2", "shapes_stage_3")
 def steps(monkeypatch):
     """(stage's first guidance, global step) of every training step that is computed."""
     computed = []
-    original = FourdfySystem.training_step
+    original = LightningSystem.training_step
 
     def counted(self, batch, batch_idx):
         computed.append((self.trainer.logger.log_dir.split("/")[-4], self.global_step))
@@ -29,7 +29,7 @@ def steps(monkeypatch):
 
     counted.actions = {}
     computed_actions = counted.actions
-    monkeypatch.setattr(FourdfySystem, "training_step", counted)
+    monkeypatch.setattr(LightningSystem, "training_step", counted)
     return computed, computed_actions
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 
+from fourdfy.systems.lightning import LightningSystem
+
 REDRAW_SECONDS = {True: 0.5, False: 15.0}
 """On a terminal the line is redrawn in place; in a log a new one is written now and then."""
 
@@ -27,23 +29,23 @@ class ProgressLine(pl.Callback):
         self._began = self._drawn = time.monotonic()
         self._first_step = trainer.global_step
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LightningSystem, *args: Any) -> None:
         now = time.monotonic()
         due = now - self._drawn >= REDRAW_SECONDS[self._live]
         if due and trainer.global_step < trainer.max_steps:  # the last line is on_train_end's
             self._drawn = now
-            self._write(self._line(trainer, now), end="")
+            self._write(self._line(trainer, pl_module, now), end="")
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._write(self._line(trainer, time.monotonic()), end="\n" if self._live else "")
+    def on_train_end(self, trainer: pl.Trainer, pl_module: LightningSystem) -> None:
+        self._write(self._line(trainer, pl_module, time.monotonic()), end="\n" if self._live else "")
 
-    def _line(self, trainer: pl.Trainer, now: float) -> str:
+    def _line(self, trainer: pl.Trainer, module: LightningSystem, now: float) -> str:
         step, last = trainer.global_step, trainer.max_steps
         rate = (step - self._first_step) / max(now - self._began, 1e-6)
         left = (last - step) / rate if rate else 0.0
         losses = "  ".join(
-            f"{name.removeprefix('loss/')} {float(value):.3g}"
-            for name, value in sorted(trainer.callback_metrics.items())
+            f"{name.removeprefix('loss/')} {value:.3g}"
+            for name, value in sorted(module.means.read().items())
             if name.startswith("loss/")
         )
         return (

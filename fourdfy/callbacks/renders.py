@@ -33,10 +33,10 @@ class SaveRenders(pl.Callback):
         self._images: dict[str, dict[str, list[Tensor]]] = defaultdict(dict)
         self._trained = False
 
-    def on_fit_start(self, trainer: pl.Trainer, system: Any) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, module: Any) -> None:
         self._trained = True
 
-    def _gather(self, trainer: Any, system: Any, outputs: RenderOutput, batch: EvalBatch, *args: Any) -> None:
+    def _gather(self, trainer: Any, module: Any, outputs: RenderOutput, batch: EvalBatch, *args: Any) -> None:
         images = {
             "rgb": outputs.comp_rgb,
             "normal": outputs.comp_normal,
@@ -50,24 +50,24 @@ class SaveRenders(pl.Callback):
     on_validation_batch_end = _gather
     on_test_batch_end = _gather
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, system: Any) -> None:
+    def on_validation_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
         with self._written("validation images"):
             views, clip = self._shown("val"), self._shown("val_video")
             for index, images in enumerate(zip(*views, strict=True)):
-                saving.save_validation(self.save_dir, system.step, index, images)
+                saving.save_validation(self.save_dir, module.system.step, index, images)
             if clip:
                 clips = [torch.stack(frames) for frames in clip]
-                saving.save_validation_video(self.save_dir, system.step, 0, clips)
+                saving.save_validation_video(self.save_dir, module.system.step, 0, clips)
 
-    def on_test_epoch_end(self, trainer: pl.Trainer, system: Any) -> None:
+    def on_test_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
         with self._written("test images and videos (--test renders them again)"):
             for split in ("test", "test_static"):
                 images = self._images[split]
                 for name, kind in (("rgb", split), ("normal", split.replace("test", "test-normal"))):
                     if name in images:
-                        saving.save_test(self.save_dir, system.step, images[name], kind=kind)
+                        saving.save_test(self.save_dir, module.system.step, images[name], kind=kind)
             if depths := self._images["test"].get("depth"):
-                saving.save_depths(self.save_dir, system.step, depths)
+                saving.save_depths(self.save_dir, module.system.step, depths)
 
     @contextmanager
     def _written(self, what: str) -> Iterator[None]:

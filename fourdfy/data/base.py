@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
-import pytorch_lightning as pl
+from abc import abstractmethod
+
+from torch.utils.data import DataLoader
 
 from fourdfy.config import Component
+from fourdfy.types import Cameras
 
 
-class DataModule(Component, pl.LightningDataModule):
+class DataModule(Component):
     """Gives the frames of every training step and of the evaluations."""
+
+    @abstractmethod
+    def train_dataloader(self, start_step: int) -> DataLoader:
+        """Batches of consecutive global steps, from ``start_step``."""
+
+    @abstractmethod
+    def val_dataloader(self) -> DataLoader:
+        """The batches of ``val_cameras``."""
+
+    @abstractmethod
+    def test_dataloader(self) -> DataLoader:
+        """The batches of ``test_cameras``."""
+
+    @abstractmethod
+    def val_cameras(self, dynamic: bool) -> dict[str, Cameras]:
+        """Validation sequences by name; ``dynamic``: of a scene that moves."""
+
+    @abstractmethod
+    def test_cameras(self, dynamic: bool) -> dict[str, Cameras]:
+        """Test sequences by name."""

@@ -1,4 +1,4 @@
-"""Batches of cameras for Lightning: a pure function of (seed, step) to train, sequences to evaluate."""
+"""Batches of cameras: a pure function of (seed, step) to train, sequences to evaluate."""
 
 from __future__ import annotations
 
@@ -66,7 +66,6 @@ class CombinedCameraDataModule(DataModule):
 
     def __init__(self, cfg: Config, *, seed: int, choose_step: Callable[[int], str]) -> None:
         """``choose_step`` names the kind of a global step, purely: multi_view, single_view or video."""
-        super().__init__()
         self.cfg, self.seed, self.choose_step = cfg, seed, choose_step
         self.samplers = {
             "multi_view": lambda **at: sample_multi_view(cfg.multi_view, static=cfg.single_view.static, **at),
@@ -108,10 +107,7 @@ class CombinedCameraDataModule(DataModule):
         moving = trajectories.moving_test(self.cfg.single_view)
         return {"test": moving, "test_static": at_rest(moving)}
 
-    def train_dataloader(self, start_step: int | None = None) -> DataLoader:
-        """Batches of consecutive global steps, from ``start_step`` or where the trainer stands."""
-        if start_step is None:
-            start_step = self.trainer.global_step if self.trainer is not None else 0
+    def train_dataloader(self, start_step: int) -> DataLoader:
         return DataLoader(_Steps(self, start_step), batch_size=None)
 
     def val_dataloader(self) -> DataLoader:
@@ -119,11 +115,6 @@ class CombinedCameraDataModule(DataModule):
 
     def test_dataloader(self) -> DataLoader:
         return self._evaluation(self.test_cameras(dynamic=not self.cfg.single_view.static))
-
-    def transfer_batch_to_device(
-        self, batch: TensorRecord, device: torch.device, dataloader_idx: int
-    ) -> TensorRecord:
-        return batch.to(device)
 
     def _evaluation(self, sequences: dict[str, Cameras]) -> DataLoader:
         size = self.cfg.single_view.eval_batch_size

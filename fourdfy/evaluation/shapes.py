@@ -134,7 +134,7 @@ def evaluate_system(system: System, prompt: str, trial_dir: Path) -> ShapesRepor
     except ValueError as error:
         raise ConfigError(f"system.prompt_processor.prompt: {error}") from error
     print_report(report)
-    path = trial_dir / "save" / f"it{system.loaded_step}-evaluation.json"
+    path = trial_dir / "save" / f"it{system.step}-evaluation.json"
     _write_json(path, asdict(report))
     logger.info("written to %s", path)
     return report

@@ -1,23 +1,67 @@
-"""What a system is to the launcher."""
+"""What a system is to the launcher and to the training loop."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
 
 from fourdfy.config import Component
-from fourdfy.types import Cameras, RenderOutput
+from fourdfy.types import Cameras, RenderOutput, StepBatch
 
 
-class System(Component, pl.LightningModule):
-    """A scene that learns."""
+@dataclass(frozen=True, kw_only=True)
+class StepOutput:
+    """What one training step computed."""
 
-    loaded_step: int
-    """The global step of the checkpoint whose weights are held; 0 for a fresh system."""
+    loss: Tensor
+    """The weighted sum that is minimized; carries the graph."""
+    losses: Mapping[str, Tensor]
+    """Every loss of the step by name, before its weight, without a graph."""
+    weights: Mapping[str, float]
+    """The weights, by loss name, of the losses that are on."""
+    metrics: Mapping[str, Tensor | float]
+    """What else is worth a curve."""
+
+
+class System(Component, nn.Module):
+    """A scene that learns. It knows nothing of the trainer: steps and devices are arguments.
+
+    Its ``state_dict`` is what a checkpoint holds.
+    """
+
+    step: int
+    """How many global steps the scene has learned; evaluation anneals as at this step."""
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @abstractmethod
+    def prepare(self, device: torch.device, *, resumed: bool) -> None:
+        """Get ready to train: load the priors onto ``device``; unless ``resumed``, take what fits by name
+        from ``system.weights``."""
+
+    @abstractmethod
+    def configure_optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer, after ``prepare``; each of its groups has a ``name``."""
+
+    @abstractmethod
+    def before_step(self, batch: StepBatch) -> None:
+        """What is due before a training step."""
+
+    @abstractmethod
+    def training_step(self, batch: StepBatch) -> StepOutput:
+        """The losses of a batch at ``batch.global_step``."""
+
+    @abstractmethod
+    def after_backward(self, batch: StepBatch, optimizer: torch.optim.Optimizer) -> None:
+        """A look at the gradients (unscaled) before the optimizer's step."""
 
     @abstractmethod
     def render(self, cameras: Cameras) -> RenderOutput:
@@ -29,9 +73,5 @@ class System(Component, pl.LightningModule):
         evaluation sequences. Gives the files."""
 
     @abstractmethod
-    def load_weights(self) -> None:
-        """Take what fits by name from ``system.weights``, if that is set; training starts at step 0."""
-
-    @abstractmethod
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take what this system has from a checkpoint's state."""
+    def load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take the scene and the step of a checkpoint, and what it has of the priors that are loaded."""

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from fourdfy import __version__
 from fourdfy.config import ConfigError
@@ -20,24 +17,19 @@ MADE_HERE = "fourdfy"
 """The key of a checkpoint that holds the version of fourdfy which wrote it."""
 
 
-class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes to a temporary name, syncs, renames; reads tensors and plain values only."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                torch.save({MADE_HERE: __version__, **checkpoint}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> Any:
-        return read_checkpoint(path)
+def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """Write to a temporary name, sync, rename: the file of before stays until the new one is whole."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save({MADE_HERE: __version__, **checkpoint}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -73,47 +65,3 @@ def read_own_checkpoint(path: str | Path) -> dict[str, Any]:
             f"start from its scene: system.weights={path}"
         )
     return checkpoint
-
-
-class LastCheckpoint(pl.Callback):
-    """Keeps ``last.ckpt`` fresh: every so many steps, at the end, and when the process is told to stop."""
-
-    def __init__(self, path: Path, every_n_train_steps: int) -> None:
-        self.path = path
-        self.every_n_train_steps = every_n_train_steps
-        self.signal: int | None = None
-        """The signal that ended the run early, if one did."""
-        self._saved_step = -1
-        self._handlers: dict[int, Any] = {}
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._saved_step = trainer.global_step
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._handlers[number] = signal.signal(number, self._stop_after_step)
-
-    def _stop_after_step(self, number: int, frame: Any) -> None:
-        if self.signal is not None:  # asked twice: the user does not want to wait for the step
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        if self.signal is not None or trainer.global_step % self.every_n_train_steps == 0:
-            self._save(trainer)
-        trainer.should_stop |= self.signal is not None
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._save(trainer)
-        self._restore_handlers()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: Any, exception: BaseException) -> None:
-        self._restore_handlers()
-
-    def _save(self, trainer: pl.Trainer) -> None:
-        if self._saved_step != trainer.global_step:
-            trainer.save_checkpoint(self.path, weights_only=False)  # the optimizer too
-            self._saved_step = trainer.global_step
-
-    def _restore_handlers(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()

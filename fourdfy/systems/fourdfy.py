@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from fourdfy.config import Component, ConfigError, build, ignored, slot
-from fourdfy.data.datamodule import EvalBatch
 from fourdfy.exporters.base import Exporter, Subject
 from fourdfy.fields.base import Background, Geometry, Material
 from fourdfy.guidance.base import Guidance
@@ -24,11 +23,11 @@ from fourdfy.registry import register
 from fourdfy.renderers.base import Renderer, Scene
 from fourdfy.schedules import Schedule, check_schedule, schedule_max, schedule_value
 from fourdfy.seeds import step_generator, step_seed
-from fourdfy.systems.base import System
+from fourdfy.systems.base import StepOutput, System
 from fourdfy.systems.checkpoint import read_checkpoint
 from fourdfy.systems.optim import GradientAudit, OptimizerConfig, build_optimizer, frozen
 from fourdfy.systems.original import own_names
-from fourdfy.systems.supervision import SupervisionPlan, SupervisionStep
+from fourdfy.systems.supervision import SupervisionPlan
 from fourdfy.types import Cameras, RenderOutput, StepBatch, TextEmbeddings
 
 logger = logging.getLogger(__name__)
@@ -111,15 +110,13 @@ class FourdfySystem(System):
         self.renderer: Renderer = build(cfg.renderer, scene)
         self.texts: dict[str, TextEmbeddings] = {}
         self.audit = GradientAudit(frozenset(step.name for step in plan.steps))
-        self.loaded_step = 0
+        self.step = 0
 
     # -- set-up ---------------------------------------------------------------------------------
 
-    def setup(self, stage: str) -> None:
-        """Build the guidances of the plan and embed their prompts; evaluation needs neither."""
-        if stage != "fit":
-            return
-        device = self.trainer.strategy.root_device
+    def prepare(self, device: torch.device, *, resumed: bool) -> None:
+        weights = {} if resumed else self.read_weights()
+        self.load_weights(weights)  # before the models are: a misfit shows at once
         torch.manual_seed(step_seed(self.seed, 0, "guidance parameters"))
         for step in self.plan.steps:
             with _errors_of(f"system.{step.prompt_cfg}"):
@@ -128,10 +125,10 @@ class FourdfySystem(System):
             with _errors_of(f"system.{step.guidance_cfg}"):
                 guidance: Guidance = build(getattr(self.cfg, step.guidance_cfg), device=device)
                 setattr(self, step.guidance, guidance)
-        if self._guidance_weights:
-            self._load_parameters(self._guidance_weights)
+        if weights:  # again, now that there is a LoRA to take its own
+            logger.info("system.weights: %d tensors from %s", self.load_weights(weights), self.cfg.weights)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizer(self) -> torch.optim.Optimizer:
         built = {step.guidance for step in self.plan.steps}
         trains = frozenset[str]().union(*(step.trains for step in self.plan.steps))
         return build_optimizer(
@@ -143,25 +140,22 @@ class FourdfySystem(System):
 
     # -- training -------------------------------------------------------------------------------
 
-    @property
-    def step(self) -> int:
-        """The global step; in evaluation that of the checkpoint."""
-        return max(self.global_step, self.loaded_step)
-
-    def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
+    def before_step(self, batch: StepBatch) -> None:
         self.renderer.update_occupancy(
-            step=self.global_step, dynamic=self.plan.dynamic, generator=self._generator("occupancy")
+            step=batch.global_step,
+            dynamic=self.plan.dynamic,
+            generator=self._generator(batch, "occupancy"),
         )
 
-    def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: StepBatch) -> StepOutput:
         step = self.plan[batch.step]
-        torch.manual_seed(step_seed(self.seed, self.global_step, "global"))  # for plugins that use it
-        weights = self.active_losses(self.global_step)
+        torch.manual_seed(step_seed(self.seed, batch.global_step, "global"))  # for plugins that use it
+        weights = self.active_losses(batch.global_step)
         with frozen(self.parameters_outside(step.trains)):
             render = self.renderer(
                 cast_rays(batch.cameras),
-                step=self.global_step,
-                generator=self._generator("render"),
+                step=batch.global_step,
+                generator=self._generator(batch, "render"),
                 sample_budget=step.sample_budget,
             )
             guidance: Guidance = getattr(self, step.guidance)
@@ -169,13 +163,32 @@ class FourdfySystem(System):
                 render.comp_rgb,
                 self.texts[step.name],
                 batch.cameras,
-                step=self.global_step,
-                generator=self._generator("guidance"),
+                step=batch.global_step,
+                generator=self._generator(batch, "guidance"),
             )
             losses = out.losses | {
                 name: REGULARIZERS[name](render) for name in weights if name in REGULARIZERS
             }
-        return self._weigh_and_log(step, losses, weights, out.metrics, render)
+        weighted = [weights[name] * value for name, value in losses.items() if name in weights]
+        if not weighted:
+            raise ConfigError(
+                f"system.loss: no loss of the {step.name} steps is on at step {batch.global_step}; "
+                f"set one of {', '.join(f'lambda_{name}' for name in losses)}"
+            )
+        return StepOutput(
+            loss=torch.stack(weighted).sum(),
+            losses={name: value.detach() for name, value in losses.items()},
+            weights={name: weight for name, weight in weights.items() if name in losses},
+            metrics={
+                **out.metrics,
+                "samples": float(len(render.samples)),
+                "opacity": render.opacity.detach().mean(),
+            },
+        )
+
+    def after_backward(self, batch: StepBatch, optimizer: torch.optim.Optimizer) -> None:
+        if self.audit.is_new(batch.step):
+            logger.info("%s", self.audit.record(batch.step, optimizer.param_groups))
 
     def active_losses(self, global_step: int) -> dict[str, float]:
         """The weights that are not 0 at this step, by loss name."""
@@ -197,52 +210,15 @@ class FourdfySystem(System):
             for step in self.plan.steps:
                 yield from getattr(self, step.guidance).parameters()
 
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.audit.is_new(self._last_kind):
-            logger.info("%s", self.audit.record(self._last_kind, optimizer.param_groups))
-
-    def _weigh_and_log(
-        self,
-        step: SupervisionStep,
-        losses: Mapping[str, Tensor],
-        weights: Mapping[str, float],
-        metrics: Mapping[str, Tensor | float],
-        render: RenderOutput,
-    ) -> Tensor:
-        self._last_kind = step.name
-        weighted = [weights[name] * value for name, value in losses.items() if name in weights]
-        if not weighted:
-            raise ConfigError(
-                f"system.loss: no loss of the {step.name} steps is on at step {self.global_step}; "
-                f"set one of {', '.join(f'lambda_{name}' for name in losses)}"
-            )
-        if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:
-            values = {f"loss/{step.name}/{name}": value.detach() for name, value in losses.items()}
-            values |= {f"{step.name}/{name}": value for name, value in metrics.items()}
-            values[f"{step.name}/samples"] = float(len(render.samples))
-            values[f"{step.name}/opacity"] = render.opacity.detach().mean()
-            self.log_dict(values, logger=False)  # for the progress line
-            # Not through Lightning: its count of steps is one ahead after resuming from a validated step.
-            for log in self.trainer.loggers:
-                log.log_metrics({name: float(value) for name, value in values.items()}, self.global_step)
-                log.save()
-        return torch.stack(weighted).sum()
-
-    def _generator(self, stream: str) -> torch.Generator:
-        return step_generator(self.seed, self.global_step, stream, self.device)
+    def _generator(self, batch: StepBatch, stream: str) -> torch.Generator:
+        return step_generator(self.seed, batch.global_step, stream, self.device)
 
     # -- evaluation -----------------------------------------------------------------------------
 
     @torch.no_grad()
     def render(self, cameras: Cameras) -> RenderOutput:
-        """Frames as they are evaluated: nothing random, annealing as at the current step."""
+        """Frames as they are evaluated: nothing random, annealing as at ``step``."""
         return self.renderer(cast_rays(cameras.to(self.device)), step=self.step)
-
-    def validation_step(self, batch: EvalBatch, batch_idx: int) -> RenderOutput:
-        return self.render(batch.cameras)
-
-    def test_step(self, batch: EvalBatch, batch_idx: int) -> RenderOutput:
-        return self.render(batch.cameras)
 
     def export(self, folder: Path, cameras: Mapping[str, Cameras]) -> list[Path]:
         subject = Subject(
@@ -257,39 +233,37 @@ class FourdfySystem(System):
 
     # -- checkpoints ----------------------------------------------------------------------------
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Resuming: guidance weights wait for their guidance; evaluation does without them."""
-        self.loaded_step = checkpoint["global_step"]
-        own = set(self.state_dict())
+    def load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        own = self.state_dict()
         state = own_names(checkpoint["state_dict"], own)
-        checkpoint["state_dict"] = {key: value for key, value in state.items() if key in own}
-        if missing := sorted(own - set(state)):
+        if missing := sorted(own.keys() - state.keys()):
             raise ConfigError(
                 f"the checkpoint lacks {', '.join(missing[:3])}{' ...' if missing[3:] else ''}; "
                 "was it made with another geometry or renderer?"
             )
+        self.load_state_dict({key: state[key] for key in own})
+        self.step = checkpoint["global_step"]
 
-    _guidance_weights: dict[str, Tensor] | None = None
-
-    def load_weights(self) -> None:
-        path, ignore = self.cfg.weights, self.cfg.weights_ignore_modules or []
-        if not path:
-            return
-        state = {
+    def read_weights(self) -> dict[str, Tensor]:
+        """What ``system.weights`` holds, but for ``weights_ignore_modules``; empty where it is not set."""
+        if not self.cfg.weights:
+            return {}
+        return {
             key: value
-            for key, value in read_checkpoint(path)["state_dict"].items()
-            if not any(key.startswith(prefix) for prefix in ignore)
+            for key, value in read_checkpoint(self.cfg.weights)["state_dict"].items()
+            if not key.startswith(tuple(self.cfg.weights_ignore_modules or ()))
         }
-        self._guidance_weights = {k: v for k, v in state.items() if k.startswith("guidance_single_view.")}
-        scene = {k: v for k, v in state.items() if not k.startswith("guidance")}
-        taken = self._load_parameters(scene)
-        if not taken:
-            raise ConfigError(f"system.weights={path}: holds nothing that this system has")
-        logger.info("system.weights: %d tensors from %s", taken, path)
 
-    def _load_parameters(self, given: Mapping[str, Tensor]) -> int:
+    def load_weights(self, weights: Mapping[str, Tensor]) -> int:
+        """Take what fits by name; gives the number of tensors taken.
+
+        Raises:
+            ConfigError: a tensor of another shape, or weights of which none fits.
+        """
         own = self.state_dict()
-        fits = {key: value for key, value in own_names(given, own).items() if key in own}
+        fits = {key: value for key, value in own_names(weights, own).items() if key in own}
+        if weights and not fits:
+            raise ConfigError(f"system.weights={self.cfg.weights}: holds nothing that this system has")
         for key, value in fits.items():
             if value.shape != own[key].shape:
                 raise ConfigError(

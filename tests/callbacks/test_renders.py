@@ -15,7 +15,7 @@ from fourdfy.data.datamodule import chunks
 from fourdfy.ops.cameras import orbit_cameras
 from tests.renders import render_output
 
-SYSTEM = SimpleNamespace(step=3)
+SYSTEM = SimpleNamespace(system=SimpleNamespace(step=3))
 OPACITY = torch.tensor([0.6, 1.0, 0.3, 0.0]).view(1, 1, 4, 1)
 """A near thing that lets light through, a far thing that does not, fog, and nothing."""
 DISTANCE = torch.tensor([2.0, 4.0, 1.0, 0.0]).view(1, 1, 4, 1)

@@ -142,7 +142,7 @@ def test_evaluation_comes_in_chunks_that_cover_each_sequence():
 def test_batches_move_to_a_device():
     data = make()
     for batch in (data.batch(0), next(iter(data.val_dataloader()))):
-        assert equal(data.transfer_batch_to_device(batch, torch.device("cpu"), 0).cameras, batch.cameras)
+        assert equal(batch.to(torch.device("cpu")).cameras, batch.cameras)
 
 
 def test_milestones_without_lists_are_said_to_have_no_effect(caplog):

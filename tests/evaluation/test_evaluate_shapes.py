@@ -339,14 +339,11 @@ class TrueSystem(System):
 
     def __init__(self, prompt):
         super().__init__()
-        self.prompt, self.loaded_step = prompt, 30
+        self.prompt, self.step = prompt, 30
 
     def render(self, cameras):
         rgb, opacity = world.render([self.prompt] * len(cameras), cameras, torch.zeros(3), supersample=1)
         return SimpleNamespace(comp_rgb=rgb, comp_rgb_fg=rgb, opacity=opacity)
-
-    def on_load_checkpoint(self, checkpoint):
-        pass
 
 
 def test_a_system_is_evaluated_over_the_light_background(tmp_path, capsys):

@@ -5,7 +5,7 @@ import torch
 
 from fourdfy.config import load_config
 from fourdfy.experiment import parse_experiment
-from fourdfy.systems.checkpoint import SafeCheckpointIO
+from fourdfy.systems.checkpoint import write_checkpoint
 from tests.launching import CONFIGS, TINY, launch
 
 SMALL = (
@@ -24,7 +24,7 @@ def checkpoint(tmp_path_factory):
     with torch.no_grad():
         system.renderer.update_occupancy(step=0, dynamic=True, generator=torch.Generator().manual_seed(0))
     path = folder / "scene.ckpt"
-    SafeCheckpointIO().save_checkpoint({"state_dict": system.state_dict(), "global_step": 12}, path)
+    write_checkpoint({"state_dict": system.state_dict(), "global_step": 12}, path)
     return path
 
 

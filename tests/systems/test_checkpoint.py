@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fourdfy.config import ConfigError
-from fourdfy.systems.checkpoint import SafeCheckpointIO, read_checkpoint
+from fourdfy.systems.checkpoint import read_checkpoint, write_checkpoint
 
 
 class Bomb:
@@ -16,15 +16,15 @@ class Bomb:
 
 def test_what_is_saved_is_read_back(tmp_path):
     path = tmp_path / "deep" / "last.ckpt"
-    SafeCheckpointIO().save_checkpoint({"state_dict": {"a": torch.ones(2)}, "global_step": 3}, path)
+    write_checkpoint({"state_dict": {"a": torch.ones(2)}, "global_step": 3}, path)
     assert read_checkpoint(path)["global_step"] == 3
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "last.ckpt"
-    SafeCheckpointIO().save_checkpoint({"state_dict": {}, "global_step": 3}, path)
+    write_checkpoint({"state_dict": {}, "global_step": 3}, path)
     with pytest.raises(Exception, match="pickle"):
-        SafeCheckpointIO().save_checkpoint({"state_dict": {}, "bad": lambda: 0}, path)
+        write_checkpoint({"state_dict": {}, "bad": lambda: 0}, path)
     assert read_checkpoint(path)["global_step"] == 3
     assert list(tmp_path.iterdir()) == [path]
 

@@ -7,7 +7,7 @@ from fourdfy.config import ConfigError, load_config
 from fourdfy.experiment import parse_experiment
 from fourdfy.ops.cameras import cast_rays
 from fourdfy.seeds import step_generator
-from fourdfy.systems.checkpoint import SafeCheckpointIO
+from fourdfy.systems.checkpoint import write_checkpoint
 from fourdfy.systems.optim import frozen
 from tests.launching import CONFIGS, TINY
 
@@ -54,6 +54,12 @@ def test_frozen_static_modules_leave_the_moving_half(kind):
     assert gradients(this, this.build_system(), this.build_data(), kind) == {"dynamic"}
 
 
+def start_from_weights(this):
+    system = this.build_system()
+    system.load_weights(system.read_weights())
+    return system
+
+
 class Rendered(Exception):
     """Stops a step where it has called the renderer."""
 
@@ -70,7 +76,7 @@ def test_a_step_tells_the_renderer_its_sample_budget(built, kind, monkeypatch):
     monkeypatch.setattr(system.renderer, "forward", forward)
     monkeypatch.setattr(system, "parameters_outside", lambda trains: iter(()))  # there is no guidance here
     with pytest.raises(Rendered):
-        system.training_step(batch_of(this, data, kind), 0)
+        system.training_step(batch_of(this, data, kind))
     assert seen["sample_budget"] == this.plan[kind].sample_budget
 
 
@@ -106,20 +112,20 @@ def test_frames_of_one_scene_differ_only_by_time(built):
 def test_weights_of_another_shape_are_refused_by_name(tmp_path, built):
     _, system, _ = built
     saved = {"state_dict": system.state_dict(), "global_step": 1}
-    SafeCheckpointIO().save_checkpoint(saved, tmp_path / "a.ckpt")
+    write_checkpoint(saved, tmp_path / "a.ckpt")
     other = experiment(f"system.weights={tmp_path}/a.ckpt", "system.geometry.pos_encoding_config.n_levels=3",
                        "system.geometry.pos_encoding_config.time_encoding_config.n_levels=3")  # fmt: skip
     with pytest.raises(ConfigError, match=r"geometry\.encoding\.encoding\.encoding\.params has shape"):
-        other.build_system().load_weights()
+        start_from_weights(other)
 
 
 def test_modules_can_be_left_out_of_weights(tmp_path, built):
     _, system, _ = built
     state = {key: torch.ones_like(value) for key, value in system.state_dict().items()}
-    SafeCheckpointIO().save_checkpoint({"state_dict": state, "global_step": 1}, tmp_path / "a.ckpt")
+    write_checkpoint({"state_dict": state, "global_step": 1}, tmp_path / "a.ckpt")
     taken = experiment(
         f"system.weights={tmp_path}/a.ckpt", "system.weights_ignore_modules=[geometry.density_network]"
-    ).build_system()
-    taken.load_weights()
+    )
+    taken = start_from_weights(taken)
     assert taken.geometry.feature_network.layers[0].weight.eq(1).all()
     assert not taken.geometry.density_network.layers[0].weight.eq(1).any()

@@ -1,0 +1,125 @@
+"""The only place where a system and its data meet Lightning: thin shells that pass everything on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fourdfy.data.base import DataModule
+from fourdfy.data.datamodule import EvalBatch
+from fourdfy.systems.base import System
+from fourdfy.systems.checkpoint import read_checkpoint, write_checkpoint
+from fourdfy.types import RenderOutput, StepBatch, TensorRecord
+
+
+class RunningMeans:
+    """The mean of each scalar since it was last taken; nothing is read from the device before."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor | float, int]] = {}
+        self._taken: dict[str, float] = {}
+
+    def add(self, values: Mapping[str, Tensor | float]) -> None:
+        for name, value in values.items():
+            total, count = self._sums.get(name, (0.0, 0))
+            self._sums[name] = (total + value, count + 1)
+
+    def take(self) -> dict[str, float]:
+        """The means of what came since the last time, which then starts anew."""
+        means = {name: float(total) / count for name, (total, count) in self._sums.items()}
+        self._sums.clear()
+        self._taken |= means
+        return means
+
+    def read(self) -> dict[str, float]:
+        """Every scalar that ever came: its mean since it was last taken, else the one taken then."""
+        return self._taken | {name: float(total) / count for name, (total, count) in self._sums.items()}
+
+
+class LightningSystem(pl.LightningModule):
+    """A system to Lightning; ``state_dict`` is the system's own, so checkpoints know no shell."""
+
+    def __init__(self, system: System) -> None:
+        super().__init__()
+        self.system = system
+        self.means = RunningMeans()
+        """Losses and metrics, ``loss/{kind}/{name}`` and ``{kind}/{name}``, for loggers and progress."""
+
+    def state_dict(self, *args: Any, **keywords: Any) -> dict[str, Any]:
+        return self.system.state_dict(*args, **keywords)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.system.load_checkpoint(checkpoint)
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> None:
+        """Nothing: ``on_load_checkpoint`` took it, with the step that belongs to it."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return self.system.configure_optimizer()
+
+    def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
+        self.batch = batch
+        self.system.before_step(batch)
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
+        out = self.system.training_step(batch)
+        self.means.add({f"loss/{batch.step}/{name}": value for name, value in out.losses.items()})
+        self.means.add({f"{batch.step}/{name}": value for name, value in out.metrics.items()})
+        return out.loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.system.after_backward(self.batch, optimizer)
+
+    def on_train_batch_end(self, outputs: Any, batch: StepBatch, batch_idx: int) -> None:
+        self.system.step = self.global_step
+        if self.global_step % self.trainer.log_every_n_steps == 0:
+            means = self.means.take()
+            # Not through Lightning: its count of steps is one ahead after resuming from a validated step.
+            for log in self.trainer.loggers:
+                log.log_metrics(means, batch.global_step)
+                log.save()
+
+    def validation_step(self, batch: EvalBatch, batch_idx: int) -> RenderOutput:
+        return self.system.render(batch.cameras)
+
+    test_step = validation_step
+
+
+class LightningData(pl.LightningDataModule):
+    """A data module to Lightning."""
+
+    def __init__(self, data: DataModule) -> None:
+        super().__init__()
+        self.data = data
+
+    def train_dataloader(self) -> DataLoader:
+        return self.data.train_dataloader(self.trainer.global_step)
+
+    def val_dataloader(self) -> DataLoader:
+        return self.data.val_dataloader()
+
+    def test_dataloader(self) -> DataLoader:
+        return self.data.test_dataloader()
+
+    def transfer_batch_to_device(
+        self, batch: TensorRecord, device: torch.device, dataloader_idx: int
+    ) -> TensorRecord:
+        return batch.to(device)
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that are never half written; reads tensors and plain values only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        write_checkpoint(checkpoint, path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> Any:
+        return read_checkpoint(path)
