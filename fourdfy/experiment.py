@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 from fourdfy.bounds import number
 from fourdfy.callbacks.saving import sanitize_tag
-from fourdfy.config import ConfigError, LoadedConfig, build, ignored, parse_config, slot, warn_of_ignored
+from fourdfy.config import LoadedConfig, build, ignored, parse_config, slot, warn_of_ignored
 from fourdfy.data.base import DataModule
+from fourdfy.systems.agreement import check_agreement
 from fourdfy.systems.base import System
 from fourdfy.systems.supervision import SupervisionPlan, plan_supervision
 
@@ -116,19 +117,7 @@ def parse_experiment(loaded: LoadedConfig) -> Experiment:
         static=cfg.data.single_view.static,
         freeze_static_modules=cfg.system.freeze_static_modules,
     )
-    for step in plan.steps:
-        for key in (step.guidance_cfg, step.prompt_cfg):
-            if getattr(cfg.system, key) is None:
-                raise ConfigError(
-                    f"system.{key}: missing, and {step.name} steps have probability {step.probability:g}; "
-                    f"set it and its type key, or the probability to 0"
-                )
-        prompts, guidance = getattr(cfg.system, step.prompt_cfg), getattr(cfg.system, step.guidance_cfg)
-        if prompts.use_perp_neg and not getattr(guidance, "view_dependent_prompting", True):
-            raise ConfigError(
-                f"system.{step.prompt_cfg}.use_perp_neg=true weighs the texts of views; set "
-                f"system.{step.guidance_cfg}.view_dependent_prompting=true, or it to false"
-            )
+    check_agreement(cfg, plan)
     return Experiment(cfg, values, plan)
 
 

@@ -51,13 +51,15 @@ class Cameras(TensorRecord):
     """Point light, for materials that shade."""
     height: int
     width: int
+    group_size: int = 1
+    """Consecutive frames that belong together: the views of one object, the frames of one clip."""
 
     def __len__(self) -> int:
         return len(self.c2w)
 
     def __getitem__(self, index: slice | Tensor) -> Cameras:
-        """Some of the frames, by slice or by indices."""
-        return self.mapped(lambda value: value[index])
+        """Some of the frames, by slice or by indices, each for itself."""
+        return replace(self, group_size=1).mapped(lambda value: value[index])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +114,8 @@ class RenderOutput(TensorRecord):
     z_variance: Float[Tensor, "F H W 1"]
     samples: Samples
     weights: Float[Tensor, "N"]
+    group_size: int = 1
+    """Of the cameras."""
     comp_normal: Float[Tensor, "F H W 3"] | None = None
     deformation: Float[Tensor, "F H W 3"] | None = None
     normals: Float[Tensor, "N 3"] | None = None

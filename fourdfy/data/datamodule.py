@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from fourdfy.bounds import number
 from fourdfy.data import trajectories
 from fourdfy.data.base import DataModule
 from fourdfy.data.sampling import (
@@ -51,16 +52,17 @@ class CombinedCameraDataModule(DataModule):
         """Image and video steps, and evaluation."""
         multi_view: MultiViewConfig = field(default_factory=MultiViewConfig)
         """Multi-view steps."""
-        prob_multi_view: float | None = None
+        prob_multi_view: float | None = number(None, 0, 1)
         """Share of multi-view steps; read by the supervision plan."""
 
         def __post_init__(self) -> None:
-            for key, value in (
-                ("prob_multi_view", self.prob_multi_view),
-                ("single_view.prob_single_view_video", self.single_view.prob_single_view_video),
-            ):
-                if value is not None and not 0 <= value <= 1:
-                    raise ValueError(f"{key}={value}: expected a probability, 0..1")
+            for key in ("num_frames", "sample_rand_frames"):
+                ours, clip = getattr(self.multi_view, key), getattr(self.single_view, key)
+                if not self.single_view.static and ours is not None and ours != clip:
+                    raise ValueError(
+                        f"data.multi_view.{key}={ours} disagrees with data.single_view.{key}={clip}, and all "
+                        f"steps see the moments of one clip; set data.multi_view.{key}=null"
+                    )
 
     cfg: Config
 
@@ -68,7 +70,7 @@ class CombinedCameraDataModule(DataModule):
         """``choose_step`` names the kind of a global step, purely: multi_view, single_view or video."""
         self.cfg, self.seed, self.choose_step = cfg, seed, choose_step
         self.samplers = {
-            "multi_view": lambda **at: sample_multi_view(cfg.multi_view, static=cfg.single_view.static, **at),
+            "multi_view": lambda **at: sample_multi_view(cfg.multi_view, cfg.single_view, **at),
             "single_view": lambda **at: sample_single_view(cfg.single_view, **at),
             "video": lambda **at: sample_video(cfg.single_view, **at),
         }

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fourdfy.bounds import number
 from fourdfy.config import ignored
 from fourdfy.ops.cameras import look_at, spherical_positions
 from fourdfy.types import Cameras
@@ -56,10 +57,6 @@ class CameraConfig:
     """From the origin, scene units."""
     light_sample_strategy: Literal["dreamfusion", "magic3d"] = "dreamfusion"
     """Around the camera's position, or within 60 degrees of its direction."""
-    num_frames: int = 1
-    """Frames of a video, and moments that a still of a dynamic scene is drawn from."""
-    sample_rand_frames: Literal["t0"] | None = None
-    """``t0``: times (u + k) / num_frames with one u in [0, 1); null: linspace(0, 1, num_frames)."""
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "height", "width"):
@@ -68,8 +65,6 @@ class CameraConfig:
             low, high = getattr(self, key)
             if low > high:
                 raise ValueError(f"{key}=[{low}, {high}]: the lower bound comes first")
-        if self.num_frames < 1:
-            raise ValueError("num_frames: expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +79,10 @@ class SingleViewConfig(CameraConfig):
     """Whether image and video steps alternate; read by the supervision plan."""
     prob_single_view_video: float | None = None
     """Share of video steps among image and video steps; read by the supervision plan."""
+    num_frames: int = number(1, 1, 1024)
+    """Frames of a video, and moments that a still of a dynamic scene is drawn from."""
+    sample_rand_frames: Literal["t0"] | None = None
+    """``t0``: times (u + k) / num_frames with one u in [0, 1); null: linspace(0, 1, num_frames)."""
     width_vid: int = 288
     """Pixels, in video steps."""
     height_vid: int = 160
@@ -128,6 +127,9 @@ class MultiViewConfig(CameraConfig):
     """Divide distances by tan(fovy / 2), so that the object keeps its size in the image."""
     zoom_range: tuple[float, float] = (1.0, 1.0)
     """Factor on the angle of view, after ``relative_radius``."""
+    num_frames: int | None = None
+    sample_rand_frames: Literal["t0"] | None = None
+    """The moments are those of ``data.single_view``; null, or the same as there."""
     n_val_views: int | None = ignored(EVALUATED)
     n_test_views: int | None = ignored(EVALUATED)
     eval_height: int | None = ignored(EVALUATED)
@@ -145,6 +147,7 @@ class MultiViewConfig(CameraConfig):
                 raise ValueError(
                     f"data.multi_view.batch_size={batch_size} does not fill whole groups of "
                     f"n_view={self.n_view} cameras; use a multiple, e.g. data.multi_view.batch_size={fitting}"
+                    f" (and data.multi_view.n_view=4 for MVDream)"
                 )
 
 
@@ -153,14 +156,14 @@ class MultiViewConfig(CameraConfig):
 
 
 def sample_single_view(cfg: SingleViewConfig, *, step: int, generator: torch.Generator) -> Cameras:
-    """``batch_size`` independent cameras at one moment."""
+    """``batch_size`` cameras at one moment, each for itself."""
     batch = at_step(cfg.batch_size, cfg.resolution_milestones, step)
     poses = _draw_poses(cfg, batch, generator)
     return _cameras(
         cfg,
         poses,
-        frames_per_draw=1,
-        times=_still_time(cfg, cfg.static, generator).expand(batch),
+        group_size=1,
+        times=_still_time(cfg, generator).expand(batch),
         height=at_step(cfg.height, cfg.resolution_milestones, step),
         width=at_step(cfg.width, cfg.resolution_milestones, step),
         generator=generator,
@@ -182,7 +185,7 @@ def sample_video(cfg: SingleViewConfig, *, step: int, generator: torch.Generator
     return _cameras(
         cfg,
         poses,
-        frames_per_draw=frames,
+        group_size=frames,
         times=frame_times(videos, frames, cfg.sample_rand_frames, generator).flatten(),
         height=cfg.height_vid,
         width=cfg.width_vid,
@@ -191,9 +194,9 @@ def sample_video(cfg: SingleViewConfig, *, step: int, generator: torch.Generator
 
 
 def sample_multi_view(
-    cfg: MultiViewConfig, *, static: bool, step: int, generator: torch.Generator
+    cfg: MultiViewConfig, clip: SingleViewConfig, *, step: int, generator: torch.Generator
 ) -> Cameras:
-    """``batch_size / n_view`` groups at one moment, the views of each contiguous and evenly spaced."""
+    """``batch_size / n_view`` groups of neighbours, evenly spaced in azimuth, at one moment of ``clip``."""
     batch = at_step(cfg.batch_size, cfg.resolution_milestones, step)
     groups = batch // cfg.n_view
     elevation = _elevations(cfg, groups, generator)
@@ -214,8 +217,8 @@ def sample_multi_view(
     return _cameras(
         cfg,
         poses,
-        frames_per_draw=cfg.n_view,
-        times=_still_time(cfg, static, generator).expand(batch),
+        group_size=cfg.n_view,
+        times=_still_time(clip, generator).expand(batch),
         height=at_step(cfg.height, cfg.resolution_milestones, step),
         width=at_step(cfg.width, cfg.resolution_milestones, step),
         generator=generator,
@@ -301,9 +304,9 @@ def _elevations(cfg: CameraConfig, count: int, generator: torch.Generator) -> Fl
     return torch.rad2deg(torch.asin(2 * share - 1))
 
 
-def _still_time(cfg: CameraConfig, static: bool, generator: torch.Generator) -> Float[Tensor, "1"]:
+def _still_time(cfg: SingleViewConfig, generator: torch.Generator) -> Float[Tensor, "1"]:
     """The one moment of a step without motion: 0, or one of a video's times."""
-    if static:
+    if cfg.static:
         return torch.zeros(1)
     times = frame_times(1, cfg.num_frames, cfg.sample_rand_frames, generator)[0]
     return times[torch.randint(cfg.num_frames, (1,), generator=generator)]
@@ -313,19 +316,19 @@ def _cameras(
     cfg: CameraConfig,
     poses: _Poses,
     *,
-    frames_per_draw: int,
+    group_size: int,
     times: Float[Tensor, "F"],
     height: int,
     width: int,
     generator: torch.Generator,
 ) -> Cameras:
-    """Perturbed cameras and their lights; ``frames_per_draw`` frames share each draw."""
-    draws = len(times) // frames_per_draw
+    """Perturbed cameras and their lights; the frames of a group share each draw."""
+    draws = len(times) // group_size
 
     def normal() -> Float[Tensor, "F 3"]:
-        return torch.randn(draws, 3, generator=generator).repeat_interleave(frames_per_draw, 0)
+        return torch.randn(draws, 3, generator=generator).repeat_interleave(group_size, 0)
 
-    shift = (2 * torch.rand(draws, 3, generator=generator) - 1).repeat_interleave(frames_per_draw, 0)
+    shift = (2 * torch.rand(draws, 3, generator=generator) - 1).repeat_interleave(group_size, 0)
     positions = spherical_positions(poses.elevation_deg, poses.azimuth_deg, poses.distances)
     positions = positions + cfg.camera_perturb * shift
     centers = cfg.center_perturb * normal()
@@ -334,7 +337,7 @@ def _cameras(
     if cfg.light_sample_strategy == "dreamfusion":
         directions = normalize(positions + cfg.light_position_perturb * normal(), dim=-1)
     else:
-        angles = torch.rand(draws, 2, generator=generator).repeat_interleave(frames_per_draw, 0)
+        angles = torch.rand(draws, 2, generator=generator).repeat_interleave(group_size, 0)
         directions = _within_60_degrees(positions, angles)
     return Cameras(
         c2w=look_at(positions, centers, ups),
@@ -343,9 +346,10 @@ def _cameras(
         azimuth_deg=poses.azimuth_deg,
         distances=poses.distances,
         times=times,
-        light_positions=directions * light_distances.repeat_interleave(frames_per_draw)[:, None],
+        light_positions=directions * light_distances.repeat_interleave(group_size)[:, None],
         height=height,
         width=width,
+        group_size=group_size,
     )
 
 

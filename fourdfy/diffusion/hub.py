@@ -8,6 +8,7 @@ is opened.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 from fourdfy.config import ConfigError
 
@@ -152,6 +154,14 @@ def stored_bytes(name_or_path: str | Path, parts: Sequence[str]) -> int | None:
         return stored.stat().st_size
     files = (file for part in parts for pattern in WEIGHTS for file in (folder / part).glob(pattern))
     return sum(file.stat().st_size for file in files)
+
+
+def stored_description(name_or_path: str | Path, part: str) -> dict[str, Any]:
+    """What ``config.json`` says of a model's network on this disk; empty where it is not here."""
+    stored = _stored(str(name_or_path), (part,), [])
+    folder = converted_folder(stored) if stored and stored.is_file() else stored
+    file = folder / part / "config.json" if folder else Path()
+    return json.loads(file.read_text()) if file.is_file() else {}
 
 
 def is_offline() -> bool:

@@ -29,6 +29,24 @@ class Guidance(Component, nn.Module, ABC):
             """About what a step of so many rendered frames keeps for the backward pass; 0 where unknown."""
             return 0
 
+        def check_group_size(self, size: int, key: str) -> None:
+            """Refuse steps in which other numbers of frames belong together than the prior takes as one.
+
+            Args:
+                size: ``Cameras.group_size`` of the steps.
+                key: what sets it, for the message.
+
+            Raises:
+                ValueError: begins with the key of this config that speaks against it.
+            """
+
+        def check_text_encoder(self, name: str) -> None:
+            """Refuse the model ``name`` for texts, as far as both it and the prior's are on this disk.
+
+            Raises:
+                ValueError: begins with the key of this config that speaks against it.
+            """
+
     cfg: Config
 
     def __init__(self, cfg: Config, *, device: torch.device) -> None:

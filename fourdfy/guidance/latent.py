@@ -31,7 +31,7 @@ from fourdfy.diffusion.frozen import (
     load_part,
     vae_factor,
 )
-from fourdfy.diffusion.hub import resolve_model
+from fourdfy.diffusion.hub import resolve_model, stored_description
 from fourdfy.guidance.base import Guidance
 from fourdfy.ops.diffusion import (
     add_noise,
@@ -89,6 +89,17 @@ class LatentGuidance(Guidance):
         def activation_bytes(self, frames: int, height: int, width: int) -> int:
             return frames * (self.height or height) * (self.width or width) * VAE_BYTES_PER_PIXEL
 
+        def check_text_encoder(self, name: str) -> None:
+            given = stored_description(name, "text_encoder").get("hidden_size")
+            for model in [model for model, parts in self.models() if "unet" in parts]:
+                read = stored_description(model, "unet").get("cross_attention_dim")
+                if given and isinstance(read, int) and read != given:
+                    raise ValueError(
+                        f"pretrained_model_name_or_path: {model} reads texts of {read} channels, and the "
+                        f"prompt processor's pretrained_model_name_or_path={name} gives {given}; set the "
+                        f"latter to the model whose text encoder this prior was trained with"
+                    )
+
         def __post_init__(self) -> None:
             check_schedule(self.min_step_percent, "min_step_percent")
             check_schedule(self.max_step_percent, "max_step_percent")
@@ -141,13 +152,16 @@ class LatentGuidance(Guidance):
         generator: torch.Generator,
     ) -> tuple[Float[Tensor, "B C *S"], Int[Tensor, "B"], Float[Tensor, "B C *S"], ViewTexts]:
         """(latents, timesteps, noise, texts) of N rendered frames: all that a loss needs."""
-        latents = self.encode(rgb, generator)
+        self.cfg.check_group_size(cameras.group_size, "the group_size of the step's cameras")
+        latents = self.encode(rgb, cameras.group_size, generator)
         timesteps, noise = self.draw(latents, step, generator)
         # A video has one text: that of the view of its first frame.
         first = cameras[:: len(rgb) // len(latents)]
         return latents, timesteps, noise, text.for_views(first, self.cfg.view_dependent_prompting)
 
-    def encode(self, rgb: Float[Tensor, "N H W 3"], generator: torch.Generator) -> Float[Tensor, "B C *S"]:
+    def encode(
+        self, rgb: Float[Tensor, "N H W 3"], group_size: int, generator: torch.Generator
+    ) -> Float[Tensor, "B C *S"]:
         """Latents of images in 0..1; gradients reach ``rgb``."""
         return self.encode_images(rgb, generator)
 

@@ -1,6 +1,6 @@
 """MVDream as a prior (Shi et al. 2023): the views of a group are denoised together.
 
-B images = groups of ``n_view`` views, the views of a group neighbours in the batch.
+B images = groups of V views, the views of a group neighbours in the batch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fourdfy.bounds import number
 from fourdfy.diffusion.frozen import FrozenModels
+from fourdfy.diffusion.hub import MODELS
 from fourdfy.diffusion.mvdream import camera_vectors, enable_multi_view_attention
 from fourdfy.diffusion.mvdream_package import load_mvdream_package
 from fourdfy.guidance.latent import PARTS, LatentGuidance
@@ -21,6 +23,9 @@ from fourdfy.ops.diffusion import add_noise
 from fourdfy.ops.distillation import reconstruction_loss, rescale_guided_x0, score_loss, sds_gradient
 from fourdfy.registry import register
 from fourdfy.types import Cameras, GuidanceOutput, TextEmbeddings, ViewTexts
+
+PUBLISHED_VIEWS = 4
+"""Of MVDream's checkpoints, and of the model that this package brings."""
 
 
 @register("multiview-diffusion-guidance")
@@ -44,7 +49,8 @@ class MultiViewGuidance(LatentGuidance):
         guidance_scale: float = 50.0
         image_size: int | None = None
         """Height and width where they are not given."""
-        n_view: int = 4
+        n_view: int = number(PUBLISHED_VIEWS, 2, 64)
+        """Views that see each other; the data must have as many in a group."""
         camera_condition_type: Literal["rotation"] = "rotation"
         """Rotation and direction of the position; the distance is not seen."""
         view_dependent_prompting: bool = False
@@ -60,9 +66,25 @@ class MultiViewGuidance(LatentGuidance):
             super().__post_init__()
             if self.backend == "mvdream" and self.token_merging:
                 raise ValueError("token_merging=true needs backend=diffusers; change one of the two")
+            if (
+                self.n_view != PUBLISHED_VIEWS
+                and not self.ckpt_path
+                and self.pretrained_model_name_or_path in MODELS
+            ):
+                raise ValueError(
+                    f"n_view={self.n_view}: {self.pretrained_model_name_or_path} denoises {PUBLISHED_VIEWS} "
+                    f"views together; set n_view={PUBLISHED_VIEWS}"
+                )
             for side in ("height", "width"):
                 if getattr(self, side) is None:
                     object.__setattr__(self, side, self.image_size)
+
+        def check_group_size(self, size: int, key: str) -> None:
+            if size != self.n_view:
+                raise ValueError(
+                    f"n_view={self.n_view} disagrees with {key}={size}; set {key}={self.n_view}, "
+                    f"or n_view={size} for a model that was trained on {size} views"
+                )
 
     cfg: Config
 
@@ -86,11 +108,6 @@ class MultiViewGuidance(LatentGuidance):
         step: int,
         generator: torch.Generator,
     ) -> GuidanceOutput:
-        if len(rgb) % self.cfg.n_view:
-            raise ValueError(
-                f"{len(rgb)} images do not fill whole groups of n_view={self.cfg.n_view} views; "
-                f"set data.multi_view.batch_size to a multiple of {self.cfg.n_view}"
-            )
         latents, timesteps, noise, texts = self.prepare(rgb, text, cameras, step, generator)
         # One noise level for all: the network attends over views and has only seen equal ones.
         timesteps = timesteps[:1].expand(len(latents))

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fourdfy.bounds import number
 from fourdfy.diffusion.frozen import Gradient
 from fourdfy.guidance.latent import ScoreDistillationGuidance
 from fourdfy.ops.distillation import amplify_motion
@@ -25,8 +26,8 @@ class VideoGuidance(ScoreDistillationGuidance):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(ScoreDistillationGuidance.Config):
-        num_frames: int | None = None
-        """Frames per video; null: all frames of a step are one video."""
+        num_frames: int | None = number(None, 2, 1024)
+        """Frames per video; null, or the data's."""
         motion_amp_scale: float = 1.0
         """Times this, what the prior says of the difference between frames; see ``amplify_motion``."""
         low_ram_vae: int = 0
@@ -44,18 +45,23 @@ class VideoGuidance(ScoreDistillationGuidance):
             if self.token_merging:
                 raise ValueError("token_merging=true is for image models; set token_merging=false")
 
+        def check_group_size(self, size: int, key: str) -> None:
+            if self.num_frames not in (None, size):
+                raise ValueError(
+                    f"num_frames={self.num_frames} disagrees with {key}={size}; set num_frames=null, "
+                    f"or {key}={self.num_frames}"
+                )
+            if size < 2:
+                raise ValueError(f"num_frames is {key}={size}, and one frame cannot move; use 2 or more")
+
     cfg: Config
 
-    def encode(self, rgb: Float[Tensor, "N H W 3"], generator: torch.Generator) -> Float[Tensor, "B C F h w"]:
-        """Latents of videos; gradients reach ``rgb``, as ``cfg.gradient`` says."""
-        num_frames = self.cfg.num_frames or len(rgb)
-        if len(rgb) % num_frames:
-            raise ValueError(
-                f"{len(rgb)} frames are no whole number of videos of num_frames={num_frames}; "
-                f"set data.single_view.num_frames={num_frames}, or num_frames of the video guidance to null"
-            )
+    def encode(
+        self, rgb: Float[Tensor, "N H W 3"], group_size: int, generator: torch.Generator
+    ) -> Float[Tensor, "B C F h w"]:
+        """Latents of videos of ``group_size`` frames; gradients reach ``rgb``, as ``cfg.gradient`` says."""
         latents = self.encode_images(rgb, generator, self.cfg.low_ram_vae, self.cfg.gradient)
-        return latents.unflatten(0, (-1, num_frames)).movedim(1, 2)
+        return latents.unflatten(0, (-1, group_size)).movedim(1, 2)
 
     def adjust(self, score: Float[Tensor, "B C F h w"]) -> Float[Tensor, "B C F h w"]:
         return amplify_motion(score, self.cfg.motion_amp_scale)

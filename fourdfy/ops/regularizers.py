@@ -47,7 +47,7 @@ def z_variance(render: RenderOutput) -> Float[Tensor, ""]:
 
 
 def deformation(render: RenderOutput) -> Float[Tensor, ""]:
-    """Sum of squared differences of the displacement over frames, rows and columns (a sum).
+    """Sum of squared differences of the displacement over the frames of a clip, rows and columns (a sum).
 
     Raises:
         ValueError: the geometry has no deformation field.
@@ -58,7 +58,8 @@ def deformation(render: RenderOutput) -> Float[Tensor, ""]:
             "system.loss.lambda_deformation needs a deformation field in a dynamic stage; set it to 0 or "
             "system.geometry.pos_encoding_config.otype=HashGridSpatialTimeDeform"
         )
-    return sum((torch.diff(field, dim=axis) ** 2).sum() for axis in (0, 1, 2))  # type: ignore[return-value]
+    clips = field.unflatten(0, (-1, render.group_size))
+    return sum((torch.diff(clips, dim=axis) ** 2).sum() for axis in (1, 2, 3))  # type: ignore[return-value]
 
 
 REGULARIZERS: dict[str, Callable[[RenderOutput], Float[Tensor, ""]]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,7 @@ class FourdfySystem(System):
                 self.texts[step.name] = prompts.embeddings(device)
             with _errors_of(f"system.{step.guidance_cfg}"):
                 guidance: Guidance = build(getattr(self.cfg, step.guidance_cfg), device=device)
+                guidance.cfg.check_text_encoder(prompts.cfg.pretrained_model_name_or_path)
                 setattr(self, step.guidance, guidance)
         if weights:  # again, now that there is a LoRA to take its own
             logger.info("system.weights: %d tensors from %s", self.load_weights(weights), self.cfg.weights)
@@ -158,6 +159,7 @@ class FourdfySystem(System):
                 generator=self._generator(batch, "render"),
                 sample_budget=step.sample_budget,
             )
+            render = replace(render, group_size=batch.cameras.group_size)
             guidance: Guidance = getattr(self, step.guidance)
             out = guidance(
                 render.comp_rgb,

@@ -155,7 +155,7 @@ def test_milestones_without_lists_are_said_to_have_no_effect(caplog):
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("prob_multi_view", 1.5, "prob_multi_view=1.5: expected a probability"),
+        ("prob_multi_view", 1.5, "data.prob_multi_view: 1.5 is outside the range; expected 0 to 1"),
         ("single_view.test_traj", "smooth", "test_traj"),
         ("single_view.sample_rand_frames", "t1", "sample_rand_frames"),
         ("multi_view.n_views", 4, "did you mean 'n_view'"),

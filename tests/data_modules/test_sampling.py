@@ -38,8 +38,10 @@ def video(seed=0, step=0, **cfg):
 
 
 def multi(seed=0, step=0, static=True, **cfg):
+    clip = {key: cfg.pop(key) for key in ("num_frames", "sample_rand_frames") if key in cfg}
     cfg = {**PAPER, "n_view": 4, "batch_size": 8, "relative_radius": False, **cfg}
-    return sample_multi_view(MultiViewConfig(**cfg), static=static, step=step, generator=generator(seed))
+    moments = SingleViewConfig(static=static, **clip)
+    return sample_multi_view(MultiViewConfig(**cfg), moments, step=step, generator=generator(seed))
 
 
 def within(values, low, high):

@@ -37,9 +37,12 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def run(guidance: Guidance, count: int = 4, seed: int = 0):
+    """(images, output) for groups of four views, or clips of ``num_frames``."""
     rgb = images(count)
     azimuths = [360.0 * view / count for view in range(count)]
-    out = guidance(rgb, TEXT, cameras(azimuths), step=10, generator=generator(seed))
+    group = getattr(guidance.cfg, "n_view", 0) or getattr(guidance.cfg, "num_frames", None) or 4
+    views = cameras(azimuths, group_size=group)
+    out = guidance(rgb, TEXT, views, step=10, generator=generator(seed))
     return rgb, out
 
 

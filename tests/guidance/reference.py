@@ -97,7 +97,7 @@ def embeddings(channels: int = 16, tokens: int = 77, **more: Any) -> TextEmbeddi
     )
 
 
-def cameras(azimuth_deg: list[float], size: int = 24) -> Cameras:
+def cameras(azimuth_deg: list[float], size: int = 24, group_size: int = 1) -> Cameras:
     """Level cameras around the z axis at distance 2; only c2w's position turns."""
     azimuth = torch.tensor(azimuth_deg)
     count = len(azimuth)
@@ -114,4 +114,5 @@ def cameras(azimuth_deg: list[float], size: int = 24) -> Cameras:
         light_positions=torch.zeros(count, 3),
         height=size,
         width=size,
+        group_size=group_size,
     )

@@ -45,7 +45,8 @@ def test_negative_views_are_asked_for_in_the_same_call(tiny, kind):
 @pytest.mark.parametrize("kind", ["sds", "vsd", "two_videos"])
 def test_perp_neg_changes_the_loss_of_a_guidance(tiny, kind):
     guidance = make_any(tiny, kind)
-    rgb, views = images(4), cameras([0.0, 60.0, 135.0, 180.0])
+    rgb = images(4)
+    views = cameras([0.0, 60.0, 135.0, 180.0], group_size=2 if kind == "two_videos" else 1)
     plain, negative = (
         guidance(rgb, text, views, step=10, generator=generator()).losses for text in (TEXT, PERP_NEG)
     )

@@ -115,14 +115,15 @@ def test_a_video_is_conditioned_on_the_view_of_its_first_frame(tiny, monkeypatch
         return guidance.output({}, latents, step)
 
     monkeypatch.setattr(guidance, "distill", keep)
-    guidance(images(4), TEXT, cameras([0.0, 90.0, 180.0, 0.0]), step=0, generator=generator())
+    views = cameras([0.0, 90.0, 180.0, 0.0], group_size=2)
+    guidance(images(4), TEXT, views, step=0, generator=generator())
     assert torch.equal(seen["text"], TEXT.text_directions[0, [1, 2]]), "front, back"
 
 
 def test_frames_of_a_video_stay_in_order(tiny):
     guidance = make_any(tiny, "two_videos")
     rgb = images(4)
-    videos = guidance.encode(rgb, generator())
+    videos = guidance.encode(rgb, 2, generator())
     frames = guidance.encode_images(rgb, generator())
     assert videos.shape == (2, 4, 2, 4, 8)
     for video in range(2):

@@ -42,8 +42,11 @@ def test_orient_penalises_normals_that_face_away():
 def test_deformation_sums_squared_differences_along_frames_rows_and_columns():
     field = torch.zeros(2, 2, 2, 3)
     field[1, 0, 0, 0] = 2.0
-    loss = REGULARIZERS["deformation"](render(torch.zeros(2, 2, 2, 1), deformation=field))
+    opacity = torch.zeros(2, 2, 2, 1)
+    loss = REGULARIZERS["deformation"](render(opacity, deformation=field, group_size=2))
     assert loss.item() == pytest.approx(3 * 4.0)
+    apart = REGULARIZERS["deformation"](render(opacity, deformation=field))
+    assert apart.item() == pytest.approx(2 * 4.0), "frames of two clips are no neighbours"
 
 
 @pytest.mark.parametrize("name", ["orient", "deformation"])

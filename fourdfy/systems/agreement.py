@@ -1,0 +1,89 @@
+"""Settings of different components that must agree, compared before anything is built."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fourdfy.config import ConfigError
+from fourdfy.systems.supervision import SupervisionPlan, SupervisionStep
+
+logger = logging.getLogger(__name__)
+
+GROUP_KEYS = {"multi_view": "multi_view.n_view", "video": "single_view.num_frames"}
+"""The key of the data that sets ``Cameras.group_size``, by step; the frames of other steps are single."""
+
+
+def check_agreement(cfg: Any, plan: SupervisionPlan) -> None:
+    """Refuse a parsed ``ExperimentConfig`` whose parts contradict each other.
+
+    Raises:
+        ConfigError: names both keys and what to type.
+    """
+    _check_motion(cfg)
+    _check_radius(cfg.system)
+    for step in plan.steps:
+        for key in (step.guidance_cfg, step.prompt_cfg):
+            if getattr(cfg.system, key) is None:
+                raise ConfigError(
+                    f"system.{key}: missing, and {step.name} steps have probability {step.probability:g}; "
+                    f"set it and its type key, or the probability to 0"
+                )
+        _check_frames_and_texts(cfg, step)
+
+
+def _check_frames_and_texts(cfg: Any, step: SupervisionStep) -> None:
+    prompts, guidance = getattr(cfg.system, step.prompt_cfg), getattr(cfg.system, step.guidance_cfg)
+    size, source = 1, f"the number of {step.name} images that belong together"
+    if key := GROUP_KEYS.get(step.name):
+        section, _, name = key.partition(".")
+        size, source = getattr(getattr(cfg.data, section), name), f"data.{key}"
+    try:
+        guidance.check_group_size(size, source)
+        guidance.check_text_encoder(prompts.pretrained_model_name_or_path)
+    except ValueError as error:
+        raise ConfigError(f"system.{step.guidance_cfg}.{error}") from error
+    if prompts.use_perp_neg and not getattr(guidance, "view_dependent_prompting", True):
+        raise ConfigError(
+            f"system.{step.prompt_cfg}.use_perp_neg=true weighs the texts of views; set "
+            f"system.{step.guidance_cfg}.view_dependent_prompting=true, or it to false"
+        )
+
+
+def _check_motion(cfg: Any) -> None:
+    view = cfg.data.single_view
+    if view.simultan and view.prob_single_view_video is None:
+        raise ConfigError(
+            "data.single_view.simultan=true needs the share of its video steps; set "
+            "data.single_view.prob_single_view_video=0.5, or simultan to false"
+        )
+    if not view.simultan and view.prob_single_view_video:
+        logger.warning(
+            "data.single_view.prob_single_view_video=%s: no effect, data.single_view.simultan is false",
+            view.prob_single_view_video,
+        )
+    if view.static and cfg.system.freeze_static_modules:
+        raise ConfigError(
+            "system.freeze_static_modules=true leaves nothing to train where data.single_view.static=true; "
+            "set one of the two to false"
+        )
+    encoding = getattr(cfg.system.geometry, "pos_encoding_config", None)
+    if hasattr(encoding, "time_encoding_config") and encoding.static != view.static:
+        ours, theirs = str(encoding.static).lower(), str(view.static).lower()
+        raise ConfigError(
+            f"system.geometry.pos_encoding_config.static={ours} disagrees with "
+            f"data.single_view.static={theirs}; set system.geometry.pos_encoding_config.static={theirs}"
+        )
+
+
+def _check_radius(system: Any) -> None:
+    outer = "renderer"
+    renderer, radius = system.renderer, getattr(system.geometry, "radius", None)
+    if hasattr(renderer, "base_renderer"):
+        outer, renderer = "renderer.base_renderer", renderer.base_renderer
+    marched = getattr(renderer, "radius", radius)
+    if radius is not None and marched != radius:
+        raise ConfigError(
+            f"system.{outer}.radius={marched:g} disagrees with system.geometry.radius={radius:g}, and rays "
+            f"are marched through the scene's cube; set system.{outer}.radius={radius:g}"
+        )
