@@ -31,9 +31,9 @@ MODES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``launch.py``; returns the exit status (2 for a mistake in the arguments or the config)."""
     args = _parser().parse_intermixed_args(argv)
-    logging.basicConfig(
-        level=logging.DEBUG if args.verbose else logging.INFO, format="%(message)s", stream=sys.stderr
-    )
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # Ours alone: numba's debug records are thousands.
+    logging.getLogger("fourdfy").setLevel(logging.DEBUG if args.verbose else logging.INFO)
     device = select_device(args.gpu)
     if args.typecheck:
         _check_types()

@@ -31,8 +31,12 @@ class Stage:
     count: int
 
     @property
+    def position(self) -> str:
+        return f"stage {self.number}/{self.count}"
+
+    @property
     def label(self) -> str:
-        return f"stage {self.number}/{self.count} {self.experiment.cfg.name}"
+        return f"{self.position} {self.experiment.cfg.name}"
 
     @cached_property
     def resume_from(self) -> Path | None:

@@ -61,7 +61,7 @@ def train_stage(stage: Stage, *, device: str, command: Sequence[str], test: bool
     prepare_trial(experiment, stage.files, command)
     logger.info("%s: writing to %s", stage.label, experiment.trial_dir)
     last = LastCheckpoint(experiment.last_checkpoint, experiment.cfg.checkpoint.every_n_train_steps)
-    trainer = build_trainer(experiment, device, [last, ProgressLine(stage.label)])
+    trainer = build_trainer(experiment, device, [last, ProgressLine(stage.position)])
     system = experiment.build_system()
     system.prepare(torch.device(device), resumed=stage.resume_from is not None)
     module, data = LightningSystem(system), LightningData(experiment.build_data())
@@ -85,10 +85,11 @@ def evaluate(mode: str, experiment: Experiment, *, device: str) -> None:
     if mode == "export":
         export(system, experiment)
         return
+    from fourdfy.callbacks.progress import ProgressLine
     from fourdfy.systems.lightning import LightningData, LightningSystem
     from fourdfy.trainer import build_trainer
 
-    trainer = build_trainer(experiment, device, [])
+    trainer = build_trainer(experiment, device, [ProgressLine(mode)])
     loop = trainer.test if mode == "test" else trainer.validate
     loop(LightningSystem(system), LightningData(experiment.build_data()), verbose=False, weights_only=True)
     logger.info("written to %s", experiment.trial_dir / "save")

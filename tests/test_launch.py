@@ -90,6 +90,14 @@ def test_a_trial_folder_holds_what_the_documentation_says(trained):
     assert list(folder.glob("tb_logs/version_0/events*"))
 
 
+def test_a_run_says_little_unless_asked(tmp_path, caplog):
+    assert launch("shapes_stage_1.yaml", "train", tmp_path, "trainer.max_steps=1", "--verbose") == 0
+    ours = [record for record in caplog.records if record.name.startswith("fourdfy")]
+    said = [record.getMessage() for record in ours if record.levelname != "DEBUG"]
+    assert said == [f"stage 1/1 shapes_stage_1: writing to {trial(tmp_path, 'shapes_stage_1')}"]
+    assert "gradients at the first multi_view step" in caplog.text and "back end for" in caplog.text
+
+
 def test_losses_are_logged_by_step_kind(trained):
     header = (trial(trained, "shapes_stage_3") / "csv_logs/version_0/metrics.csv").read_text().split("\n")[0]
     logged = set(header.split(","))

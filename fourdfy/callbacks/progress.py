@@ -1,61 +1,174 @@
-"""One live line: stage, step, percent, time left, steps/s, losses, memory."""
+"""One live line: stage, step, percent, time left, speed, the loss of each kind of step, memory."""
 
 from __future__ import annotations
 
-import resource
+import logging
+import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from rich.cells import cell_len, set_cell_size
 
-from fourdfy.systems.lightning import LightningSystem
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 REDRAW_SECONDS = {True: 0.5, False: 15.0}
 """On a terminal the line is redrawn in place; in a log a new one is written now and then."""
 
+SHORT_NAMES = {"multi_view": "views", "single_view": "image"}
+
 
 class ProgressLine(pl.Callback):
-    """Writes to stderr; ``label`` opens the line, e.g. ``stage 1/3 shapes_stage_1``."""
+    """Writes to stderr; ``label`` opens the line, e.g. ``stage 1/3``."""
 
     def __init__(self, label: str) -> None:
         self.label = label
-        self._live = sys.stderr.isatty()
+        self._line = LiveLine()
         self._began = self._drawn = 0.0
         self._first_step = 0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._began = self._drawn = time.monotonic()
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._began = time.monotonic()
         self._first_step = trainer.global_step
+        self._line.open()
+        self._show(self._pieces(trainer, pl_module))
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LightningSystem, *args: Any) -> None:
-        now = time.monotonic()
-        due = now - self._drawn >= REDRAW_SECONDS[self._live]
-        if due and trainer.global_step < trainer.max_steps:  # the last line is on_train_end's
-            self._drawn = now
-            self._write(self._line(trainer, pl_module, now), end="")
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        if self._is_due() and trainer.global_step < trainer.max_steps:  # the last line is on_train_end's
+            self._show(self._pieces(trainer, pl_module))
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: LightningSystem) -> None:
-        self._write(self._line(trainer, pl_module, time.monotonic()), end="\n" if self._live else "")
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self._show(self._pieces(trainer, pl_module))
+        self._line.close()
 
-    def _line(self, trainer: pl.Trainer, module: LightningSystem, now: float) -> str:
+    def on_test_start(self, *args: Any) -> None:
+        self._line.open()
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        done, last = batch_idx + 1, trainer.num_test_batches[0]
+        if self._is_due() or done == last:
+            self._show([(0, self.label), (0, f"rendering test views, {100 * done // last}%")])
+
+    def on_test_end(self, *args: Any) -> None:
+        self._line.close()
+
+    def on_exception(self, *args: Any) -> None:
+        self._line.close()
+
+    def _is_due(self) -> bool:
+        return time.monotonic() - self._drawn >= REDRAW_SECONDS[self._line.is_live]
+
+    def _show(self, pieces: list[tuple[int, str]]) -> None:
+        self._drawn = time.monotonic()
+        self._line.show(pieces)
+
+    def _pieces(self, trainer: pl.Trainer, module: Any) -> list[tuple[int, str]]:
         step, last = trainer.global_step, trainer.max_steps
-        rate = (step - self._first_step) / max(now - self._began, 1e-6)
-        left = (last - step) / rate if rate else 0.0
-        losses = "  ".join(
-            f"{name.removeprefix('loss/')} {value:.3g}"
-            for name, value in sorted(module.means.read().items())
-            if name.startswith("loss/")
-        )
-        return (
-            f"{self.label}  step {step}/{last}  {100 * step // last}%  "
-            f"eta {_clock(left)}  {rate:.2f} steps/s  {losses}  {_memory()}"
-        )
+        rate = (step - self._first_step) / max(time.monotonic() - self._began, 1e-6)
+        left = _clock((last - step) / rate) if rate else "-"
+        losses = [
+            f"{SHORT_NAMES.get(kind, kind)} {_brief(value)}"
+            for name, value in module.means.read().items()
+            if name.endswith("/total")
+            for kind in [name.split("/")[1]]
+        ]
+        return [
+            (0, self.label),
+            (0, f"{step}/{last}"),
+            (2, f"{100 * step // last}%"),
+            (0, f"eta {left}"),
+            (0, f"{rate:.2f}/s"),
+            *[(1, loss) for loss in losses],
+            (3, _memory()),
+        ]
 
-    def _write(self, line: str, end: str) -> None:
-        sys.stderr.write(f"\r\x1b[2K{line}{end}" if self._live else f"{line}\n")
-        sys.stderr.flush()
+
+class LiveLine:
+    """The last row of a terminal, drawn again and again in place; what is logged appears above it.
+
+    Where stderr is no terminal, every line that is shown is written, at its full length.
+    """
+
+    def __init__(self) -> None:
+        self.is_live = sys.stderr.isatty()
+        self._shown = ""
+        self._around = _Call(self._erase), _Call(self._draw)
+
+    def open(self) -> None:
+        """From here on log records and warnings go around the line."""
+        if self.is_live:
+            first, last = self._around
+            logging.root.handlers[:] = [first, *logging.root.handlers, last]
+            logging.captureWarnings(True)
+
+    def show(self, pieces: list[tuple[int, str]]) -> None:
+        """Texts with their ranks, in one row; the highest rank gives way first where it is too narrow."""
+        if self.is_live:
+            width = _columns() - 1  # a full row would begin another one
+            self._shown = set_cell_size(fit(pieces, width), width)
+            self._draw()
+        else:
+            _write(fit(pieces, sys.maxsize) + "\n")
+
+    def close(self) -> None:
+        """The line stays, and what follows comes below it. Nothing where it is closed already."""
+        if self._around[0] in logging.root.handlers:
+            for handler in self._around:
+                logging.root.removeHandler(handler)
+            logging.captureWarnings(False)
+            _write("\n")
+            self._shown = ""
+
+    def _draw(self) -> None:
+        _write(f"\r{self._shown}")
+
+    def _erase(self) -> None:
+        _write(f"\r{' ' * cell_len(self._shown)}\r")
+
+
+class _Call(logging.Handler):
+    """Calls a function at every record."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        super().__init__()
+        self._function = function
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._function()
+
+
+def fit(pieces: list[tuple[int, str]], width: int) -> str:
+    """The texts in one line; while it is too long, the last of those of the highest rank is left out."""
+    kept = list(pieces)
+    while cell_len(line := "  ".join(text for _, text in kept if text)) > width and max(kept)[0] > 0:
+        rank = max(kept)[0]
+        kept.remove([piece for piece in kept if piece[0] == rank][-1])
+    return line
+
+
+def _columns() -> int:
+    """Of the terminal at stderr; COLUMNS wins."""
+    try:
+        return int(os.environ.get("COLUMNS") or os.get_terminal_size(sys.stderr.fileno()).columns) or 80
+    except (OSError, ValueError):
+        return 80
+
+
+def _write(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+def _brief(value: float) -> str:
+    return f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.2g}"
 
 
 def _clock(seconds: float) -> str:
@@ -65,8 +178,10 @@ def _clock(seconds: float) -> str:
 
 
 def _memory() -> str:
-    """The peak: of the GPU if there is one, else of the process."""
+    """The peak: of the GPU if there is one, else of the process; nothing where the system doesn't say."""
     if torch.cuda.is_available():
         return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+    if resource is None:
+        return ""
     scale = 1 if sys.platform == "darwin" else 1024
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30:.1f} GiB"

@@ -190,7 +190,7 @@ class FourdfySystem(System):
 
     def after_backward(self, batch: StepBatch, optimizer: torch.optim.Optimizer) -> None:
         if self.audit.is_new(batch.step):
-            logger.info("%s", self.audit.record(batch.step, optimizer.param_groups))
+            logger.debug("%s", self.audit.record(batch.step, optimizer.param_groups))
 
     def active_losses(self, global_step: int) -> dict[str, float]:
         """The weights that are not 0 at this step, by loss name."""

@@ -49,7 +49,8 @@ class LightningSystem(pl.LightningModule):
         super().__init__()
         self.system = system
         self.means = RunningMeans()
-        """Losses and metrics, ``loss/{kind}/{name}`` and ``{kind}/{name}``, for loggers and progress."""
+        """Losses and metrics, ``loss/{kind}/{name}`` and ``{kind}/{name}``, for loggers and progress. The
+        loss ``total`` is the weighted sum, which is trained."""
 
     def state_dict(self, *args: Any, **keywords: Any) -> dict[str, Any]:
         return self.system.state_dict(*args, **keywords)
@@ -71,7 +72,8 @@ class LightningSystem(pl.LightningModule):
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
         out = self.system.training_step(batch)
-        self.means.add({f"loss/{batch.step}/{name}": value for name, value in out.losses.items()})
+        losses = {**out.losses, "total": out.loss.detach()}
+        self.means.add({f"loss/{batch.step}/{name}": value for name, value in losses.items()})
         self.means.add({f"{batch.step}/{name}": value for name, value in out.metrics.items()})
         return out.loss
 

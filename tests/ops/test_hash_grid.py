@@ -223,6 +223,14 @@ def test_auto_takes_torch_without_numba(monkeypatch):
     assert pick_backend(torch.zeros(1, 3)) == "torch"
 
 
+def test_a_missing_fast_back_end_is_warned_of(monkeypatch, caplog):
+    monkeypatch.setattr(package, "find_spec", lambda name: None)
+    package._is_installed.cache_clear()
+    assert pick_backend(torch.zeros(1, 3)) == "torch"
+    package._is_installed.cache_clear()
+    assert "numba is not installed: the hash grid will be slow; pip install numba" in caplog.text
+
+
 def test_asking_for_a_back_end_that_is_not_installed_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "fourdfy.ops.hash_grid.numba_cpu", raising=False)

@@ -227,7 +227,7 @@ def test_broken_kernels_are_not_trusted_and_said_so(broken, monkeypatch, caplog)
     package._log_once.cache_clear()
     spec = HashGridSpec(n_input_dims=3, n_levels=2, log2_hashmap_size=9)
     x, params = random_case(5, spec)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("DEBUG", "fourdfy"):
         assert torch.equal(hash_grid(x, params, spec), reference.forward(x, params, spec))
     package.agrees_with_reference.cache_clear()
     assert "does not work here" in caplog.text

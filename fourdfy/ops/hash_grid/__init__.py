@@ -213,7 +213,10 @@ def _is_installed(package: str) -> bool:
             "no C compiler, which Triton starts its kernels with: the hash grid will be slow; install gcc"
         )
         return False
-    return find_spec(package) is not None
+    if find_spec(package) is None:
+        logger.warning("%s is not installed: the hash grid will be slow; pip install %s", package, package)
+        return False
+    return True
 
 
 def _has_c_compiler() -> bool:
@@ -222,4 +225,4 @@ def _has_c_compiler() -> bool:
 
 @cache
 def _log_once(name: str, device: str, dtype: str) -> None:
-    logger.info("hash grid: %s back end for %s on %s", name, dtype, device)
+    logger.debug("hash grid: %s back end for %s on %s", name, dtype, device)
