@@ -284,7 +284,7 @@ def _moving(cfg: SingleViewConfig, poses: _Poses, videos: int, generator: torch.
     elevation, azimuth = 180 / (16 * frames), 180 / (2 * frames)
     return replace(
         poses,
-        elevation_deg=poses.elevation_deg + index * rate(-elevation, elevation),
+        elevation_deg=(poses.elevation_deg + index * rate(-elevation, elevation)).clamp(-90, 90),
         azimuth_deg=poses.azimuth_deg + index * rate(-azimuth, azimuth),
         distances=poses.distances
         + index * rate((nearest - poses.distances) / frames, (farthest - poses.distances) / frames),

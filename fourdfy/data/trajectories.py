@@ -1,7 +1,8 @@
 """Evaluation sequences: where the camera is, and which moment it sees.
 
-n = num_frames * num_frames_factor moments make one clip; a test has ``num_test_loop_static`` parts,
-each a rest at an azimuth and a turn to the next one.
+A clip has n = num_frames * num_frames_factor moments; a test has ``num_test_loop_static`` parts, each a
+rest at an azimuth and a turn to the next one. Every sequence is made to be played in a loop: its moments
+and turns go on from the last frame to the first as between any two others.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ def stills(cfg: SingleViewConfig) -> Cameras:
 
 def front_video(cfg: SingleViewConfig) -> Cameras:
     """One clip seen from the front."""
-    times = clip_times(cfg)
+    times = looped_times(_moments(cfg))
     return _orbit(cfg, torch.zeros_like(times), times)
 
 
 def turntable(cfg: SingleViewConfig) -> Cameras:
-    """``n_test_views`` views once around the object, both ends included, at time 0."""
-    azimuth = torch.linspace(0, 360, cfg.n_test_views)
+    """``n_test_views`` views once around the object, at time 0."""
+    azimuth = torch.linspace(0, 360, cfg.n_test_views + 1)[:-1]
     return _orbit(cfg, azimuth, torch.zeros_like(azimuth))
 
 
@@ -42,19 +43,23 @@ def moving_test(cfg: SingleViewConfig) -> Cameras:
     """
     if cfg.test_traj is None:
         azimuth = _rest_and_turn(cfg)
-        return _orbit(cfg, azimuth, _repeated(clip_times(cfg), len(azimuth)))
+        return _orbit(cfg, azimuth, looped_times(len(azimuth), len(azimuth) // _moments(cfg)))
     azimuth = _rest_and_turn_smoothly(cfg, keep_first=cfg.test_traj == "motion_smooth_full")
-    half = clip_times(cfg)[: (len(azimuth) + 1) // 2]
-    return _orbit(cfg, azimuth, _repeated(half, len(azimuth)))
+    return _orbit(cfg, azimuth, looped_times(len(azimuth), 2))
 
 
-def clip_times(cfg: SingleViewConfig) -> Float[Tensor, "n"]:
-    """Moments of one evaluation clip, both ends included."""
-    return torch.linspace(0, 1, cfg.num_frames * cfg.num_frames_factor)
+def looped_times(frames: int, clips: int = 1) -> Float[Tensor, "frames"]:
+    """Moments of ``frames`` frames that show the whole clip ``clips`` times; 1 is left out, as it is the
+    next clip's 0."""
+    return torch.arange(frames) * clips % frames / frames
+
+
+def _moments(cfg: SingleViewConfig) -> int:
+    return cfg.num_frames * cfg.num_frames_factor
 
 
 def _rest_and_turn(cfg: SingleViewConfig) -> Float[Tensor, "F"]:
-    moments, parts = len(clip_times(cfg)), cfg.num_test_loop_static
+    moments, parts = _moments(cfg), cfg.num_test_loop_static
     part = 360 / parts
     pieces = []
     for i in range(parts):
@@ -66,17 +71,13 @@ def _rest_and_turn(cfg: SingleViewConfig) -> Float[Tensor, "F"]:
 
 def _rest_and_turn_smoothly(cfg: SingleViewConfig, keep_first: bool) -> Float[Tensor, "F"]:
     parts = cfg.num_test_loop_static
-    views, part = max(1, len(clip_times(cfg)) // parts), 360 / parts
+    views, part = max(1, _moments(cfg) // parts), 360 / parts
     pieces = []
     for i in range(parts, 0, -1):
         rest = torch.full((views,), part * i)
         turn = torch.linspace(part * i, part * (i - 1), views)
         pieces += [rest, turn if keep_first else turn[1:]]
     return torch.cat(pieces)
-
-
-def _repeated(values: Float[Tensor, "n"], count: int) -> Float[Tensor, "count"]:
-    return values[torch.arange(count) % len(values)]
 
 
 def _orbit(cfg: SingleViewConfig, azimuth_deg: Float[Tensor, "F"], times: Float[Tensor, "F"]) -> Cameras:

@@ -16,18 +16,21 @@ from fourdfy.types import Cameras, RayBundle
 def spherical_positions(
     elevation_deg: Float[Tensor, "*F"], azimuth_deg: Float[Tensor, "*F"], distances: Float[Tensor, "*F"]
 ) -> Float[Tensor, "*F 3"]:
-    """Points at ``distances`` (scene units) from the origin."""
+    """Points at ``distances`` (scene units) from the origin; elevations lie in [-90, 90].
+
+    At the poles they are a millionth off the axis, on the side of their azimuth, so that ``look_at`` has
+    the limit of the neighbouring elevations: in floats the cosine of 90 degrees is negative.
+    """
     elevation, azimuth = torch.deg2rad(elevation_deg), torch.deg2rad(azimuth_deg)
-    directions = torch.stack(
-        [elevation.cos() * azimuth.cos(), elevation.cos() * azimuth.sin(), elevation.sin()], dim=-1
-    )
+    aside = elevation.cos().clamp(min=1e-6)
+    directions = torch.stack([aside * azimuth.cos(), aside * azimuth.sin(), elevation.sin()], dim=-1)
     return distances[..., None] * directions
 
 
 def look_at(
     positions: Float[Tensor, "F 3"], centers: Float[Tensor, "F 3"], ups: Float[Tensor, "F 3"]
 ) -> Float[Tensor, "F 4 4"]:
-    """c2w of cameras at ``positions`` that look at ``centers``; ``ups`` need not be orthogonal."""
+    """c2w of cameras at ``positions`` that look at ``centers``; ``ups`` are neither along that nor zero."""
     look = normalize(centers - positions, dim=-1)
     right = normalize(torch.linalg.cross(look, ups, dim=-1), dim=-1)
     up = normalize(torch.linalg.cross(right, look, dim=-1), dim=-1)

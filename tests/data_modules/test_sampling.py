@@ -91,6 +91,20 @@ def test_unperturbed_cameras_look_at_the_origin():
     torch.testing.assert_close(cameras.c2w, look_at(positions, torch.zeros(5, 3), up))
 
 
+@pytest.mark.parametrize("pole", [90.0, -90.0])
+@pytest.mark.parametrize("draw", [single, video, multi])
+def test_training_cameras_at_a_pole_are_the_limit_of_their_neighbours(draw, pole):
+    cameras = [draw(seed=1, batch_size=4, elevation_range=(e, e)).c2w for e in (pole, pole * 0.99999)]
+    torch.testing.assert_close(*cameras, rtol=0, atol=2e-2)  # "on the sphere" is 0.3 degrees lower
+
+
+def test_a_moving_camera_stays_at_the_pole_instead_of_turning_over():
+    cameras = video(train_dynamic_camera=True, num_frames=16, batch_size=20, elevation_range=(88.0, 90.0))
+    assert cameras.elevation_deg.max() == 90
+    ups = cameras.c2w[:, :3, 1].view(20, 16, 3)
+    assert (ups[:, 1:] * ups[:, :-1]).sum(-1).min() > 0.9
+
+
 def test_perturbations_have_their_sizes():
     cameras = single(batch_size=4000, camera_perturb=0.1, center_perturb=0.2)
     shift = cameras.c2w[:, :3, 3] - unperturbed(cameras)

@@ -89,6 +89,20 @@ def test_training_batches_of_the_reference_obey_the_conventions(group):
     torch.testing.assert_close(corner, entry(group, "rays_d_corner"), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("pole", [90.0, -90.0])
+def test_the_view_from_a_pole_is_the_limit_of_its_neighbours(pole):
+    azimuth = torch.tensor([0.0, 37.0, 90.0, 180.0, -120.0])
+
+    def view(elevation):
+        elevations = torch.full_like(azimuth, elevation)
+        at = {"distance": 3.0, "fovy_deg": 40.0, "times": torch.zeros(5), "height": 2, "width": 2}
+        return orbit_cameras(elevations, azimuth, **at)
+
+    near, at_pole = view(pole * 0.99999), view(pole)
+    torch.testing.assert_close(at_pole.c2w, near.c2w, rtol=0, atol=1e-4)
+    assert torch.isfinite(at_pole.light_positions).all()
+
+
 def test_three_cameras_take_the_cross_product_along_the_right_axis():
     """The original's ``torch.cross`` without an axis is wrong for exactly 3 cameras."""
     positions = torch.tensor([[3.0, 0, 0], [0, 3.0, 1.0], [-2.0, 1, 0.5], [1.0, -2, 0]])
