@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, FileNotFoundError) as error:  # the latter: a model that is nowhere
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except FloatingPointError as error:  # training diverged
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     return 0
 
 

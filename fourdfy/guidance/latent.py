@@ -251,7 +251,7 @@ class LatentGuidance(Guidance):
         return timesteps, sample_noise(latents.shape, generator, self.device)
 
     def bound(self, grad: Float[Tensor, "B C *S"], step: int) -> Float[Tensor, "B C *S"]:
-        """``grad`` made finite, and clipped if the config says so."""
+        """``grad``, clipped if the config says so."""
         clip = self.cfg.grad_clip
         return bounded(grad, None if clip is None else schedule_value(clip, step))
 

@@ -142,9 +142,9 @@ def amplify_motion(score: Float[Tensor, "B C F H W"], scale: float) -> Float[Ten
 
 
 def bounded(grad: Float[Tensor, "B C *S"], clip: float | None = None) -> Float[Tensor, "B C *S"]:
-    """``grad`` with NaN as 0 and infinities finite, each entry within ``[-clip, clip]``."""
-    grad = torch.nan_to_num(grad)
-    return grad if clip is None else grad.clamp(-clip, clip)
+    """``grad``, each entry within ``[-clip, clip]``. What is not finite stays so: clipping an infinity would
+    hide from the loss that the prior has failed."""
+    return grad if clip is None else torch.where(grad.isfinite(), grad.clamp(-clip, clip), grad)
 
 
 def rescale_guided_x0(

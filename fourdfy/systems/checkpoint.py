@@ -12,14 +12,24 @@ import torch
 from fourdfy import __version__
 from fourdfy.config import ConfigError
 from fourdfy.safe_load import read_torch_file
+from fourdfy.systems.finite import not_finite
 
 MADE_HERE = "fourdfy"
 """The key of a checkpoint that holds the version of fourdfy which wrote it."""
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
-    """Write to a temporary name, sync, rename: the file of before stays until the new one is whole."""
+    """Write to a temporary name, sync, rename: the file of before stays until the new one is whole.
+
+    Raises:
+        FloatingPointError: a tensor of the scene is not finite; nothing is written.
+    """
     target = Path(path)
+    if broken := not_finite(checkpoint["state_dict"]):
+        raise FloatingPointError(
+            f"global step {checkpoint['global_step']}: {broken[0]} is not finite (is its learning rate too "
+            f"high?); {target} stays as it was"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:

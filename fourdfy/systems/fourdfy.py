@@ -132,12 +132,17 @@ class FourdfySystem(System):
     def configure_optimizer(self) -> torch.optim.Optimizer:
         built = {step.guidance for step in self.plan.steps}
         trains = frozenset[str]().union(*(step.trains for step in self.plan.steps))
-        return build_optimizer(
+        optimizer = build_optimizer(
             self.cfg.optimizer,
             self,
             absent=GUIDANCES - built,
             untrained=self.parameters_outside(trains),
         )
+        for name in sorted(built):  # only what is in a group still wants gradients
+            adapter = list(getattr(self, name).parameters())
+            if adapter and not any(p.requires_grad for p in adapter):
+                logger.info("system.optimizer.params: no group holds the LoRA of %s; it stays as it is", name)
+        return optimizer
 
     # -- training -------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from fourdfy.data.base import DataModule
 from fourdfy.data.datamodule import EvalBatch
 from fourdfy.systems.base import System
 from fourdfy.systems.checkpoint import read_checkpoint, write_checkpoint
+from fourdfy.systems.finite import check_step
 from fourdfy.types import RenderOutput, StepBatch, TensorRecord
 
 
@@ -67,18 +68,26 @@ class LightningSystem(pl.LightningModule):
         return self.system.configure_optimizer()
 
     def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
-        self.batch = batch
         self.system.before_step(batch)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
         out = self.system.training_step(batch)
+        self._batch, self._losses = batch, out.losses
         losses = {**out.losses, "total": out.loss.detach()}
         self.means.add({f"loss/{batch.step}/{name}": value for name, value in losses.items()})
         self.means.add({f"{batch.step}/{name}": value for name, value in out.metrics.items()})
         return out.loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        self.system.after_backward(self.batch, optimizer)
+        # A scaler finds gradients that overflow itself, and skips their step.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        check_step(
+            self._losses,
+            [] if scaled else optimizer.param_groups,
+            self.system,
+            f"global step {self._batch.global_step}, a {self._batch.step} step",
+        )
+        self.system.after_backward(self._batch, optimizer)
 
     def on_train_batch_end(self, outputs: Any, batch: StepBatch, batch_idx: int) -> None:
         self.system.step = self.global_step

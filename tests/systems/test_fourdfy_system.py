@@ -129,3 +129,13 @@ def test_modules_can_be_left_out_of_weights(tmp_path, built):
     taken = start_from_weights(taken)
     assert taken.geometry.feature_network.layers[0].weight.eq(1).all()
     assert not taken.geometry.density_network.layers[0].weight.eq(1).any()
+
+
+def test_an_adapter_in_no_optimizer_group_is_named(built, caplog):
+    _, system, _ = built
+    for step in system.plan.steps:
+        adapter = torch.nn.Linear(1, 1) if step.name == "single_view" else torch.nn.Identity()
+        setattr(system, step.guidance, adapter)
+    with caplog.at_level("INFO"):
+        system.configure_optimizer()
+    assert "no group holds the LoRA of guidance_single_view; it stays as it is" in caplog.text

@@ -1,0 +1,100 @@
+"""NaN and infinity stop a run before they reach the optimizer or a checkpoint."""
+
+import pytest
+import torch
+from torch import nn
+
+from fourdfy.config import load_config
+from fourdfy.experiment import parse_experiment
+from fourdfy.systems.checkpoint import read_checkpoint, write_checkpoint
+from fourdfy.systems.finite import check_step
+from tests.launching import CONFIGS, TINY, launch, trial
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    """A stage-1 system with its four-view prior, and a batch for it."""
+    this = parse_experiment(load_config([CONFIGS / "shapes_stage_1.yaml"], TINY))
+    system = this.build_system()
+    system.prepare(torch.device("cpu"), resumed=False)
+    return system, this.build_data().batch(0)
+
+
+def plant_in_vae(system):
+    return next(system.guidance_multi_view.models.vae.encoder.parameters())
+
+
+def plant_in_noise_levels(system):
+    return system.guidance_multi_view.models.schedule.alphas_cumprod
+
+
+def plant_in_text_embeddings(system):
+    return system.texts["multi_view"].uncond
+
+
+@pytest.mark.parametrize("place", [plant_in_vae, plant_in_noise_levels, plant_in_text_embeddings])
+def test_a_prior_that_fails_is_noticed_in_its_loss(prepared, place):
+    system, batch = prepared
+    tensor = place(system)
+    before = tensor.detach().clone()
+    with torch.no_grad():
+        tensor.fill_(NAN)
+    out = system.training_step(batch)
+    with torch.no_grad():
+        tensor.copy_(before)
+    with pytest.raises(FloatingPointError, match=r"^here: the loss sds is nan; stopped before"):
+        check_step(out.losses, [], system, "here")
+
+
+def toy():
+    network = nn.Linear(2, 1)
+    network(torch.ones(1, 2)).sum().backward()
+    return network, [
+        {"name": "a", "params": [network.weight]},
+        {"name": "b", "params": [network.bias]},
+    ]
+
+
+def test_large_but_finite_gradients_are_no_reason_to_stop():
+    network, groups = toy()
+    network.weight.grad.fill_(3e38)
+    check_step({"sds": torch.tensor(3e38)}, groups, network, "here")
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_the_group_of_a_gradient_that_is_not_finite_is_named(value):
+    network, groups = toy()
+    network.bias.grad[0] = value
+    with pytest.raises(FloatingPointError, match=r"^here: the gradient of b is (nan|inf); stopped"):
+        check_step({"sds": torch.zeros(())}, groups, network, "here")
+
+
+def test_parameters_that_were_broken_before_are_named():
+    network, groups = toy()
+    with torch.no_grad():
+        network.weight[0, 0] = NAN
+    with pytest.raises(FloatingPointError, match=r"the loss sds is nan; weight was not finite before it"):
+        check_step({"sds": torch.tensor(NAN)}, groups, network, "here")
+
+
+def test_a_scene_that_is_not_finite_is_not_written_over_one_that_is(tmp_path):
+    path = tmp_path / "last.ckpt"
+    write_checkpoint({"state_dict": {"a": torch.ones(2)}, "global_step": 3}, path)
+    with pytest.raises(FloatingPointError, match=r"global step 4: a is not finite .* stays as it was"):
+        write_checkpoint({"state_dict": {"a": torch.tensor([1, NAN])}, "global_step": 4}, path)
+    assert read_checkpoint(path)["global_step"] == 3
+
+
+def test_a_learning_rate_that_is_far_too_high_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys):
+    groups = ("geometry.encoding", "geometry.density_network")
+    rates = ", ".join(f"{group}: {{lr: 1.0e+30}}" for group in groups)
+    given = ["checkpoint.every_n_train_steps=1", f"system.optimizer.params={{{rates}}}"]
+    assert launch("shapes_stage_1.yaml", "train", tmp_path, *given) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith(
+        "error: global step 1, a multi_view step: the loss sds is nan, the loss sparsity is nan;"
+    )
+    last = trial(tmp_path, "shapes_stage_1") / "ckpts" / "last.ckpt"
+    assert read_checkpoint(last)["global_step"] == 1
