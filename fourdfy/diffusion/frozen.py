@@ -10,7 +10,6 @@ B images, H x W pixels, C latent channels, h x w latents.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,10 +23,20 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fourdfy.diffusion.hub import WEIGHTS, has_part
-from fourdfy.ops.diffusion import NoiseScales, Prediction, noise_scales, sample_noise
+from fourdfy.config import ConfigError
+from fourdfy.diffusion.hub import part_flaw, read_description, weight_files
+from fourdfy.diffusion.scheduler_file import read_scheduler
+from fourdfy.ops.diffusion import NoiseScales, noise_scales, sample_noise
 
 logger = logging.getLogger(__name__)
+
+CLASSES = {
+    "vae": ("_class_name", "AutoencoderKL"),
+    "text_encoder": ("architectures", "CLIPTextModel"),
+    "tokenizer": ("tokenizer_class", "CLIPTokenizer"),
+    "fps_embedding": ("_class_name", "TimestepEmbedding"),
+}
+"""Of parts that are of one class in every prior: the key that names it, and its name."""
 
 Gradient = Literal["exact", "subset"]
 """How ``encode_images`` learns in parts."""
@@ -86,6 +95,33 @@ class MemoryOptions:
         return torch.bfloat16 if self.half_precision_weights == "bf16" else torch.float16
 
 
+def check_part(folder: Path, part: str, class_name: str = "") -> None:
+    """Refuse a part that can't be what is needed; reads its description, not its weights.
+
+    Args:
+        class_name: the diffusers class that the description must name, e.g. ``UNet2DConditionModel``;
+            of other parts than ``unet`` it goes without saying.
+
+    Raises:
+        FileNotFoundError: the part is missing or not whole.
+        ConfigError: it is of another class, or its file can't be read.
+    """
+    if flaw := part_flaw(folder, part):
+        raise FileNotFoundError(f"{folder} holds no {part} that can be read ({flaw})")
+    if part == "scheduler":
+        read_scheduler(folder)
+        return
+    description = read_description(folder, part)
+    key, wanted = CLASSES.get(part, ("_class_name", class_name))
+    stated = description.get(key, wanted)
+    # transformers' names come in a list, or end in Fast.
+    if wanted and not (stated == wanted if key == "_class_name" else wanted in str(stated)):
+        raise ConfigError(
+            f"{folder / part} holds a {stated}, expected a {wanted}; "
+            "is pretrained_model_name_or_path another kind of model?"
+        )
+
+
 def load_part(
     folder: Path, part: str, class_name: str, *, dtype: torch.dtype, device: torch.device
 ) -> nn.Module:
@@ -95,25 +131,16 @@ def load_part(
         class_name: the class that the folder's description must name, e.g. ``UNet2DConditionModel``.
 
     Raises:
-        FileNotFoundError: the part is missing or has no weights.
-        ValueError: the part is a network of another class.
+        FileNotFoundError: the part is missing or not whole.
+        ConfigError: the part is a network of another class, or can't be loaded.
     """
-    _require(folder, part)
-    stated = json.loads((folder / part / "config.json").read_text()).get("_class_name", class_name)
-    if stated != class_name:
-        raise ValueError(
-            f"{folder / part} holds a {stated}, this guidance needs a {class_name}; "
-            "is pretrained_model_name_or_path another kind of model?"
-        )
+    check_part(folder, part, class_name)
     import diffusers
 
-    network = getattr(diffusers, class_name).from_pretrained(
-        folder / part,
-        torch_dtype=dtype,
-        local_files_only=True,
-        # Said explicitly: left open, diffusers warns before it takes a pickle (with weights_only=True).
-        use_safetensors=any((folder / part).glob(WEIGHTS[0])),
-    )
+    with _loading(folder / part):
+        network = getattr(diffusers, class_name).from_pretrained(
+            folder / part, torch_dtype=dtype, local_files_only=True, **_weights(folder, part, dtype)
+        )
     return freeze(network.to(device))
 
 
@@ -121,20 +148,35 @@ def load_text_encoder(folder: Path, device: torch.device) -> tuple[Any, nn.Modul
     """(tokenizer, CLIP text encoder in float32, frozen) of a model folder.
 
     Raises:
-        FileNotFoundError: a part is missing.
+        FileNotFoundError: a part is missing or not whole.
+        ConfigError: a part is of another class, or can't be loaded.
     """
-    for part in ("tokenizer", "text_encoder"):
-        _require(folder, part)
-    from transformers import AutoTokenizer, CLIPTextModel
+    tokenizer = load_tokenizer(folder)
+    check_part(folder, "text_encoder")
+    from transformers import CLIPTextModel
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder / "tokenizer", local_files_only=True, trust_remote_code=False
-    )
-    with no_progress_bar():
+    with no_progress_bar(), _loading(folder / "text_encoder"):
         encoder = CLIPTextModel.from_pretrained(
-            folder / "text_encoder", local_files_only=True, dtype=torch.float32
+            folder / "text_encoder",
+            local_files_only=True,
+            dtype=torch.float32,
+            **_weights(folder, "text_encoder", torch.float32),
         )
     return tokenizer, freeze(encoder.to(device))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The CLIP tokenizer of a model folder.
+
+    Raises:
+        FileNotFoundError: it is missing or not whole.
+        ConfigError: it is of another class, or can't be loaded.
+    """
+    check_part(folder, "tokenizer")
+    from transformers import CLIPTokenizer
+
+    with _loading(folder / "tokenizer"):
+        return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
 
 
 def load_noise_schedule(folder: Path, device: torch.device) -> NoiseSchedule:
@@ -142,20 +184,14 @@ def load_noise_schedule(folder: Path, device: torch.device) -> NoiseSchedule:
 
     Raises:
         FileNotFoundError: no scheduler there.
-        ValueError: the model predicts something we can't read.
+        ConfigError: the file may describe other noise levels than we would read from it.
     """
-    _require(folder, "scheduler")
+    check_part(folder, "scheduler")
     from diffusers import DDPMScheduler
 
-    file = folder / "scheduler" / "scheduler_config.json"
-    config = json.loads(file.read_text())
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction not in Prediction.__args__:
-        raise ValueError(f"{file}: prediction_type {prediction!r}; expected one of {Prediction.__args__}")
-    keys = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-    keys += ("rescale_betas_zero_snr",)
-    scheduler = DDPMScheduler(**{key: config[key] for key in keys if key in config})
-    return NoiseSchedule(alphas_cumprod=scheduler.alphas_cumprod.to(device), prediction=prediction)
+    levels, prediction = read_scheduler(folder)
+    alphas_cumprod = DDPMScheduler(**levels).alphas_cumprod
+    return NoiseSchedule(alphas_cumprod=alphas_cumprod.to(device), prediction=prediction)
 
 
 def freeze(network: nn.Module) -> nn.Module:
@@ -270,6 +306,23 @@ def _to_channels_last(network: nn.Module) -> None:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
-def _require(folder: Path, part: str) -> None:
-    if not has_part(folder, part):
-        raise FileNotFoundError(f"{folder} holds no {part}: expected {folder / part} with its files")
+def _weights(folder: Path, part: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Which of a part's weight files its loader opens: those that ``part_flaw`` looked at.
+
+    ``use_safetensors`` is said explicitly: left open, diffusers warns before it takes a pickle (with
+    weights_only=True).
+    """
+    files = weight_files(folder, part)
+    if files.variant and dtype == torch.float32:
+        _say_once(f"{folder / part}: rounded to half precision; there are no other weights")
+    return {"variant": files.variant, "use_safetensors": files.use_safetensors}
+
+
+@contextlib.contextmanager
+def _loading(place: Path) -> Iterator[None]:
+    """Whatever the libraries raise at a file that isn't what it says becomes one line that names it."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"{place} can't be loaded: {type(error).__name__}: {reason}") from error

@@ -11,11 +11,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from hashlib import blake2b
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,19 @@ class Source:
     """An original checkpoint in the repository, to be converted; null: it has diffusers layout."""
     asset: str | None = None
     """A folder below ``fourdfy/shapes/assets``, in place of a repository."""
+    grammar: str | None = None
+    """A module with ``check_text``, for a model that knows few texts; null: it knows them all."""
 
     def __str__(self) -> str:
         return self.asset or (f"{self.repo}/{self.file}" if self.file else self.repo)
 
 
+GRAMMAR = "fourdfy.shapes.grammar"
+
 MODELS = {
-    "fourdfy/shapes-image": (Source(asset="shapes-image"),),
-    "fourdfy/shapes-4view": (Source(asset="shapes-4view"),),
-    "fourdfy/shapes-video": (Source(asset="shapes-video"),),
+    "fourdfy/shapes-image": (Source(asset="shapes-image", grammar=GRAMMAR),),
+    "fourdfy/shapes-4view": (Source(asset="shapes-4view", grammar=GRAMMAR),),
+    "fourdfy/shapes-video": (Source(asset="shapes-video", grammar=GRAMMAR),),
     # No longer served under their own names since 2025; old caches still hold them.
     "stabilityai/stable-diffusion-2-1-base": (
         Source(repo="stabilityai/stable-diffusion-2-1-base"),
@@ -85,7 +90,8 @@ BORROWED = {"tokenizer": "stabilityai/stable-diffusion-2-1-base"}
 DESCRIPTIONS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 """The file that tells what a part is; ``config.json`` for all others."""
 
-WEIGHTS = ("*.safetensors", "*.bin")
+VARIANTS = ("", ".fp16")
+"""What names of weight files have before their suffix; full precision goes first."""
 
 LAYOUT = 1
 """Counts changes of what a conversion writes, so that an older one is not taken for it."""
@@ -124,12 +130,13 @@ def resolve_file(name_or_path: str | Path) -> Path:
 
 def locate_model(name_or_path: str | Path, parts: Sequence[str] = ()) -> str:
     """Where ``resolve_model`` would take the model from, in words; opens no socket and writes nothing."""
-    name = str(name_or_path)
-    stored = _stored(name, parts, [])
+    name, tried = str(name_or_path), []
+    stored = _stored(name, parts, tried)
     if stored is None:
+        partial = "".join(f"; {line}" for line in tried if not line.endswith(": not there"))
         if is_offline() or not _may_be_fetched(name):
-            return f"{name} (MISSING)"
-        return f"{' or '.join(map(str, _sources(name)))} (to be fetched)"
+            return f"{name} (MISSING{partial})"
+        return f"{' or '.join(map(str, _sources(name)))} (to be fetched{partial})"
     if stored.is_file():
         folder = converted_folder(stored)
         state = f"converted in {folder}" if folder.is_dir() else "to be converted"
@@ -137,7 +144,7 @@ def locate_model(name_or_path: str | Path, parts: Sequence[str] = ()) -> str:
         return ", ".join((f"{stored} ({state})", *(f"{p} of {locate_model(*loans[p])}" for p in loans)))
     if _local(name) == stored:
         return str(stored)
-    source = next(source for source in _sources(name) if _stored_source(source, parts) == stored)
+    source = next(source for source in _sources(name) if _place(source, parts) == stored)
     return f"{name} (in {stored})" if source.asset else f"{source} (in the hub cache)"
 
 
@@ -152,8 +159,27 @@ def stored_bytes(name_or_path: str | Path, parts: Sequence[str]) -> int | None:
     folder = converted_folder(stored) if stored.is_file() else stored
     if not folder.is_dir():
         return stored.stat().st_size
-    files = (file for part in parts for pattern in WEIGHTS for file in (folder / part).glob(pattern))
-    return sum(file.stat().st_size for file in files)
+    networks = (part for part in parts if part not in DESCRIPTIONS and not part_flaw(folder, part))
+    return sum(file.stat().st_size for part in networks for file in weight_files(folder, part).paths)
+
+
+def stored_folder(name_or_path: str | Path, parts: Sequence[str]) -> Path | None:
+    """The folder with the model's ``parts`` if it is here as it is needed: nothing to fetch or convert."""
+    stored = _stored(str(name_or_path), parts, [])
+    folder = converted_folder(stored) if stored and stored.is_file() else stored
+    return folder if folder and not _lacking(folder, parts) else None
+
+
+def knows_text(name_or_path: str | Path, text: str) -> bool:
+    """Whether the model is known to have learned ``text``; False of a model that states no grammar.
+
+    Raises:
+        ValueError: the model states one, and the text is not of it; names the word and the nearest.
+    """
+    grammars = [source.grammar for source in MODELS.get(str(name_or_path), ()) if source.grammar]
+    for grammar in grammars:
+        import_module(grammar).check_text(text)
+    return bool(grammars)
 
 
 def stored_description(name_or_path: str | Path, part: str) -> dict[str, Any]:
@@ -172,12 +198,56 @@ def is_offline() -> bool:
     )
 
 
-def has_part(folder: Path, part: str) -> bool:
-    """Whether ``folder`` holds ``part`` with its description and, if it is a network, weights."""
+def part_flaw(folder: Path, part: str) -> str:
+    """What keeps a loader from reading ``part`` of a model folder; "" if all that it opens is there."""
     place = folder / part
-    if not (place / DESCRIPTIONS.get(part, "config.json")).is_file():
-        return False
-    return part in DESCRIPTIONS or any(any(place.glob(pattern)) for pattern in WEIGHTS)
+    if not place.is_dir():
+        return "no such folder"
+    files = [place / DESCRIPTIONS.get(part, "config.json")]
+    if part == "tokenizer" and not (place / "tokenizer.json").is_file():
+        files += [place / "vocab.json", place / "merges.txt"]
+    if part not in DESCRIPTIONS:
+        files += weight_files(folder, part).paths
+    return next((f"{file.name} {flaw}" for file in files if (flaw := _flaw(file))), "")
+
+
+def read_description(folder: Path, part: str) -> dict[str, Any]:
+    """The mapping in the file that tells what a part is.
+
+    Raises:
+        ConfigError: it is no JSON, or no mapping.
+    """
+    return _read_mapping(folder / part / DESCRIPTIONS.get(part, "config.json"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFiles:
+    """A network's weights, under the names that diffusers and transformers look for."""
+
+    paths: tuple[Path, ...]
+    """Every file that is opened; of a network in shards, the index first."""
+    variant: str | None
+    """``fp16``, or None for full precision."""
+    use_safetensors: bool
+
+    @property
+    def is_whole(self) -> bool:
+        return not any(map(_flaw, self.paths))
+
+
+def weight_files(folder: Path, part: str) -> WeightFiles:
+    """The weights that a loader of ``part`` is to take; see ``_weight_names`` for the order.
+
+    Without a whole set, the one that has at least a file, or the one that is usual.
+    """
+    place, sets = folder / part, []
+    for variant, file, index in _weight_names(part):
+        paths: tuple[Path, ...] = (place / file,)
+        if (place / index).is_file():
+            paths = (place / index, *_shards(place / index))
+        sets.append(WeightFiles(paths=paths, variant=variant, use_safetensors=file.endswith(".safetensors")))
+    begun = (files for files in sets if files.paths[0].exists())
+    return next((files for files in sets if files.is_whole), next(begun, sets[0]))
 
 
 def cache_root() -> Path:
@@ -198,18 +268,18 @@ def converted_folder(file: Path) -> Path:
 
 
 def _stored(name: str, parts: Sequence[str], tried: list[str]) -> Path | None:
-    """A folder with all ``parts``, or a checkpoint file; adds to ``tried`` what was in vain."""
+    """A folder with all ``parts``, or a checkpoint file; adds to ``tried`` what does not serve, and why."""
     if local := _local(name):
-        lacking = "" if local.is_file() else _lacking(local, parts)
-        if not lacking:
-            return local
-        tried.append(f"local folder {local}: lacks {lacking}")
-        return None
+        if flaw := _model_flaw(local, parts):
+            tried.append(f"local {'file' if local.is_file() else 'folder'} {local}: {flaw}")
+        return None if flaw else local
     tried.append(f"local file or folder {Path(name).expanduser()}: not there")
     for source in _sources(name):
-        if stored := _stored_source(source, parts):
-            return stored
-        tried.append(f"{'in this package' if source.asset else 'hub cache'}, {source}: not there")
+        place = _place(source, parts)
+        flaw = _model_flaw(place, parts) if place else "not there"
+        if not flaw:
+            return place
+        tried.append(f"{'in this package' if source.asset else 'hub cache'}, {source}: {flaw}")
     return None
 
 
@@ -218,18 +288,17 @@ def _local(name: str) -> Path | None:
     return path if path.exists() else None
 
 
-def _stored_source(source: Source, parts: Sequence[str]) -> Path | None:
+def _place(source: Source, parts: Sequence[str]) -> Path | None:
+    """Where this disk has a source's checkpoint file, or its folder with at least one of the ``parts``."""
     if source.asset:
-        folder = Path(__file__).parents[1] / "shapes" / "assets" / source.asset
-        return None if _lacking(folder, parts) else folder
+        return Path(__file__).parents[1] / "shapes" / "assets" / source.asset
     if source.file:
         return _in_hub_cache(source, source.file)
-    probe = f"{parts[0]}/{DESCRIPTIONS.get(parts[0], 'config.json')}" if parts else "model_index.json"
-    found = _in_hub_cache(source, probe)
-    if found is None:
-        return None
-    folder = found.parents[probe.count("/")]
-    return None if _lacking(folder, parts) else folder
+    probes = [f"{part}/{DESCRIPTIONS.get(part, 'config.json')}" for part in parts] or ["model_index.json"]
+    for probe in probes:
+        if found := _in_hub_cache(source, probe):
+            return found.parents[probe.count("/")]
+    return None
 
 
 def _in_hub_cache(source: Source, file: str) -> Path | None:
@@ -246,8 +315,65 @@ def _in_hub_cache(source: Source, file: str) -> Path | None:
     return None
 
 
+def _model_flaw(place: Path, parts: Sequence[str]) -> str:
+    """What keeps a checkpoint file, or the ``parts`` of a folder, from being read; "" if nothing does."""
+    return _flaw(place) if place.is_file() else _lacking(place, parts)
+
+
 def _lacking(folder: Path, parts: Sequence[str]) -> str:
-    return ", ".join(part for part in parts if not has_part(folder, part))
+    flaws = {part: flaw for part in parts if (flaw := part_flaw(folder, part))}
+    return "lacks " + ", ".join(f"{part} ({flaw})" for part, flaw in flaws.items()) if flaws else ""
+
+
+def _flaw(file: Path) -> str:
+    """Why a file is not what its name says; "" if it may be."""
+    if not file.is_file():
+        return "is missing"
+    size = file.stat().st_size
+    if not size:
+        return "is empty"
+    if size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer; git lfs pull fetches what it stands for"
+    if ".index" in file.suffixes and not _shards(file):
+        return "names no shards"
+    if file.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, "np"):
+                pass
+        except SafetensorError as error:
+            return f"is cut short, or no safetensors file ({error})"
+    return ""
+
+
+def _weight_names(part: str) -> Iterator[tuple[str | None, str, str]]:
+    """(variant, file, index of shards) of every set of weights, in the order of preference."""
+    stems = ("model.safetensors", "pytorch_model.bin")
+    if part != "text_encoder":
+        stems = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+    for variant in VARIANTS:
+        for name, _, suffix in (stem.partition(".") for stem in stems):
+            index = f"{name}.{suffix}.index{variant}.json"
+            yield variant.removeprefix(".") or None, f"{name}{variant}.{suffix}", index
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    """The files that an index names; none if it can't be read."""
+    try:
+        return tuple(index.with_name(name) for name in sorted({*_read_mapping(index)["weight_map"].values()}))
+    except (ConfigError, KeyError, AttributeError, TypeError):
+        return ()
+
+
+def _read_mapping(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} can't be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected a JSON object, got {str(content)[:60]!r}")
+    return content
 
 
 # ---------------------------------------------------------------------------------------------
@@ -292,19 +418,31 @@ def _fetch(source: Source, parts: Sequence[str]) -> Path:
     wanted = _wanted_files(HfApi().list_repo_files(source.repo, revision=source.revision), parts)
     logger.info("fetching %s: %d files from the hub", source, len(wanted))
     folder = Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=wanted))
+    for file in wanted:
+        if _flaw(folder / file):  # the cache's own test is whether a file exists
+            hf_hub_download(source.repo, file, revision=source.revision, force_download=True)
     if lacking := _lacking(folder, parts):
-        raise FileNotFoundError(f"lacks {lacking}")
+        raise FileNotFoundError(lacking)
     return folder
 
 
 def _wanted_files(files: Sequence[str], parts: Sequence[str]) -> list[str]:
-    """The parts' files without variants (``.fp16.``), pickles only where there is nothing safer."""
-    wanted = ["model_index.json"] if "model_index.json" in files else []
+    """The parts' descriptions, and of their weights the set that ``_weight_names`` prefers."""
+    wanted = [file for file in files if file == "model_index.json"]
     for part in parts:
-        inside = [f for f in files if f.startswith(f"{part}/") and len(Path(f).suffixes) < 2]
-        wanted += [f for f in inside if fnmatch(f, "*.json") or fnmatch(f, "*.txt")]
-        weights = [[f for f in inside if fnmatch(f, pattern)] for pattern in WEIGHTS]
-        wanted += next((group for group in weights if group), [])
+        inside = [Path(file).name for file in files if file.startswith(f"{part}/") and file.count("/") == 1]
+        chosen = [f for f in inside if len(Path(f).suffixes) == 1 and f.endswith((".json", ".txt", ".model"))]
+        for variant, file, index in () if part in DESCRIPTIONS else _weight_names(part):
+            shards = [
+                f
+                for f in inside
+                if re.fullmatch(rf"{file.partition('.')[0]}\b.*-\d+-of-\d+\b.*{Path(file).suffix}", f)
+                and (".fp16" in f) == bool(variant)
+            ]
+            if weights := [index, *shards] if index in inside else [file] if file in inside else []:
+                chosen += weights
+                break
+        wanted += [f"{part}/{name}" for name in chosen]
     return wanted
 
 
@@ -355,11 +493,14 @@ def _converted(file: Path, parts: Sequence[str]) -> Path:
             shutil.copytree(loans[part] / part, unfinished)
             unfinished.rename(folder / part)
     if lacking := _lacking(folder, parts):
-        raise FileNotFoundError(f"{file} is another kind of model: it holds no {lacking}")
+        raise FileNotFoundError(
+            f"{file} {lacking}: it is another kind of model, or its conversion in {folder} is damaged "
+            "(delete that folder)"
+        )
     return folder
 
 
 def _loans(folder: Path, parts: Sequence[str]) -> dict[str, tuple[str, tuple[str]]]:
     """Those of the ``parts`` that another model has to give yet: what to ask for."""
-    missing = (part for part in parts if part in BORROWED and not has_part(folder, part))
+    missing = (part for part in parts if part in BORROWED and part_flaw(folder, part))
     return {part: (BORROWED[part], (part,)) for part in missing}

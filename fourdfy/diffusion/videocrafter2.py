@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fourdfy.diffusion.frozen import freeze, load_part
-from fourdfy.diffusion.hub import has_part
+from fourdfy.diffusion.hub import part_flaw, weight_files
 
 PARTS = ("unet", "fps_embedding", "vae", "scheduler")
 """What a folder must hold for the guidance."""
@@ -42,14 +42,14 @@ def fps_vector(folder: Path, fps: int) -> Float[Tensor, "E"]:
     Raises:
         FileNotFoundError: the folder has no ``fps_embedding``.
     """
-    if not has_part(folder, "fps_embedding"):
+    if flaw := part_flaw(folder, "fps_embedding"):
         raise FileNotFoundError(
-            f"{folder} holds no fps_embedding: a VideoCrafter2 folder is made from its model.ckpt; "
+            f"{folder} holds no fps_embedding ({flaw}): a VideoCrafter2 folder is made from its model.ckpt; "
             "name that file, or VideoCrafter/VideoCrafter2, as pretrained_model_name_or_path"
         )
     from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 
-    (file,) = (folder / "fps_embedding").glob("*.safetensors")
+    (file,) = weight_files(folder, "fps_embedding").paths
     weights = load_file(file)
     width, channels = weights["linear_1.weight"].shape
     embedding = TimestepEmbedding(channels, width).double().requires_grad_(False)

@@ -12,8 +12,9 @@ import logging
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from jaxtyping import Float
 from omegaconf import MISSING
 from torch import Tensor
 
-from fourdfy.config import Component, ignored
-from fourdfy.diffusion.hub import cache_root, resolve_model
+from fourdfy.bounds import number
+from fourdfy.config import Component, ConfigError, ignored
+from fourdfy.diffusion.hub import cache_root, knows_text, resolve_model, stored_folder
 from fourdfy.types import PerpNegDecays, TextEmbeddings
 
 logger = logging.getLogger(__name__)
@@ -59,9 +61,9 @@ class PromptProcessor(Component, ABC):
         """What guidance leads away from; the same for all views."""
         pretrained_model_name_or_path: str = "stabilityai/stable-diffusion-2-1-base"
         """Folder, embedded name or hub id with ``tokenizer`` and ``text_encoder``."""
-        overhead_threshold: float = 60.0
-        front_threshold: float = 45.0
-        back_threshold: float = 45.0
+        overhead_threshold: float = number(60.0, 0, 90)
+        front_threshold: float = number(45.0, 0, 180)
+        back_threshold: float = number(45.0, 0, 180)
         """Degrees; see ``TextEmbeddings.direction_indices``."""
         view_dependent_prompt_front: bool = False
         """"front view of PROMPT" instead of "PROMPT, front view"."""
@@ -71,10 +73,10 @@ class PromptProcessor(Component, ABC):
         use_perp_neg: bool = False
         """Texts mixed by azimuth, with the front and side views as negatives; see
         ``TextEmbeddings.perp_neg_texts``. The guidance must have view_dependent_prompting=true."""
-        perp_neg_f_sb: tuple[float, float, float] = (1.0, 0.5, -0.606)
-        perp_neg_f_fsb: tuple[float, float, float] = (1.0, 0.5, 0.967)
-        perp_neg_f_fs: tuple[float, float, float] = (4.0, 0.5, -2.426)
-        perp_neg_f_sf: tuple[float, float, float] = (4.0, 0.5, -2.426)
+        perp_neg_f_sb: tuple[float, float, float] = number((1.0, 0.5, -0.606), -1000, 1000)
+        perp_neg_f_fsb: tuple[float, float, float] = number((1.0, 0.5, 0.967), -1000, 1000)
+        perp_neg_f_fs: tuple[float, float, float] = number((4.0, 0.5, -2.426), -1000, 1000)
+        perp_neg_f_sf: tuple[float, float, float] = number((4.0, 0.5, -2.426), -1000, 1000)
         """(a, b, c) of the negatives' weights -(a exp(-b r) + c); see ``PerpNegDecays``."""
 
         def models(self) -> list[tuple[str, tuple[str, ...]]]:
@@ -101,6 +103,42 @@ class PromptProcessor(Component, ABC):
         given = (getattr(self.cfg, f"prompt_{direction}") for direction in DIRECTIONS)
         return [text or self._with_view(prompt, name) for text, name in zip(given, DIRECTIONS, strict=True)]
 
+    def check_length(self, texts: Collection[str], folder: Path) -> None:
+        """Refuse texts that the encoder in ``folder`` would cut, without loading it.
+
+        Raises:
+            ConfigError: shows where a text would be cut.
+        """
+
+    def texts(self) -> set[str]:
+        """Everything that the encoder is given: prompts, their texts for views, and the negative prompt."""
+        views = (self.direction_texts(prompt) for prompt in self.prompts)
+        return {*self.prompts, *chain(*views), self.cfg.negative_prompt}
+
+    def check_texts(self) -> None:
+        """Warn of texts that the model has not learned, and refuse those that are too long for it.
+
+        Loads no weights; nothing is too long for a model that is not on this disk yet.
+
+        Raises:
+            ConfigError: a text is longer than the encoder reads; shows where it would be cut.
+        """
+        folder = stored_folder(self.cfg.pretrained_model_name_or_path, PARTS)
+        if (others := self._others_than_learned()) and folder:
+            self.check_length(others, folder)
+
+    def _others_than_learned(self) -> list[str]:
+        """The texts that the model is not known to have learned; warns where it surely has not."""
+        others = []
+        for text in sorted(self.texts()):
+            try:
+                if knows_text(self.cfg.pretrained_model_name_or_path, text):
+                    continue
+            except ValueError as error:
+                _warn_once(f"the models were not trained on such a prompt: {error}")
+            others.append(text)
+        return others
+
     def embeddings(self, device: torch.device | str) -> TextEmbeddings:
         """The states of all texts, on ``device``, in float32.
 
@@ -108,11 +146,12 @@ class PromptProcessor(Component, ABC):
 
         Raises:
             FileNotFoundError: the model is not to be found.
-            ValueError: a text is longer than the encoder reads; shows where it would be cut.
+            ConfigError: a text is longer than the encoder reads; shows where it would be cut.
         """
+        self._others_than_learned()
         device = torch.device(device)
         views = [self.direction_texts(prompt) for prompt in self.prompts]
-        states = self._states({*self.prompts, *chain(*views), self.cfg.negative_prompt}, device)
+        states = self._states(self.texts(), device)
         decays = PerpNegDecays(*(tuple(getattr(self.cfg, f"perp_neg_f_{f}")) for f in PerpNegDecays._fields))
         return TextEmbeddings(
             text=torch.stack([states[prompt] for prompt in self.prompts]),
@@ -172,13 +211,13 @@ def tokenize(tokenizer: Any, text: str, max_length: int) -> list[int]:
     """Token ids padded to ``max_length``.
 
     Raises:
-        ValueError: the text is longer; shows where it would be cut.
+        ConfigError: the text is longer; shows where it would be cut.
     """
     ids = tokenizer(text).input_ids
     if len(ids) > max_length:
         kept = tokenizer.decode(ids[: max_length - 1], skip_special_tokens=True)
         cut = tokenizer.decode(ids[max_length - 1 :], skip_special_tokens=True)
-        raise ValueError(
+        raise ConfigError(
             f"a prompt has {len(ids)} tokens, the text encoder reads {max_length}; shorten it. "
             f"It would be cut here: {kept!r} >>> {cut!r}"
         )
@@ -243,6 +282,12 @@ def _cache_file(identity: str, text: str) -> Path:
 
 def _label(identity: str, text: str) -> dict[str, str]:
     return {"model": identity, "prompt": text}
+
+
+@cache
+def _warn_once(message: str) -> None:
+    """A run has several processors, and one prompt for them all."""
+    logger.warning(message)
 
 
 def _listed(texts: Sequence[str]) -> str:

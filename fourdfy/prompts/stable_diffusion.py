@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fourdfy.diffusion.frozen import load_text_encoder
+from fourdfy.diffusion.frozen import load_text_encoder, load_tokenizer
+from fourdfy.diffusion.hub import read_description
 from fourdfy.prompts.base import PromptProcessor, TextEncoder, tokenize
 from fourdfy.registry import register
 
@@ -24,7 +27,7 @@ class StableDiffusionPromptProcessor(PromptProcessor):
 
     def load_encoder(self, folder: Path, device: torch.device) -> TextEncoder:
         tokenizer, encoder = load_text_encoder(folder, device)
-        max_length = min(tokenizer.model_max_length, encoder.config.max_position_embeddings)
+        max_length = _max_length(tokenizer, folder)
 
         def encode(texts: list[str]) -> Float[Tensor, "T L C"]:
             ids = [tokenize(tokenizer, text, max_length) for text in texts]
@@ -32,3 +35,14 @@ class StableDiffusionPromptProcessor(PromptProcessor):
             return encoder(torch.tensor(ids, device=device)).last_hidden_state
 
         return encode
+
+    def check_length(self, texts: Collection[str], folder: Path) -> None:
+        tokenizer = load_tokenizer(folder)
+        for text in texts:
+            tokenize(tokenizer, text, _max_length(tokenizer, folder))
+
+
+def _max_length(tokenizer: Any, folder: Path) -> int:
+    """Tokens that tokenizer and encoder both take, the two ends of a text included."""
+    encoder = read_description(folder, "text_encoder")
+    return min(tokenizer.model_max_length, encoder.get("max_position_embeddings", 77))

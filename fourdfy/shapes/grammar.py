@@ -68,6 +68,20 @@ def parse_prompt(text: str) -> ShapePrompt:
     return ShapePrompt(words[0], words[1], " ".join(words[2:]))
 
 
+def check_text(text: str) -> None:
+    """Refuse what is no text of the world: a prompt, time words, view words; or nothing at all.
+
+    Raises:
+        ValueError: names the word that is not of the grammar, and the nearest right one.
+    """
+    prompt, *words = text.split(", ")
+    if text:
+        parse_prompt(prompt)
+    for word in words:
+        if word not in (*MOMENTS, *VIEWS):
+            raise ValueError(_unknown("moment or view", word, (*MOMENTS, *VIEWS)))
+
+
 @lru_cache
 def all_prompts() -> tuple[ShapePrompt, ...]:
     """Every combination, colours slowest, motions fastest."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import pickle
+import re
 import shutil
 from importlib.machinery import ModuleSpec
 
@@ -12,11 +14,13 @@ import pytest
 import torch
 from torch import nn
 
+from fourdfy.config import ConfigError
 from fourdfy.diffusion import frozen
 from fourdfy.diffusion.frozen import (
     FrozenModels,
     MemoryOptions,
     apply_memory_options,
+    check_part,
     load_noise_schedule,
     load_part,
     load_text_encoder,
@@ -58,10 +62,10 @@ def test_a_pickle_from_a_stranger_runs_no_code(pickled, tmp_path):
             return (open, (str(marker), "w"))
 
     pickled[1].write_bytes(pickle.dumps({"conv_in.weight": Evil()}))
-    with pytest.raises((OSError, pickle.UnpicklingError, RuntimeError)):
+    with pytest.raises(ConfigError, match="can't be loaded"):
         load_part(pickled[0], "unet", UNET, dtype=torch.float32, device=CPU)
     torch.save({"conv_in.weight": Evil()}, pickled[1])
-    with pytest.raises((OSError, pickle.UnpicklingError, RuntimeError)):
+    with pytest.raises(ConfigError, match="can't be loaded"):
         load_part(pickled[0], "unet", UNET, dtype=torch.float32, device=CPU)
     assert not marker.exists()
 
@@ -78,7 +82,7 @@ def test_a_text_encoder_from_a_stranger_runs_no_code(folder, tmp_path):
             return (open, (str(marker), "w"))
 
     torch.save({"text_model.final_layer_norm.weight": Evil()}, evil)
-    with pytest.raises((OSError, pickle.UnpicklingError, RuntimeError)):
+    with pytest.raises(ConfigError, match="can't be loaded"):
         load_text_encoder(copy, CPU)
     assert not marker.exists()
     torch.load(evil, weights_only=False)
@@ -97,19 +101,144 @@ def test_half_precision_is_a_type_of_weights_and_float32_on_the_cpu(folder, capl
     assert {p.dtype for p in unet.parameters()} == {torch.bfloat16}
 
 
-def test_the_schedule_is_read_whatever_sampler_the_file_names(folder, tmp_path):
-    schedule = load_noise_schedule(folder, CPU)
+def describe(folder, part, file, **changes):
+    """``folder``'s copy of a part with other entries in its description; None takes one away."""
+    config = json.loads(file.read_text()) | changes
+    (folder / part).mkdir(exist_ok=True)
+    kept = {key: value for key, value in config.items() if key not in changes or value is not None}
+    (folder / part / file.name).write_text(json.dumps(kept))
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        {"_class_name": "PNDMScheduler", "skip_prk_steps": True},
+        {"_class_name": "DPMSolverMultistepScheduler", "solver_order": 2, "use_flow_sigmas": False},
+        {"_class_name": "EulerDiscreteScheduler", "timestep_type": "discrete", "sigma_min": None},
+    ],
+)
+def test_the_noise_levels_are_the_same_whichever_sampler_the_file_names(folder, tmp_path, sampler):
+    expected = load_noise_schedule(folder, CPU)
+    assert expected.prediction == "v_prediction"
+    assert len(expected) == 1000
+    assert expected.alphas_cumprod[0].item() == pytest.approx(0.99915)
+    describe(tmp_path, "scheduler", folder / "scheduler" / "scheduler_config.json", **sampler)
+    schedule = load_noise_schedule(tmp_path, CPU)
+    assert torch.equal(schedule.alphas_cumprod, expected.alphas_cumprod)
     assert schedule.prediction == "v_prediction"
-    assert len(schedule) == 1000
-    assert schedule.alphas_cumprod[0].item() == pytest.approx(0.99915)
-    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-    file = tmp_path / "scheduler" / "scheduler_config.json"
-    file.parent.mkdir()
-    file.write_text(json.dumps(config | {"_class_name": "PNDMScheduler", "skip_prk_steps": True}))
-    assert torch.equal(load_noise_schedule(tmp_path, CPU).alphas_cumprod, schedule.alphas_cumprod)
-    file.write_text(json.dumps(config | {"prediction_type": "sample"}))
-    with pytest.raises(ValueError, match="prediction_type 'sample'"):
+
+
+def test_trained_betas_and_zero_terminal_snr_are_read(folder, tmp_path):
+    file = folder / "scheduler" / "scheduler_config.json"
+    describe(tmp_path, "scheduler", file, trained_betas=[0.1, 0.5], beta_start=None)
+    alphas = load_noise_schedule(tmp_path, CPU).alphas_cumprod
+    assert torch.allclose(alphas, torch.tensor([0.9, 0.45]))
+    describe(tmp_path, "scheduler", file, rescale_betas_zero_snr=True)
+    assert load_noise_schedule(tmp_path, CPU).alphas_cumprod[-1].item() == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "FlowMatchEulerDiscreteScheduler"),
+        ({"_class_name": "CogVideoXDDIMScheduler", "snr_shift_scale": 3.0}, "CogVideoXDDIMScheduler"),
+        ({"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler"),
+        ({"_class_name": None}, "describes a None"),
+        ({"_class_name": ["DDIMScheduler"]}, "DDIMScheduler"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas=True"),
+        ({"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"}, "flow_prediction"),
+        ({"prediction_type": "sample"}, "prediction_type='sample'"),
+        ({"prediction_type": None}, None),
+        ({"snr_shift_scale": 3.0}, "snr_shift_scale=3.0"),
+        ({"timestep_type": "continuous"}, "timestep_type='continuous'"),
+        ({"variance_type": "learned_range"}, "variance_type='learned_range'"),
+        ({"shift": 3.0}, "unknown keys that might change the noise levels: shift"),
+        ({"beta_schedule": "exp"}, "beta_schedule='exp'"),
+        ({"beta_schedule": ["linear"]}, "beta_schedule=['linear']"),
+        ({"beta_end": math.nan}, "beta_end=nan"),
+        ({"beta_start": 5, "beta_end": 9}, "beta_start=5"),
+        ({"beta_start": "0.1"}, "beta_start='0.1'"),
+        ({"beta_start": None}, "beta_start is missing"),
+        ({"trained_betas": [0.1, 2.0]}, "trained_betas"),
+        ({"trained_betas": 3}, "trained_betas"),
+        ({"num_train_timesteps": 10**12}, "num_train_timesteps=1000000000000"),
+        ({"num_train_timesteps": 10.5}, "num_train_timesteps=10.5"),
+        ({"rescale_betas_zero_snr": "yes"}, "rescale_betas_zero_snr='yes'"),
+    ],
+)
+def test_a_scheduler_file_that_may_mean_other_noise_levels_is_refused(folder, tmp_path, changes, said):
+    describe(tmp_path, "scheduler", folder / "scheduler" / "scheduler_config.json", **changes)
+    if said is None:  # every class predicts epsilon unless the file says otherwise
+        assert load_noise_schedule(tmp_path, CPU).prediction == "epsilon"
+        return
+    with pytest.raises(ConfigError) as error:
         load_noise_schedule(tmp_path, CPU)
+    assert str(tmp_path / "scheduler" / "scheduler_config.json") in str(error.value)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[1]", "null", "{", "3", "[" * 100_000])
+def test_a_description_that_is_no_mapping_is_named(folder, tmp_path, content):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    for file in copy.glob("*/*config.json"):
+        file.write_text(content)
+        with pytest.raises(ConfigError, match=re.escape(str(file))) as error:
+            check_part(copy, file.parent.name)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "tokenizer"])
+def test_a_part_of_another_class_is_refused(folder, tmp_path, part):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    file = next((copy / part).glob("*config.json"))
+    for name in ("AutoencoderKLWan", "T5TokenizerFast", ["T5EncoderModel"]):
+        keys = ("_class_name", "architectures", "tokenizer_class")
+        describe(copy, part, file, **dict.fromkeys(keys, name))
+        with pytest.raises(ConfigError, match=rf"{part} holds a .*expected a "):
+            check_part(copy, part)
+
+
+@pytest.mark.parametrize("size", [10**12, "wide", -1])
+def test_sizes_that_fit_no_weights_are_one_line(folder, tmp_path, size):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    describe(copy, "vae", copy / "vae" / "config.json", latent_channels=size)
+    describe(copy, "text_encoder", copy / "text_encoder" / "config.json", hidden_size=size)
+    with pytest.raises(ConfigError, match=r"vae can't be loaded") as error:
+        load_part(copy, "vae", "AutoencoderKL", dtype=torch.float32, device=CPU)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match=r"text_encoder can't be loaded") as error:
+        load_text_encoder(copy, CPU)
+    assert "\n" not in str(error.value)
+
+
+def test_half_precision_variants_serve_where_there_is_nothing_else(folder, tmp_path, caplog, unheard):
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    copy = shutil.copytree(folder, tmp_path / "model", ignore=lambda *_: ["unet", "text_encoder"])
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet").half()
+    unet.save_pretrained(copy / "unet", variant="fp16")
+    encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").half()
+    encoder.save_pretrained(copy / "text_encoder", variant="fp16")
+    assert list(copy.glob("*/*.fp16.safetensors"))
+    with caplog.at_level(logging.INFO):
+        loaded = load_part(copy, "unet", UNET, dtype=torch.float16, device=CPU)
+        assert "half precision" not in caplog.text
+        load_part(copy, "unet", UNET, dtype=torch.float32, device=CPU)
+        assert f"{copy / 'unet'}: rounded to half precision" in caplog.text
+    assert torch.equal(loaded.conv_in.weight, unet.conv_in.weight)
+    assert load_text_encoder(copy, CPU)[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_weights_in_shards_are_read(folder, tmp_path, variant):
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    unet.save_pretrained(tmp_path / "unet", max_shard_size="100KB", variant=variant)
+    assert len(list((tmp_path / "unet").glob("*.safetensors"))) > 1
+    loaded = load_part(tmp_path, "unet", UNET, dtype=torch.float32, device=CPU)
+    assert torch.equal(loaded.conv_out.weight, unet.conv_out.weight)
 
 
 def test_a_missing_part_is_named(tmp_path):

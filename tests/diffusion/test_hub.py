@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import json
 import os
 import re
 import socket
@@ -34,13 +35,36 @@ EMBEDDED = {name: source.asset for name, (source, *_) in MODELS.items() if sourc
 MIRRORS = [source.repo for source in MODELS[SD][1:]]
 
 
+SAFETENSORS = (2).to_bytes(8, "little") + b"{}"
+"""A file without tensors."""
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 3463726504\n"
+UNET = "diffusion_pytorch_model"
+
+
 def make_parts(folder: Path, parts=PARTS) -> Path:
     for part in parts:
         (folder / part).mkdir(parents=True)
         (folder / part / hub.DESCRIPTIONS.get(part, "config.json")).write_text("{}")
-        if part == "unet":
-            (folder / part / "diffusion_pytorch_model.safetensors").touch()
+        if part == "tokenizer":
+            (folder / part / "tokenizer.json").write_text("{}")
+        elif part != "scheduler":
+            name = "model" if part == "text_encoder" else UNET
+            (folder / part / f"{name}.safetensors").write_bytes(SAFETENSORS)
     return folder
+
+
+def put(folder: Path, files: dict[str, bytes | str]) -> Path:
+    """Write the ``files`` of a part, in place of its weights."""
+    (folder / f"{UNET}.safetensors").unlink(missing_ok=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def index(*shards: str) -> str:
+    return json.dumps(
+        {"metadata": {}, "weight_map": {f"{k}.weight": shard for k, shard in enumerate(shards)}}
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -87,11 +111,88 @@ def test_a_local_folder_without_a_part_says_which(tmp_path):
         resolve_model(folder, PARTS)
 
 
-def test_a_part_without_weights_is_no_part(tmp_path):
+ONE, TWO = (f"{UNET}-0000{k}-of-00002.safetensors" for k in (1, 2))
+INDEX = f"{UNET}.safetensors.index.json"
+FP16_ONE, FP16_TWO = (f"{UNET}.fp16-0000{k}-of-00002.safetensors" for k in (1, 2))
+
+
+@pytest.mark.parametrize(
+    ("files", "flaw"),
+    [
+        ({}, f"{UNET}.safetensors is missing"),
+        ({f"{UNET}.safetensors": b""}, "is empty"),
+        ({f"{UNET}.bin": POINTER}, f"{UNET}.bin is a Git LFS pointer"),
+        ({f"{UNET}.safetensors": POINTER}, "is a Git LFS pointer"),
+        ({f"{UNET}.safetensors": SAFETENSORS[:9]}, "is cut short"),
+        ({f"{UNET}.fp16.safetensors": b""}, f"{UNET}.fp16.safetensors is empty"),
+        ({INDEX: index(ONE, TWO), ONE: SAFETENSORS}, f"{TWO} is missing"),
+        ({INDEX: index(ONE, TWO), ONE: SAFETENSORS, TWO: POINTER}, f"{TWO} is a Git LFS pointer"),
+        ({INDEX: "[1]", ONE: SAFETENSORS}, "names no shards"),
+        ({ONE: SAFETENSORS, TWO: SAFETENSORS}, f"{UNET}.safetensors is missing"),
+        ({"other.safetensors": SAFETENSORS}, f"{UNET}.safetensors is missing"),
+        ({f"{UNET}.safetensors": SAFETENSORS, "config.json": b""}, "config.json is empty"),
+    ],
+)
+def test_a_part_without_what_its_loader_opens_is_no_part(tmp_path, empty_cache, files, flaw):
     folder = make_parts(tmp_path / "model")
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="lacks unet"):
+    put(folder / "unet", files)
+    with pytest.raises(FileNotFoundError, match="lacks unet") as error:
         resolve_model(folder, PARTS)
+    assert flaw in str(error.value)
+    assert flaw in locate_model(folder, PARTS)
+    assert stored_bytes(folder, PARTS) is None
+    put(put_in_cache(empty_cache, SD) / "unet", files)
+    with pytest.raises(FileNotFoundError, match=r"hub cache, .* lacks unet"):
+        resolve_model(SD, PARTS)
+    assert flaw in locate_model(SD, PARTS)
+    assert stored_bytes(SD, PARTS) is None
+
+
+@pytest.mark.parametrize(
+    ("files", "taken", "variant"),
+    [
+        ({f"{UNET}.safetensors": SAFETENSORS, f"{UNET}.bin": b"pickle"}, [f"{UNET}.safetensors"], None),
+        ({f"{UNET}.safetensors": POINTER, f"{UNET}.bin": b"pickle"}, [f"{UNET}.bin"], None),
+        ({f"{UNET}.bin": b"pickle", f"{UNET}.fp16.safetensors": SAFETENSORS}, [f"{UNET}.bin"], None),
+        ({f"{UNET}.fp16.safetensors": SAFETENSORS}, [f"{UNET}.fp16.safetensors"], "fp16"),
+        ({INDEX: index(ONE, TWO), ONE: SAFETENSORS, TWO: SAFETENSORS}, [INDEX, ONE, TWO], None),
+        (
+            {
+                f"{UNET}.safetensors.index.fp16.json": index(FP16_ONE, FP16_TWO),
+                FP16_ONE: SAFETENSORS,
+                FP16_TWO: SAFETENSORS,
+            },
+            [f"{UNET}.safetensors.index.fp16.json", FP16_ONE, FP16_TWO],
+            "fp16",
+        ),
+    ],
+)
+def test_the_weights_that_serve_are_taken(tmp_path, files, taken, variant):
+    folder = make_parts(tmp_path / "model")
+    put(folder / "unet", files)
+    assert resolve_model(folder, PARTS) == folder
+    weights = hub.weight_files(folder, "unet")
+    assert ([path.name for path in weights.paths], weights.variant) == (taken, variant)
+    assert stored_bytes(folder, PARTS) == sum(len(files[name]) for name in taken)
+
+
+def test_a_tokenizer_without_its_vocabulary_is_no_part(tmp_path):
+    folder = make_parts(tmp_path / "model", ("tokenizer",))
+    assert resolve_model(folder, ("tokenizer",)) == folder
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    (folder / "tokenizer" / "vocab.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"lacks tokenizer \(merges.txt is missing\)"):
+        resolve_model(folder, ("tokenizer",))
+
+
+@pytest.mark.parametrize("content", [b"", POINTER])
+def test_a_checkpoint_file_that_stands_for_another_is_not_converted(tmp_path, empty_cache, content):
+    file = tmp_path / "mvdream.pt"
+    file.write_bytes(content)
+    with pytest.raises(FileNotFoundError, match=r"local file .* is (empty|a Git LFS pointer)"):
+        resolve_model(file, PARTS)
+    (snapshot(empty_cache, MVDREAM) / "sd-v2.1-base-4view.pt").write_bytes(content)
+    assert "(MISSING; hub cache, " in locate_model(MVDREAM, PARTS)
 
 
 @pytest.mark.parametrize("name", EMBEDDED)
@@ -187,6 +288,55 @@ def test_only_the_wanted_files_are_fetched_and_pickles_only_where_nothing_is_saf
     ]
 
 
+@pytest.mark.parametrize(
+    ("part", "files", "wanted"),
+    [
+        (
+            "text_encoder",
+            "config.json model.safetensors.index.json model-00001-of-00002.safetensors "
+            "model-00002-of-00002.safetensors model.fp16-00001-of-00002.safetensors pytorch_model.bin",
+            "config.json model.safetensors.index.json model-00001-of-00002.safetensors "
+            "model-00002-of-00002.safetensors",
+        ),
+        (
+            "unet",
+            f"config.json {UNET}.fp16.bin {UNET}.fp16.safetensors {UNET}.non_ema.safetensors",
+            f"config.json {UNET}.fp16.safetensors",
+        ),
+        ("tokenizer", "tokenizer_config.json spiece.model README.md", "tokenizer_config.json spiece.model"),
+    ],
+)
+def test_shards_variants_and_sentencepiece_models_are_fetched(part, files, wanted):
+    inside = [f"{part}/{name}" for name in files.split()]
+    assert hub._wanted_files(inside, (part,)) == [f"{part}/{name}" for name in wanted.split()]
+
+
+def test_what_is_partial_is_completed_and_what_is_broken_fetched_again(empty_cache, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    folder = put_in_cache(empty_cache, SD, ("unet",))
+    weights = folder / "unet" / f"{UNET}.safetensors"
+    weights.write_bytes(POINTER)
+    files = ["unet/config.json", f"unet/{UNET}.safetensors", "scheduler/scheduler_config.json"]
+    forced = []
+
+    def snapshot_download(_repo, revision, allow_patterns):
+        """Like the hub's: a file that exists is left alone."""
+        (folder / "scheduler").mkdir()
+        (folder / "scheduler" / "scheduler_config.json").write_text("{}")
+        return str(folder)
+
+    def hf_hub_download(_repo, file, revision, force_download):
+        forced.append(file)
+        (folder / file).write_bytes(SAFETENSORS)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda *_args, **_kwargs: files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    assert "to be fetched; hub cache" in locate_model(SD, PARTS)
+    assert resolve_model(SD, PARTS) == folder
+    assert forced == [f"unet/{UNET}.safetensors"]
+
+
 # Original checkpoints
 
 
@@ -218,7 +368,7 @@ def test_a_checkpoint_file_is_converted_and_found_again(mvdream_file, conversion
     assert folder.is_relative_to(tmp_path / "fourdfy_cache" / "converted")
     assert conversions == [mvdream_file]
     assert locate_model(mvdream_file, PARTS) == f"{mvdream_file} (converted in {folder})"
-    assert stored_bytes(mvdream_file, PARTS) == 0
+    assert stored_bytes(mvdream_file, PARTS) == len(SAFETENSORS)
 
 
 def test_another_file_of_the_same_name_is_converted_anew(tmp_path, conversions):
@@ -276,7 +426,7 @@ def test_a_missing_checkpoint_says_how_its_file_is_fetched():
 
 
 def test_a_part_that_the_family_has_not_is_named(mvdream_file, conversions):
-    with pytest.raises(FileNotFoundError, match=r"mvdream.pt is another kind of model: it holds no fps"):
+    with pytest.raises(FileNotFoundError, match=r"mvdream.pt lacks fps_embedding .*: it is another kind"):
         resolve_model(mvdream_file, ("unet", "fps_embedding"))
 
 

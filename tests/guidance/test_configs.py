@@ -62,7 +62,7 @@ def test_a_guidance_builds_from_the_name_in_a_config(tiny):
 
 
 def test_an_image_model_in_place_of_a_video_model_is_named(tiny):
-    with pytest.raises(ValueError, match="holds a UNet2DConditionModel, this guidance needs a UNet3D"):
+    with pytest.raises(ValueError, match="holds a UNet2DConditionModel, expected a UNet3D"):
         make("zeroscope-guidance", tiny["sd"])
 
 

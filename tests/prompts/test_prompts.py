@@ -254,3 +254,48 @@ def test_a_prompt_that_is_too_long_shows_where_it_would_be_cut(name, model):
     kept, cut = str(error.value).split(">>>")
     assert "a panda dancing and" in kept
     assert "blue whale" in cut and "blue whale" not in kept
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_any_weights_are_read(model, loads):
+    long = "a panda dancing and " * 25
+    with pytest.raises(ConfigError, match=rf"the text encoder reads {MAX_TOKENS}"):
+        make(pretrained_model_name_or_path=str(model), prompt=long).check_texts()
+    make(pretrained_model_name_or_path=str(model)).check_texts()
+    make(pretrained_model_name_or_path="nobody/is-here", prompt=long).check_texts()
+    assert not loads
+
+
+SHAPES = "fourdfy/shapes-image"
+
+
+@pytest.mark.parametrize(
+    ("config", "word", "near"),
+    [
+        ({"prompt": "a crimson cube bouncing"}, "'crimson' is no colour", "orange"),
+        ({"prompt": "a red cubes bouncing"}, "'cubes' is no shape", "cube"),
+        ({"prompt": "a red cube bounce"}, "'bounce' is no motion", "bouncing"),
+        ({"moments": ["at the beginning"]}, "'at the beginning' is no moment or view", "at the start"),
+        ({"prompt_front": "a red cub spinning, front view"}, "'cub' is no shape", "cube"),
+        ({"prompt": "a cube"}, "'a cube' is too short", "COLOUR"),
+    ],
+)
+def test_a_text_that_a_shapes_model_has_not_learned_is_warned_of_once(caplog, config, word, near):
+    base._warn_once.cache_clear()
+    for model in (SHAPES, "fourdfy/shapes-4view"):
+        make(pretrained_model_name_or_path=model, **config).check_texts()
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1
+    assert word in warnings[0] and near in warnings[0]
+
+
+def test_a_prompt_of_the_grammar_and_other_models_prompts_cause_no_warning(caplog, model):
+    base._warn_once.cache_clear()
+    make(pretrained_model_name_or_path=SHAPES, moments=["at the start"]).check_texts()
+    make(pretrained_model_name_or_path=str(model), prompt="a crimson cube bouncing").check_texts()
+    assert not caplog.records
+
+
+def test_training_warns_too(caplog):
+    base._warn_once.cache_clear()
+    make(pretrained_model_name_or_path=SHAPES, prompt="a crimson cube bouncing").embeddings("cpu")
+    assert "'crimson' is no colour" in caplog.text
