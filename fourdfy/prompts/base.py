@@ -25,7 +25,7 @@ from omegaconf import MISSING
 from torch import Tensor
 
 from fourdfy.bounds import number
-from fourdfy.config import Component, ConfigError, ignored
+from fourdfy.config import Component, ignored
 from fourdfy.diffusion.hub import cache_root, knows_text, resolve_model, stored_folder
 from fourdfy.types import PerpNegDecays, TextEmbeddings
 
@@ -107,7 +107,7 @@ class PromptProcessor(Component, ABC):
         """Refuse texts that the encoder in ``folder`` would cut, without loading it.
 
         Raises:
-            ConfigError: shows where a text would be cut.
+            ValueError: shows where a text would be cut.
         """
 
     def texts(self) -> set[str]:
@@ -121,7 +121,7 @@ class PromptProcessor(Component, ABC):
         Loads no weights; nothing is too long for a model that is not on this disk yet.
 
         Raises:
-            ConfigError: a text is longer than the encoder reads; shows where it would be cut.
+            ValueError: a text is longer than the encoder reads; shows where it would be cut.
         """
         folder = stored_folder(self.cfg.pretrained_model_name_or_path, PARTS)
         if (others := self._others_than_learned()) and folder:
@@ -146,7 +146,7 @@ class PromptProcessor(Component, ABC):
 
         Raises:
             FileNotFoundError: the model is not to be found.
-            ConfigError: a text is longer than the encoder reads; shows where it would be cut.
+            ValueError: a text is longer than the encoder reads; shows where it would be cut.
         """
         self._others_than_learned()
         device = torch.device(device)
@@ -211,13 +211,13 @@ def tokenize(tokenizer: Any, text: str, max_length: int) -> list[int]:
     """Token ids padded to ``max_length``.
 
     Raises:
-        ConfigError: the text is longer; shows where it would be cut.
+        ValueError: the text is longer; shows where it would be cut.
     """
     ids = tokenizer(text).input_ids
     if len(ids) > max_length:
         kept = tokenizer.decode(ids[: max_length - 1], skip_special_tokens=True)
         cut = tokenizer.decode(ids[max_length - 1 :], skip_special_tokens=True)
-        raise ConfigError(
+        raise ValueError(
             f"a prompt has {len(ids)} tokens, the text encoder reads {max_length}; shorten it. "
             f"It would be cut here: {kept!r} >>> {cut!r}"
         )

@@ -258,7 +258,7 @@ def test_a_prompt_that_is_too_long_shows_where_it_would_be_cut(name, model):
 
 def test_a_prompt_that_is_too_long_is_refused_before_any_weights_are_read(model, loads):
     long = "a panda dancing and " * 25
-    with pytest.raises(ConfigError, match=rf"the text encoder reads {MAX_TOKENS}"):
+    with pytest.raises(ValueError, match=rf"the text encoder reads {MAX_TOKENS}"):
         make(pretrained_model_name_or_path=str(model), prompt=long).check_texts()
     make(pretrained_model_name_or_path=str(model)).check_texts()
     make(pretrained_model_name_or_path="nobody/is-here", prompt=long).check_texts()
