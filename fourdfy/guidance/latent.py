@@ -10,6 +10,7 @@ channels), C channels, L tokens, E text channels, K numbers of a camera.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fourdfy.bounds import number, scheduled
 from fourdfy.config import ignored
 from fourdfy.diffusion.frozen import (
     FrozenModels,
@@ -43,7 +45,7 @@ from fourdfy.ops.diffusion import (
     x0_from_prediction,
 )
 from fourdfy.ops.distillation import Weighting, bounded, score_loss, sds_gradient, sjc_gradient
-from fourdfy.schedules import Schedule, check_schedule, schedule_value
+from fourdfy.schedules import Schedule, schedule_value
 from fourdfy.types import Cameras, GuidanceOutput, TextEmbeddings, ViewTexts
 
 PARTS = ("unet", "vae", "scheduler")
@@ -63,19 +65,19 @@ class LatentGuidance(Guidance):
     class Config(MemoryOptions, Guidance.Config):
         pretrained_model_name_or_path: str = "stabilityai/stable-diffusion-2-1-base"
         """Folder, embedded name or hub id with ``unet``, ``vae`` and ``scheduler``."""
-        height: int | None = None
-        width: int | None = None
+        height: int | None = number(None, 1, 8192)
+        width: int | None = number(None, 1, 8192)
         """Pixels that images are resized to before the VAE; null: the model's own size."""
-        guidance_scale: float = 100.0
-        min_step_percent: Schedule = 0.02
-        max_step_percent: Schedule = 0.98
+        min_step_percent: Schedule = scheduled(0.02, 0, 0.999)
+        max_step_percent: Schedule = scheduled(0.98, 0, 0.999)
         """Range of the noise level, as shares of the model's timesteps; scheduled scalars."""
-        max_step_percent_annealed: float = 0.5
-        anneal_start_step: int | None = None
+        max_step_percent_annealed: float = number(0.5, 0, 0.999)
+        anneal_start_step: int | None = number(None, 0)
         """Beyond this global step ``max_step_percent_annealed`` replaces ``max_step_percent``."""
-        grad_clip: Schedule = None
+        grad_clip: Schedule = scheduled(None, 0)
         """Bound on each entry of the latents' gradient; a scheduled scalar or null."""
         view_dependent_prompting: bool = True
+        """Ask with the text of each frame's view (of a video's first frame), not with the plain prompt."""
         cache_dir: str | None = ignored("HF_HOME says where hub models are kept")
         token_merging: bool = False
         """Fewer tokens in the self-attention of image models, by the package tomesd (Bolya & Hoffman
@@ -101,16 +103,32 @@ class LatentGuidance(Guidance):
                     )
 
         def __post_init__(self) -> None:
-            check_schedule(self.min_step_percent, "min_step_percent")
-            check_schedule(self.max_step_percent, "max_step_percent")
-            if self.grad_clip is not None:
-                check_schedule(self.grad_clip, "grad_clip")
+            for step in sorted(self._turns()):
+                low, high = self.noise_range(step)
+                if low > high:
+                    raise ValueError(
+                        f"min_step_percent={self.min_step_percent} is {low:g} at step {step}, where the most "
+                        f"is {high:g}; lower it, or raise max_step_percent or max_step_percent_annealed"
+                    )
             if self.half_precision_weights not in (True, False, "bf16"):
                 raise ValueError(
                     f'half_precision_weights={self.half_precision_weights!r}; expected true, false or "bf16"'
                 )
             if self.token_merging and find_spec("tomesd") is None:
                 raise ValueError("token_merging=true needs tomesd: pip install tomesd, or set it to false")
+
+        def noise_range(self, step: int) -> tuple[float, float]:
+            """Least and most noise at the global ``step``, as shares of the model's timesteps."""
+            annealed = self.anneal_start_step is not None and step > self.anneal_start_step
+            high = self.max_step_percent_annealed if annealed else self.max_step_percent
+            return schedule_value(self.min_step_percent, step), schedule_value(high, step)
+
+        def _turns(self) -> set[int]:
+            """Steps between which the noise range is linear."""
+            ramps = [s for s in (self.min_step_percent, self.max_step_percent) if isinstance(s, Sequence)]
+            turns = {0, *(turn for ramp in ramps for turn in (*ramp[:-3], ramp[-1]))}
+            start = self.anneal_start_step
+            return turns if start is None else turns | {start, start + 1}
 
     cfg: Config
 
@@ -237,10 +255,7 @@ class LatentGuidance(Guidance):
 
     def timestep_range(self, step: int) -> tuple[int, int]:
         """First and last timestep to draw at the global ``step``."""
-        cfg = self.cfg
-        annealed = cfg.anneal_start_step is not None and step > cfg.anneal_start_step
-        high = cfg.max_step_percent_annealed if annealed else cfg.max_step_percent
-        return timestep_range(cfg.min_step_percent, high, step, len(self.models.schedule))
+        return timestep_range(*self.cfg.noise_range(step), step, len(self.models.schedule))
 
     def draw(
         self, latents: Float[Tensor, "B C *S"], step: int, generator: torch.Generator
@@ -285,9 +300,12 @@ class ScoreDistillationGuidance(LatentGuidance):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(LatentGuidance.Config):
+        guidance_scale: float = number(100.0, 0, 10_000)
+        """Counted from the prediction with the text: text + scale (text - uncond), one less than usual."""
         weighting_strategy: Weighting = "sds"
         """w(t): sds 1 - abar, uniform 1, fantasia3d sqrt(abar) (1 - abar)."""
         use_sjc: bool = False
+        """Score Jacobian chaining (Wang et al. 2022) in place of score distillation."""
         var_red: bool = True
         """With ``use_sjc``: compare the denoised latents with the clean ones, not the noisy ones."""
 

@@ -37,8 +37,8 @@ class MultiViewGuidance(LatentGuidance):
     @dataclass(frozen=True, kw_only=True)
     class Config(LatentGuidance.Config):
         pretrained_model_name_or_path: str = "MVDream/MVDream"
-        model_name: Literal["sd-v2.1-base-4view"] = "sd-v2.1-base-4view"
-        """The checkpoint's name in the original code."""
+        model_name: Literal["sd-v2.1-base-4view", "sd-v1.5-4view"] = "sd-v2.1-base-4view"
+        """The checkpoint's name in the original code; only the first is supported."""
         ckpt_path: str | None = None
         """The original's checkpoint file, or a folder in diffusers layout, in the place of the hub's."""
         backend: Literal["diffusers", "mvdream"] = "diffusers"
@@ -46,17 +46,19 @@ class MultiViewGuidance(LatentGuidance):
         takes checkpoint files and float32 alone, and no options for memory."""
         half_precision_weights: bool | str = False
         """False unlike elsewhere: the published runs kept this prior in float32."""
-        guidance_scale: float = 50.0
-        image_size: int | None = None
+        guidance_scale: float = number(50.0, 0, 10_000)
+        """Counted from the unconditional prediction: uncond + scale (text - uncond)."""
+        image_size: int | None = number(None, 1, 8192)
         """Height and width where they are not given."""
         n_view: int = number(PUBLISHED_VIEWS, 2, 64)
         """Views that see each other; the data must have as many in a group."""
         camera_condition_type: Literal["rotation"] = "rotation"
         """Rotation and direction of the position; the distance is not seen."""
         view_dependent_prompting: bool = False
+        """False unlike elsewhere: this prior is told the camera itself."""
         recon_loss: bool = True
         """Distance to the prior's x_0; false: score distillation weighted by 1 - abar."""
-        recon_std_rescale: float = 0.5
+        recon_std_rescale: float = number(0.5, 0, 1)
         """Share of the guided x_0's excess contrast that is taken back, 0..1."""
 
         def models(self) -> list[tuple[str, tuple[str, ...]]]:
@@ -64,6 +66,11 @@ class MultiViewGuidance(LatentGuidance):
 
         def __post_init__(self) -> None:
             super().__post_init__()
+            if self.model_name == "sd-v1.5-4view":
+                raise ValueError(
+                    "model_name=sd-v1.5-4view is not supported: nothing here converts its networks, "
+                    "those of Stable Diffusion 1.5; set model_name=sd-v2.1-base-4view"
+                )
             if self.backend == "mvdream" and self.token_merging:
                 raise ValueError("token_merging=true needs backend=diffusers; change one of the two")
             if (

@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fourdfy.bounds import number
 from fourdfy.diffusion.frozen import FrozenModels, load_noise_schedule
 from fourdfy.diffusion.hub import resolve_model
 from fourdfy.diffusion.lora import LoRA
 from fourdfy.guidance.latent import LatentGuidance
+from fourdfy.ops.cameras import projection_matrix
 from fourdfy.ops.diffusion import (
     add_noise,
     classifier_free_guidance,
@@ -48,16 +50,20 @@ class StableDiffusionVSDGuidance(LatentGuidance):
     @dataclass(frozen=True, kw_only=True)
     class Config(LatentGuidance.Config):
         pretrained_model_name_or_path_lora: str = "stabilityai/stable-diffusion-2-1"
-        guidance_scale: float = 7.5
-        guidance_scale_lora: float = 1.0
-        anneal_start_step: int | None = 5000
-        lora_rank: int = 4
+        """The model that the adapter sits on: ``unet`` and ``scheduler``."""
+        guidance_scale: float = number(7.5, 0, 10_000)
+        """Counted from the unconditional prediction: uncond + scale (text - uncond)."""
+        guidance_scale_lora: float = number(1.0, 0, 10_000)
+        """Of the LoRA, counted from its prediction without text and camera; 1 is no guidance."""
+        anneal_start_step: int | None = number(5000, 0)
+        lora_rank: int = number(4, 1, 1024)
         lora_cfg_training: bool = True
         """Drop the cameras of some batches, so that the LoRA also knows its images without them."""
-        lora_n_timestamp_samples: int = 1
+        lora_n_timestamp_samples: int = number(1, 1, 64)
         """Noise levels per image in the LoRA's own loss."""
-        camera_condition_type: Literal["extrinsics"] = "extrinsics"
-        """The LoRA sees the camera-to-world matrix as it is, distance included."""
+        camera_condition_type: Literal["extrinsics", "mvp"] = "extrinsics"
+        """The LoRA sees the camera-to-world matrix as it is, distance included, or the projection with it,
+        which tells the angle of view too."""
 
         def models(self) -> list[tuple[str, tuple[str, ...]]]:
             return [*super().models(), (self.pretrained_model_name_or_path_lora, ("unet", "scheduler"))]
@@ -104,13 +110,20 @@ class StableDiffusionVSDGuidance(LatentGuidance):
         latents, timesteps, noise, texts = self.prepare(rgb, text, cameras, step, generator)
         # The LoRA is told the camera itself, so its text says nothing of the view.
         lora_texts = text.for_views(cameras, view_dependent=False)
-        c2w = cameras.c2w.flatten(1)
-        grad = self.vsd_gradient(latents.detach(), timesteps, noise, texts, lora_texts, c2w)
+        camera = self.camera_matrices(cameras).flatten(1)
+        grad = self.vsd_gradient(latents.detach(), timesteps, noise, texts, lora_texts, camera)
         grad = self.bound(grad, step)
         losses = {"vsd": score_loss(latents, grad)}
         if any(parameter.requires_grad for parameter in self.parameters()):
-            losses["lora"] = self.lora_loss(latents.detach(), lora_texts.text, c2w, generator)
+            losses["lora"] = self.lora_loss(latents.detach(), lora_texts.text, camera, generator)
         return self.output(losses, grad, step)
+
+    def camera_matrices(self, cameras: Cameras) -> Float[Tensor, "B 4 4"]:
+        """What the LoRA is told of each camera."""
+        if self.cfg.camera_condition_type == "extrinsics":
+            return cameras.c2w
+        projection = projection_matrix(cameras.fovy_deg, cameras.width / cameras.height)
+        return projection @ torch.linalg.inv(cameras.c2w)
 
     def vsd_gradient(
         self,
@@ -119,13 +132,13 @@ class StableDiffusionVSDGuidance(LatentGuidance):
         noise: Float[Tensor, "B C h w"],
         texts: ViewTexts,
         lora_texts: ViewTexts,
-        c2w: Float[Tensor, "B 16"],
+        camera: Float[Tensor, "B 16"],
     ) -> Float[Tensor, "B C h w"]:
         """The update at given noise levels and noise; no randomness of its own."""
         scales = self.models.schedule.scales(timesteps, latents.ndim)
         noisy = add_noise(latents, noise, scales)
         prior, _ = self.guided_x0(noisy, timesteps, texts, self.cfg.guidance_scale)
-        renderings = self.predict_x0_of_renderings(noisy, timesteps, lora_texts, c2w)
+        renderings = self.predict_x0_of_renderings(noisy, timesteps, lora_texts, camera)
         return vsd_gradient(prior, renderings, scales)
 
     @torch.no_grad()
@@ -134,20 +147,20 @@ class StableDiffusionVSDGuidance(LatentGuidance):
         noisy: Float[Tensor, "B C h w"],
         timesteps: Int[Tensor, "B"],
         texts: ViewTexts,
-        c2w: Float[Tensor, "B 16"],
+        camera: Float[Tensor, "B 16"],
     ) -> Float[Tensor, "B C h w"]:
         """What the LoRA takes for clean: its guided x_0, without a graph."""
         schedule = self.models.schedule_lora
         scales = schedule.scales(timesteps, noisy.ndim)
         if self.cfg.guidance_scale_lora == 1:
             # The unconditional half would be multiplied by zero.
-            prediction = self.run_lora_unet(noisy, timesteps, texts.text, c2w)
+            prediction = self.run_lora_unet(noisy, timesteps, texts.text, camera)
             return x0_from_prediction(prediction, noisy, scales, schedule.prediction)
         prediction = self.run_lora_unet(
             torch.cat([noisy, noisy]),
             torch.cat([timesteps, timesteps]),
             torch.cat([texts.text, texts.uncond]),
-            torch.cat([c2w, torch.zeros_like(c2w)]),
+            torch.cat([camera, torch.zeros_like(camera)]),
         )
         halves = (x0_from_prediction(p, noisy, scales, schedule.prediction) for p in prediction.chunk(2))
         return classifier_free_guidance(*halves, self.cfg.guidance_scale_lora)
@@ -156,19 +169,19 @@ class StableDiffusionVSDGuidance(LatentGuidance):
         self,
         latents: Float[Tensor, "B C h w"],
         states: Float[Tensor, "B L E"],
-        c2w: Float[Tensor, "B 16"],
+        camera: Float[Tensor, "B 16"],
         generator: torch.Generator,
     ) -> Float[Tensor, ""]:
         """The diffusion loss of the LoRA on the renderings, at all noise levels."""
         repeat = self.cfg.lora_n_timestamp_samples
-        latents, states, c2w = (torch.cat([x] * repeat) for x in (latents, states, c2w))
+        latents, states, camera = (torch.cat([x] * repeat) for x in (latents, states, camera))
         schedule = self.models.schedule_lora
         timesteps = sample_timesteps(0, len(schedule) - 1, len(latents), generator, self.device)
         noise = sample_noise(latents.shape, generator, self.device)
         if self.cfg.lora_cfg_training:
             chance = torch.rand((), generator=generator, device=generator.device).to(self.device)
-            c2w = torch.where(chance < CAMERA_DROP, torch.zeros_like(c2w), c2w)
-        return self.lora_loss_at(latents, timesteps, noise, states, c2w)
+            camera = torch.where(chance < CAMERA_DROP, torch.zeros_like(camera), camera)
+        return self.lora_loss_at(latents, timesteps, noise, states, camera)
 
     def lora_loss_at(
         self,
@@ -176,12 +189,12 @@ class StableDiffusionVSDGuidance(LatentGuidance):
         timesteps: Int[Tensor, "B"],
         noise: Float[Tensor, "B C h w"],
         states: Float[Tensor, "B L E"],
-        c2w: Float[Tensor, "B 16"],
+        camera: Float[Tensor, "B 16"],
     ) -> Float[Tensor, ""]:
         """``lora_loss`` at given noise levels, noise and cameras; no randomness of its own."""
         schedule = self.models.schedule_lora
         scales = schedule.scales(timesteps, latents.ndim)
-        prediction = self.run_lora_unet(add_noise(latents, noise, scales), timesteps, states, c2w)
+        prediction = self.run_lora_unet(add_noise(latents, noise, scales), timesteps, states, camera)
         return F.mse_loss(prediction, prediction_target(latents, noise, scales, schedule.prediction))
 
     def run_lora_unet(
@@ -189,11 +202,11 @@ class StableDiffusionVSDGuidance(LatentGuidance):
         noisy: Float[Tensor, "N C h w"],
         timesteps: Int[Tensor, "N"],
         states: Float[Tensor, "N L E"],
-        c2w: Float[Tensor, "N 16"],
+        camera: Float[Tensor, "N 16"],
     ) -> Float[Tensor, "N C h w"]:
         """The raw prediction of the U-Net with adapter and cameras; carries their graph."""
         with self.lora.active(), self._with_camera_embedding():
-            return self.call_unet(self.models.unet_lora, noisy, timesteps, states, c2w)
+            return self.call_unet(self.models.unet_lora, noisy, timesteps, states, camera)
 
     @contextlib.contextmanager
     def _with_camera_embedding(self) -> Iterator[None]:

@@ -28,10 +28,10 @@ class VideoGuidance(ScoreDistillationGuidance):
     class Config(ScoreDistillationGuidance.Config):
         num_frames: int | None = number(None, 2, 1024)
         """Frames per video; null, or the data's."""
-        motion_amp_scale: float = 1.0
+        motion_amp_scale: float = number(1.0, 0, 1000)
         """Times this, what the prior says of the difference between frames; see ``amplify_motion``."""
-        low_ram_vae: int = 0
-        """Frames that are in the VAE at once, with their activations; 0 or less: all."""
+        low_ram_vae: int = number(0, -1, 1024)
+        """Frames that are in the VAE at once, with their activations; 0 or -1: all."""
         gradient: Gradient = "exact"
         """With ``low_ram_vae``: exact encodes again in the backward pass; subset is the original's
         way, a random ``low_ram_vae`` of the frames learn and the others do not, nothing rescaled."""

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 import torch
 
+from fourdfy.bounds import number
 from fourdfy.config import ignored
 from fourdfy.diffusion import videocrafter2
 from fourdfy.diffusion.frozen import apply_memory_options
@@ -25,11 +26,11 @@ class VideoCrafterGuidance(VideoGuidance):
         config: str | None = ignored("the model's description comes with its checkpoint")
         half_precision_weights: bool | str = False
         """False unlike elsewhere: the published runs left precision to the trainer."""
-        height: int | None = 320
-        width: int | None = 512
+        height: int | None = number(320, 1, 8192)
+        width: int | None = number(512, 1, 8192)
         width_vid: int | None = ignored("width is the prior's, data.single_view.width_vid the rendering's")
         height_vid: int | None = ignored("height is the prior's, data.single_view.height_vid the rendering's")
-        fps: int = 28
+        fps: int = number(28, 1, 1000)
         """Frames per second that the model is told: the higher, the less moves between two of them."""
         use_hifa: bool = False
         """Accepted as false alone: the original's HiFA loss called a decoder that raises."""

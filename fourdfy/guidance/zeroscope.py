@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fourdfy.bounds import number
 from fourdfy.guidance.video import VideoGuidance
 from fourdfy.registry import register
 
@@ -13,5 +14,5 @@ class ZeroScopeGuidance(VideoGuidance):
     @dataclass(frozen=True, kw_only=True)
     class Config(VideoGuidance.Config):
         pretrained_model_name_or_path: str = "cerspense/zeroscope_v2_576w"
-        height: int | None = 320
-        width: int | None = 576
+        height: int | None = number(320, 1, 8192)
+        width: int | None = number(576, 1, 8192)

@@ -251,8 +251,13 @@ def test_samplers_follow_the_milestones():
     ("given", "message"),
     [
         ({"height": [64, 128]}, "2 entries for 0 resolution_milestones"),
-        ({"width": "64"}, "expected a positive integer"),
-        ({"batch_size": 0}, "expected a positive integer"),
+        ({"width": "64"}, "expected an integer"),
+        ({"batch_size": 0}, r"batch_size: 0 is outside the range; expected 1 to 1024"),
+        ({"fovy_range": [0, 0]}, r"fovy_range: 0 is outside"),
+        ({"eval_height": 0}, "eval_height: 0 is outside"),
+        ({"n_test_views": 0}, "n_test_views: 0 is outside"),
+        ({"resolution_milestones": [20, 10]}, "earlier steps come first"),
+        ({"light_distance_range": [2, 1]}, "the lower bound comes first"),
         ({"fovy_range": [60, 15]}, "the lower bound comes first"),
     ],
 )

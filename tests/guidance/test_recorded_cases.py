@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +15,7 @@ from fourdfy.guidance.stable_diffusion import StableDiffusionGuidance
 from fourdfy.guidance.stable_diffusion_vsd import StableDiffusionVSDGuidance
 from fourdfy.guidance.videocrafter import VideoCrafterGuidance
 from fourdfy.guidance.zeroscope import ZeroScopeGuidance
+from fourdfy.ops.cameras import orbit_cameras
 from fourdfy.types import ViewTexts
 from tests.guidance.reference import (
     ARRAYS,
@@ -273,3 +277,29 @@ def test_vsd_tells_the_view_to_the_prior_in_words_and_to_the_lora_as_a_camera(vs
     assert torch.equal(guidance.asked_lora[2], text.text.expand(2, -1, -1))
     raw = views.c2w.flatten(1)
     assert guidance.asked_lora[3].eq(raw).all() or not guidance.asked_lora[3].any()
+
+
+@pytest.mark.parametrize(("kind", "array"), [("extrinsics", "c2w"), ("mvp", "mvp")])
+def test_vsd_tells_the_lora_the_original_s_matrices(vsd, kind, array):
+    """Where the original's own cameras (``tests/data/cameras_reference.npz``) are drawn anew."""
+    reference = np.load(Path(__file__).parents[1] / "data" / "cameras_reference.npz")
+    known = {key: torch.from_numpy(reference[f"fixed_e30_d2.5_f60/{key}"]) for key in ("azimuth_deg", array)}
+    azimuth = known["azimuth_deg"]
+    views = orbit_cameras(
+        torch.full_like(azimuth, 30.0),
+        azimuth,
+        distance=2.5,
+        fovy_deg=60.0,
+        times=torch.zeros_like(azimuth),
+        height=5,
+        width=8,
+    )
+    guidance = vsd(camera_condition_type=kind)
+    guidance.prior_prediction = torch.zeros(2 * len(views), 4, 8, 8)
+    guidance.lora_prediction = torch.zeros(len(views), 4, 8, 8)
+    asked = []
+    guidance.lora_loss = lambda latents, states, camera, generator: asked.append(camera) or torch.zeros(())
+    images = torch.rand(len(views), 32, 32, 3)
+    guidance(images, embeddings(), views, step=0, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(asked[0], known[array].flatten(1), rtol=1e-4, atol=1e-5)
+    assert torch.equal(guidance.asked_lora[3], asked[0])
