@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import pytorch_lightning as pl
@@ -11,10 +12,15 @@ from fourdfy.callbacks.renders import SaveRenders
 from fourdfy.experiment import Experiment
 from fourdfy.systems.lightning import SafeCheckpointIO
 
+logger = logging.getLogger(__name__)
+
 
 def build_trainer(experiment: Experiment, device: str, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
     """The Trainer of an experiment, with ``callbacks`` beside the one that saves what is rendered."""
     cfg, trial = experiment.cfg.trainer, experiment.trial_dir
+    if not logger.isEnabledFor(logging.DEBUG):
+        for name in ("pytorch_lightning", "lightning_fabric"):  # they set INFO when they are imported
+            logging.getLogger(name).setLevel(logging.ERROR)
     return pl.Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=1,

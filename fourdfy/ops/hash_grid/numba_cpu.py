@@ -11,6 +11,7 @@ they write: the forward and the position gradient split the points, the paramete
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,17 @@ from fourdfy.ops.hash_grid import PRIMES, HashGridSpec, reference
 BLOCK = 128
 RUN = 16 * BLOCK
 
-compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+logger = logging.getLogger(__name__)
+
+
+def compiled(function: Callable) -> Callable:
+    """``njit``; the machine code is kept on disk where numba finds a folder that it may write to."""
+    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+    try:
+        return njit(function, cache=True, **options)
+    except RuntimeError as error:  # raised here, at the definition
+        logger.debug("%s is compiled anew in every process (%s)", function.__name__, error)
+        return njit(function, **options)
 
 
 def forward(x: Float[Tensor, "N D"], params: Float[Tensor, "P"], spec: HashGridSpec) -> Float[Tensor, "N K"]:
