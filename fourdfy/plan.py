@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
-from fourdfy.config import build
+from fourdfy.config import ConfigError, build, component_class
 from fourdfy.data.sampling import at_step
-from fourdfy.diffusion.hub import locate_model, resolve_model, stored_bytes
+from fourdfy.diffusion.frozen import check_part
+from fourdfy.diffusion.hub import locate_model, resolve_model, stored_bytes, stored_folder
 from fourdfy.experiment import Experiment
 
 logger = logging.getLogger(__name__)
@@ -21,30 +24,74 @@ BYTES_PER_SAMPLE = 1900
 
 
 def print_plan(experiments: Sequence[Experiment]) -> None:
-    """For each stage: its step kinds, their priors and where these come from, and the memory."""
-    console = Console(soft_wrap=True, highlight=False)
+    """For each stage: its step kinds, their priors and where these come from, and the memory.
+
+    Raises:
+        ConfigError: the run could not begin, or not use its models; see ``check_files``, ``check_priors``.
+    """
+    check_files(experiments)
+    for experiment in experiments:
+        check_priors(experiment)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
     for number, experiment in enumerate(experiments, 1):
+        title = printable(f"stage {number}/{len(experiments)}: {experiment.cfg.name}")
+        console.print(Text(title, style="bold"))
+        for line in _stage_lines(experiment):
+            console.print(f"  {printable(line)}")
+
+
+def _stage_lines(experiment: Experiment) -> Iterator[str]:
+    cfg = experiment.cfg
+    yield f"{cfg.trainer.max_steps} steps"
+    yield f"prompt: {cfg.system.prompt_processor.prompt!r}"
+    yield f"folder: {experiment.trial_dir}"
+    for step in experiment.plan.steps:
+        frames = ", then ".join("{} frames of {} x {}".format(*x) for x in _frames(experiment, step.name))
+        trains = " + ".join(sorted(step.trains))
+        yield f"{step.name:<12} probability {step.probability:<5.3g} {frames}, trains {trains}"
+        yield f"{'':<12} {getattr(cfg.system, _type_key(step.guidance_cfg))}"
+    models = needed_models([experiment]).items()
+    for name, parts in models:
+        yield f"model: {locate_model(name, parts)}, for its {', '.join(parts)}"
+    here = all(stored_bytes(name, parts) is not None for name, parts in models)
+    rest = "" if here else ", and what the models take that are not here"
+    yield f"memory, roughly: {_memory_estimate(experiment) / 2**30:.1f} GiB{rest}"
+
+
+def check_files(experiments: Sequence[Experiment]) -> None:
+    """Refuse a run whose files are not there, those aside that its earlier stages will have written.
+
+    Raises:
+        ConfigError: names the key and the file.
+    """
+    written: set[Path] = set()
+    for experiment in experiments:
         cfg = experiment.cfg
-        title = f"stage {number}/{len(experiments)}: {cfg.name}"
-        console.print(f"[bold]{title}[/], {cfg.trainer.max_steps} steps")
-        console.print(f"  prompt: {cfg.system.prompt_processor.prompt!r}", markup=False)
-        console.print(f"  folder: {experiment.trial_dir}", markup=False)
-        for step in experiment.plan.steps:
-            frames = ", then ".join("{} frames of {} x {}".format(*x) for x in _frames(experiment, step.name))
-            console.print(
-                f"  {step.name:<12} probability {step.probability:<5.3g} "
-                f"{frames}, trains {' + '.join(sorted(step.trains))}\n"
-                f"  {'':<12} {getattr(cfg.system, _type_key(step.guidance_cfg))}",
-                markup=False,
-            )
-        models = needed_models([experiment]).items()
-        for name, parts in models:
-            console.print(f"  model: {locate_model(name, parts)}, for its {', '.join(parts)}", markup=False)
-        here = all(stored_bytes(name, parts) is not None for name, parts in models)
-        console.print(
-            f"  memory, roughly: {_memory_estimate(experiment) / 2**30:.1f} GiB"
-            + ("" if here else ", and what the models take that are not here")
-        )
+        for key, file in (("resume", cfg.resume), ("system.weights", cfg.system.weights)):
+            if file and Path(file) not in written and not Path(file).exists():
+                raise ConfigError(f"{key}={file}: there is no such file")
+        written.add(experiment.last_checkpoint)
+
+
+def check_priors(experiment: Experiment) -> None:
+    """Refuse prompts that are too long and models of another kind, as far as the models are on this disk.
+
+    Loads no weights. Warns of prompts that a model has not learned.
+
+    Raises:
+        ConfigError: names the key, or the model's file.
+    """
+    system = experiment.cfg.system
+    for step in experiment.plan.steps:
+        try:
+            build(getattr(system, step.prompt_cfg)).check_texts()
+        except ValueError as error:
+            raise ConfigError(f"system.{step.prompt_cfg}: {error}") from error
+        guidance = getattr(system, step.guidance_cfg)
+        for name, parts in guidance.models():
+            if folder := stored_folder(name, parts):
+                for part in parts:
+                    check_part(folder, part, getattr(component_class(guidance), "unet_class", ""))
 
 
 def fetch_models(experiments: Sequence[Experiment]) -> None:
@@ -72,6 +119,11 @@ def needed_models(experiments: Sequence[Experiment]) -> dict[str, tuple[str, ...
                 for name, parts in getattr(experiment.cfg.system, key).models():
                     needed[name] = tuple(dict.fromkeys((*needed.get(name, ()), *parts)))
     return needed
+
+
+def printable(text: str) -> str:
+    """``text`` with its control characters written out, so that a terminal shows them and obeys none."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _frames(experiment: Experiment, step: str) -> list[tuple[int, int, int]]:

@@ -183,11 +183,13 @@ def knows_text(name_or_path: str | Path, text: str) -> bool:
 
 
 def stored_description(name_or_path: str | Path, part: str) -> dict[str, Any]:
-    """What ``config.json`` says of a model's network on this disk; empty where it is not here."""
-    stored = _stored(str(name_or_path), (part,), [])
-    folder = converted_folder(stored) if stored and stored.is_file() else stored
-    file = folder / part / "config.json" if folder else Path()
-    return json.loads(file.read_text()) if file.is_file() else {}
+    """What a model's description says of ``part``; empty where the part is not on this disk.
+
+    Raises:
+        ConfigError: it is no JSON, or no mapping.
+    """
+    folder = stored_folder(name_or_path, (part,))
+    return read_description(folder, part) if folder else {}
 
 
 def is_offline() -> bool:

@@ -41,6 +41,8 @@ def _check_frames_and_texts(cfg: Any, step: SupervisionStep) -> None:
     try:
         guidance.check_group_size(size, source)
         guidance.check_text_encoder(prompts.pretrained_model_name_or_path)
+    except ConfigError:  # of a model's file
+        raise
     except ValueError as error:
         raise ConfigError(f"system.{step.guidance_cfg}.{error}") from error
     if prompts.use_perp_neg and not getattr(guidance, "view_dependent_prompting", True):

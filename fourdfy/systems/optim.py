@@ -52,8 +52,13 @@ class OptimizerConfig:
 
     def _refusal(self, options: Mapping[str, Any]) -> str:
         """What the optimizer's constructor says to the options; "" if it takes them."""
+
+        class Probe(getattr(torch.optim, self.name)):
+            # Its decorator imports torch._dynamo, which takes longer than all the rest of parsing.
+            add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+
         try:
-            getattr(torch.optim, self.name)([torch.zeros(1, 1)], **options)
+            Probe([torch.zeros(1, 1)], **options)
         except (IndexError, RuntimeError, TypeError, ValueError) as error:
             return str(error)
         return ""
