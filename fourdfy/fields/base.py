@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -19,6 +20,18 @@ from fourdfy.types import FieldOutput
 
 class Geometry(Component, nn.Module, ABC):
     """A volume density and features over space and time."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Component.Config):
+        @property
+        def has_normals(self) -> bool:
+            """Whether ``forward`` can give normals."""
+            return True
+
+        @property
+        def has_deformation(self) -> bool:
+            """Whether ``forward`` gives a deformation."""
+            return False
 
     @property
     @abstractmethod

@@ -26,18 +26,13 @@ def opaque(render: RenderOutput) -> Float[Tensor, ""]:
 
 
 def orient(render: RenderOutput) -> Float[Tensor, ""]:
-    """Weighted squared cosine of normals that face away (Verbin et al. 2022, eq. 11).
+    """Weighted squared cosine of normals that face away (Verbin et al. 2022, eq. 11), of a pixel's ray.
 
-    Raises:
-        ValueError: the render has no normals, as with materials that do not shade.
+    The mean is over the pixels with any opacity. Gradients turn the normals and leave the weights alone.
     """
-    if render.normals is None or render.t_dirs is None:
-        raise ValueError(
-            "system.loss.lambda_orient needs normals, which no-material does not compute; set it to 0 "
-            "or use system.material_type=diffuse-with-point-light-material"
-        )
+    assert render.normals is not None and render.t_dirs is not None
     facing_away = (render.normals * render.t_dirs).sum(-1).clamp(min=0.0)
-    return (render.weights.detach() * facing_away**2).sum() / render.opacity.numel()
+    return (render.weights.detach() * facing_away**2).sum() / (render.opacity > 0).sum().clamp(min=1)
 
 
 def z_variance(render: RenderOutput) -> Float[Tensor, ""]:
@@ -47,17 +42,9 @@ def z_variance(render: RenderOutput) -> Float[Tensor, ""]:
 
 
 def deformation(render: RenderOutput) -> Float[Tensor, ""]:
-    """Sum of squared differences of the displacement over the frames of a clip, rows and columns (a sum).
-
-    Raises:
-        ValueError: the geometry has no deformation field.
-    """
+    """Sum of squared differences of the displacement over the frames of a clip, rows and columns (a sum)."""
     field = render.deformation
-    if field is None:
-        raise ValueError(
-            "system.loss.lambda_deformation needs a deformation field in a dynamic stage; set it to 0 or "
-            "system.geometry.pos_encoding_config.otype=HashGridSpatialTimeDeform"
-        )
+    assert field is not None
     clips = field.unflatten(0, (-1, render.group_size))
     return sum((torch.diff(clips, dim=axis) ** 2).sum() for axis in (1, 2, 3))  # type: ignore[return-value]
 
@@ -69,3 +56,12 @@ REGULARIZERS: dict[str, Callable[[RenderOutput], Float[Tensor, ""]]] = {
     "z_variance": z_variance,
     "deformation": deformation,
 }
+
+NEEDS = {
+    "orient": (
+        "normals",
+        "system.material_type=diffuse-with-point-light-material or return_comp_normal=true",
+    ),
+    "deformation": ("deformation", "pos_encoding_config.otype=HashGridSpatialTimeDeform in a dynamic stage"),
+}
+"""What these losses read of a render and only some scenes have, and the settings that give it."""

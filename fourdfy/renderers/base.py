@@ -40,6 +40,11 @@ class Renderer(Component, nn.Module, ABC):
             """
             return 0.0
 
+        @property
+        def wants_normals(self) -> bool:
+            """Whether renders have normals even where the material does not need them."""
+            return False
+
     cfg: Config
 
     def __init__(self, cfg: Config, scene: Scene) -> None:

@@ -31,6 +31,10 @@ class InterleavedVolumeRenderer(Renderer):
         def samples_with_graph(self, rays: int, occupied: float, budget: SampleBudget) -> float:
             return self.base_renderer.samples_with_graph(rays, occupied, budget)
 
+        @property
+        def wants_normals(self) -> bool:
+            return self.base_renderer.wants_normals
+
     cfg: Config
 
     def __init__(self, cfg: Config, scene: Scene) -> None:

@@ -111,6 +111,10 @@ class NeRFVolumeRenderer(Renderer):
         def samples_with_graph(self, rays: int, occupied: float, budget: SampleBudget) -> float:
             return rays * self.num_samples_per_ray * occupied
 
+        @property
+        def wants_normals(self) -> bool:
+            return self.return_comp_normal
+
     cfg: Config
     bbox: Float[Tensor, "2 3"]
 

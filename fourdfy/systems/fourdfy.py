@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourdfy.config import Component, ConfigError, build, ignored, slot
+from fourdfy.config import Component, ConfigError, build, component_class, ignored, slot
 from fourdfy.exporters.base import Exporter, Subject
 from fourdfy.fields.base import Background, Geometry, Material
 from fourdfy.guidance.base import Guidance
 from fourdfy.ops.cameras import cast_rays
-from fourdfy.ops.regularizers import REGULARIZERS
+from fourdfy.ops.regularizers import NEEDS, REGULARIZERS
 from fourdfy.prompts.base import PromptProcessor
 from fourdfy.registry import register
 from fourdfy.renderers.base import Renderer, Scene
@@ -96,6 +96,24 @@ class FourdfySystem(System):
                 if key.removeprefix("lambda_") not in known and schedule_max(value) != 0:
                     choices = ", ".join(f"lambda_{name}" for name in known)
                     raise ValueError(f"loss.{key}={value}: there is no such loss; known: {choices}")
+            self._check_needs()
+
+        def _check_needs(self) -> None:
+            """Every part gets from the others what it reads of them."""
+            wants_normals = component_class(self.material).requires_normal or self.renderer.wants_normals
+            if wants_normals and not self.geometry.has_normals:
+                raise ValueError(
+                    "geometry.normal_type=null: the material or the renderer wants normals; use "
+                    "system.geometry.normal_type=finite_difference"
+                )
+            rendered = {"normals": wants_normals, "deformation": self.geometry.has_deformation}
+            for name, (needed, advice) in NEEDS.items():
+                weight = self.loss.get(f"lambda_{name}", 0)
+                if schedule_max(weight) != 0 and not rendered[needed]:
+                    raise ValueError(
+                        f"loss.lambda_{name}={weight}: needs {needed}, which this scene does not render; "
+                        f"set it to 0, or use {advice}"
+                    )
 
     cfg: Config
 

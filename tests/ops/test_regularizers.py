@@ -33,10 +33,34 @@ def test_z_variance_counts_the_rays_that_hit_something():
     assert loss.item() == pytest.approx(0.3)
 
 
-def test_orient_penalises_normals_that_face_away():
+def orient_by_hand(rays):
+    """``(opacity, [(weight, cosine)])`` for each ray: Ref-NeRF's sum, over the rays that hit anything."""
+    total = sum(weight * max(cosine, 0) ** 2 for _, samples in rays for weight, cosine in samples)
+    return total / sum(opacity > 0 for opacity, _ in rays)
+
+
+def test_orient_is_averaged_over_the_pixels_with_opacity():
+    rays = [(0.7, [(0.5, 0.8), (0.2, -0.6)]), (0.0, []), (0.4, [(0.4, 0.6)]), (0.0, [])]
+    weights, cosines = zip(*(sample for _, samples in rays for sample in samples), strict=True)
+    normals = torch.tensor([[c, (1 - c * c) ** 0.5, 0.0] for c in cosines])
+    along = torch.tensor([[1.0, 0.0, 0.0]]).expand(3, 3)
+    given = render(
+        images(*(o for o, _ in rays)), normals=normals, t_dirs=along, weights=torch.tensor(weights)
+    )
+    assert REGULARIZERS["orient"](given).item() == pytest.approx(orient_by_hand(rays))
+
+
+def test_orient_turns_the_normals_and_leaves_the_density_alone():
     along = torch.tensor([[1.0, 0.0, 0.0]])
-    assert REGULARIZERS["orient"](render(normals=along, t_dirs=along)).item() == pytest.approx(0.5)
-    assert REGULARIZERS["orient"](render(normals=-along, t_dirs=along)).item() == 0
+    normals, weights = along.clone().requires_grad_(), torch.ones(1, requires_grad=True)
+    REGULARIZERS["orient"](render(images(1.0), normals=normals, t_dirs=along, weights=weights)).backward()
+    assert normals.grad.tolist() == [[2.0, 0.0, 0.0]]
+    assert weights.grad is None
+
+
+def test_orient_of_an_empty_picture_is_0():
+    nothing = torch.zeros(0, 3)
+    assert REGULARIZERS["orient"](render(normals=nothing, t_dirs=nothing, weights=nothing[:, 0])).item() == 0
 
 
 def test_deformation_sums_squared_differences_along_frames_rows_and_columns():
@@ -47,9 +71,3 @@ def test_deformation_sums_squared_differences_along_frames_rows_and_columns():
     assert loss.item() == pytest.approx(3 * 4.0)
     apart = REGULARIZERS["deformation"](render(opacity, deformation=field))
     assert apart.item() == pytest.approx(2 * 4.0), "frames of two clips are no neighbours"
-
-
-@pytest.mark.parametrize("name", ["orient", "deformation"])
-def test_a_loss_without_its_input_names_the_mend(name):
-    with pytest.raises(ValueError, match=f"lambda_{name}"):
-        REGULARIZERS[name](render())

@@ -80,6 +80,50 @@ def test_a_step_tells_the_renderer_its_sample_budget(built, kind, monkeypatch):
     assert seen["sample_budget"] == this.plan[kind].sample_budget
 
 
+SHADING = "system.material_type=diffuse-with-point-light-material"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["system.loss.lambda_orient=1"], "lambda_orient=1: needs normals"),
+        (["system.loss.lambda_orient=[0,0.0,1.0,9]"], "lambda_orient=.*needs normals"),
+        (["system.loss.lambda_deformation=1"], "lambda_deformation=1: needs deformation"),
+        (["system.loss.lambda_tv=1"], "lambda_tv=1: there is no such loss"),
+        (["system.geometry.normal_type=null", SHADING], "normal_type=null: the material or the renderer"),
+        (
+            ["system.geometry.normal_type=null", "system.renderer.return_comp_normal=true"],
+            "use system.geometry.normal_type=finite_difference",
+        ),
+    ],
+)
+def test_a_part_that_reads_what_no_other_gives_is_refused_when_the_config_is_parsed(given, message):
+    with pytest.raises(ConfigError, match=message):
+        experiment(*given)
+
+
+def test_losses_that_get_what_they_read_are_taken():
+    experiment("system.loss.lambda_orient=1", SHADING)
+    experiment("system.loss.lambda_orient=1", "system.renderer.return_comp_normal=true")
+    given = ["system.prompt_processor.prompt=a fox", "system.loss.lambda_orient=1"]
+    given += ["system.renderer.base_renderer.return_comp_normal=true"]
+    parse_experiment(load_config([CONFIGS / "fourdfy_stage_3_low_vram.yaml"], given))
+
+
+def test_a_deformation_is_there_where_the_scene_moves():
+    moving = experiment(
+        "system.loss.lambda_deformation=1",
+        "system.geometry.pos_encoding_config.otype=HashGridSpatialTimeDeform",
+    )
+    assert moving.cfg.system.geometry.has_deformation
+    with pytest.raises(ConfigError, match="in a dynamic stage"):
+        experiment(
+            "system.loss.lambda_deformation=1",
+            "system.geometry.pos_encoding_config.otype=HashGridSpatialTimeDeform",
+            stage=1,
+        )
+
+
 def test_a_loss_is_on_when_its_weight_is_not_0_at_the_step():
     system = experiment("system.loss.lambda_opaque=[10,0.0,3.0,11]").build_system()
     assert "opaque" not in system.active_losses(10)
