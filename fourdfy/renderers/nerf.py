@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fourdfy.bounds import number
 from fourdfy.ops.compositing import accumulate, opacity_and_depth, weights_from_density, z_variance
 from fourdfy.ops.ray_marching import intersect_box, march, step_size, visible
 from fourdfy.registry import register
@@ -79,6 +80,10 @@ class NeRFVolumeRenderer(Renderer):
         alpha_thre: float = 0.01
         """A sample is thin below min(this, mean of the grid's values); 0 drops only hidden ones.
         Dropped samples have no gradient: lower it where density must grow in empty space."""
+        eval_alpha_thre: float = number(0.1, 0, 1)
+        """The same where nothing is random: validation, test, evaluation, export. A sample is thin below
+        min(this, a tenth of the grid's largest value): specks around what is solid go, and a scene that is
+        faint everywhere stays."""
         grid_resolution: int = 32
         """Cells per side of the occupancy grid."""
         occ_thre: float = 0.01
@@ -176,7 +181,7 @@ class NeRFVolumeRenderer(Renderer):
             jitter = self._jitter(rays, generator)
             background = self.scene.background(rays.directions, generator=generator)
             flat = FlatRays.of(rays)
-            samples = self._visible_samples(flat, jitter, step)
+            samples = self._visible_samples(flat, jitter, step, self._thin(training=generator is not None))
             if generator:
                 parts = shade(flat, samples, step, generator.clone_state())
             else:
@@ -191,20 +196,34 @@ class NeRFVolumeRenderer(Renderer):
     ) -> list[ShadedRays]:
         return [self._shade(rays, samples, step, generator, self._field)]
 
+    def _thin(self, *, training: bool) -> Float[Tensor, ""]:
+        """The share of light below which what a sample stops is too little to be shaded."""
+        occs = self.estimator.occs
+        if training:
+            return occs.mean().clamp(max=self.cfg.alpha_thre)
+        return (occs.amax() / 10).clamp(max=self.cfg.eval_alpha_thre)
+
     @torch.no_grad()
-    def _visible_samples(self, rays: FlatRays, jitter: Float[Tensor, "R"], step: int) -> Samples:
+    def _visible_samples(
+        self, rays: FlatRays, jitter: Float[Tensor, "R"], step: int, thin: Float[Tensor, ""]
+    ) -> Samples:
         """Where to look. In several passes, as most of what is marched is pruned."""
         t_near, t_far = intersect_box(rays.origins, rays.directions, *self.bbox.to(rays.origins))
         steps = ((t_far - t_near).clamp(min=0) / self.step_size).ceil().long()
         return joined_records(
             [
-                self._march_and_prune(rays[part.rays], jitter[part.rays], part.rays.start, step)
+                self._march_and_prune(rays[part.rays], jitter[part.rays], part.rays.start, step, thin)
                 for part in split_rays(steps.cumsum(0), MAX_SAMPLES)
             ]
         )
 
     def _march_and_prune(
-        self, rays: FlatRays, jitter: Float[Tensor, "R"], first_ray: int, step: int
+        self,
+        rays: FlatRays,
+        jitter: Float[Tensor, "R"],
+        first_ray: int,
+        step: int,
+        thin: Float[Tensor, ""],
     ) -> Samples:
         """The visible samples of some rays, whose indices begin with ``first_ray``."""
         cfg = self.cfg
@@ -224,8 +243,7 @@ class NeRFVolumeRenderer(Renderer):
                     for some_positions, some_times in _chunks(positions, times, self._chunk_size)
                 ]
             )
-            threshold = self.estimator.occs.mean().clamp(max=cfg.alpha_thre)
-            kept = visible(samples, sigmas, len(rays), alpha_threshold=threshold).nonzero().squeeze(1)
+            kept = visible(samples, sigmas, len(rays), alpha_threshold=thin).nonzero().squeeze(1)
             samples = samples.mapped(lambda value: value.index_select(0, kept))
         return dataclasses.replace(samples, ray_indices=samples.ray_indices + first_ray)
 

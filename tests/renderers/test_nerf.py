@@ -9,7 +9,10 @@ from analytic_scene import frames, generator, make_scene
 from torch import Tensor
 
 from fourdfy.config import ConfigError, parse_config
-from fourdfy.renderers.nerf import NeRFVolumeRenderer
+from fourdfy.ops.compositing import alphas_from_density
+from fourdfy.renderers.masked import MaskedVolumeRenderer
+from fourdfy.renderers.nerf import NeRFVolumeRenderer, _midpoints
+from fourdfy.renderers.passes import FlatRays
 
 PIXELS = ("comp_rgb", "comp_rgb_fg", "opacity", "depth", "z_variance")
 
@@ -92,7 +95,7 @@ def test_training_repeats_with_the_generator_and_differs_without():
     render = lambda seed: parts.renderer(rays, step=0, generator=generator(seed)).comp_rgb  # noqa: E731
     assert torch.equal(render(0), render(0))
     assert not torch.equal(render(0), render(1))
-    fixed = make_scene(randomized=False)
+    fixed = make_scene(randomized=False, alpha_thre=0.0, eval_alpha_thre=0.0)
     training = fixed.renderer(rays, step=0, generator=generator(5))
     assert torch.equal(training.comp_rgb, fixed.renderer(rays, step=0).comp_rgb)
 
@@ -112,21 +115,36 @@ def test_evaluation_in_small_pieces_gives_the_same_images(monkeypatch):
 
 def test_pruning_changes_little_and_keeps_few_samples():
     rays = frames()
-    pruned = make_scene().renderer(rays, step=0)
+    pruned = make_scene(eval_alpha_thre=0.01).renderer(rays, step=0)
     dense = make_scene(grid_prune=False).renderer(rays, step=0)
     assert len(pruned.samples) < 0.15 * len(dense.samples)
     # What is dropped: alphas below 0.01, a ray crosses a few steps of them, and light below 1e-4.
     assert (pruned.comp_rgb - dense.comp_rgb).abs().max() < 0.05
 
 
-def test_lower_thresholds_keep_what_is_thin():
-    rays = frames()
-    counts = [
-        len(make_scene(alpha_thre=threshold).renderer(rays, step=0).samples) for threshold in (1e-2, 1e-5)
-    ]
-    assert counts[0] < counts[1]
-    unpruned = make_scene(prune_alpha_threshold=False).renderer(rays, step=0).samples
-    assert counts[1] < len(unpruned), "occupied cells, whatever they hold"
+def thinnest(parts, *, training):
+    """The smallest alpha of the samples of a render."""
+    render = parts.renderer(frames(), step=0, generator=generator() if training else None)
+    samples = render.samples
+    positions, times = _midpoints(FlatRays.of(frames()), samples)
+    sigmas = parts.scene.geometry.density(positions, times, step=0)
+    return alphas_from_density(sigmas, samples.t_starts, samples.t_ends).min().item()
+
+
+@pytest.mark.parametrize("kind", [NeRFVolumeRenderer, MaskedVolumeRenderer])
+def test_training_and_evaluation_prune_below_their_own_thresholds(kind):
+    parts = make_scene(kind=kind, alpha_thre=1e-3, eval_alpha_thre=0.05)
+    assert 1e-3 <= thinnest(parts, training=True) < 3e-3
+    assert 0.05 <= thinnest(parts, training=False) < 0.08
+    everything = make_scene(kind=kind, prune_alpha_threshold=False)
+    assert thinnest(everything, training=True) < 1e-3 and thinnest(everything, training=False) < 1e-3
+
+
+def test_evaluation_prunes_specks_and_keeps_what_is_faint_everywhere():
+    solid, faint = make_scene(), make_scene(peak=0.5)
+    assert thinnest(solid, training=False) >= 0.1
+    # of about 0.5 * 0.072 in the grid a tenth
+    assert 0.002 < thinnest(faint, training=False) < 0.008
 
 
 def test_a_ball_has_the_opacity_and_depth_of_the_integral():
