@@ -13,8 +13,7 @@ import numpy as np
 import torch
 
 from fourdfy.callbacks.saving import save_image, side_by_side, to_pixels
-from fourdfy.config import load_config
-from fourdfy.experiment import parse_experiment
+from fourdfy.experiment import load_experiment
 from fourdfy.shapes.grammar import parse_prompt
 from fourdfy.shapes.world import BACKGROUNDS, render
 
@@ -22,7 +21,7 @@ COLUMNS = 8
 
 
 def main(trial: Path, picture: Path) -> None:
-    experiment = parse_experiment(load_config([trial / "configs" / "parsed.yaml"]))
+    experiment = load_experiment([trial / "configs" / "parsed.yaml"])
     cameras = experiment.build_data().test_cameras(dynamic=True)["test"]
     picked = torch.linspace(0, len(cameras) // 2 - 1, COLUMNS).long()
     prompt = parse_prompt(experiment.cfg.system.prompt_processor.prompt)

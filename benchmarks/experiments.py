@@ -25,8 +25,7 @@ import pytorch_lightning as pl
 import torch
 from gpus import environment, spread
 
-from fourdfy.config import load_config
-from fourdfy.experiment import Experiment, parse_experiment
+from fourdfy.experiment import Experiment, load_experiment
 from fourdfy.systems.lightning import LightningData, LightningSystem
 from fourdfy.trainer import build_trainer
 
@@ -77,8 +76,8 @@ def run(name: str, gpu: str, args: argparse.Namespace) -> None:
 
 def measure(name: str, models: Path, steps: int, overrides: list[str]) -> dict[str, Any]:
     """Milliseconds and peak bytes of each step kind."""
-    experiment = parse_experiment(
-        load_config([ROOT / "configs" / f"{name}.yaml"], [*settings(name, models, steps), *overrides])
+    experiment = load_experiment(
+        [ROOT / "configs" / f"{name}.yaml"], [*settings(name, models, steps), *overrides]
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stopwatch = Stopwatch()

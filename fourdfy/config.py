@@ -1,36 +1,27 @@
-"""From YAML files and ``key=value`` arguments to frozen, typed configs, before anything is built.
+"""Frozen, typed configs of components that name each other, parsed before anything is built.
 
-1. ``load_layers`` merges files (each over its own ``base`` files, left to right) and dotlist
-   overrides, and remembers which file set each key.
-2. ``parse_config`` turns a mapping into a component's frozen ``Config`` dataclass, and goes down into
-   the configs of the components it names. A typo dies here, with its full key, its file, what was
-   expected and the nearest right key.
+``parse_config`` turns a mapping (see ``config_layers.load_config``) into a component's ``Config`` dataclass,
+and goes down into the configs of the components it names. A typo dies here, with its full key, its file,
+what was expected and the nearest right key.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import difflib
 import logging
-import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, InterpolationToMissingValueError, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from fourdfy import registry
 from fourdfy.bounds import misfit
-from fourdfy.schedules import schedule_max
+from fourdfy.config_files import ConfigError, escaped, join, plain
 
 logger = logging.getLogger(__name__)
-
-
-class ConfigError(ValueError):
-    """Something a user wrote in a config file or on the command line; the message says the mend."""
 
 
 # ---------------------------------------------------------------------------------------------
@@ -78,6 +69,22 @@ def _slot(spec: Slot, default: Mapping[str, Any] | None) -> Any:
     return field(default_factory=lambda: dict(default or {}), metadata={"slot": spec})
 
 
+def file_path(default: Any = None) -> Any:
+    """A field that names a file or folder, or a list of them; ``~`` and ``$VAR`` are expanded on loading."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"path": True})
+    return field(default=default, metadata={"path": True})
+
+
+def keyed_by_path() -> Any:
+    """A mapping whose keys are dotted paths, such as ``geometry.encoding``, and its values options.
+
+    On the command line the last key is an option (``params.geometry.encoding.lr=0.1``), unless the value
+    is a mapping or null, which is for the whole entry.
+    """
+    return field(default_factory=dict, metadata={"keyed_by_path": True})
+
+
 def ignored(reason: str, default: Any = None) -> Any:
     """A field that old files set and nothing reads; ``warn_of_ignored`` names it where it is set.
 
@@ -96,7 +103,7 @@ def warn_of_ignored(cfg: Any) -> None:
 
 def _ignored_keys(cfg: Any, path: str) -> Iterator[tuple[str, str]]:
     for f in dataclasses.fields(cfg):
-        value, key = getattr(cfg, f.name), _join(path, f.name)
+        value, key = getattr(cfg, f.name), join(path, f.name)
         if "ignored" in f.metadata and value != f.default:
             yield key, f.metadata["ignored"]
         elif dataclasses.is_dataclass(value):
@@ -133,10 +140,10 @@ def parse_config(
     """
     sources = sources or {}
     given = dict(given)
-    known = {f.name: f for f in dataclasses.fields(schema) if f.init}
+    known = init_fields(schema)
     for key in given:
         if key not in known:
-            raise _error(path, key, sources, _unknown_key(key, known))
+            raise config_error(path, key, sources, _unknown_key(key, known))
 
     parsed_slots = {}
     for name, f in known.items():
@@ -145,23 +152,26 @@ def parse_config(
             parsed_slots[name] = _parse_slot(spec, name, given, known, defaults, path, sources)
             given.pop(name, None)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), given)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), escaped(given))
         missing = [key for key in OmegaConf.missing_keys(merged) if key.split(".")[0] not in parsed_slots]
         if missing:
-            raise _error(path, missing[0], sources, "missing; set it in the file or as key=value")
+            raise config_error(path, missing[0], sources, "missing; set it in the file or as key=value")
         for key, problem in _misfits(schema, merged, parsed_slots):
-            raise _error(path, key, sources, problem)
-        values = {
-            name: OmegaConf.to_object(merged[name]) if OmegaConf.is_config(merged[name]) else merged[name]
-            for name in known
-            if name not in parsed_slots
-        }
+            raise config_error(path, key, sources, problem)
+        values = {}
+        for name in known.keys() - parsed_slots.keys():
+            try:
+                values[name] = OmegaConf.to_object(v) if OmegaConf.is_config(v := merged[name]) else v
+            except ValueError as error:  # from __post_init__ of a nested dataclass
+                raise config_error(path, name, sources, str(error)) from error
         return schema(**values, **parsed_slots)
     except OmegaConfBaseException as error:
         key = error.full_key or _culprit(schema, given)
-        raise _error(path, key, sources, _explain(error, schema, key)) from error
-    except ValueError as error:  # from __post_init__, of a nested dataclass or the schema's own
-        raise error if isinstance(error, ConfigError) else _error(path, "", sources, str(error)) from error
+        raise config_error(path, key, sources, _explain(error, schema, key)) from error
+    except ValueError as error:  # from __post_init__
+        raise (
+            error if isinstance(error, ConfigError) else config_error(path, "", sources, str(error))
+        ) from error
 
 
 def _parse_slot(
@@ -177,7 +187,7 @@ def _parse_slot(
     if isinstance(inner, Component.Config) or inner is None:
         return inner
     if not isinstance(inner, Mapping):
-        raise _error(path, name, sources, f"expected a mapping, got {inner!r}")
+        raise config_error(path, name, sources, f"expected a mapping, got {inner!r}")
     inner = dict(inner)
     if spec.inside:
         if not inner and name not in given:
@@ -190,13 +200,21 @@ def _parse_slot(
         selector, where = given.get(spec.by, None if default is dataclasses.MISSING else default), spec.by
     if selector is None:
         if spec.inside:
-            raise _error(path, where, sources, f"missing; one of {', '.join(registry.names(spec.kind))}")
+            raise config_error(
+                path, where, sources, f"missing; one of {', '.join(registry.names(spec.kind))}"
+            )
         return None
     try:
         cls = registry.find(selector, spec.kind)
     except ValueError as error:
-        raise _error(path, where, sources, str(error)) from error
-    cfg = parse_config(cls.Config, inner, _join(path, name), sources)
+        raise config_error(path, where, sources, str(error)) from error
+    for key in inner.keys() - init_fields(cls.Config).keys():
+        if others := [
+            n for n in registry.names(spec.kind) if key in init_fields(registry.find(n, spec.kind).Config)
+        ]:
+            message = f"unknown key of {selector}; {others[0]} has it: {join(path, where)}={others[0]}"
+            raise config_error(join(path, name), key, sources, message)
+    cfg = parse_config(cls.Config, inner, join(path, name), sources)
     object.__setattr__(cfg, "_component", cls)
     return cfg
 
@@ -209,7 +227,7 @@ def _misfits(schema: type, values: DictConfig, done: Collection[str] = ()) -> It
         value, inner = values[f.name], OmegaConf.get_type(values, f.name)
         if isinstance(value, DictConfig) and dataclasses.is_dataclass(inner):
             yield from ((f"{f.name}.{key}", problem) for key, problem in _misfits(inner, value))
-        elif problem := misfit(_plain(value), f.metadata):
+        elif problem := misfit(plain(value), f.metadata):
             yield f.name, problem
 
 
@@ -241,157 +259,20 @@ def _unknown_key(key: str, known: Mapping[str, Any]) -> str:
     return f"unknown key; {hint}"
 
 
-def _error(path: str, key: str, sources: Mapping[str, str], message: str) -> ConfigError:
-    full = _join(path, key)
-    return ConfigError(f"{full}{_source_of(full, sources)}: {message}")
+def init_fields(schema: type) -> dict[str, dataclasses.Field]:
+    """Name -> field, of the fields that a config can set."""
+    return {f.name: f for f in dataclasses.fields(schema) if f.init}
 
 
-def _source_of(full_key: str, sources: Mapping[str, str]) -> str:
+def config_error(path: str, key: str, sources: Mapping[str, str], message: str) -> ConfigError:
+    """The error of a key inside ``path``, with the file that set it."""
+    full = join(path, key)
+    return ConfigError(f"{full}{source_of(full, sources)}: {message}")
+
+
+def source_of(full_key: str, sources: Mapping[str, str]) -> str:
     """The file that set the key, or that set something below it."""
     exact = sources.get(full_key) or next(
         (file for key, file in sources.items() if key.startswith(full_key + ".")), None
     )
     return f" (in {exact})" if exact else ""
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path and key else path or key
-
-
-# ---------------------------------------------------------------------------------------------
-# Loading
-
-
-@dataclass(frozen=True)
-class LoadedConfig:
-    """The merged, resolved mapping, and for each dotted leaf key the file that set it last."""
-
-    values: dict[str, Any]
-    sources: dict[str, str]
-
-
-def load_config(
-    paths: Sequence[str | Path], overrides: Sequence[str] = (), stage: int | None = None
-) -> LoadedConfig:
-    """Files merged left to right, then ``key=value`` overrides, interpolations resolved.
-
-    Args:
-        stage: of a recipe, which one this is: ``stage_2: {...}`` in the files is for the second alone.
-
-    Raises:
-        ConfigError: a file is missing or no YAML mapping; an override has no ``=``; a bad interpolation.
-    """
-    register_resolvers()
-    sources: dict[str, str] = {}
-    merged = OmegaConf.create()
-    for path in paths:
-        merged = _merge(merged, _load_layers(Path(path), sources))
-    if stage is not None:
-        merged = _merge(_without_stages(merged), merged.get(f"stage_{stage}", OmegaConf.create()))
-    for override in overrides:
-        if "=" not in override or override.startswith(("-", "=")):
-            raise ConfigError(f"{override!r}: expected key=value, e.g. trainer.max_steps=1000")
-    try:
-        dotlist = OmegaConf.from_dotlist(list(overrides))
-        _record(dotlist, "the command line", sources)
-        merged = _merge(merged, dotlist)
-        _share_prompt(merged)
-        return LoadedConfig(OmegaConf.to_container(merged, resolve=True), sources)  # type: ignore[arg-type]
-    except InterpolationToMissingValueError as error:
-        key = str(error).splitlines()[0].split(": ")[-1]
-        raise ConfigError(f"{key}: missing; set it in the file or as key=value") from error
-    except OmegaConfBaseException as error:
-        key = error.full_key or ""
-        raise ConfigError(f"{key}{_source_of(key, sources)}: {str(error).splitlines()[0]}") from error
-
-
-def _load_layers(path: Path, sources: dict[str, str]) -> DictConfig:
-    """The file over its ``base`` files, left to right; later wins."""
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError(f"{path}: no such config file{hint}")
-    try:
-        layer = OmegaConf.load(path)
-    except Exception as error:
-        raise ConfigError(f"{path}: not readable as YAML: {error}") from error
-    if not isinstance(layer, DictConfig):
-        raise ConfigError(f"{path}: expected a mapping at the top level")
-    bases = layer.pop("base", [])
-    bases = [bases] if isinstance(bases, str) else bases
-    merged = OmegaConf.create()
-    for base in bases:
-        merged = _merge(merged, _load_layers(path.parent / base, sources))
-    _record(layer, str(path), sources)
-    return _merge(merged, layer)
-
-
-def _without_stages(recipe: DictConfig) -> DictConfig:
-    own = [key for key in recipe if not re.fullmatch(r"stages|stage_\d+", str(key))]
-    return OmegaConf.masked_copy(recipe, own)
-
-
-def _merge(below: DictConfig, layer: DictConfig) -> DictConfig:
-    """``layer`` over ``below``. Where it names another class (``renderer_type``), the settings of the one
-    that it replaces (``renderer``) are left behind."""
-    below = copy.deepcopy(below)
-    _drop_replaced(below, layer)
-    return OmegaConf.merge(below, layer)  # type: ignore[return-value]
-
-
-def _drop_replaced(below: DictConfig, layer: DictConfig) -> None:
-    for key in layer:
-        mine, theirs = layer._get_node(key), below._get_node(key)
-        if isinstance(mine, DictConfig) and isinstance(theirs, DictConfig):
-            _drop_replaced(theirs, mine)
-        elif "_type" in str(key) and theirs is not None and _canonical(mine) != _canonical(theirs):
-            below.pop(key.replace("_type", "", 1), None)
-
-
-def _canonical(node: Any) -> Any:
-    return registry.ALIASES.get(node._value(), node._value())
-
-
-def _record(layer: DictConfig, source: str, sources: dict[str, str], prefix: str = "") -> None:
-    for key in layer:
-        node = layer._get_node(key)
-        full = _join(prefix, str(key))
-        if isinstance(node, DictConfig) and not node._is_interpolation() and not node._is_missing():
-            _record(node, source, sources, full)
-        sources[full] = source
-
-
-def _share_prompt(merged: DictConfig) -> None:
-    """``system.prompt_processor.prompt`` serves the other processors unless they have their own."""
-    system = merged.get("system")
-    prompt = OmegaConf.select(merged, "system.prompt_processor.prompt", throw_on_missing=False)
-    for name in ("prompt_processor_multi_view", "prompt_processor_video"):
-        if prompt is None or system is None or name not in system:
-            continue
-        if OmegaConf.is_missing(system[name], "prompt") or "prompt" not in system[name]:
-            system[name].prompt = prompt
-
-
-def register_resolvers() -> None:
-    """The resolvers of threestudio's YAML files, under their names."""
-    resolvers = {
-        "calc_exp_lr_decay_rate": lambda factor, n: factor ** (1.0 / n),
-        "add": lambda a, b: a + b,
-        "sub": lambda a, b: a - b,
-        "mul": lambda a, b: a * b,
-        "div": lambda a, b: a / b,
-        "idiv": lambda a, b: a // b,
-        "basename": lambda path: Path(path).name,
-        "rmspace": lambda text, sub: text.replace(" ", sub),
-        "tuple2": lambda scalar: [float(scalar), float(scalar)],
-        "gt0": lambda value: value > 0,
-        "not": lambda value: not value,
-        "cmaxgt0": lambda value: schedule_max(_plain(value)) > 0,
-        "cmaxgt0orcmaxgt0": lambda a, b: schedule_max(_plain(a)) > 0 or schedule_max(_plain(b)) > 0,
-    }
-    for name, resolver in resolvers.items():
-        OmegaConf.register_resolver(name, resolver, replace=True)
-
-
-def _plain(value: Any) -> Any:
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from fourdfy.bounds import number
 from fourdfy.callbacks.saving import sanitize_tag
-from fourdfy.config import LoadedConfig, build, ignored, parse_config, slot, warn_of_ignored
+from fourdfy.config import build, file_path, ignored, parse_config, slot, warn_of_ignored
+from fourdfy.config_layers import LoadedConfig, load_config
 from fourdfy.data.base import DataModule
 from fourdfy.systems.agreement import check_agreement
 from fourdfy.systems.base import System
@@ -53,17 +54,22 @@ class ExperimentConfig:
     tag: str = ""
     description: str = ""
     seed: int = number(0, 0)
-    exp_root_dir: str = "outputs"
+    exp_root_dir: str = file_path("outputs")
     use_timestamp: bool = True
     timestamp: str = ""
     """Set by the run itself; part of the trial folder's name."""
-    resume: str | None = None
+    resume: str | None = file_path()
     """A checkpoint of this very experiment: training goes on, or evaluation takes its weights."""
     exp_dir: str = ""
     trial_name: str = ""
     trial_dir: str = ""
     """Written by the original into its ``parsed.yaml``; they follow from the keys above and are not read."""
     n_gpus: int = ignored("a run uses one GPU", 1)
+    plugins: list[str] = field(default_factory=list)
+    """Modules that register components, imported first; files and the command line add theirs."""
+    plugin_path: list[str] = file_path([])
+    """Folders to look for plugins in, before those of the config files and the current one. A trial's
+    ``parsed.yaml`` has those that its plugins were found in."""
     data_type: str = "single-multiview-combined-camera-datamodule"
     data: Any = slot(DataModule, "data_type")
     system_type: str = "fourdfy-system"
@@ -97,6 +103,17 @@ class Experiment:
             seed=self.cfg.seed,
             choose_step=lambda step: self.plan.choose(self.cfg.seed, step).name,
         )
+
+
+def load_experiment(
+    paths: Sequence[str | Path], overrides: Sequence[str] = (), stage: int | None = None
+) -> Experiment:
+    """The experiment of some config files and ``key=value`` overrides; see ``load_config``.
+
+    Raises:
+        ConfigError: naming the key, its file, what was expected and what to write.
+    """
+    return parse_experiment(load_config(paths, overrides, stage, schema=ExperimentConfig))
 
 
 def parse_experiment(loaded: LoadedConfig) -> Experiment:

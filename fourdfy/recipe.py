@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from fourdfy.config import ConfigError, load_config
-from fourdfy.experiment import Experiment, parse_experiment
+from fourdfy.config_files import ConfigError, literal_override, read_layers
+from fourdfy.config_layers import load_config
+from fourdfy.experiment import Experiment, load_experiment
 from fourdfy.systems.checkpoint import read_own_checkpoint
 
 
@@ -71,12 +70,12 @@ class Stage:
     def _check_same_settings(self) -> None:
         """A trial that goes on must compute what it began; its length may change."""
         path = self.experiment.trial_dir / "configs" / "parsed.yaml"
-        began = OmegaConf.to_container(OmegaConf.load(path))
+        began = load_config([path]).values
         now = self.experiment.values
         changed = [
             key
             for part in ("seed", "data", "system")
-            for key in _differences(began.get(part), now.get(part), part)  # type: ignore[union-attr]
+            for key in _differences(began.get(part), now.get(part), part)
         ]
         if changed:
             raise ConfigError(
@@ -94,22 +93,40 @@ def load_recipe(paths: Sequence[Path], overrides: Sequence[str]) -> list[Stage]:
             for_stage.setdefault(int(match[1]), []).append(match[2])
         else:
             shared.append(override)
-    recipes = [path for path in paths if path.is_file() and "stages" in OmegaConf.load(path)]
-    if not recipes:
+    files, in_files = _stage_files(paths)
+    if not files:
         if for_stage:
             raise ConfigError(f"stage_{min(for_stage)}....: {paths[0]} is no recipe; write the key alone")
-        return [Stage(parse_experiment(load_config(paths, shared)), tuple(paths), 1, 1)]
-
-    files = [recipes[0].parent / name for name in OmegaConf.load(recipes[0]).stages]
-    if for_stage and not 1 <= max(for_stage) <= len(files):
-        raise ConfigError(f"stage_{max(for_stage)}....: {recipes[0]} has {len(files)} stages")
+        return [Stage(load_experiment(paths, shared), tuple(paths), 1, 1)]
+    if unknown := {number for number in (*for_stage, *in_files) if not 1 <= number <= len(files)}:
+        raise ConfigError(
+            f"stage_{max(unknown)}: there are {len(files)} stages, stage_1 to stage_{len(files)}"
+        )
     stages: list[Stage] = []
     for number, file in enumerate(files, 1):
-        previous = [f"system.weights={stages[-1].experiment.last_checkpoint}"] if stages else []
+        previous = [str(stage.experiment.last_checkpoint) for stage in stages[-1:]]
+        weights = [literal_override("system.weights", path.replace("$", "$$")) for path in previous]
         own = for_stage.get(number, [])
-        loaded = load_config([file, *paths], [*previous, *shared, *own], stage=number)
-        stages.append(Stage(parse_experiment(loaded), (file, *paths), number, len(files)))
+        experiment = load_experiment([file, *paths], [*weights, *shared, *own], stage=number)
+        stages.append(Stage(experiment, (file, *paths), number, len(files)))
     return stages
+
+
+def _stage_files(paths: Sequence[Path]) -> tuple[list[Path], list[int]]:
+    """The files that a recipe lists in ``stages`` (none: no recipe), and each N of its ``stage_N``."""
+    files: list[Path] = []
+    numbers: list[int] = []
+    for path in paths:
+        for layer in read_layers(path):
+            matches = (re.fullmatch(r"stage_(\d+)", str(key)) for key in layer.values)
+            numbers += [int(match[1]) for match in matches if match]
+            names = layer.values.get("stages")
+            if names is None:
+                continue
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
+                raise ConfigError(f"stages (in {layer.source}): expected a list of files, got {names!r}")
+            files = [Path(layer.source).parent / name for name in names]
+    return files, numbers
 
 
 def _differences(a: object, b: object, path: str) -> list[str]:

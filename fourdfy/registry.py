@@ -2,14 +2,22 @@
 
 A config says ``geometry_type: implicit-volume``; ``find("implicit-volume", Geometry)`` gives the
 class. Modules are imported when one of their names is first asked for, so ``import fourdfy`` is
-cheap. A plugin registers itself with ``@register("my-geometry")`` in any module it imports.
+cheap. A plugin registers itself with ``@register("my-geometry")``; a config names its module in
+``plugins``, or an installed package does in its entry points of the group ``fourdfy.plugins``.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import import_module
+from importlib.metadata import entry_points
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 # Where the project's own components live; a name that is not here must register itself first.
 MODULES = {
@@ -62,7 +70,7 @@ def register(name: str) -> Callable[[type], type]:
     """
 
     def wrap(cls: type) -> type:
-        own, known = MODULES.get(ALIASES.get(name, name)), _CLASSES.get(name)
+        own, known = MODULES.get(canonical(name)), _CLASSES.get(name)
         if own and own != cls.__module__:
             raise ValueError(f"{name!r} is already registered, in {own}")
         if known and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
@@ -79,7 +87,7 @@ def find(name: str, kind: type) -> type:
     Raises:
         ValueError: no such name, or a class of another kind; says which names there are.
     """
-    name = ALIASES.get(name, name)
+    name = canonical(name)
     if name not in _CLASSES and name in MODULES:
         import_module(MODULES[name])
     cls = _CLASSES.get(name)
@@ -97,3 +105,43 @@ def names(kind: type) -> list[str]:
     for module in sorted(set(MODULES.values())):
         import_module(module)
     return sorted(name for name, cls in _CLASSES.items() if issubclass(cls, kind))
+
+
+def canonical(name: str) -> str:
+    """The name itself, or that of the same component here."""
+    return ALIASES.get(name, name)
+
+
+def import_plugins(modules: Sequence[str], folders: Sequence[Path]) -> list[Path]:
+    """Import modules that register components; those of the ``folders`` that hold them.
+
+    Folders are searched after everything that is installed, so that no file in them takes its place.
+
+    Raises:
+        ValueError: a module can't be imported; with its error, in one line.
+    """
+    sys.path += [str(folder) for folder in dict.fromkeys(folders) if str(folder) not in sys.path]
+    used: list[Path] = []
+    for name in modules:
+        try:
+            import_module(name)
+        except Exception as error:  # whatever a stranger's module raises
+            hint = f"; write the module's name, {name[:-3]}" if name.endswith(".py") else ""
+            looked = f"; looked in {', '.join(map(str, folders))}" if isinstance(error, ImportError) else ""
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"{name} can't be imported ({reason}){hint or looked}") from error
+        package = sys.modules[name.partition(".")[0]]
+        places = [Path(place).parent for place in getattr(package, "__path__", [])]
+        home = places[0] if places else Path(package.__file__ or "").parent
+        used += [folder for folder in folders if folder == home.resolve() and folder not in used]
+    return used
+
+
+@cache
+def import_installed_plugins() -> None:
+    """Import what installed packages offer; one that is broken is warned of, for no config asked for it."""
+    for entry in entry_points(group="fourdfy.plugins"):
+        try:
+            entry.load()
+        except Exception as error:
+            logger.warning("plugin %s (%s) can't be imported: %r", entry.name, entry.value, error)

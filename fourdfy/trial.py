@@ -8,8 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
+from fourdfy.config_files import save_yaml
 from fourdfy.experiment import Experiment
 
 PACKAGE = Path(__file__).parent
@@ -20,7 +19,7 @@ def prepare_trial(experiment: Experiment, files: Sequence[Path], command: Sequen
     trial = experiment.trial_dir
     for name in ("ckpts", "configs", "save", "code"):
         (trial / name).mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(dict(experiment.values)), trial / "configs" / "parsed.yaml")
+    save_yaml(experiment.values, trial / "configs" / "parsed.yaml")
     raw = "".join(f"# {file.name}\n{file.read_text()}\n" for file in files)
     (trial / "configs" / "raw.yaml").write_text(raw)
     with open(trial / "cmd.txt", "a") as file:  # a resumed trial has several

@@ -11,11 +11,11 @@ from fourdfy.config import (
     ConfigError,
     ignored,
     inner_slot,
-    load_config,
     parse_config,
     slot,
     warn_of_ignored,
 )
+from fourdfy.config_layers import load_config
 
 
 class Animal(Component):
@@ -119,19 +119,66 @@ def test_the_originals_resolvers(tmp_path, expression, value):
     assert load_config([tmp_path / "a.yaml"]).values["v"] == value
 
 
+@registry.register("test-dog")
+class Dog(Animal):
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Animal.Config):
+        name: str = "Rex"
+        lives: int = 2
+        normal: float = 1.0
+        normal_type: str = "left"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Street:
+    house: House = field(default_factory=House)
+    width: Any = 0
+
+
+def load(text, *overrides, schema=House, folder):
+    file = folder / "x.yaml"
+    file.write_text(text)
+    return load_config([file], overrides, schema=schema).values
+
+
 @pytest.mark.parametrize(
-    ("override", "left"),
+    ("overrides", "left"),
     [
-        ([], {"shared": 2}),
-        (["system.renderer_type=another"], {}),
-        (["system.renderer_type=one"], {"shared": 2}),
-        (["system.renderer_type=another", "system.renderer.own=3"], {"own": 3}),
+        ([], {"lives": 3}),
+        (["animal_type=test-dog"], {}),
+        (["animal_type=test-cat"], {"lives": 3}),
+        (["animal_type=test-dog", "animal.name=Bello"], {"name": "Bello"}),
+        (["animal.lives=4"], {"lives": 4}),
+        (["guest.otype=test-dog"], {"lives": 3}),
     ],
 )
-def test_naming_another_class_leaves_the_old_one_s_settings_behind(tmp_path, override, left):
-    file = tmp_path / "x.yaml"
-    file.write_text("system: {renderer_type: one, renderer: {shared: 2}}")
-    assert load_config([file], override).values["system"].get("renderer", {}) == left
+def test_naming_another_class_leaves_the_old_one_s_settings_behind(tmp_path, overrides, left):
+    values = load("animal: {lives: 3}", *overrides, folder=tmp_path)
+    assert values.get("animal", {}) == left
+
+
+def test_a_key_with_type_in_its_name_is_no_class(tmp_path):
+    text = "animal_type: test-dog\nanimal: {normal: 3, normal_type: right}"
+    values = load(text, "animal.normal_type=left", folder=tmp_path)
+    assert values["animal"] == {"normal": 3, "normal_type": "left"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("lives", 2), ("sizes", [5])],
+    ids=["the new class's own default", "what the old one had, if the new one has no such key"],
+)
+def test_what_others_refer_to_outlives_the_class_it_belonged_to(tmp_path, key, value):
+    text = f"house: {{animal: {{lives: 3, sizes: [5]}}}}\nwidth: ${{house.animal.{key}}}"
+    values = load(text, "house.animal_type=test-dog", schema=Street, folder=tmp_path)
+    assert values == {"house": {"animal_type": "test-dog", "animal": {}}, "width": value}
+
+
+def test_a_class_that_is_nowhere_is_named_before_what_refers_to_its_settings(tmp_path):
+    text = "house: {animal: {lives: 3}}\nwidth: ${house.animal.lives}"
+    message = r"^house\.animal_type \(in the command line\): no Animal .* 'test-dog'\?"
+    with pytest.raises(ConfigError, match=message):
+        load(text, "house.animal_type=test-dgo", schema=Street, folder=tmp_path)
 
 
 def test_what_a_recipe_holds_for_one_stage_goes_to_that_stage_alone(tmp_path):

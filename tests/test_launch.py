@@ -202,14 +202,10 @@ def test_a_mistake_ends_with_one_error_before_any_training(override, message, tm
 
 
 def test_a_prompt_cannot_escape_the_output_folder(tmp_path):
-    from fourdfy.config import load_config
-    from fourdfy.experiment import parse_experiment
+    from fourdfy.experiment import load_experiment
 
-    loaded = load_config(
-        [CONFIGS / "shapes_stage_1.yaml"],
-        [f"exp_root_dir={tmp_path}", "system.prompt_processor.prompt=../../etc/passwd"],
-    )
-    folder = parse_experiment(loaded).trial_dir
+    overrides = [f"exp_root_dir={tmp_path}", "system.prompt_processor.prompt=../../etc/passwd"]
+    folder = load_experiment([CONFIGS / "shapes_stage_1.yaml"], overrides).trial_dir
     assert folder.resolve().is_relative_to(tmp_path / "shapes_stage_1")
     assert ".." not in folder.name[:2]
 

@@ -6,7 +6,17 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fourdfy"
-BASE = {"types", "registry", "config", "bounds", "schedules", "seeds", "safe_load", "__version__"}
+BASE = {
+    "types",
+    "registry",
+    "config",
+    "config_files",
+    "bounds",
+    "schedules",
+    "seeds",
+    "safe_load",
+    "__version__",
+}
 MAY_IMPORT = {
     "ops": BASE | {"ops"},
     "fields": BASE | {"ops", "fields"},

@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 
 from fourdfy import plan
-from fourdfy.config import load_config
-from fourdfy.experiment import Experiment, parse_experiment
+from fourdfy.experiment import Experiment, load_experiment
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -32,7 +31,7 @@ STORED_GIB = {"MVDream": 1.8, "stabilityai": 1.8, "cerspense": 2.8, "VideoCrafte
 
 def load(name: str, *overrides: str) -> Experiment:
     prompt = "system.prompt_processor.prompt=a panda dancing"
-    return parse_experiment(load_config([CONFIGS / f"fourdfy_{name}.yaml"], [prompt, *overrides]))
+    return load_experiment([CONFIGS / f"fourdfy_{name}.yaml"], [prompt, *overrides])
 
 
 @pytest.mark.parametrize("name", PEAK_GIB)

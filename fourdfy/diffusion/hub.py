@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from fourdfy.config import ConfigError
+from fourdfy.config_files import ConfigError, expand_path
 
 logger = logging.getLogger(__name__)
 
@@ -254,7 +254,10 @@ def weight_files(folder: Path, part: str) -> WeightFiles:
 
 def cache_root() -> Path:
     """Where this project keeps what it can make again: $FOURDFY_CACHE, or ~/.cache/fourdfy."""
-    return Path(os.environ.get("FOURDFY_CACHE") or Path.home() / ".cache" / "fourdfy")
+    try:
+        return Path(expand_path(os.environ.get("FOURDFY_CACHE") or "~/.cache/fourdfy"))
+    except ValueError as error:
+        raise ConfigError(f"FOURDFY_CACHE={error}") from error
 
 
 def converted_folder(file: Path) -> Path:
@@ -275,7 +278,7 @@ def _stored(name: str, parts: Sequence[str], tried: list[str]) -> Path | None:
         if flaw := _model_flaw(local, parts):
             tried.append(f"local {'file' if local.is_file() else 'folder'} {local}: {flaw}")
         return None if flaw else local
-    tried.append(f"local file or folder {Path(name).expanduser()}: not there")
+    tried.append(f"local file or folder {Path(name)}: not there")
     for source in _sources(name):
         place = _place(source, parts)
         flaw = _model_flaw(place, parts) if place else "not there"
@@ -286,7 +289,7 @@ def _stored(name: str, parts: Sequence[str], tried: list[str]) -> Path | None:
 
 
 def _local(name: str) -> Path | None:
-    path = Path(name).expanduser()
+    path = Path(name)
     return path if path.exists() else None
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from fourdfy.callbacks import saving
-from fourdfy.config import ConfigError
+from fourdfy.config import ConfigError, file_path
 from fourdfy.exporters.base import Exporter, Subject
 from fourdfy.exporters.camera_path import load_cameras, save_cameras
 from fourdfy.ops.compositing import expected_depth
@@ -26,7 +26,7 @@ class VideoExporter(Exporter):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Exporter.Config):
-        trajectory: str = "test"
+        trajectory: str = file_path("test")
         """A sequence of the data module (``test``, ``test_static``, of moving scenes ``val_video``), or
         the path of a JSON file such as this exporter writes."""
         formats: list[VideoFormat] = field(default_factory=lambda: ["mp4", "gif", "webp"])

@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fourdfy.bounds import number, scheduled
-from fourdfy.config import ignored
+from fourdfy.config import file_path, ignored
 from fourdfy.diffusion.frozen import (
     FrozenModels,
     Gradient,
@@ -63,7 +63,7 @@ class LatentGuidance(Guidance):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(MemoryOptions, Guidance.Config):
-        pretrained_model_name_or_path: str = "stabilityai/stable-diffusion-2-1-base"
+        pretrained_model_name_or_path: str = file_path("stabilityai/stable-diffusion-2-1-base")
         """Folder, embedded name or hub id with ``unet``, ``vae`` and ``scheduler``."""
         height: int | None = number(None, 1, 8192)
         width: int | None = number(None, 1, 8192)

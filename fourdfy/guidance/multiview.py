@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fourdfy.bounds import number
+from fourdfy.config import file_path
 from fourdfy.diffusion.frozen import FrozenModels
 from fourdfy.diffusion.hub import MODELS
 from fourdfy.diffusion.mvdream import camera_vectors, enable_multi_view_attention
@@ -36,10 +37,10 @@ class MultiViewGuidance(LatentGuidance):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(LatentGuidance.Config):
-        pretrained_model_name_or_path: str = "MVDream/MVDream"
+        pretrained_model_name_or_path: str = file_path("MVDream/MVDream")
         model_name: Literal["sd-v2.1-base-4view", "sd-v1.5-4view"] = "sd-v2.1-base-4view"
         """The checkpoint's name in the original code; only the first is supported."""
-        ckpt_path: str | None = None
+        ckpt_path: str | None = file_path()
         """The original's checkpoint file, or a folder in diffusers layout, in the place of the hub's."""
         backend: Literal["diffusers", "mvdream"] = "diffusers"
         """The networks' code: ours on diffusers, or the authors' package, to compare with. The package

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fourdfy.bounds import number
+from fourdfy.config import file_path
 from fourdfy.diffusion.frozen import FrozenModels, load_noise_schedule
 from fourdfy.diffusion.hub import resolve_model
 from fourdfy.diffusion.lora import LoRA
@@ -49,7 +50,7 @@ class StableDiffusionVSDGuidance(LatentGuidance):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(LatentGuidance.Config):
-        pretrained_model_name_or_path_lora: str = "stabilityai/stable-diffusion-2-1"
+        pretrained_model_name_or_path_lora: str = file_path("stabilityai/stable-diffusion-2-1")
         """The model that the adapter sits on: ``unet`` and ``scheduler``."""
         guidance_scale: float = number(7.5, 0, 10_000)
         """Counted from the unconditional prediction: uncond + scale (text - uncond)."""

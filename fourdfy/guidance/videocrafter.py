@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from fourdfy.bounds import number
-from fourdfy.config import ignored
+from fourdfy.config import file_path, ignored
 from fourdfy.diffusion import videocrafter2
 from fourdfy.diffusion.frozen import apply_memory_options
 from fourdfy.guidance.video import VideoGuidance
@@ -22,7 +22,7 @@ class VideoCrafterGuidance(VideoGuidance):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(VideoGuidance.Config):
-        pretrained_model_name_or_path: str = "VideoCrafter/VideoCrafter2"
+        pretrained_model_name_or_path: str = file_path("VideoCrafter/VideoCrafter2")
         config: str | None = ignored("the model's description comes with its checkpoint")
         half_precision_weights: bool | str = False
         """False unlike elsewhere: the published runs left precision to the trainer."""

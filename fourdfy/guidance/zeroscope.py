@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fourdfy.bounds import number
+from fourdfy.config import file_path
 from fourdfy.guidance.video import VideoGuidance
 from fourdfy.registry import register
 
@@ -13,6 +14,6 @@ from fourdfy.registry import register
 class ZeroScopeGuidance(VideoGuidance):
     @dataclass(frozen=True, kw_only=True)
     class Config(VideoGuidance.Config):
-        pretrained_model_name_or_path: str = "cerspense/zeroscope_v2_576w"
+        pretrained_model_name_or_path: str = file_path("cerspense/zeroscope_v2_576w")
         height: int | None = number(320, 1, 8192)
         width: int | None = number(576, 1, 8192)

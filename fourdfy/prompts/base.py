@@ -25,7 +25,7 @@ from omegaconf import MISSING
 from torch import Tensor
 
 from fourdfy.bounds import number
-from fourdfy.config import Component, ignored
+from fourdfy.config import Component, file_path, ignored
 from fourdfy.diffusion.hub import cache_root, knows_text, resolve_model, stored_folder
 from fourdfy.types import PerpNegDecays, TextEmbeddings
 
@@ -59,7 +59,7 @@ class PromptProcessor(Component, ABC):
         processor alone, before the view's words; with one entry they are for all times."""
         negative_prompt: str = ""
         """What guidance leads away from; the same for all views."""
-        pretrained_model_name_or_path: str = "stabilityai/stable-diffusion-2-1-base"
+        pretrained_model_name_or_path: str = file_path("stabilityai/stable-diffusion-2-1-base")
         """Folder, embedded name or hub id with ``tokenizer`` and ``text_encoder``."""
         overhead_threshold: float = number(60.0, 0, 90)
         front_threshold: float = number(45.0, 0, 180)

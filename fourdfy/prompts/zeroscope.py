@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fourdfy.config import file_path
 from fourdfy.prompts.stable_diffusion import StableDiffusionPromptProcessor
 from fourdfy.registry import register
 
@@ -12,4 +13,4 @@ from fourdfy.registry import register
 class ZeroScopePromptProcessor(StableDiffusionPromptProcessor):
     @dataclass(frozen=True, kw_only=True)
     class Config(StableDiffusionPromptProcessor.Config):
-        pretrained_model_name_or_path: str = "cerspense/zeroscope_v2_576w"
+        pretrained_model_name_or_path: str = file_path("cerspense/zeroscope_v2_576w")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourdfy.config import Component, ConfigError, build, component_class, ignored, slot
+from fourdfy.config import Component, ConfigError, build, component_class, file_path, ignored, slot
 from fourdfy.exporters.base import Exporter, Subject
 from fourdfy.fields.base import Background, Geometry, Material
 from fourdfy.guidance.base import Guidance
@@ -78,7 +78,7 @@ class FourdfySystem(System):
         optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
         freeze_static_modules: bool = False
         """In dynamic stages, train the moving part of the scene alone."""
-        weights: str | None = None
+        weights: str | None = file_path()
         """A checkpoint to start from: its scene, occupancy and LoRA, not its step or optimizer."""
         weights_ignore_modules: list[str] | None = None
         """Prefixes of parameters not to take from ``weights``."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fourdfy.config import ConfigError
+from fourdfy.config import ConfigError, keyed_by_path
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ class OptimizerConfig:
 
     name: str = "AdamW"
     args: dict[str, Any] = field(default_factory=dict)
-    params: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Any] = keyed_by_path()
     """Dotted path from the system (``geometry.encoding``) -> group options (``{lr: 0.01}``); null
     switches an inherited group off. What no path names is not trained; without any, everything is."""
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from fourdfy.config import load_config
-from fourdfy.experiment import parse_experiment
+from fourdfy.experiment import load_experiment
 from fourdfy.systems.checkpoint import write_checkpoint
 from tests.launching import CONFIGS, TINY, launch
 
@@ -19,8 +18,8 @@ SMALL = (
 def checkpoint(tmp_path_factory):
     """As another experiment, of another name, left it at step 12."""
     folder = tmp_path_factory.mktemp("other")
-    loaded = load_config([CONFIGS / "shapes_stage_3.yaml"], [*TINY, *SMALL, "name=another"])
-    system = parse_experiment(loaded).build_system()
+    overrides = [*TINY, *SMALL, "name=another"]
+    system = load_experiment([CONFIGS / "shapes_stage_3.yaml"], overrides).build_system()
     with torch.no_grad():
         system.renderer.update_occupancy(step=0, dynamic=True, generator=torch.Generator().manual_seed(0))
     path = folder / "scene.ckpt"

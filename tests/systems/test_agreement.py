@@ -5,9 +5,9 @@ import logging
 import pytest
 import torch
 
-from fourdfy.config import ConfigError, build, load_config
+from fourdfy.config import ConfigError, build
 from fourdfy.diffusion.mvdream import MultiViewAttention
-from fourdfy.experiment import parse_experiment
+from fourdfy.experiment import load_experiment
 from tests.guidance.reference import CPU, embeddings
 from tests.launching import CONFIGS
 
@@ -18,7 +18,7 @@ TEXT = embeddings(channels=64, tokens=32)
 
 def parsed(config, *overrides):
     prompt = "system.prompt_processor.prompt=a red cube bouncing"
-    return parse_experiment(load_config([config], [prompt, *overrides]))
+    return load_experiment([config], [prompt, *overrides])
 
 
 def asked_of_the_prior(this, kind: str, guidance_key: str):

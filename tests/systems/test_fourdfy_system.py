@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fourdfy.config import ConfigError, load_config
-from fourdfy.experiment import parse_experiment
+from fourdfy.config import ConfigError
+from fourdfy.experiment import load_experiment
 from fourdfy.ops.cameras import cast_rays
 from fourdfy.seeds import step_generator
 from fourdfy.systems.checkpoint import write_checkpoint
@@ -13,7 +13,7 @@ from tests.launching import CONFIGS, TINY
 
 
 def experiment(*overrides, stage=3):
-    return parse_experiment(load_config([CONFIGS / f"shapes_stage_{stage}.yaml"], [*TINY, *overrides]))
+    return load_experiment([CONFIGS / f"shapes_stage_{stage}.yaml"], [*TINY, *overrides])
 
 
 @pytest.fixture

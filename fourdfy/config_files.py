@@ -1,0 +1,235 @@
+"""Config files and ``key=value`` words as they are written: layers of plain values, and the text typed.
+
+YAML means what version 1.2 of it means, so ``010`` is ten and ``12:30:45`` a text. Beyond that, ``1e4`` is
+the whole number, and ``yes``, ``no``, ``on`` and ``off`` are booleans, as in the files of threestudio. Which
+fields hold text is not known here; ``Layer.texts`` keeps what was written for those that do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from omegaconf import OmegaConf
+
+COMMAND_LINE = "the command line"
+CORE = "tag:yaml.org,2002:"
+
+
+class ConfigError(ValueError):
+    """Something a user wrote in a config file or on the command line; the message says what to write."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one source sets."""
+
+    values: dict[str, Any]
+    texts: dict[str, str]
+    """Dotted key (``a.b``, ``a.list[0]``) -> a scalar as it was written, where YAML reads no text in it."""
+    source: str
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+
+def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
+    """The file's ``base`` files, left to right, each over its own, and then the file itself.
+
+    Raises:
+        ConfigError: a file is missing, no YAML mapping, or its own base; with file and line.
+    """
+    here = path.resolve()
+    if here in chain:
+        names = " -> ".join(file.name for file in (*chain[chain.index(here) :], here))
+        raise ConfigError(f"{path}: its base files lead back to it: {names}")
+    values, texts = read_yaml(_content(path, chain), str(path))
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping at the top level, such as seed: 0")
+    bases = values.pop("base", None) or []
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: base: expected the name of a file, or a list of them, got {bases!r}")
+    below = [layer for base in bases for layer in read_layers(path.parent / base, (*chain, here))]
+    return [*below, Layer(values, texts, str(path))]
+
+
+def _content(path: Path, chain: tuple[Path, ...]) -> str:
+    asked = f" (base of {chain[-1]})" if chain else ""
+    if path.is_dir():
+        raise ConfigError(f"{path}{asked}: a folder; expected a config file")
+    if not path.is_file():
+        names = [file.name for file in path.parent.glob("*.yaml") if file.resolve() not in chain]
+        near = difflib.get_close_matches(path.name, names, n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"{path}{asked}: no such config file{hint}")
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: no text in UTF-8; expected a YAML file") from error
+
+
+def read_yaml(text: str, source: str) -> tuple[Any, dict[str, str]]:
+    """The value of a YAML document (None for an empty one), and ``Layer.texts`` of it.
+
+    Raises:
+        ConfigError: not YAML; names ``source`` and the line.
+    """
+    try:
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None, {}
+        texts: dict[str, str] = {}
+        _collect_texts(node, "", texts)
+        return loader.construct_document(node), texts
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise ConfigError(f"{source}:{line}: {error.problem or error.context}") from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigError(f"{source}:{line}: no text; expected a YAML file") from error
+    except RecursionError as error:
+        raise ConfigError(f"{source}: an anchor (&) holds itself, or lists are nested too deeply") from error
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+    def number(self, node: yaml.ScalarNode) -> int | float:
+        text = node.value.lower().replace("_", "")
+        if node.tag == f"{CORE}int":
+            return int(text, 0 if re.match(r"[-+]?0[xo]", text) else 10)
+        value = float(re.sub(r"^([-+]?)\.(inf|nan)$", r"\1\2", text))
+        return int(value) if re.fullmatch(r"[-+]?\d+e\+?\d{1,2}", text) else value
+
+
+for _kind, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"(?i:yes|no|true|false|on|off)", list("yYnNtTfFoO")),
+    ("int", r"[-+]?\d[\d_]*|[-+]?0o[0-7]+|[-+]?0x[\da-fA-F]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.\d+|\d[\d_]*(\.[\d_]*)?)([eE][-+]?\d+)?", list("-+.0123456789")),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
+    ("merge", r"<<", ["<"]),
+):
+    _Loader.add_implicit_resolver(CORE + _kind, re.compile(f"^(?:{_pattern})$"), _first)
+_Loader.add_constructor(f"{CORE}int", _Loader.number)
+_Loader.add_constructor(f"{CORE}float", _Loader.number)
+
+
+def _collect_texts(node: yaml.Node, path: str, texts: dict[str, str]) -> None:
+    """``Layer.texts`` of a node; on the way, the same key twice in one mapping is an error."""
+    if isinstance(node, yaml.SequenceNode):
+        for index, entry in enumerate(node.value):
+            _collect_texts(entry, f"{path}[{index}]", texts)
+    elif isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        merged = []
+        for key, value in node.value:
+            if key.tag == f"{CORE}merge":
+                merged += value.value if isinstance(value, yaml.SequenceNode) else [value]
+                continue
+            name = str(key.value)
+            if name in lines:
+                problem = f"the key {name!r} stands here again, after line {lines[name]}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            lines[name] = key.start_mark.line + 1
+            _collect_texts(value, join(path, name), texts)
+        for value in merged:
+            _collect_texts(value, path, texts)
+    elif node.style is None and node.tag not in (f"{CORE}str", f"{CORE}null"):
+        texts.setdefault(path, node.value)
+
+
+def save_yaml(values: Mapping[str, Any], path: Path) -> None:
+    """Write resolved values so that ``read_layers`` gives them again, a ``${`` in a text included."""
+    OmegaConf.save(OmegaConf.create(escaped(dict(values))), path)
+
+
+def escaped(value: Any) -> Any:
+    """Plain values in which OmegaConf sees no interpolation."""
+    if isinstance(value, str):
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    if isinstance(value, Mapping):
+        return {key: escaped(entry) for key, entry in value.items()}
+    return [escaped(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line
+
+
+def split_overrides(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(key, text) of every ``key=text``.
+
+    Raises:
+        ConfigError: a word is none; says what to type.
+    """
+    for index, word in enumerate(words):
+        key, equals, text = word.partition("=")
+        if not equals or not key or word.startswith("-") or key != key.strip():
+            raise ConfigError(_what_to_type(list(words), index))
+        yield key, text
+
+
+def _what_to_type(words: list[str], index: int) -> str:
+    word, before, after = words[index], words[:index], words[index + 1 :]
+    if word.startswith("-"):
+        return f"{word}: settings are written without dashes: {word.lstrip('-')}"
+    if "=" not in word and after and after[0].startswith("="):  # key = value, as several words
+        word = " ".join((word, *after[: 1 + (after[0] == "=")]))
+    key, equals, text = (part.strip() for part in word.partition("="))
+    if equals and key:
+        return f"{word}: write it without spaces: {key}={text}"
+    if before:
+        bare = " ".join(itertools.takewhile(lambda other: "=" not in other, words[index:]))
+        key, _, text = before[-1].partition("=")
+        value = f"{text} {bare}".strip()
+        value = f'"{value}"' if " " in value else value
+        return f"{bare or word!r} stands alone; if it belongs to the value before it, write {key}={value}"
+    return f"{word!r}: expected key=value, e.g. trainer.max_steps=1000"
+
+
+def literal_override(key: str, text: str) -> str:
+    """The override that sets a field of text, or one of a path, to exactly ``text``."""
+    return f"{key}={escaped(text)}"
+
+
+def expand_path(path: str) -> str:
+    """``path`` with ``~``, ``~user`` and ``$VAR`` replaced; ``$$`` is a dollar sign.
+
+    Raises:
+        ValueError: no such user, or a variable is not set.
+    """
+    home, rest = re.match(r"(~[^/\\]*)?(.*)", path, re.DOTALL).groups()  # type: ignore[union-attr]
+    if home and os.path.expanduser(home) == home:
+        raise ValueError(f"{path!r}: there is no home folder {home}; write ./{home} for a file of that name")
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] != "$" and match[1] not in os.environ:
+            raise ValueError(f"{path!r}: ${match[1]} is not set; write $$ for a dollar sign")
+        return "$" if match[1] == "$" else os.environ[match[1]]
+
+    return os.path.expanduser(home or "") + re.sub(r"\$(\$|\w+)", value, rest)
+
+
+def join(path: str, key: str) -> str:
+    """The dotted key of ``key`` inside ``path``."""
+    return f"{path}.{key}" if path and key else path or key
+
+
+def plain(value: Any) -> Any:
+    """A value without OmegaConf's containers, its interpolations as they are written."""
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

@@ -1,0 +1,376 @@
+"""From config files and ``key=value`` overrides to one mapping of plain values, for ``parse_config``.
+
+The schema that the values are meant for is looked at on the way: it alone knows which keys hold text, which
+hold paths, and which settings belong to a component that another class replaces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+
+from fourdfy import registry
+from fourdfy.config import config_error, init_fields, source_of
+from fourdfy.config_files import (
+    COMMAND_LINE,
+    ConfigError,
+    Layer,
+    expand_path,
+    join,
+    plain,
+    read_layers,
+    read_yaml,
+    split_overrides,
+)
+from fourdfy.schedules import schedule_max
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """The merged, resolved mapping, and for each dotted leaf key the file that set it last."""
+
+    values: dict[str, Any]
+    sources: dict[str, str]
+
+
+def load_config(
+    paths: Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    stage: int | None = None,
+    *,
+    schema: type | None = None,
+) -> LoadedConfig:
+    """Files merged left to right, then ``key=value`` overrides, interpolations resolved.
+
+    Args:
+        stage: of a recipe, which one this is: ``stage_2: {...}`` in the files is for the second alone.
+        schema: the dataclass that the result is to be parsed into. It says which keys hold text, which is
+            taken as it was typed, which hold paths, and what a component that is replaced leaves behind.
+
+    Raises:
+        ConfigError: a file is missing or no YAML mapping; an override has no ``=``; a bad interpolation; a
+            plugin that can't be imported; a name that no component has.
+    """
+    register_resolvers()
+    layers = [layer for path in paths for layer in read_layers(Path(path))]
+    if stage is not None:
+        layers = [_without_stages(layer) for layer in layers] + [_of_stage(layer, stage) for layer in layers]
+    typed = list(split_overrides(overrides))
+    plugins = _import_plugins([*layers, _override_layer(typed)], paths)
+    sources: dict[str, str] = {}
+    texts: dict[str, str] = {}
+    replaced: dict[str, dict[str, Any]] = {}
+    try:
+        merged = OmegaConf.create()
+        for layer in layers:
+            _record(layer, sources, texts)
+            merged = _merge(merged, layer, schema, replaced)
+        draft = _merge(copy.deepcopy(merged), _override_layer(typed), schema, {})
+        typed_layer = _override_layer(typed, lambda key, value: _places(schema, draft, merged, key, value))
+        _record(typed_layer, sources, texts)
+        merged = _merge(merged, typed_layer, schema, replaced)
+        lent: list[str] = []
+        if schema is not None:
+            _settle(schema, merged, "", texts, sources)
+            lent = _lend(schema, merged, replaced)
+        _share_prompt(merged)
+        values: dict[str, Any] = OmegaConf.to_container(merged, resolve=True)  # type: ignore[assignment]
+        for key in lent:
+            _without(values, key)
+    except InterpolationToMissingValueError as error:
+        key = str(error).splitlines()[0].split(": ")[-1]
+        raise ConfigError(f"{key}: missing; set it in the file or as key=value") from error
+    except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        raise ConfigError(f"{key}{source_of(key, sources)}: {str(error).splitlines()[0]}") from error
+    return LoadedConfig(values | plugins, sources)
+
+
+def _without_stages(layer: Layer) -> Layer:
+    own = {k: v for k, v in layer.values.items() if not re.fullmatch(r"stages|stage_\d+", str(k))}
+    return dataclasses.replace(layer, values=own)
+
+
+def _of_stage(layer: Layer, stage: int) -> Layer:
+    key = f"stage_{stage}"
+    values = layer.values.get(key) or {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{key} (in {layer.source}): expected a mapping, got {values!r}")
+    texts = {k.removeprefix(f"{key}."): text for k, text in layer.texts.items() if k.startswith(f"{key}.")}
+    return Layer(values, texts, layer.source)
+
+
+def _override_layer(
+    typed: Sequence[tuple[str, str]], places_of: Callable[[str, Any], list[str]] | None = None
+) -> Layer:
+    """``key=text`` overrides as one layer; what is no YAML stays a text."""
+    layer = Layer({}, {}, COMMAND_LINE)
+    for key, text in typed:
+        try:
+            value, inner = read_yaml(text, COMMAND_LINE)
+        except ConfigError:
+            value, inner = text, {}
+        *places, last = places_of(key, value) if places_of else key.split(".")
+        node = layer.values
+        for place in places:
+            if not isinstance(node.get(place), dict):
+                node[place] = {}
+            node = node[place]
+        node[last] = value
+        layer.texts.update({key + ("." * (not k.startswith("[")) + k): t for k, t in inner.items() if k})
+        layer.texts[key] = text
+    return layer
+
+
+def _import_plugins(layers: Sequence[Layer], paths: Sequence[str | Path]) -> dict[str, list[str]]:
+    """Import the ``plugins`` of all layers; gives what a trial must know to find them again."""
+    registry.import_installed_plugins()
+    names, folders = [], []
+    for layer in layers:
+        for key, collected in (("plugins", names), ("plugin_path", folders)):
+            given = layer.values.get(key) or []
+            given = [given] if isinstance(given, str) else given
+            if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+                raise ConfigError(f"{key} (in {layer.source}): expected a list of names, got {given!r}")
+            collected += [name for name in given if name not in collected]
+    if not names:
+        return {}
+    here = [Path(path).parent for path in paths]
+    try:
+        places = [Path(expand_path(folder)) for folder in folders]
+        used = registry.import_plugins(names, [p.resolve() for p in (*places, *here, Path.cwd())])
+    except ValueError as error:
+        raise ConfigError(f"plugins: {error}") from error
+    return {"plugins": names, "plugin_path": [str(folder) for folder in used]}
+
+
+def _merge(
+    below: DictConfig, layer: Layer, schema: type | None, replaced: dict[str, dict[str, Any]]
+) -> DictConfig:
+    """``layer`` over ``below``, which is used up. Where it names another class (``renderer_type``), the
+    settings of the one that it replaces (``renderer``) are left behind, and noted in ``replaced``."""
+    above = OmegaConf.create(layer.values)
+    if schema is not None:
+        _leave_behind(schema, below, above, "", replaced)
+    return OmegaConf.merge(below, above)  # type: ignore[return-value]
+
+
+def _leave_behind(
+    schema: type, below: DictConfig, above: DictConfig, path: str, replaced: dict[str, dict[str, Any]]
+) -> None:
+    for f in dataclasses.fields(schema):
+        old, new, spec = below._get_node(f.name), above._get_node(f.name), f.metadata.get("slot")
+        if spec and not spec.inside and above._get_node(spec.by) is not None:
+            names = {registry.canonical(str(_selector(schema, f, node))) for node in (below, above)}
+            if len(names) > 1 and old is not None:
+                if _is_mapping(old):
+                    replaced.setdefault(join(path, f.name), {}).update(plain(old))
+                del below[f.name]
+        elif _is_mapping(old) and _is_mapping(new):
+            with contextlib.suppress(ValueError):  # a name that no class has is an error later
+                if inner := _schema_in(schema, f, below):
+                    _leave_behind(inner, old, new, join(path, f.name), replaced)
+
+
+def _is_mapping(node: Any) -> bool:
+    return isinstance(node, DictConfig) and isinstance(node._value(), dict)
+
+
+def _selector(schema: type, f: dataclasses.Field, node: DictConfig) -> Any:
+    """What names the class of a slot in ``node``, the mapping that it stands in; its default if nothing."""
+    spec = f.metadata["slot"]
+    if spec.inside:
+        inner = node._get_node(f.name)
+        given = OmegaConf.select(inner, spec.by) if _is_mapping(inner) else None
+        return given if given is not None else f.default_factory().get(spec.by)  # type: ignore[misc]
+    if node._get_node(spec.by) is not None:
+        return OmegaConf.select(node, spec.by)
+    default = init_fields(schema)[spec.by].default
+    return None if default is dataclasses.MISSING else default
+
+
+def _schema_in(schema: type, f: dataclasses.Field, node: DictConfig) -> type | None:
+    """The dataclass that the field's mapping in ``node`` is parsed into; None if it holds plain values.
+
+    Raises:
+        ValueError: no class has the name that selects it.
+    """
+    if spec := f.metadata.get("slot"):
+        selector = _selector(schema, f, node)
+        return registry.find(selector, spec.kind).Config if selector is not None else None
+    kinds = [kind for kind in _kinds(schema)[f.name] if dataclasses.is_dataclass(kind)]
+    return kinds[0] if kinds else None  # type: ignore[return-value]
+
+
+@cache
+def _kinds(schema: type) -> dict[str, tuple[Any, ...]]:
+    """Field -> the types that its annotation allows."""
+    hints = typing.get_type_hints(schema)
+    unions = (typing.Union, types.UnionType)
+    return {key: typing.get_args(h) if typing.get_origin(h) in unions else (h,) for key, h in hints.items()}
+
+
+def _places(schema: type | None, node: DictConfig, files: DictConfig, key: str, value: Any) -> list[str]:
+    """The keys, each inside the one before, that a dotted key of the command line means."""
+    name, _, rest = key.partition(".")
+    f = init_fields(schema).get(name) if schema else None
+    if not rest or f is None:
+        return key.split(".")
+    below = files._get_node(name)
+    if "keyed_by_path" in f.metadata:
+        known = below if _is_mapping(below) else {}
+        group, _, option = rest.rpartition(".")
+        is_group = rest in known or (group not in known and (value is None or isinstance(value, dict)))
+        return [name, rest] if is_group or not group else [name, group, option]
+    inner = None
+    with contextlib.suppress(ValueError):
+        inner = _schema_in(schema, f, node)
+    empty = OmegaConf.create()
+    node, files = (n if _is_mapping(n) else empty for n in (node._get_node(name), below))
+    return [name, *_places(inner, node, files, rest, value)]
+
+
+def _settle(
+    schema: type, node: DictConfig, path: str, texts: Mapping[str, str], sources: Mapping[str, str]
+) -> None:
+    """Put what was typed in the place of what YAML read, in every field of text, and expand paths."""
+    for name, f in init_fields(schema).items():
+        key, kinds = join(path, name), _kinds(schema)[name]
+        if set(kinds) <= {str, type(None)}:
+            if key in texts:
+                node[name] = None if texts[key] == "null" and type(None) in kinds else texts[key]
+            if "path" in f.metadata:
+                _expand(node, name, key, sources)
+        elif list[str] in kinds and isinstance(entries := node._get_node(name), ListConfig):
+            for index in range(len(entries)):
+                if (text := texts.get(f"{key}[{index}]")) is not None:
+                    entries[index] = text
+                if "path" in f.metadata:
+                    _expand(entries, index, key, sources)
+    for name, f in init_fields(schema).items():
+        try:
+            inner = _schema_in(schema, f, node)
+        except ValueError as error:
+            spec = f.metadata["slot"]
+            where = f"{name}.{spec.by}" if spec.inside else spec.by
+            raise config_error(path, where, sources, str(error)) from error
+        if inner and _is_mapping(node._get_node(name)):
+            _settle(inner, node._get_node(name), join(path, name), texts, sources)
+
+
+def _expand(node: Any, place: str | int, key: str, sources: Mapping[str, str]) -> None:
+    written = node._get_node(place)
+    if written is None or not isinstance(written._value(), str):
+        return
+    try:
+        node[place] = expand_path(written._value())
+    except ValueError as error:
+        raise config_error("", key, sources, str(error)) from error
+
+
+def _lend(schema: type, merged: DictConfig, replaced: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Put back what other keys refer to in a component that was replaced, for their sake alone.
+
+    That is the default of the new class, or what was left behind where it has none. Gives the keys.
+    """
+    lent: list[str] = []
+    references = {key for text in _strings(merged) for key in re.findall(r"\$\{([\w.]+)\}", text)}
+    for owner, left in replaced.items():
+        for key in sorted(references):
+            if key.startswith(f"{owner}.") and _node_at(merged, key) is None:
+                value = _default_at(schema, merged, key)
+                if value is None:
+                    value = _node_at(OmegaConf.create(left), key.removeprefix(f"{owner}."))
+                OmegaConf.update(merged, key, value, force_add=True)
+                lent.append(key)
+    return lent
+
+
+def _strings(node: Any) -> Iterator[str]:
+    if isinstance(node, DictConfig | ListConfig) and not node._is_interpolation():
+        for key in node if isinstance(node, DictConfig) else range(len(node)):
+            yield from _strings(node._get_node(key))
+    elif node is not None and isinstance(node._value(), str):
+        yield node._value()
+
+
+def _node_at(node: Any, key: str) -> Any:
+    for place in key.split("."):
+        node = node._get_node(place) if _is_mapping(node) else None
+    return node
+
+
+def _default_at(schema: type | None, node: Any, key: str) -> Any:
+    name, _, rest = key.partition(".")
+    f = init_fields(schema).get(name) if schema else None
+    if f is None:
+        return None
+    if not rest:
+        return None if f.default is dataclasses.MISSING else f.default
+    below = node._get_node(name)
+    return _default_at(_schema_in(schema, f, node), below if _is_mapping(below) else OmegaConf.create(), rest)
+
+
+def _without(values: dict[str, Any], key: str) -> None:
+    *places, last = key.split(".")
+    for place in places:
+        values = values[place]
+    del values[last]
+
+
+def _record(layer: Layer, sources: dict[str, str], texts: dict[str, str]) -> None:
+    """Note where each key of a layer comes from, and what was typed for it; a later layer's word counts."""
+    pending = [("", layer.values)]
+    while pending:
+        path, values = pending.pop()
+        for name, value in values.items():
+            key = join(path, str(name))
+            sources[key] = layer.source
+            if isinstance(value, dict):
+                pending.append((key, value))
+            for stale in [k for k in texts if k == key or k.startswith(f"{key}[")]:
+                del texts[stale]
+    texts.update(layer.texts)
+
+
+def _share_prompt(merged: DictConfig) -> None:
+    """``system.prompt_processor.prompt`` serves the other processors unless they have their own."""
+    system, key = merged.get("system"), "system.prompt_processor.prompt"
+    if OmegaConf.select(merged, key, throw_on_missing=False) is None:
+        return
+    for name in ("prompt_processor_multi_view", "prompt_processor_video"):
+        if name in system and (OmegaConf.is_missing(system[name], "prompt") or "prompt" not in system[name]):
+            system[name].prompt = f"${{{key}}}"
+
+
+def register_resolvers() -> None:
+    """The resolvers of threestudio's YAML files, under their names."""
+    resolvers = {
+        "calc_exp_lr_decay_rate": lambda factor, n: factor ** (1.0 / n),
+        "add": lambda a, b: a + b,
+        "sub": lambda a, b: a - b,
+        "mul": lambda a, b: a * b,
+        "div": lambda a, b: a / b,
+        "idiv": lambda a, b: a // b,
+        "basename": lambda path: Path(path).name,
+        "rmspace": lambda text, sub: text.replace(" ", sub),
+        "tuple2": lambda scalar: [float(scalar), float(scalar)],
+        "gt0": lambda value: value > 0,
+        "not": lambda value: not value,
+        "cmaxgt0": lambda value: schedule_max(plain(value)) > 0,
+        "cmaxgt0orcmaxgt0": lambda a, b: schedule_max(plain(a)) > 0 or schedule_max(plain(b)) > 0,
+    }
+    for name, resolver in resolvers.items():
+        OmegaConf.register_resolver(name, resolver, replace=True)
