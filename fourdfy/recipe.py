@@ -99,9 +99,7 @@ def load_recipe(paths: Sequence[Path], overrides: Sequence[str]) -> list[Stage]:
             raise ConfigError(f"stage_{min(for_stage)}....: {paths[0]} is no recipe; write the key alone")
         return [Stage(load_experiment(paths, shared), tuple(paths), 1, 1)]
     if unknown := {number for number in (*for_stage, *in_files) if not 1 <= number <= len(files)}:
-        raise ConfigError(
-            f"stage_{max(unknown)}: there are {len(files)} stages, stage_1 to stage_{len(files)}"
-        )
+        raise ConfigError(f"stage_{max(unknown)}....: {paths[0]} has {len(files)} stages")
     stages: list[Stage] = []
     for number, file in enumerate(files, 1):
         previous = [str(stage.experiment.last_checkpoint) for stage in stages[-1:]]
