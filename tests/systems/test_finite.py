@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fourdfy.config import load_config
-from fourdfy.experiment import parse_experiment
+from fourdfy.experiment import load_experiment
 from fourdfy.systems.checkpoint import read_checkpoint, write_checkpoint
 from fourdfy.systems.finite import check_step
 from tests.launching import CONFIGS, TINY, launch, trial
@@ -16,7 +15,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.fixture(scope="module")
 def prepared():
     """A stage-1 system with its four-view prior, and a batch for it."""
-    this = parse_experiment(load_config([CONFIGS / "shapes_stage_1.yaml"], TINY))
+    this = load_experiment([CONFIGS / "shapes_stage_1.yaml"], TINY)
     system = this.build_system()
     system.prepare(torch.device("cpu"), resumed=False)
     return system, this.build_data().batch(0)
