@@ -107,7 +107,7 @@ def test_losses_that_get_what_they_read_are_taken():
     experiment("system.loss.lambda_orient=1", "system.renderer.return_comp_normal=true")
     given = ["system.prompt_processor.prompt=a fox", "system.loss.lambda_orient=1"]
     given += ["system.renderer.base_renderer.return_comp_normal=true"]
-    parse_experiment(load_config([CONFIGS / "fourdfy_stage_3_low_vram.yaml"], given))
+    load_experiment([CONFIGS / "fourdfy_stage_3_low_vram.yaml"], given)
 
 
 def test_a_deformation_is_there_where_the_scene_moves():
