@@ -154,7 +154,7 @@ class MultiViewConfig(CameraConfig):
                 raise ValueError(
                     f"data.multi_view.batch_size={batch_size} does not fill whole groups of "
                     f"n_view={self.n_view} cameras; use a multiple, e.g. data.multi_view.batch_size={fitting}"
-                    f" (and data.multi_view.n_view=4 for MVDream)"
+                    f", or the prior's n_view, which is 4 for MVDream"
                 )
 
 

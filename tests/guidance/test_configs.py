@@ -18,6 +18,7 @@ from tests.guidance.reference import CPU
     [
         ("stable-diffusion-guidance", {"half_precision_weights": "fp8"}, "half_precision_weights='fp8'"),
         ("zeroscope-guidance", {"gradient": "none"}, "gradient"),
+        ("zeroscope-guidance", {"gradient": "subset"}, "gradient=subset needs its size; set low_ram_vae=4"),
         ("videocrafter-guidance", {"use_hifa": True}, "set use_hifa=false"),
         ("stable-diffusion-guidance", {"min_step_percent": [1, 2]}, "min_step_percent: .*expected a number"),
         ("stable-diffusion-guidance", {"weighting_strategy": "sdss"}, "weighting_strategy"),
