@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fourdfy.config import ConfigError, build
 from fourdfy.diffusion.mvdream import MultiViewAttention
@@ -149,7 +150,7 @@ def test_a_text_encoder_that_the_prior_does_not_read_is_refused(tmp_path):
     encoder = tmp_path / "text_encoder"
     encoder.mkdir()
     (encoder / "config.json").write_text('{"hidden_size": 768}')
-    (encoder / "model.safetensors").touch()
+    save_file({"weight": torch.zeros(1)}, encoder / "model.safetensors")
     model = f"system.prompt_processor_multi_view.pretrained_model_name_or_path={tmp_path}"
     with pytest.raises(ConfigError, match=r"fourdfy/shapes-4view reads texts of 64 channels.* gives 768"):
         parsed(STAGE_1, model)
