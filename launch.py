@@ -1,6 +1,16 @@
 """Train, evaluate or check a text-to-4D experiment; ``python launch.py --help`` says how."""
 
+import sys
+
 from fourdfy.cli import main
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    try:
+        raise SystemExit(main())
+    except ModuleNotFoundError as error:
+        if not error.name or error.name.startswith("fourdfy"):
+            raise
+        raise SystemExit(
+            f"error: {sys.executable} has no {error.name}; type first: source .venv/bin/activate\n"
+            "Is there no .venv yet? make install, or python3 -m venv .venv && .venv/bin/pip install -e ."
+        ) from None

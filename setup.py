@@ -12,8 +12,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["fourdfy", "fourdfy.*"]),
-    package_data={"fourdfy": ["shapes/assets/**/*", "prompts/*.json", "diffusion/key_maps/*.json"]},
+    packages=[*find_packages(include=["fourdfy", "fourdfy.*"]), "fourdfy.configs"],
+    package_dir={"fourdfy.configs": "configs"},
+    package_data={
+        "fourdfy": ["shapes/assets/**/*", "prompts/*.json", "diffusion/key_maps/*.json"],
+        "fourdfy.configs": ["**/*.yaml"],
+    },
     entry_points={"console_scripts": ["fourdfy = fourdfy.cli:main"]},
     install_requires=[
         "torch>=2.6",
