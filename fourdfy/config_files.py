@@ -23,6 +23,11 @@ COMMAND_LINE = "the command line"
 CORE = "tag:yaml.org,2002:"
 
 
+PACKAGE = Path(__file__).parent
+CONFIGS = next(folder / "configs" for folder in (PACKAGE, PACKAGE.parent) if (folder / "configs").is_dir())
+"""The configs that ship: inside an installed package, beside it in a clone."""
+
+
 class ConfigError(ValueError):
     """Something a user wrote in a config file or on the command line; the message says what to write."""
 
@@ -39,6 +44,20 @@ class Layer:
 
 # ---------------------------------------------------------------------------------------------
 # Files
+
+
+def find_config(name: str | Path, folder: Path = Path()) -> Path:
+    """The file of that name in ``folder``, else the one that ships; ``.yaml`` may be left out.
+
+    Where there is neither, the path in ``folder``, for ``read_layers`` to refuse.
+    """
+    found = (
+        file
+        for path in (folder / name, CONFIGS / name)
+        for file in (path, Path(f"{path}.yaml"))
+        if file.is_file()
+    )
+    return next(found, folder / name)
 
 
 def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
@@ -59,7 +78,7 @@ def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"{path}: base: expected the name of a file, or a list of them, got {bases!r}")
-    below = [layer for base in bases for layer in read_layers(path.parent / base, (*chain, here))]
+    below = [layer for base in bases for layer in read_layers(find_config(base, path.parent), (*chain, here))]
     return [*below, Layer(values, texts, str(path))]
 
 
@@ -68,9 +87,10 @@ def _content(path: Path, chain: tuple[Path, ...]) -> str:
     if path.is_dir():
         raise ConfigError(f"{path}{asked}: a folder; expected a config file")
     if not path.is_file():
-        names = [file.name for file in path.parent.glob("*.yaml") if file.resolve() not in chain]
-        near = difflib.get_close_matches(path.name, names, n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        names = {file.stem: file.stem for file in CONFIGS.glob("*.yaml")}
+        names |= {file.stem: str(file) for file in path.parent.glob("*.yaml") if file.resolve() not in chain}
+        near = difflib.get_close_matches(path.stem, names)
+        hint = f"; did you mean {' or '.join(names[stem] for stem in near)}?" if near else ""
         raise ConfigError(f"{path}{asked}: no such config file{hint}")
     content = path.read_bytes()
     try:

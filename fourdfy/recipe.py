@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from fourdfy.config_files import ConfigError, literal_override, read_layers
+from fourdfy.config_files import ConfigError, find_config, literal_override, read_layers
 from fourdfy.config_layers import load_config
 from fourdfy.experiment import Experiment, load_experiment
 from fourdfy.systems.checkpoint import read_own_checkpoint
@@ -85,7 +85,8 @@ class Stage:
 
 
 def load_recipe(paths: Sequence[Path], overrides: Sequence[str]) -> list[Stage]:
-    """The stages of a recipe, all parsed; one stage for an experiment file."""
+    """The stages of a recipe, all parsed; one for an experiment file. ``find_config`` finds the ``paths``."""
+    paths = [find_config(path) for path in paths]
     for_stage: dict[int, list[str]] = {}
     shared = []
     for override in overrides:
@@ -123,7 +124,7 @@ def _stage_files(paths: Sequence[Path]) -> tuple[list[Path], list[int]]:
                 continue
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
                 raise ConfigError(f"stages (in {layer.source}): expected a list of files, got {names!r}")
-            files = [Path(layer.source).parent / name for name in names]
+            files = [find_config(name, Path(layer.source).parent) for name in names]
     return files, numbers
 
 

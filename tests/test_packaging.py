@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from fourdfy.config_files import ConfigError, find_config, read_layers
 from tests.launching import CONFIGS, ROOT
 
 
@@ -32,6 +33,29 @@ def test_a_wheel_holds_every_config_and_every_file_of_the_package(installed):
     assert {path for path in files(package) if (package / path).is_file()} <= held
 
 
+def test_an_installed_recipe_is_found_by_name_from_any_folder(installed, tmp_path):
+    elsewhere = tmp_path / "mein Ordner für 4D"
+    elsewhere.mkdir()
+    fourdfy = [sys.executable, "-c", "from fourdfy.cli import main; raise SystemExit(main())"]
+    done = subprocess.run(
+        [
+            *fourdfy,
+            "--config",
+            "shapes",
+            "--check",
+            "--gpu",
+            "cpu",
+            "system.prompt_processor.prompt=a red ball spinning",
+        ],
+        cwd=elsewhere,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "stage 3/3" in done.stdout
+
+
 def test_without_the_dependencies_launching_says_what_to_do():
     command = [
         sys.executable,
@@ -54,3 +78,29 @@ def test_a_module_of_our_own_that_is_missing_is_no_matter_of_installing(monkeypa
     monkeypatch.setattr("fourdfy.cli.main", broken)
     with pytest.raises(ModuleNotFoundError):
         runpy.run_path(os.fspath(ROOT / "launch.py"), run_name="__main__")
+
+
+@pytest.mark.parametrize("name", ["shapes", "shapes.yaml", "base/shapes", str(CONFIGS / "shapes")])
+def test_a_shipped_config_has_a_name(name):
+    assert find_config(name).is_relative_to(CONFIGS)
+
+
+def test_a_local_file_wins_over_the_one_that_ships(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "shapes.yaml").write_text("seed: 1\n")
+    (tmp_path / "shapes_stage_1").mkdir()
+    assert find_config("shapes").resolve() == tmp_path / "shapes.yaml"
+    assert find_config("shapes_stage_1") == CONFIGS / "shapes_stage_1.yaml"
+
+
+def test_a_file_of_ones_own_stands_on_one_that_ships(tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: shapes_stage_3\nseed: 1\n")
+    below = read_layers(tmp_path / "mine.yaml")[:-1]
+    assert below[-1].source == str(CONFIGS / "shapes_stage_3.yaml")
+
+
+def test_a_name_of_no_config_is_told_the_nearest():
+    with pytest.raises(
+        ConfigError, match=r"^shape_stage_1: no such config file; did you mean shapes_stage_1 or"
+    ):
+        read_layers(find_config("shape_stage_1"))

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fourdfy.cli import select_device
 from fourdfy.config import ConfigError
+from fourdfy.config_files import CONFIGS
 from fourdfy.evaluation import marks, metrics
 from fourdfy.evaluation.report import Moment, ShapesReport, print_report, summary_table
 from fourdfy.ops.cameras import orbit_cameras
@@ -277,7 +278,7 @@ def _or_none(value: float) -> float | None:
 # ---------------------------------------------------------------------------------------------
 # The command
 
-RECIPE = Path(__file__).parents[2] / "configs" / "shapes.yaml"
+RECIPE = CONFIGS / "shapes.yaml"
 
 DROP_OVERRIDES: dict[str, tuple[str, ...]] = {
     "multi_view": (
