@@ -36,6 +36,7 @@ setup(
         "scipy>=1.13",
         "scikit-image>=0.25",
         "trimesh>=4.6",
+        "fast-simplification>=0.1.13",
         "jaxtyping>=0.3",
         "beartype>=0.20",
         "rich>=13",

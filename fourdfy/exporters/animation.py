@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy import ndarray
 from torch import Tensor
 from torch.nn.functional import pad
@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 from fourdfy.exporters.base import Subject
 from fourdfy.exporters.gltf import ARRAY_BUFFER, Glb
 from fourdfy.exporters.mesh_files import ColoredMesh, ImageFormat, add_material, add_primitive, y_up
-from fourdfy.ops.isosurface import in_chunks, invert_warp
+from fourdfy.ops.isosurface import in_chunks, invert_warp, vertex_normals
 
 logger = logging.getLogger(__name__)
 
@@ -86,18 +86,29 @@ def follow(subject: Subject, positions: Float[Tensor, "V 3"], times: Sequence[fl
     return tracks
 
 
-def morphing_glb(mesh: ColoredMesh, tracks: Tracks, *, seconds: float, image_format: ImageFormat) -> bytes:
-    """One mesh; between two moments its vertices move on straight lines."""
-    glb = Glb()
+def morphing_glb(
+    glb: Glb, mesh: ColoredMesh, tracks: Tracks, *, seconds: float, image_format: ImageFormat
+) -> bytes:
+    """One mesh, whose vertices move on straight lines between moments; the first is at 0 seconds, the
+    last at ``seconds``."""
+    normals = _normals(tracks.positions, mesh.surface.faces) if glb.lit else []
     mesh = _reaching(mesh, tracks.positions.flatten(0, 1))
     primitive = add_primitive(glb, mesh, add_material(glb, mesh, image_format))
-    first, *later = pad(tracks.positions, (0, 0, 0, len(mesh.surface.positions) - tracks.positions.shape[1]))
-    primitive["targets"] = [
-        {"POSITION": glb.add_array(y_up(places - first), target=ARRAY_BUFFER, bounds=True)}
-        for places in later
-    ]
+
+    def targets(values: list[Tensor], **options: bool) -> list[int]:
+        loose = len(mesh.surface.positions) - len(tracks.positions[0])
+        return [
+            glb.add_array(y_up(pad(later - values[0], (0, 0, 0, loose))), target=ARRAY_BUFFER, **options)
+            for later in values[1:]
+        ]
+
+    later = [{"POSITION": index} for index in targets([*tracks.positions], bounds=True)]
+    for target, index in zip(later, targets(normals), strict=False):
+        target["NORMAL"] = index
+    primitive["targets"] = later
     rest = [0.0] * len(later)
-    node = glb.add("nodes", mesh=glb.add("meshes", primitives=[primitive], weights=rest))
+    shape = glb.add("meshes", name=f"{glb.name} mesh", primitives=[primitive], weights=rest)
+    node = glb.add("nodes", name=f"{glb.name} mesh", mesh=shape)
     key_times = np.linspace(0, seconds, len(tracks.positions), dtype=np.float32)
     # Moment k is target k - 1 in full; the first moment is the mesh itself.
     weights = np.eye(len(key_times), len(later), k=-1, dtype=np.float32)
@@ -106,28 +117,33 @@ def morphing_glb(mesh: ColoredMesh, tracks: Tracks, *, seconds: float, image_for
     return glb.to_bytes()
 
 
-def switching_glb(meshes: Sequence[ColoredMesh], *, seconds: float) -> bytes:
-    """A mesh with vertex colours for each moment, each shown for an equal part of the time."""
-    glb = Glb()
+def switching_glb(glb: Glb, meshes: Sequence[ColoredMesh | None], *, seconds: float) -> bytes:
+    """A mesh with vertex colours for each moment, each shown for an equal part of the time; None for a
+    moment that has nothing to show."""
     material = glb.add_material()
-    everything = torch.cat([mesh.surface.positions for mesh in meshes])
-    meshes = [_reaching(meshes[0], everything), *meshes[1:]]
-    nodes = [
-        glb.add(
-            "nodes",
-            name=f"moment {moment}",
-            mesh=glb.add("meshes", primitives=[add_primitive(glb, mesh, material)]),
-            scale=[float(moment == 0)] * 3,  # where nothing is played, the first moment
-        )
-        for moment, mesh in enumerate(meshes)
-    ]
+    there = {moment: mesh for moment, mesh in enumerate(meshes) if mesh is not None}
+    at_rest = min(there)  # what a viewer shows where nothing is played
+    there[at_rest] = _reaching(there[at_rest], torch.cat([mesh.surface.positions for mesh in there.values()]))
     key_times = np.linspace(0, seconds, len(meshes) + 1, dtype=np.float32)
     shown = np.eye(len(meshes), len(meshes) + 1, dtype=np.float32)
     shown[-1, -1] = 1  # the last key only says when the clip ends
-    scales = {node: np.repeat(keys[:, None], 3, axis=1) for node, keys in zip(nodes, shown, strict=True)}
+    scales = {}
+    for moment, mesh in there.items():
+        name = f"{glb.name} moment {moment}"
+        shape = glb.add("meshes", name=name, primitives=[add_primitive(glb, mesh, material)])
+        node = glb.add("nodes", name=name, mesh=shape, scale=[float(moment == at_rest)] * 3)
+        scales[node] = np.repeat(shown[moment][:, None], 3, axis=1)
     _animate(glb, key_times, scales, path="scale", interpolation="STEP")
-    glb.add_scene(nodes)
+    glb.add_scene(list(scales))
     return glb.to_bytes()
+
+
+def _normals(positions: Float[Tensor, "M V 3"], faces: Int[Tensor, "T 3"]) -> list[Float[Tensor, "V 3"]]:
+    """Of every moment; vertices that lie in one place at the first, on two sides of a seam, share theirs."""
+    _, joined = positions[0].unique(dim=0, return_inverse=True)
+    one_of = torch.empty_like(joined).scatter_(0, joined, torch.arange(len(joined), device=joined.device))
+    representative = one_of[joined]
+    return [vertex_normals(places, representative[faces])[representative] for places in positions]
 
 
 def _reaching(mesh: ColoredMesh, everything: Float[Tensor, "N 3"]) -> ColoredMesh:
@@ -159,4 +175,4 @@ def _animate(
     channels = [
         {"sampler": index, "target": {"node": node, "path": path}} for index, node in enumerate(values)
     ]
-    glb.add("animations", name="clip", samplers=samplers, channels=channels)
+    glb.add("animations", name=glb.name, samplers=samplers, channels=channels)

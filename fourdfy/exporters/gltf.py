@@ -1,7 +1,7 @@
 """glTF 2.0 in its binary form (Khronos, ISO/IEC 12113): JSON that points into one buffer.
 
 Files are y-up and right-handed, metres, seconds; a viewer looks at the side that faces +z. Colours of
-vertices are linear, those of textures sRGB. Materials are unlit: the colours are final.
+vertices are linear, those of textures sRGB. Materials are unlit, the colours final, unless ``lit``.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ CLAMP_TO_EDGE = 33071
 
 
 class Glb:
-    """A file under construction. What is added is referred to by the index that ``add`` gives."""
+    """A file under construction. What is added is referred to by the index that ``add`` gives.
 
-    def __init__(self) -> None:
-        self._json: dict[str, Any] = {
-            "asset": {"version": "2.0", "generator": "fourdfy"},
-            "extensionsUsed": ["KHR_materials_unlit"],
-            "scene": 0,
-        }
+    Args:
+        name: of its scene and root node; whatever else is in it begins its name with that.
+        lit: the viewer's lights shade the materials.
+    """
+
+    def __init__(self, name: str, *, lit: bool = False) -> None:
+        self.name, self.lit = name, lit
+        self._json: dict[str, Any] = {"asset": {"version": "2.0", "generator": "fourdfy"}, "scene": 0}
+        if not lit:
+            self._json["extensionsUsed"] = ["KHR_materials_unlit"]
         self._binary = bytearray()
 
     def add(self, kind: str, **entry: Any) -> int:
@@ -62,16 +66,18 @@ class Glb:
         return self.add("accessors", **entry)
 
     def add_material(self, image: bytes | None = None, mime_type: str = "image/png") -> int:
-        """An unlit material: white, to be multiplied by the vertex colours, or an image."""
+        """A matt material: white, to be multiplied by the vertex colours, or an image."""
         surface: dict[str, Any] = {"metallicFactor": 0.0, "roughnessFactor": 1.0}
         if image is not None:
             source = self.add("images", bufferView=self._add_view(image), mimeType=mime_type)
             sampler = self.add("samplers", wrapS=CLAMP_TO_EDGE, wrapT=CLAMP_TO_EDGE)
             surface["baseColorTexture"] = {"index": self.add("textures", source=source, sampler=sampler)}
-        return self.add("materials", pbrMetallicRoughness=surface, extensions={"KHR_materials_unlit": {}})
+        unlit = {} if self.lit else {"extensions": {"KHR_materials_unlit": {}}}
+        return self.add("materials", name=self.name, pbrMetallicRoughness=surface, **unlit)
 
     def add_scene(self, nodes: list[int]) -> None:
-        self.add("scenes", nodes=nodes)
+        """The scene, of one root node above ``nodes``."""
+        self.add("scenes", name=self.name, nodes=[self.add("nodes", name=self.name, children=nodes)])
 
     def to_bytes(self) -> bytes:
         """The whole file."""

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fourdfy.callbacks.saving import whole_file
+from fourdfy.bounds import number
+from fourdfy.callbacks.saving import TEST_FPS, whole_file
 from fourdfy.config import ignored
 from fourdfy.exporters.animation import deforms, follow, morphing_glb, switching_glb
 from fourdfy.exporters.base import Exporter, Subject
+from fourdfy.exporters.gltf import Glb
 from fourdfy.exporters.mesh_files import ColoredMesh, Format, ImageFormat, write_mesh
 from fourdfy.exporters.surface import (
     IsosurfaceSettings,
+    NoSurfaceError,
     extract_surface,
+    simplified,
     surface_colors,
 )
 from fourdfy.exporters.texture import bake, can_unwrap, unwrap
 from fourdfy.registry import register
+
+logger = logging.getLogger(__name__)
 
 
 @register("mesh-exporter")
@@ -32,14 +38,20 @@ class MeshExporter(Exporter):
         fmt: Format = "glb"
         """``obj-mtl`` has a texture, ``obj`` and ``ply`` vertex colours, ``glb`` either."""
         save_name: str = "model"
-        times: list[float] = field(default_factory=lambda: [0.0])
-        """Moments to write a mesh of, 0..1; [] for none. With several, names end in the time."""
+        times: list[float] = number([0.0], 0, 1)
+        """Moments to write a mesh of; [] for none. Names end in the time, unless it is 0."""
         save_normal: bool = True
         """Write vertex normals."""
+        lit: bool = False
+        """In GLBs, a material that the viewer's lights shade, with normals; else colours are final."""
+        smoothing: int = number(10, 0, 1000)
+        """Iterations that take out the ripples of the grid."""
+        max_faces: int = number(10_000, 4, 10_000_000)
+        """Triangles of a mesh, about. Where vertices carry the colours, edges of colour stay finer."""
         save_uv: bool = True
         save_texture: bool = True
         """Both true: an image where the format has one (needs xatlas). Else vertex colours."""
-        texture_size: int = 1024
+        texture_size: int = number(1024, 1, 16384)
         """Texels along each side."""
         texture_format: ImageFormat = "jpg"
         xatlas_chart_options: dict[str, Any] = field(default_factory=dict)
@@ -48,61 +60,110 @@ class MeshExporter(Exporter):
         context_type: str = ignored("textures are baked without a graphics context", "gl")
         save_video: bool = ignored("video-exporter renders videos", False)
 
-        animation_frames: int = 16
-        """Moments of the animated GLB, both ends of the clip included; 0 for none."""
-        animation_seconds: float = 2.0
-        """Length of the clip when played."""
-        animation_resolution: int | None = 64
-        """Takes the place of ``isosurface_resolution`` in the animation; null does not. The file grows
-        with its square."""
+        animation_frames: int = number(32, 0, 1000)
+        """Moments of the animated GLB, evenly over the clip; 0 for no such file."""
+        animation_resolution: int | None = number(64, 2, 2048)
+        """Takes the place of ``isosurface_resolution`` in the animation; null does not."""
+        animation_max_faces: int = number(5000, 4, 10_000_000)
+        """``max_faces`` of each moment in the animation."""
 
         def __post_init__(self) -> None:
-            if outside := [time for time in self.times if not 0 <= time <= 1]:
-                raise ValueError(f"times: {outside[0]} is no scene time; expected 0..1")
-            if self.animation_frames == 1 or self.animation_frames < 0:
-                raise ValueError(f"animation_frames={self.animation_frames}: expected at least 2, or 0")
-            if self.animation_seconds <= 0:
-                raise ValueError(f"animation_seconds={self.animation_seconds}: expected a time above 0")
+            if self.animation_frames == 1:
+                raise ValueError("animation_frames=1: expected at least 2, or 0 for no animation")
             if Path(self.save_name).name != self.save_name:
                 raise ValueError(f"save_name={self.save_name!r}: expected a file's name without a folder")
 
     cfg: Config
 
     def export(self, subject: Subject, folder: Path) -> list[Path]:
+        """``{save_name}_animated.glb`` of a moving scene, and the ``times``: ``{save_name}_t0.5.glb``."""
         cfg = self.cfg
         settings = IsosurfaceSettings.of(subject.scene.geometry)
         files = []
         if subject.dynamic and cfg.animation_frames:
             files.append(folder / f"{cfg.save_name}_animated.glb")
+            content = self._animation(subject, settings)
             with whole_file(files[0]) as half_written:
-                half_written.write_bytes(self._animation(subject, settings))
-        for time in cfg.times:
-            name = cfg.save_name if len(cfg.times) == 1 else f"{cfg.save_name}_t{time:g}"
-            mesh = self._mesh(subject, time, settings, textured=cfg.fmt in ("glb", "obj-mtl"))
-            files += write_mesh(
-                folder, name, mesh, cfg.fmt, normals=cfg.save_normal, image_format=cfg.texture_format
-            )
+                half_written.write_bytes(content)
+        try:
+            meshes = self._meshes(subject, cfg.times, settings, textured=cfg.fmt in ("glb", "obj-mtl"))
+        except NoSurfaceError:
+            if not files:
+                raise
+            meshes = []
+        for time, mesh in zip(cfg.times, meshes, strict=False):
+            if mesh is not None:
+                files += write_mesh(
+                    folder,
+                    f"{cfg.save_name}_t{time:.10g}" if time else cfg.save_name,
+                    mesh,
+                    cfg.fmt,
+                    title=subject.name,
+                    normals=cfg.save_normal,
+                    lit=cfg.lit,
+                    image_format=cfg.texture_format,
+                )
         return files
 
     def _animation(self, subject: Subject, settings: IsosurfaceSettings) -> bytes:
+        """A loop: the moment after the last is the first."""
         cfg = self.cfg
+        glb = Glb(subject.name, lit=cfg.lit)
+        seconds = len(subject.cameras["val_video"]) / (cfg.fps or TEST_FPS)
         if cfg.animation_resolution is not None:
             settings = dataclasses.replace(settings, resolution=cfg.animation_resolution)
-        times = torch.linspace(0, 1, cfg.animation_frames).tolist()
+        times = [index / cfg.animation_frames for index in range(cfg.animation_frames)]
         if deforms(subject):
-            mesh = self._mesh(subject, times[0], settings, textured=True)
-            tracks = follow(subject, mesh.surface.positions, times)
-            return morphing_glb(mesh, tracks, seconds=cfg.animation_seconds, image_format=cfg.texture_format)
-        meshes = [self._mesh(subject, time, settings, textured=False) for time in times]
-        return switching_glb(meshes, seconds=cfg.animation_seconds)
+            try:
+                mesh = self._mesh(subject, 0.0, settings, textured=True, animated=True)
+            except NoSurfaceError:
+                logger.info("nothing to follow from time 0, so every moment gets a mesh of its own")
+            else:
+                tracks = follow(subject, mesh.surface.positions, [*times, 1.0])
+                return morphing_glb(glb, mesh, tracks, seconds=seconds, image_format=cfg.texture_format)
+        meshes = self._meshes(subject, times, settings, textured=False, animated=True)
+        return switching_glb(glb, meshes, seconds=seconds)
+
+    def _meshes(
+        self, subject: Subject, times: Sequence[float], settings: IsosurfaceSettings, **how: bool
+    ) -> list[ColoredMesh | None]:
+        """A mesh for each moment; None, with a warning, for those that show nothing.
+
+        Raises:
+            NoSurfaceError: no moment shows anything.
+        """
+        meshes: list[ColoredMesh | None] = []
+        nothing: NoSurfaceError | None = None
+        for time in times:
+            try:
+                meshes.append(self._mesh(subject, time, settings, **how))
+            except NoSurfaceError as error:
+                logger.warning("nothing to see at time %.3g", time)
+                meshes.append(None)
+                nothing = error
+        if nothing is not None and not any(meshes):
+            raise nothing
+        return meshes
 
     def _mesh(
-        self, subject: Subject, time: float, settings: IsosurfaceSettings, *, textured: bool
+        self,
+        subject: Subject,
+        time: float,
+        settings: IsosurfaceSettings,
+        *,
+        textured: bool,
+        animated: bool = False,
     ) -> ColoredMesh:
-        cfg, surface = self.cfg, extract_surface(subject, time, settings)
+        cfg = self.cfg
+        most = cfg.animation_max_faces if animated else cfg.max_faces
+        surface = extract_surface(subject, time, settings, smoothing=cfg.smoothing)
         if not (textured and cfg.save_uv and cfg.save_texture and can_unwrap()):
             colors = surface_colors(subject, surface.positions, surface.normals, time)
+            if len(surface.faces) > most:
+                surface = simplified(surface, most, colors)
+                colors = surface_colors(subject, surface.positions, surface.normals, time)
             return ColoredMesh(surface=surface, colors=colors)
+        surface = simplified(surface, most)
         unwrapped = unwrap(surface, cfg.texture_size, cfg.xatlas_chart_options, cfg.xatlas_pack_options)
         texture = bake(
             unwrapped,

@@ -38,11 +38,21 @@ class ColoredMesh:
 
 
 def write_mesh(
-    folder: Path, name: str, mesh: ColoredMesh, fmt: Format, *, normals: bool, image_format: ImageFormat
+    folder: Path,
+    name: str,
+    mesh: ColoredMesh,
+    fmt: Format,
+    *,
+    title: str,
+    normals: bool,
+    lit: bool,
+    image_format: ImageFormat,
 ) -> list[Path]:
-    """``{name}.glb``, ``.ply`` or ``.obj``; with an image also ``.mtl`` and ``{name}_kd.jpeg`` (``.png``)."""
+    """``{name}.glb``, ``.ply`` or ``.obj``; with an image also ``.mtl`` and ``{name}_kd.jpeg`` (``.png``).
+    ``title`` and ``lit``: what ``Glb`` takes."""
     if fmt == "glb":
-        files = {f"{name}.glb": mesh_glb(mesh, normals=normals, image_format=image_format)}
+        glb = Glb(title, lit=lit)
+        files = {f"{name}.glb": mesh_glb(glb, mesh, normals=normals, image_format=image_format)}
     elif fmt == "ply":
         exported = _trimesh(mesh, mesh.surface.positions).export(file_type="ply", vertex_normal=normals)
         files = {f"{name}.ply": exported}
@@ -54,15 +64,15 @@ def write_mesh(
     return [folder / file for file in files]
 
 
-def mesh_glb(mesh: ColoredMesh, *, normals: bool = False, image_format: ImageFormat = "jpg") -> bytes:
-    """A GLB of one node."""
-    glb = Glb()
+def mesh_glb(glb: Glb, mesh: ColoredMesh, *, normals: bool, image_format: ImageFormat) -> bytes:
+    """The file of one mesh."""
     primitive = add_primitive(glb, mesh, add_material(glb, mesh, image_format), normals=normals)
-    glb.add_scene([glb.add("nodes", mesh=glb.add("meshes", primitives=[primitive]))])
+    shape = glb.add("meshes", name=f"{glb.name} mesh", primitives=[primitive])
+    glb.add_scene([glb.add("nodes", name=f"{glb.name} mesh", mesh=shape)])
     return glb.to_bytes()
 
 
-def add_material(glb: Glb, mesh: ColoredMesh, image_format: ImageFormat = "jpg") -> int:
+def add_material(glb: Glb, mesh: ColoredMesh, image_format: ImageFormat) -> int:
     """What ``add_primitive`` of this mesh needs; meshes with vertex colours can share one."""
     if mesh.texture is None:
         return glb.add_material()
@@ -77,7 +87,7 @@ def add_primitive(glb: Glb, mesh: ColoredMesh, material: int, *, normals: bool =
         return glb.add_array(values, target=ARRAY_BUFFER, **options)
 
     attributes = {"POSITION": vertices(y_up(mesh.surface.positions), bounds=True)}
-    if normals:
+    if normals or glb.lit:
         attributes["NORMAL"] = vertices(y_up(mesh.surface.normals))
     if mesh.texture is not None and mesh.uvs is not None:
         attributes["TEXCOORD_0"] = vertices(_array(mesh.uvs))

@@ -6,6 +6,7 @@ V vertices, T triangles, N points, K samples of a ray. Positions are in scene un
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass, fields
 
 import torch
@@ -17,12 +18,15 @@ from fourdfy.exporters.base import Subject
 from fourdfy.fields.base import Geometry
 from fourdfy.ops.compositing import accumulate, weights_from_density
 from fourdfy.ops.isosurface import (
+    decimated,
     in_chunks,
     marching_cubes,
+    optical_depth,
     sample_grid,
     silhouette_level,
     smoothed,
     vertex_normals,
+    without_ripples,
     without_small_parts,
 )
 
@@ -30,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 FOG_SMOOTHING = 0.25
 """Width of the density's blur, in units of the depth that light enters. Dense scenes stay sharp."""
+COLOR_STEP = 0.04
+"""Ten of 255 levels: a change of colour that one sees."""
 COLOR_REACH, COLOR_SAMPLES = 0.05, 12
 """A surface's colour is composited over this share of the radius before and behind it."""
 
@@ -61,12 +67,24 @@ class IsosurfaceSettings:
         return cls(**{name: getattr(given, f"isosurface_{name}") for name in names})
 
 
+class NoSurfaceError(ConfigError):
+    """There is nothing to see at this moment."""
+
+
 @torch.no_grad()
-def extract_surface(subject: Subject, time: float, settings: IsosurfaceSettings) -> Surface:
+def extract_surface(
+    subject: Subject, time: float, settings: IsosurfaceSettings, *, smoothing: int = 0
+) -> Surface:
     """The isosurface at scene time ``time``.
 
+    With the threshold ``auto``, what no camera sees into is solid: thin parts of a skin with a hollow
+    behind it, such as a dark pupil, would be holes otherwise, and the hollow a surface of its own.
+
+    Args:
+        smoothing: iterations of ``without_ripples``.
+
     Raises:
-        ConfigError: no density reaches the threshold; says how dense the scene is.
+        NoSurfaceError: no density reaches the threshold; says how dense the scene is.
     """
     geometry, radius = subject.scene.geometry, subject.scene.geometry.radius
 
@@ -85,9 +103,13 @@ def extract_surface(subject: Subject, time: float, settings: IsosurfaceSettings)
     # but would be crevices in a mesh.
     fog = smoothed(grid, radius, FOG_SMOOTHING / level)
     level = _level(fog, grid, settings, radius, time)
-    positions, faces = marching_cubes(fog, level, radius)
+    solid = fog / level
+    if settings.threshold == "auto":
+        solid = solid.maximum(optical_depth(grid, radius) / math.log(2))
+    positions, faces = marching_cubes(solid, 1.0, radius)
     if settings.remove_outliers:
         positions, faces = without_small_parts(positions, faces, settings.outlier_n_faces_threshold)
+    positions = without_ripples(positions, faces, smoothing).clamp(-radius, radius)
     logger.info("surface at time %.3g: density %.3g, %d triangles", time, level, len(faces))
     return Surface(positions=positions, faces=faces, normals=vertex_normals(positions, faces))
 
@@ -103,12 +125,26 @@ def _level(
     level = silhouette_level(grid, radius, seen) if auto else float(settings.threshold)
     low, high = float(grid.min()), float(grid.max())
     if level is None or not low < level < high:
-        raise ConfigError(
+        raise NoSurfaceError(
             f"system.geometry.isosurface_threshold={settings.threshold}: no surface at time {time:g}, where "
             f"the density runs from {low:.3g} to {high:.3g}; give a number between, or auto for what a "
             f"camera sees"
         )
     return level
+
+
+def simplified(surface: Surface, most: int, colors: Float[Tensor, "V 3"] | None = None) -> Surface:
+    """The surface with about ``most`` triangles.
+
+    Where its vertices carry ``colors``, triangles across which these change stay as fine as they are.
+    """
+    if colors is None:
+        varied = torch.zeros_like(surface.faces[:, 0], dtype=torch.bool)
+    else:
+        corners = colors[surface.faces]
+        varied = (corners.amax(1) - corners.amin(1)).amax(-1) > COLOR_STEP
+    positions, faces = decimated(surface.positions, surface.faces, most, varied)
+    return Surface(positions=positions, faces=faces, normals=vertex_normals(positions, faces))
 
 
 @torch.no_grad()

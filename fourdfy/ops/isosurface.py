@@ -6,6 +6,8 @@ triangles, N points. Positions are in scene units.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -62,6 +64,42 @@ def silhouette_level(
     return float((peaks[last] + below) / 2)
 
 
+def optical_depth(grid: Float[Tensor, "R R R"], radius: float) -> Float[Tensor, "R R R"]:
+    """Of the matter between a point and the outside, along the least covered of the grid's 26 directions.
+
+    Where it is above log 2, no camera in these directions gets half of the point's light.
+    """
+    spacing = 2 * radius / (len(grid) - 1)
+    least = torch.full_like(grid, torch.inf)
+    for direction in itertools.product((-1, 0, 1), repeat=3):
+        if any(direction):
+            length = spacing * math.hypot(*direction)
+            least = torch.minimum(least, length * _sums_from_outside(grid, direction))
+    return least
+
+
+def _sums_from_outside(grid: Float[Tensor, "R R R"], direction: tuple[int, int, int]) -> Tensor:
+    """At every point, half of its own value and all values that lie before it as one comes along
+    ``direction``, from outside the grid."""
+    main = next(axis for axis, step in enumerate(direction) if step)
+    across = tuple(step for axis, step in enumerate(direction) if axis != main)
+    slices = list(grid.unbind(main))[:: direction[main]]
+    before, sums = torch.zeros_like(slices[0]), []
+    for values in slices:
+        sums.append(before + values / 2)
+        before = _shifted(before + values, across)
+    return torch.stack(sums[:: direction[main]], dim=main)
+
+
+def _shifted(plane: Float[Tensor, "R R"], steps: tuple[int, ...]) -> Float[Tensor, "R R"]:
+    """Moved by whole cells; zeros come in."""
+    for axis, step in enumerate(steps):
+        if step:
+            plane = plane.roll(step, axis)
+            plane.select(axis, 0 if step > 0 else -1).zero_()
+    return plane
+
+
 def smoothed(grid: Float[Tensor, "R R R"], radius: float, std: float) -> Float[Tensor, "R R R"]:
     """The grid convolved with a Gaussian of ``std`` scene units."""
     from scipy.ndimage import gaussian_filter
@@ -111,6 +149,47 @@ def without_small_parts(
     kept = faces[torch.from_numpy(sizes[part] >= share * sizes.max()).to(faces.device)]
     used, kept = kept.unique(return_inverse=True)
     return positions[used], kept
+
+
+def decimated(
+    positions: Float[Tensor, "V 3"], faces: Int[Tensor, "T 3"], most: int, keep: Bool[Tensor, "T"]
+) -> tuple[Float[Tensor, "v 3"], Int[Tensor, "t 3"]]:
+    """The mesh with about ``most`` triangles, by quadric error (Garland & Heckbert 1997).
+
+    Triangles to ``keep`` stay as they are, also where they are more than that.
+    """
+    from fast_simplification import simplify
+
+    if len(faces) <= most or keep.all():
+        return positions, faces
+    used, loose = faces[~keep].unique(return_inverse=True)
+    few, few_faces = simplify(
+        positions[used].cpu().numpy(),
+        loose.cpu().numpy(),
+        target_count=max(4, most - int(keep.sum())),
+        preserve_border=True,
+    )
+    corners = torch.from_numpy(few).to(positions)[torch.from_numpy(few_faces).to(faces)]
+    # The border has not moved, so that the two parts meet in the very same positions.
+    corners = torch.cat([positions[faces[keep]], corners]).flatten(0, 1)
+    positions, corner = corners.unique(dim=0, return_inverse=True)
+    return positions, corner.view(-1, 3)
+
+
+def without_ripples(
+    positions: Float[Tensor, "V 3"], faces: Int[Tensor, "T 3"], iterations: int
+) -> Float[Tensor, "V 3"]:
+    """The vertices after Taubin's smoothing (1995), which takes out what is as fine as the triangles and
+    lets the shape neither shrink nor grow."""
+    neighbours = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
+    neighbours = torch.cat([neighbours, neighbours.flip(1)]).unique(dim=0)
+    here, there = neighbours.unbind(1)
+    counts = torch.bincount(here, minlength=len(positions)).clamp(min=1)[:, None]
+    for _ in range(iterations):
+        for weight in (0.5, -0.53):
+            means = torch.zeros_like(positions).index_add(0, here, positions[there]) / counts
+            positions = torch.lerp(positions, means, weight)
+    return positions
 
 
 def vertex_normals(positions: Float[Tensor, "V 3"], faces: Int[Tensor, "T 3"]) -> Float[Tensor, "V 3"]:

@@ -82,7 +82,7 @@ def test_without_xatlas_there_are_vertex_colours_and_one_warning(tmp_path, monke
     with caplog.at_level(logging.WARNING):
         files = export(tmp_path, fmt="obj-mtl", times=[0.0, 0.5])
     texture.can_unwrap.cache_clear()
-    assert [file.name for file in files] == ["model_t0.obj", "model_t0.5.obj"]
+    assert [file.name for file in files] == ["model.obj", "model_t0.5.obj"]
     (warning,) = caplog.records
     assert "pip install xatlas" in warning.getMessage()
     assert len(vertex_colors(trimesh.load(files[0], process=False))) > 100
@@ -101,6 +101,40 @@ def test_a_scene_that_does_not_move_has_no_animation(tmp_path):
     assert [file.name for file in still] == ["model.glb"]
     moving = export(tmp_path, **frames)
     assert [file.name for file in moving] == ["model_animated.glb", "model.glb"]
+
+
+def test_a_mesh_of_another_time_leaves_that_of_the_start_alone(tmp_path):
+    (start,) = export(tmp_path, fmt="ply")
+    before = start.read_bytes()
+    (middle,) = export(tmp_path, fmt="ply", times=[0.5])
+    assert middle.name == "model_t0.5.ply" and start.read_bytes() == before
+
+
+def test_a_glb_is_named_after_the_prompt(tmp_path):
+    gltf = pygltflib.GLTF2().load(export(tmp_path, save_texture=False)[0])
+    (root,) = gltf.scenes[0].nodes
+    (child,) = gltf.nodes[root].children
+    assert gltf.nodes[root].name == gltf.scenes[0].name == gltf.materials[0].name == "a_ball"
+    assert gltf.nodes[child].name == gltf.meshes[0].name == "a_ball mesh"
+
+
+def test_a_lit_material_has_normals_and_no_extension(tmp_path):
+    gltf = pygltflib.GLTF2().load(export(tmp_path, save_texture=False, lit=True, save_normal=False)[0])
+    assert not gltf.extensionsUsed and not gltf.materials[0].extensions
+    assert gltf.materials[0].pbrMetallicRoughness.metallicFactor == 0
+    assert gltf.meshes[0].primitives[0].attributes.NORMAL is not None
+
+
+def test_colours_of_vertices_stay_as_sharp_with_fewer_triangles(tmp_path):
+    fine = trimesh.load(export(tmp_path, fmt="ply", max_faces=10**6)[0])
+    few = trimesh.load(export(tmp_path, fmt="ply", max_faces=1000)[0])
+    assert len(few.faces) < 0.55 * len(fine.faces) and few.is_watertight
+    assert few.volume == pytest.approx(fine.volume, rel=0.01)
+    # The colour changes where x is 0.3; no triangle there is longer than those of the grid.
+    colors = vertex_colors(few)[few.faces]
+    edge = np.ptp(colors, axis=1).max(-1) > 0.1
+    lengths = np.linalg.norm(np.diff(few.vertices[few.faces[edge]], axis=1), axis=-1)
+    assert edge.sum() > 50 and lengths.max() < 1.5 * fine.edges_unique_length.max()
 
 
 def test_a_rasterised_triangle_covers_the_texels_whose_centres_it_holds():
@@ -127,7 +161,8 @@ def test_an_option_that_xatlas_does_not_have_is_named():
 
 
 @pytest.mark.parametrize(
-    "keys", [{"times": [1.5]}, {"animation_frames": 1}, {"save_name": "../model"}, {"fmt": "stl"}]
+    "keys",
+    [{"times": [1.5]}, {"animation_frames": 1}, {"save_name": "../model"}, {"fmt": "stl"}, {"max_faces": 0}],
 )
 def test_what_cannot_be_meant_is_refused(keys):
     with pytest.raises(ConfigError, match=next(iter(keys))):

@@ -1,12 +1,15 @@
 import dataclasses
+import math
 
 import pytest
 import torch
+import trimesh
 
 from fourdfy.config import parse_config
 from fourdfy.exporters.surface import IsosurfaceSettings, extract_surface, surface_colors
 from fourdfy.fields.base import Material
 from fourdfy.fields.implicit_volume import ImplicitVolume
+from fourdfy.ops.isosurface import optical_depth, without_ripples
 from tests.exporters.scenes import GREY, SIZE, MovedBall, make_subject
 
 torch.set_num_threads(1)
@@ -56,6 +59,63 @@ def test_a_geometrys_own_keys_are_read():
     assert IsosurfaceSettings.of(geometry) == IsosurfaceSettings(
         resolution=31, threshold=3, remove_outliers=False
     )
+
+
+class Hollow(MovedBall):
+    """A shell 0.12 thick, of a third of the density where the front's pupil is; nearly nothing inside."""
+
+    def density(self, positions, times, *, step):
+        distances = positions.norm(dim=-1)
+        pupil = positions[:, 0] > 0.9 * distances
+        peak = torch.where(pupil, 12.0, 36.0)
+        shell = torch.sigmoid(60 * (SIZE - distances)) * torch.sigmoid(60 * (distances - SIZE + 0.12))
+        return peak * shell + 0.3 * (distances < SIZE)
+
+
+@pytest.mark.parametrize("resolution", [40, 64])
+def test_a_thin_part_of_a_skin_is_no_hole_and_the_hollow_has_no_surface(resolution):
+    settings = IsosurfaceSettings(resolution=resolution)
+    surface = extract_surface(with_parts(geometry=Hollow(deforms=False)), 0.0, settings)
+    mesh = trimesh.Trimesh(surface.positions.numpy(), surface.faces.numpy(), process=False)
+    assert mesh.is_watertight and mesh.euler_number == 2 and mesh.body_count == 1
+    assert mesh.volume == pytest.approx(4 / 3 * math.pi * SIZE**3, rel=0.2)
+    assert surface.positions.norm(dim=-1).min() > SIZE - 0.15
+
+
+def test_what_is_seen_through_stays_open():
+    """A ring round x: along x a camera sees through it."""
+
+    class Ring(MovedBall):
+        def density(self, positions, times, *, step):
+            across = positions[:, 1:].norm(dim=-1) - SIZE
+            return 40 * torch.sigmoid(40 * (0.25 - torch.hypot(across, positions[:, 0])))
+
+    surface = extract_surface(
+        with_parts(geometry=Ring(deforms=False)), 0.0, IsosurfaceSettings(resolution=40)
+    )
+    assert trimesh.Trimesh(surface.positions.numpy(), surface.faces.numpy(), process=False).euler_number == 0
+
+
+@pytest.mark.parametrize("direction", [(0, 0, 1), (-1, 1, 0), (1, -1, -1)])
+def test_a_point_is_as_deep_as_its_least_covered_direction_says(direction):
+    """A tunnel leads from the middle of a full cube to its side; elsewhere 3 cells of density 2 cover it."""
+    grid = torch.full((7, 7, 7), 2.0)
+    for cells in range(4):
+        grid[tuple(3 + cells * step for step in direction)] = 0
+    depths = optical_depth(grid, 1.5)  # cells of 0.5
+    assert depths[3, 3, 3] == 0
+    grid[:] = 2.0
+    assert optical_depth(grid, 1.5)[3, 3, 3] == pytest.approx(2 * 0.5 * 3.5)
+    assert optical_depth(grid, 1.5)[1, 3, 3] == pytest.approx(2 * 0.5 * 1.5)
+
+
+def test_smoothing_takes_out_ripples_and_keeps_the_shape():
+    ball = trimesh.creation.icosphere(4)
+    ripple = 1 + 0.01 * torch.randn(len(ball.vertices), 1, generator=torch.Generator().manual_seed(0))
+    positions = without_ripples(torch.tensor(ball.vertices).float() * ripple, torch.tensor(ball.faces), 10)
+    lengths = positions.norm(dim=-1)
+    assert lengths.std() < 0.5 * ripple.std()
+    assert float(lengths.mean()) == pytest.approx(1, abs=2e-3)
 
 
 @pytest.mark.parametrize("time", [0.0, 0.5])

@@ -45,5 +45,5 @@ def test_a_path_of_the_users_is_followed(tmp_path):
 
 
 def test_an_unknown_trajectory_is_answered_with_those_there_are(tmp_path):
-    with pytest.raises(ConfigError, match=r"trajectory='orbit': expected test or a .json file"):
+    with pytest.raises(ConfigError, match=r"trajectory='orbit': expected test, val_video or a .json file"):
         export(tmp_path, trajectory="orbit")
