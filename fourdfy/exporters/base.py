@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from fourdfy.bounds import number
+from fourdfy.callbacks.saving import VALIDATION_FPS
 from fourdfy.config import Component
 from fourdfy.renderers.base import Scene
 from fourdfy.types import Cameras, RenderOutput
@@ -32,15 +33,20 @@ class Subject:
     """The global step of the checkpoint."""
     device: torch.device
 
+    @property
+    def clip_seconds(self) -> float:
+        """How long the validation video of a moving scene lasts, which is one clip."""
+        return len(self.cameras["val_video"]) / VALIDATION_FPS
+
 
 class Exporter(Component, ABC):
     """A scene to files that other programs open."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Component.Config):
-        fps: float | None = number(None, 1, 240)
-        """Frames of a clip (``num_frames * num_frames_factor`` of the data) in a second. One clip lasts as
-        long in a video as in the animated GLB. null: what a camera file says, else 15."""
+        clip_seconds: float | None = number(None, 0.01, 3600)
+        """How long the scene's time takes from 0 to 1, in videos and animated meshes alike; null: as long
+        as in the validation video."""
 
     def __init__(self, cfg: Component.Config) -> None:
         self.cfg = cfg

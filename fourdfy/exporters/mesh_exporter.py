@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fourdfy.bounds import number
-from fourdfy.callbacks.saving import TEST_FPS, whole_file
+from fourdfy.callbacks.saving import whole_file
 from fourdfy.config import ignored
 from fourdfy.exporters.animation import deforms, follow, morphing_glb, switching_glb
 from fourdfy.exporters.base import Exporter, Subject
@@ -109,7 +109,7 @@ class MeshExporter(Exporter):
         """A loop: the moment after the last is the first."""
         cfg = self.cfg
         glb = Glb(subject.name, lit=cfg.lit)
-        seconds = len(subject.cameras["val_video"]) / (cfg.fps or TEST_FPS)
+        seconds = cfg.clip_seconds or subject.clip_seconds
         if cfg.animation_resolution is not None:
             settings = dataclasses.replace(settings, resolution=cfg.animation_resolution)
         times = [index / cfg.animation_frames for index in range(cfg.animation_frames)]

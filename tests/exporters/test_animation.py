@@ -16,8 +16,7 @@ from tests.exporters.scenes import MovedBall, make_subject, moved
 
 torch.set_num_threads(1)
 
-FRAMES, FPS = 5, 3.0
-SECONDS = 2.0  # the six frames of the clip
+FRAMES, SECONDS = 5, 2.0
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["deformed", "added"])
@@ -27,7 +26,7 @@ def exported(request, tmp_path_factory):
         MeshExporter.Config,
         {
             "times": [],
-            "fps": FPS,
+            "clip_seconds": SECONDS,
             "animation_frames": FRAMES,
             "animation_resolution": 32,
             "smoothing": 0,
