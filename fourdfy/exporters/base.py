@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from fourdfy.bounds import number
-from fourdfy.callbacks.saving import VALIDATION_FPS
+from fourdfy.callbacks.saving import VALIDATION_FPS, sanitize_tag
 from fourdfy.config import Component
 from fourdfy.renderers.base import Scene
 from fourdfy.types import Cameras, RenderOutput
@@ -23,8 +23,7 @@ class Subject:
     scene: Scene
     render: Callable[[Cameras], RenderOutput]
     """Frames as they are evaluated."""
-    name: str
-    """The prompt, made fit for names (``saving.sanitize_tag``)."""
+    prompt: str
     cameras: Mapping[str, Cameras]
     """The evaluation sequences by name (see the data module): ``test``, ``val_video``, ..."""
     dynamic: bool
@@ -32,6 +31,11 @@ class Subject:
     step: int
     """The global step of the checkpoint."""
     device: torch.device
+
+    @property
+    def name(self) -> str:
+        """The prompt, made fit for names."""
+        return sanitize_tag(self.prompt)
 
     @property
     def clip_seconds(self) -> float:

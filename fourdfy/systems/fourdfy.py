@@ -249,7 +249,7 @@ class FourdfySystem(System):
         subject = Subject(
             scene=self.renderer.scene,
             render=self.render,
-            name=sanitize_tag(self.cfg.prompt_processor.prompt) if self.cfg.prompt_processor else "scene",
+            prompt=self.cfg.prompt_processor.prompt if self.cfg.prompt_processor else "scene",
             cameras=cameras,
             dynamic=self.plan.dynamic,
             step=self.step,

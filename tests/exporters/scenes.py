@@ -89,6 +89,6 @@ def make_subject(*, deforms=False, dynamic=True, peak=60.0):
         return SimpleNamespace(comp_rgb=rgb, depth=0.8 * depth, opacity=torch.full_like(depth, 0.8))
 
     return Subject(
-        scene=scene, render=render, name="a_ball", cameras={"test": path, "val_video": path},
+        scene=scene, render=render, prompt="a ball", cameras={"test": path, "val_video": path},
         dynamic=dynamic, step=7, device=torch.device("cpu"),
     )  # fmt: skip
