@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import pytest
 
+from fourdfy import registry
 from fourdfy.bounds import number, scheduled
 from fourdfy.config import Component, ConfigError, parse_config
+from fourdfy.data.base import DataModule
+from fourdfy.data.sampling import MultiViewConfig, SingleViewConfig
+from fourdfy.guidance.base import Guidance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,3 +54,27 @@ def test_a_number_inside_is_taken():
         Camera, {"width": 8192, "share": [0, 0.0, 1.0, 1000], "lens": {"fovy_range": [1, 179]}}
     )
     assert (cfg.width, cfg.share, cfg.lens.fovy_range) == (8192, [0, 0.0, 1.0, 1000], (1.0, 179.0))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        SingleViewConfig,
+        MultiViewConfig,
+        *(
+            registry.find(kind, base).Config
+            for base in (DataModule, Guidance)
+            for kind in registry.names(base)
+        ),
+    ],
+    ids=lambda config: config.__qualname__,
+)
+def test_every_number_of_data_and_guidances_has_a_range(config):
+    numeric = ("int", "float", "Schedule")
+    free = [
+        f.name
+        for f in fields(config)
+        if any(word in numeric for word in re.findall(r"\w+", str(f.type)))
+        and not f.metadata.keys() & {"bounds", "ignored"}
+    ]
+    assert not free

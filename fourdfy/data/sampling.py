@@ -129,7 +129,7 @@ class MultiViewConfig(CameraConfig):
     """Divide distances by tan(fovy / 2), so that the object keeps its size in the image."""
     zoom_range: tuple[float, float] = number((1.0, 1.0), high=100, above=0)
     """Factor on the angle of view, after ``relative_radius``."""
-    num_frames: int | None = None
+    num_frames: int | None = number(None, 1, 1024)
     sample_rand_frames: Literal["t0"] | None = None
     """The moments are those of ``data.single_view``; null, or the same as there."""
     n_val_views: int | None = ignored(EVALUATED)

@@ -45,6 +45,10 @@ def _check_frames_and_texts(cfg: Any, step: SupervisionStep) -> None:
         raise
     except ValueError as error:
         raise ConfigError(f"system.{step.guidance_cfg}.{error}") from error
+    if cfg.data.single_view.static and len(prompts.moments) > 1:
+        logger.warning(
+            "system.%s.moments: a static scene has the first alone, %r", step.prompt_cfg, prompts.moments[0]
+        )
     if prompts.use_perp_neg and not getattr(guidance, "view_dependent_prompting", True):
         raise ConfigError(
             f"system.{step.prompt_cfg}.use_perp_neg=true weighs the texts of views; set "

@@ -156,10 +156,12 @@ def test_a_text_encoder_that_the_prior_does_not_read_is_refused(tmp_path):
         parsed(STAGE_1, model)
 
 
-def test_a_share_of_video_steps_that_nothing_reads_is_said(caplog):
+def test_settings_that_the_stage_does_not_read_are_said(caplog):
     with caplog.at_level(logging.WARNING):
         parsed(STAGE_3, "data.single_view.simultan=false")
+        parsed(STAGE_1, "system.prompt_processor_multi_view.moments=[early, late]")
     assert "prob_single_view_video=0.75: no effect, data.single_view.simultan is false" in caplog.text
+    assert "prompt_processor_multi_view.moments: a static scene has the first alone, 'early'" in caplog.text
 
 
 def test_the_stills_of_a_moving_scene_take_the_moments_of_its_clips():
