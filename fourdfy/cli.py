@@ -5,13 +5,18 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from fourdfy.config_files import literal_override
+
+PROMPT = "system.prompt_processor.prompt"
+
 EXAMPLES = """examples:
-  launch.py --config configs/shapes.yaml --train system.prompt_processor.prompt="a red cube spinning"
+  launch.py --config configs/shapes.yaml --train --prompt "a red cube spinning"
   launch.py --config configs/shapes_stage_1.yaml --train --gpu 0 trainer.max_steps=500
   launch.py --config <trial>/configs/parsed.yaml --test resume=<trial>/ckpts/last.ckpt
   launch.py --config <trial>/configs/parsed.yaml --export resume=<trial>/ckpts/last.ckpt
@@ -30,7 +35,7 @@ MODES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``launch.py``; returns the exit status (2 for a mistake in the arguments or the config)."""
-    args = _parser().parse_intermixed_args(argv)
+    args = _arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # Ours alone: numba's debug records are thousands.
     logging.getLogger("fourdfy").setLevel(logging.DEBUG if args.verbose else logging.INFO)
@@ -54,6 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with ``--prompt`` as one of the overrides."""
+    parser = _parser()
+    args, unknown = parser.parse_known_intermixed_args(argv)
+    if strange := [word for word in unknown if not re.match(r"-+\w+[.=]", word)]:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    args.overrides = [*unknown, *args.overrides]  # a key=value with dashes is refused with the others
+    if args.prompt is not None:
+        if both := [word for word in args.overrides if re.match(rf"(stage_\d+\.)?{PROMPT}=", word)]:
+            parser.error(f"--prompt and {both[0]!r} both name the prompt; give one of them")
+        args.overrides.append(literal_override(PROMPT, args.prompt))
+    return args
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="launch.py",
@@ -72,6 +91,9 @@ def _parser() -> argparse.ArgumentParser:
         "--gpu", default=None, metavar="ID",
         help="which GPU, or cpu; CUDA_VISIBLE_DEVICES wins (default: the first GPU, else the CPU)",
     )  # fmt: skip
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help=f"what to make, taken literally (as {PROMPT}=TEXT, but for ${{...}})"
+    )
     parser.add_argument("--verbose", action="store_true", help="log more")
     parser.add_argument(
         "--typecheck", action="store_true", help="check tensor shapes and types in every call"

@@ -207,7 +207,8 @@ def split_overrides(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _what_to_type(words: list[str], index: int) -> str:
     word, before, after = words[index], words[:index], words[index + 1 :]
     if word.startswith("-"):
-        return f"{word}: settings are written without dashes: {word.lstrip('-')}"
+        setting = word.lstrip("-") + ("" if "=" in word else "=...")
+        return f"{word}: settings are written without dashes: {setting}"
     if "=" not in word and after and after[0].startswith("="):  # key = value, as several words
         word = " ".join((word, *after[: 1 + (after[0] == "=")]))
     key, equals, text = (part.strip() for part in word.partition("="))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from fourdfy import registry
+from fourdfy.cli import main
 from fourdfy.config import Component, ConfigError, file_path, keyed_by_path, parse_config, slot
 from fourdfy.config_files import expand_path, literal_override, save_yaml
 from fourdfy.config_layers import load_config
@@ -255,6 +257,46 @@ def test_a_byte_order_mark_is_no_content(tmp_path):
 def test_what_is_no_override_says_what_to_type(load, words, message):
     with pytest.raises(ConfigError, match=message):
         load("", *words)
+
+
+STAGE_1 = str(CONFIGS / "shapes_stage_1.yaml")
+
+
+def check(*arguments):
+    return main(["--config", STAGE_1, "--check", "--gpu", "cpu", *arguments])
+
+
+def test_a_prompt_given_as_such_is_taken_literally(capsys):
+    assert check("seed=2", "--prompt", "a ${robot} #7") == 0
+    assert "prompt: 'a ${robot} #7'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--trainer.max_steps=5"], "error: --trainer.max_steps=5: .* without dashes: trainer.max_steps=5"),
+        (["--trainer.max_steps", "5"], "error: --trainer.max_steps: .* dashes: trainer.max_steps=..."),
+        (["-seed=5"], "error: -seed=5: .* without dashes: seed=5"),
+    ],
+)
+def test_a_setting_with_dashes_says_how_it_is_written(capsys, arguments, message):
+    assert check(*arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", "a", "system.prompt_processor.prompt=b"], "both name the prompt"),
+        (["--prompt", "a", "stage_2.system.prompt_processor.prompt=b"], "both name the prompt"),
+        (["--promt", "a"], "unrecognized arguments: --promt"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        check(*arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
