@@ -19,8 +19,9 @@ logger = logging.getLogger(__name__)
 
 OCCUPIED = 0.08
 """Share of the samples that survive pruning, for a compact object in a square picture."""
-BYTES_PER_SAMPLE = 1900
-"""Activations of the reference field, forward and backward, per sample and 64 features of encoding."""
+BYTES_KEPT, BYTES_AT_PEAK = 780, 2300
+"""Activations of the reference field per sample with a graph: while the prior runs, and in the backward
+pass. Measured (docs/benchmarks.md): what the renderer keeps, and the largest step of the first stage."""
 
 
 def print_plan(experiments: Sequence[Experiment]) -> None:
@@ -143,7 +144,11 @@ def _frames(experiment: Experiment, step: str) -> list[tuple[int, int, int]]:
 
 
 def _memory_estimate(experiment: Experiment) -> float:
-    """Bytes: the scene with gradients and two moments, the priors as stored here, the largest graph."""
+    """Bytes: the scene with gradients and two moments, the priors as stored here, the largest graph.
+
+    For a camera that has the whole object in view. A narrow lens sees more samples, and what is measured
+    is the largest of a few random cameras: the two are within a third of each other.
+    """
     cfg = experiment.cfg.system
     scene = sum(p.numel() for p in build(cfg.geometry).parameters()) * 16
     stored = sum(
@@ -157,7 +162,8 @@ def _memory_estimate(experiment: Experiment) -> float:
             # The object fits the shorter side.
             rays = frames * min(height, width) ** 2
             samples = cfg.renderer.samples_with_graph(rays, OCCUPIED, step.sample_budget)
-            graphs.append(samples * BYTES_PER_SAMPLE + guidance.activation_bytes(frames, height, width))
+            prior = guidance.activation_bytes(frames, height, width)
+            graphs.append(max(samples * BYTES_KEPT + prior, samples * BYTES_AT_PEAK))
     return scene + stored + max(graphs)
 
 
