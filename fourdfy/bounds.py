@@ -26,6 +26,8 @@ class Bounds:
         return self.low <= value <= self.high and (self.above is None or value > self.above)
 
     def __str__(self) -> str:
+        if self.low == self.high:
+            return f"{self.low:g}"
         if math.isfinite(self.low) and math.isfinite(self.high):
             return f"{self.low:g} to {self.high:g}"
         lower = f"at least {self.low:g}" if math.isfinite(self.low) else ""

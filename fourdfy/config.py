@@ -95,6 +95,12 @@ def ignored(reason: str, default: Any = None) -> Any:
     return field(default=default, metadata={"ignored": reason})
 
 
+def alias(other: str, declared: Any) -> Any:
+    """The field ``declared``, which other programs' files call ``other``."""
+    declared.metadata = {**declared.metadata, "alias": other}
+    return declared
+
+
 def warn_of_ignored(cfg: Any) -> None:
     """One warning that names every key of a parsed config that was set and has no effect."""
     if lines := [f"  {key}: {reason}" for key, reason in _ignored_keys(cfg, "")]:
@@ -141,6 +147,11 @@ def parse_config(
     sources = sources or {}
     given = dict(given)
     known = init_fields(schema)
+    for name, f in known.items():
+        if (other := f.metadata.get("alias")) in given:
+            if name in given:
+                raise config_error(path, other, sources, f"is {name} by another name; set one of the two")
+            given[name] = given.pop(other)
     for key in given:
         if key not in known:
             raise config_error(path, key, sources, _unknown_key(key, known))

@@ -181,6 +181,7 @@ def _colors_from_above(
         positions=samples,
         normals=field.normals,
         light_positions=samples + normals[ray_indices],
+        directions=-normals[ray_indices],
         step=subject.step,
     )
     weights = weights_from_density(field.sigmas, starts, ends, ray_indices, len(rays))

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import grid_sample
 
+from fourdfy.bounds import number
 from fourdfy.config import build, ignored, inner_slot
 from fourdfy.fields.base import Background
 from fourdfy.fields.encodings import CompositeEncoding, Encoding
@@ -24,20 +26,16 @@ from fourdfy.registry import register
 class AugmentedConfig(Background.Config):
     """What the backgrounds share."""
 
-    n_output_dims: int = 3
+    n_output_dims: int = number(3, 3, 3)
     random_aug: bool = False
     """In training, put one random colour in place of the background now and then."""
-    random_aug_prob: float = 0.5
+    random_aug_prob: float = number(0.5, 0, 1)
     """Of that, per call; all frames of a call share the colour."""
-    random_aug_colors: list[list[float]] | None = None
+    random_aug_colors: list[list[float]] | None = number(None, 0, 1)
     """Colours to draw from; null: uniform in the colour cube."""
     share_aug: bool = ignored("all frames of a call share the colour", True)
 
     def __post_init__(self) -> None:
-        if self.n_output_dims != 3:
-            raise ValueError(f"n_output_dims={self.n_output_dims}: a colour has 3 channels")
-        if not 0 <= self.random_aug_prob <= 1:
-            raise ValueError(f"random_aug_prob={self.random_aug_prob}: expected a probability, 0 to 1")
         colors = self.random_aug_colors
         if colors is not None and (not colors or any(len(color) != 3 for color in colors)):
             raise ValueError(
@@ -73,7 +71,7 @@ class NeuralEnvironmentMap(Background):
         mlp_network_config: Any = inner_slot(
             VanillaMLP, "otype", {"otype": "VanillaMLP", "n_neurons": 16, "n_hidden_layers": 2}
         )
-        eval_color: tuple[float, float, float] | None = None
+        eval_color: tuple[float, float, float] | None = number(None, 0, 1)
         """In evaluation, this colour instead."""
 
         def __post_init__(self) -> None:
@@ -101,13 +99,48 @@ class NeuralEnvironmentMap(Background):
         return self.cfg.augment(colors, generator)
 
 
+@register("textured-background")
+class Textured(Background):
+    """A picture wrapped around the scene: longitude along its height, the angle from +z along its width."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(AugmentedConfig):
+        height: int = number(64, 1, 4096)
+        width: int = number(64, 1, 4096)
+        color_activation: str | None = "sigmoid"
+        """Any name of ``ops.activations``."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            get_activation(self.color_activation)
+
+    cfg: Config
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.texture = nn.Parameter(torch.randn(1, 3, cfg.height, cfg.width))
+        self.color_activation = get_activation(cfg.color_activation)
+
+    def forward(
+        self, directions: Float[Tensor, "F H W 3"], *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "F H W 3"]:
+        x, y, z = directions.to(self.texture).reshape(-1, 3).unbind(-1)
+        across, down = 2 * torch.atan2(torch.hypot(x, y), z) / torch.pi - 1, torch.atan2(y, x) / torch.pi
+        places = torch.stack([across, down], dim=-1)[None, :, None]
+        with torch.autocast(directions.device.type, enabled=False):
+            texels = grid_sample(self.texture, places, padding_mode="reflection", align_corners=False)
+        colors = self.color_activation(texels[0, :, :, 0].T).view_as(directions)
+        return self.cfg.augment(colors, generator)
+
+
 @register("solid-color-background")
 class SolidColor(Background):
     """One colour in every direction."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(AugmentedConfig):
-        color: tuple[float, float, float] = (1.0, 1.0, 1.0)
+        color: tuple[float, float, float] = number((1.0, 1.0, 1.0), 0, 1)
         learned: bool = False
         """Train the colour, from ``color`` on."""
 

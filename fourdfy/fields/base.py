@@ -78,10 +78,11 @@ class Material(Component, nn.Module, ABC):
         positions: Float[Tensor, "N 3"],
         normals: Float[Tensor, "N 3"] | None,
         light_positions: Float[Tensor, "N 3"],
+        directions: Float[Tensor, "N 3"],
         step: int,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "N 3"]:
-        """Colours in 0..1."""
+        """Colours in 0..1; ``directions`` are the rays', of unit length, from the camera on."""
 
 
 class Background(Component, nn.Module, ABC):

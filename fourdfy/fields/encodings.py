@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fourdfy.bounds import number
 from fourdfy.config import Component, build, ignored, inner_slot
 from fourdfy.fields.mlp import VanillaMLP
 from fourdfy.ops.hash_grid import HashGridSpec, check_backend, hash_grid
@@ -115,11 +116,11 @@ class HashGrid(Encoding):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Encoding.Config):
-        n_levels: int = 16
-        n_features_per_level: int = 2
-        log2_hashmap_size: int = 19
-        base_resolution: int = 16
-        per_level_scale: float = 1.447269237440378
+        n_levels: int = number(16, 1, 32)
+        n_features_per_level: int = number(2, 1, 8)
+        log2_hashmap_size: int = number(19, 3, 24)
+        base_resolution: int = number(16, 1, 4096)
+        per_level_scale: float = number(1.447269237440378, 1, 16)
         """Ratio of two levels' resolutions; with 16 levels from 16 on the finest has 4096 cells."""
         backend: str = "auto"
         """Of ``ops.hash_grid``."""
@@ -179,18 +180,16 @@ class ProgressiveBandHashGrid(HashGrid):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(HashGrid.Config):
-        start_level: int
+        start_level: int = number(low=1, high=32)
         """Levels in use until ``start_step + update_steps``."""
-        start_step: int
-        update_steps: int
+        start_step: int = number(low=0)
+        update_steps: int = number(low=1)
         """Steps between one level and the next."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            if not 1 <= self.start_level <= self.n_levels:
+            if self.start_level > self.n_levels:
                 raise ValueError(f"start_level={self.start_level}: expected 1 to n_levels={self.n_levels}")
-            if self.update_steps < 1:
-                raise ValueError(f"update_steps={self.update_steps}: expected at least 1")
 
     cfg: Config
 
@@ -305,11 +304,7 @@ class SphericalHarmonics(Encoding):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Encoding.Config):
-        degree: int = 3
-
-        def __post_init__(self) -> None:
-            if not 1 <= self.degree <= MAX_DEGREE:
-                raise ValueError(f"degree={self.degree}: expected 1 to {MAX_DEGREE}")
+        degree: int = number(3, 1, MAX_DEGREE)
 
     cfg: Config
 

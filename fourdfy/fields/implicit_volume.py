@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from fourdfy.bounds import number
 from fourdfy.config import build, ignored, inner_slot
 from fourdfy.fields.base import Geometry
 from fourdfy.fields.encodings import (
@@ -36,10 +37,10 @@ BLOBS = ("blob_dreamfusion", "blob_magic3d")
 class BlobStdAnnealing:
     """A ramp of the density blob's width over the steps, constant before and after it."""
 
-    min_anneal_step: int
-    max_anneal_step: int
-    start_val: float
-    end_val: float
+    min_anneal_step: int = number(low=0)
+    max_anneal_step: int = number(low=1)
+    start_val: float = number(above=0, high=1000)
+    end_val: float = number(above=0, high=1000)
 
 
 @register("implicit-volume")
@@ -48,17 +49,18 @@ class ImplicitVolume(Geometry):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Geometry.Config):
-        radius: float = 1.0
+        radius: float = number(1.0, above=0, high=1000)
         """Half side of the scene's cube, in scene units."""
-        n_input_dims: int = 3
-        n_feature_dims: int = 3
+        n_input_dims: int = number(3, 3, 3)
+        """Of space; time is added to them."""
+        n_feature_dims: int = number(3, 0, 256)
         """Channels for the material; 0 for none."""
         density_activation: str | None = "softplus"
         """Any name of ``ops.activations``."""
-        density_bias: float | int | str = "blob_magic3d"
+        density_bias: float | int | str = number("blob_magic3d", -1e4, 1e4)
         """A number, ``blob_dreamfusion`` or ``blob_magic3d``; added before the activation."""
-        density_blob_scale: float = 10.0
-        density_blob_std: float = 0.5
+        density_blob_scale: float = number(10.0, 0, 1e4)
+        density_blob_std: float = number(0.5, above=0, high=1000)
         """Width of the blob, in scene units."""
         anneal_density_blob_std_config: BlobStdAnnealing | None = None
         """Takes the place of ``density_blob_std``."""
@@ -69,22 +71,22 @@ class ImplicitVolume(Geometry):
         ) = "finite_difference"
         """Central differences (both names mean the same six evaluations, as 4D-fy and threestudio call
         them), a network of their own, or autograd."""
-        finite_difference_normal_eps: float | int | str = 0.01
+        finite_difference_normal_eps: float | int | str = number(0.01, above=0, high=1000)
         """In scene units; ``progressive``: one cell of the encoding's finest level in use."""
         isosurface: bool = ignored("a mesh is made when one is exported", True)
         isosurface_method: str = ignored("meshes are made by marching cubes", "mt")
-        isosurface_resolution: int = 128
+        isosurface_resolution: int = number(128, 2, 1024)
         """Of exported meshes: samples of the density along each axis."""
-        isosurface_threshold: float | int | str = "auto"
+        isosurface_threshold: float | int | str = number("auto", above=0)
         """Density of the surface (25 in threestudio), or ``auto``: the one with the silhouettes of the
         rendered scene."""
-        isosurface_chunk: int = 0
+        isosurface_chunk: int = number(0, 0, 1 << 26)
         """Points per call of the field; 0 for 131072."""
         isosurface_coarse_to_fine: bool = ignored("the whole grid is sampled", True)
         isosurface_deformable_grid: bool = ignored("the grid is regular", False)
         isosurface_remove_outliers: bool = True
         """Drop small parts that hang together with nothing else."""
-        isosurface_outlier_n_faces_threshold: float = 0.01
+        isosurface_outlier_n_faces_threshold: float = number(0.01, 0, 1)
         """Small: fewer triangles than this share of the largest part's."""
 
         def __post_init__(self) -> None:
@@ -93,23 +95,12 @@ class ImplicitVolume(Geometry):
                 raise ValueError(
                     f"density_bias={self.density_bias!r}: expected a number, {' or '.join(BLOBS)}"
                 )
-            for name in ("radius", "density_blob_std"):
-                if getattr(self, name) <= 0:
-                    raise ValueError(f"{name}={getattr(self, name)}: expected a number above 0")
-            if self.n_input_dims != 3:
-                raise ValueError(
-                    f"n_input_dims={self.n_input_dims}: points have 3 dimensions; time is added to them"
-                )
-            eps = self.finite_difference_normal_eps
-            if eps != "progressive" and (isinstance(eps, str) or eps <= 0):
-                raise ValueError(
-                    f"finite_difference_normal_eps={eps!r}: expected a number above 0 or 'progressive'"
-                )
-            threshold = self.isosurface_threshold
-            if threshold != "auto" and (isinstance(threshold, str) or threshold <= 0):
-                raise ValueError(f"isosurface_threshold={threshold!r}: expected a number above 0 or 'auto'")
-            if self.isosurface_resolution < 2:
-                raise ValueError(f"isosurface_resolution={self.isosurface_resolution}: expected at least 2")
+            for name, word in (
+                ("finite_difference_normal_eps", "progressive"),
+                ("isosurface_threshold", "auto"),
+            ):
+                if isinstance(value := getattr(self, name), str) and value != word:
+                    raise ValueError(f"{name}={value!r}: expected a number above 0 or {word!r}")
             ramp = self.anneal_density_blob_std_config
             if ramp and ramp.min_anneal_step >= ramp.max_anneal_step:
                 raise ValueError(

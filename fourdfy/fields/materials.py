@@ -1,6 +1,6 @@
 """From a geometry's features to colours.
 
-N points, C features. Nothing depends on the viewing direction.
+N points, C features.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fourdfy.bounds import number
 from fourdfy.config import build, inner_slot
 from fourdfy.fields.base import Material
+from fourdfy.fields.encodings import CompositeEncoding, Encoding
 from fourdfy.fields.mlp import VanillaMLP
 from fourdfy.ops.activations import get_activation
 from fourdfy.registry import register
@@ -26,10 +28,10 @@ class NoMaterial(Material):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Material.Config):
-        n_output_dims: int = 3
+        n_output_dims: int = number(3, 3, 3)
         color_activation: str | None = "sigmoid"
         """Any name of ``ops.activations``."""
-        input_feature_dims: int | None = None
+        input_feature_dims: int | None = number(None, 1, 256)
         """Features that the network reads; only with ``mlp_network_config``."""
         mlp_network_config: Any = inner_slot(VanillaMLP, "otype")
 
@@ -55,6 +57,7 @@ class NoMaterial(Material):
         positions: Float[Tensor, "N 3"],
         normals: Float[Tensor, "N 3"] | None,
         light_positions: Float[Tensor, "N 3"],
+        directions: Float[Tensor, "N 3"],
         step: int,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "N 3"]:
@@ -64,11 +67,7 @@ class NoMaterial(Material):
             ValueError: the features are not what ``n_output_dims`` or ``input_feature_dims`` says.
         """
         wanted = self.cfg.input_feature_dims if self.network else self.cfg.n_output_dims
-        if features.shape[-1] != wanted:
-            raise ValueError(
-                f"the material reads {wanted} features and the geometry gives {features.shape[-1]}; "
-                f"use geometry.n_feature_dims={wanted}"
-            )
+        _check_features(features, wanted)
         return self.color_activation(self.network(features) if self.network else features)
 
 
@@ -84,13 +83,13 @@ class DiffuseWithPointLight(Material):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Material.Config):
-        ambient_light_color: tuple[float, float, float] = (0.1, 0.1, 0.1)
-        diffuse_light_color: tuple[float, float, float] = (0.9, 0.9, 0.9)
-        ambient_only_steps: int = 1000
+        ambient_light_color: tuple[float, float, float] = number((0.1, 0.1, 0.1), 0, 10)
+        diffuse_light_color: tuple[float, float, float] = number((0.9, 0.9, 0.9), 0, 10)
+        ambient_only_steps: int = number(1000, 0)
         """Colours alone before this step."""
-        diffuse_prob: float = 0.75
+        diffuse_prob: float = number(0.75, 0, 1)
         """Of any shading at all, after it."""
-        textureless_prob: float = 0.5
+        textureless_prob: float = number(0.5, 0, 1)
         """Of the shading alone, where there is shading."""
         albedo_activation: str | None = "sigmoid"
         """Any name of ``ops.activations``."""
@@ -99,9 +98,6 @@ class DiffuseWithPointLight(Material):
 
         def __post_init__(self) -> None:
             get_activation(self.albedo_activation)
-            for name in ("diffuse_prob", "textureless_prob"):
-                if not 0 <= getattr(self, name) <= 1:
-                    raise ValueError(f"{name}={getattr(self, name)}: expected a probability, 0 to 1")
 
     cfg: Config
 
@@ -117,6 +113,7 @@ class DiffuseWithPointLight(Material):
         positions: Float[Tensor, "N 3"],
         normals: Float[Tensor, "N 3"] | None,
         light_positions: Float[Tensor, "N 3"],
+        directions: Float[Tensor, "N 3"],
         step: int,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "N 3"]:
@@ -151,6 +148,65 @@ class DiffuseWithPointLight(Material):
         light = ambient + diffuse * _lambert(normals, positions, light_positions)
         alone = torch.where(textureless < cfg.textureless_prob, light, albedo * light)
         return torch.where(shaded > cfg.diffuse_prob, albedo, alone).clamp(0, 1)
+
+
+@register("neural-radiance-material")
+class NeuralRadiance(Material):
+    """A small network of the features and of the viewing direction, as in NeRF."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Material.Config):
+        input_feature_dims: int = number(8, 1, 256)
+        """As many as ``geometry.n_feature_dims``."""
+        color_activation: str | None = "sigmoid"
+        """Any name of ``ops.activations``."""
+        dir_encoding_config: Any = inner_slot(Encoding, "otype", {"otype": "SphericalHarmonics"})
+        mlp_network_config: Any = inner_slot(
+            VanillaMLP, "otype", {"otype": "VanillaMLP", "n_neurons": 16, "n_hidden_layers": 2}
+        )
+
+        def __post_init__(self) -> None:
+            get_activation(self.color_activation)
+
+    cfg: Config
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.encoding = CompositeEncoding(cfg.dir_encoding_config, 3)
+        width = cfg.input_feature_dims + self.encoding.n_output_dims
+        self.network: VanillaMLP = build(cfg.mlp_network_config, width, 3)
+        self.color_activation = get_activation(cfg.color_activation)
+
+    def forward(
+        self,
+        features: Float[Tensor, "N C"],
+        *,
+        positions: Float[Tensor, "N 3"],
+        normals: Float[Tensor, "N 3"] | None,
+        light_positions: Float[Tensor, "N 3"],
+        directions: Float[Tensor, "N 3"],
+        step: int,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "N 3"]:
+        """See ``Material.forward``.
+
+        Raises:
+            ValueError: the features are not as many as ``input_feature_dims`` says.
+        """
+        _check_features(features, self.cfg.input_feature_dims)
+        with torch.autocast(features.device.type, enabled=False):
+            unit_cube = (directions.to(features.dtype) + 1) / 2
+            seen_from = self.encoding(unit_cube, torch.zeros_like(unit_cube[:, :1]), step=step)
+            return self.color_activation(self.network(torch.cat([features, seen_from.features], dim=-1)))
+
+
+def _check_features(features: Float[Tensor, "N C"], wanted: int) -> None:
+    if features.shape[-1] != wanted:
+        raise ValueError(
+            f"the material reads {wanted} features and the geometry gives {features.shape[-1]}; "
+            f"use geometry.n_feature_dims={wanted}"
+        )
 
 
 def _lambert(

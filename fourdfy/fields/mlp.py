@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from fourdfy.bounds import number
 from fourdfy.config import Component
 from fourdfy.ops.activations import get_activation
 from fourdfy.registry import register
@@ -17,22 +18,21 @@ from fourdfy.registry import register
 
 @register("VanillaMLP")
 class VanillaMLP(Component, nn.Module):
-    """Linear layers without bias, ReLU between them.
+    """Linear layers, ReLU between them.
 
     Runs in its parameters' dtype even inside autocast: half precision is too coarse for densities.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Component.Config):
-        n_neurons: int = 64
-        n_hidden_layers: int = 1
+        n_neurons: int = number(64, 1, 4096)
+        n_hidden_layers: int = number(1, 1, 32)
+        bias: bool = False
         activation: Literal["ReLU"] = "ReLU"
         output_activation: str | None = "none"
         """Any name of ``ops.activations``."""
 
         def __post_init__(self) -> None:
-            if self.n_neurons < 1 or self.n_hidden_layers < 1:
-                raise ValueError("n_neurons and n_hidden_layers must be at least 1")
             get_activation(self.output_activation)
 
     cfg: Config
@@ -43,8 +43,8 @@ class VanillaMLP(Component, nn.Module):
         widths = [n_input_dims, *[cfg.n_neurons] * cfg.n_hidden_layers]
         layers: list[nn.Module] = []
         for width_in, width_out in pairwise(widths):
-            layers += [nn.Linear(width_in, width_out, bias=False), nn.ReLU(inplace=True)]
-        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], n_output_dims, bias=False))
+            layers += [nn.Linear(width_in, width_out, bias=cfg.bias), nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], n_output_dims, bias=cfg.bias))
         self.output_activation = get_activation(cfg.output_activation)
 
     def forward(self, x: Float[Tensor, "N I"]) -> Float[Tensor, "N O"]:

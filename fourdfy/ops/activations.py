@@ -50,16 +50,20 @@ class _TruncExp(torch.autograd.Function):
         return grad * x.clamp(max=15).exp()
 
 
+TORCH = (
+    "celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logsigmoid", "mish", "relu",
+    "relu6", "selu", "silu", "softplus", "softsign",
+)  # fmt: skip
+"""Those of ``torch.nn.functional``, with its defaults."""
+
 ACTIVATIONS: dict[str, Activation] = {
+    **{name: getattr(functional, name) for name in TORCH},
     "none": lambda x: x,
     "exp": torch.exp,
     "shifted_exp": lambda x: torch.exp(x - 1),
     "trunc_exp": trunc_exp,
     "shifted_trunc_exp": lambda x: trunc_exp(x - 1),
-    "softplus": functional.softplus,
     "shifted_softplus": lambda x: functional.softplus(x - 1),
-    "relu": functional.relu,
-    "silu": functional.silu,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "lin2srgb": linear_to_srgb,

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fourdfy.bounds import number
 from fourdfy.ops.recomputation import recomputed
 from fourdfy.registry import register
 from fourdfy.renderers.base import SampleBudget
@@ -52,20 +53,14 @@ class MaskedVolumeRenderer(NeRFVolumeRenderer):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(NeRFVolumeRenderer.Config):
-        train_max_nums: int = 100_000
+        train_max_nums: int = number(100_000, 1)
         """Samples of a video step that have a graph at once. A ray is never cut in two. Small numbers
         take time: each pass makes and adds a gradient of the whole hash tables."""
-        train_max_nums_static: int = 2_000_000
+        train_max_nums_static: int = number(2_000_000, 1)
         """The same, of all other steps."""
         gradient: Literal["exact", "subset"] = "exact"
         """``subset`` is the original's, for comparison: a random choice of ``train_max_nums`` samples
         carries gradients, not rescaled, and the others none."""
-
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            for key in ("train_max_nums", "train_max_nums_static"):
-                if getattr(self, key) < 1:
-                    raise ValueError(f"{key}={getattr(self, key)}: expected at least 1")
 
         def samples_with_graph(self, rays: int, occupied: float, budget: SampleBudget) -> float:
             return min(super().samples_with_graph(rays, occupied, budget), float(getattr(self, budget)))

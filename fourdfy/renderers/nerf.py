@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fourdfy.bounds import number
+from fourdfy.config import alias
 from fourdfy.ops.compositing import accumulate, opacity_and_depth, weights_from_density, z_variance
 from fourdfy.ops.ray_marching import intersect_box, march, step_size, visible
 from fourdfy.registry import register
@@ -58,60 +59,49 @@ class NeRFVolumeRenderer(Renderer):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Renderer.Config):
-        radius: float = 1.0
+        radius: float = number(1.0, above=0, high=1000)
         """Half side of the box that rays are marched through, in scene units."""
-        num_samples_per_ray: int = 512
+        num_samples_per_ray: int = number(512, 1, 16384)
         """Steps that the box's diagonal is cut into."""
         randomized: bool = True
         """Whether training shifts the samples of each ray by a random part of a step."""
-        eval_chunk_size: int | None = None
+        eval_chunk_size: int | None = number(None, 1, 1 << 26)
         """Points per call of the field where no gradient is needed: pruning, occupancy, evaluation. null:
         160000 on a CPU, 2^21 on a GPU, where starting a kernel takes longer than a small call's work."""
         return_comp_normal: bool = False
         """Ask the geometry for normals even where the material does not need them."""
         return_normal_perturb: bool = False
         """Not supported; here so that old files say what is wrong."""
-        estimator: str = "occgrid"
-        """What knows where samples are needed; only ``occgrid``."""
+        estimator: Literal["occgrid"] = "occgrid"
+        """What knows where samples are needed."""
         grid_prune: bool = True
         """Skip empty cells and invisible samples. False keeps every sample in the box."""
         prune_alpha_threshold: bool = True
         """Also ask the current density, and drop samples that are thin or hidden."""
-        alpha_thre: float = 0.01
+        alpha_thre: float = number(0.01, 0, 1)
         """A sample is thin below min(this, mean of the grid's values); 0 drops only hidden ones.
         Dropped samples have no gradient: lower it where density must grow in empty space."""
         eval_alpha_thre: float = number(0.1, 0, 1)
         """The same where nothing is random: validation, test, evaluation, export. A sample is thin below
         min(this, a tenth of the grid's largest value): specks around what is solid go, and a scene that is
         faint everywhere stays."""
-        grid_resolution: int = 32
+        grid_resolution: int = alias("occ_grid_res", number(32, 1, 254))
         """Cells per side of the occupancy grid."""
-        occ_thre: float = 0.01
+        occ_thre: float = number(0.01, 0, 1000)
         """A cell is empty below min(this, mean of the grid's values), in units of density * step."""
-        update_interval: int = 16
+        update_interval: int = number(16, 1, 100_000)
         """Training steps from one refresh of the grid to the next."""
-        warmup_steps: int = 256
+        warmup_steps: int = number(256, 0)
         """Before this step every cell is refreshed, later half of them at most."""
-        occ_times: int = 4
+        occ_times: int = number(4, 1, 64)
         """Moments at which a refresh looks into a cell, in dynamic scenes."""
-        occ_dilation: int = 1
+        occ_dilation: int = number(1, 0, 16)
         """Cells around an occupied one that count as occupied too, in dynamic scenes. Without it a
         few random moments miss the rim of what moves: 2 to 3 % of its samples."""
 
         def __post_init__(self) -> None:
-            if self.estimator != "occgrid":
-                raise ValueError(
-                    f"estimator={self.estimator!r} is not available in nerf-volume-renderer; use occgrid"
-                )
             if self.return_normal_perturb:
                 raise ValueError("return_normal_perturb is not supported: no loss here uses it; remove it")
-            for key in ("num_samples_per_ray", "eval_chunk_size", "update_interval", "occ_times"):
-                if (value := getattr(self, key)) is not None and value < 1:
-                    raise ValueError(f"{key}={value}: expected at least 1")
-            if not 1 <= self.grid_resolution <= 254:
-                raise ValueError(f"grid_resolution={self.grid_resolution}: expected 1..254")
-            if self.radius <= 0:
-                raise ValueError(f"radius={self.radius}: expected a positive length")
 
         def samples_with_graph(self, rays: int, occupied: float, budget: SampleBudget) -> float:
             return rays * self.num_samples_per_ray * occupied
@@ -259,11 +249,13 @@ class NeRFVolumeRenderer(Renderer):
         positions, times = _midpoints(rays, samples)
         field = field_at(positions, times, step)
         ray_indices, n_rays = samples.ray_indices, len(rays)
+        directions = rays.directions.index_select(0, ray_indices)
         rgb = self.scene.material(
             field.features,
             positions=positions,
             normals=field.normals,
             light_positions=rays.light_positions[ray_indices],
+            directions=directions,
             step=step,
             # A copy: whoever shades other rays, or these again, sees the same draws.
             generator=generator.clone_state() if generator else None,
@@ -284,7 +276,7 @@ class NeRFVolumeRenderer(Renderer):
             deformation=summed(field.deformation),
             weights=weights,
             normals=field.normals,
-            t_dirs=None if field.normals is None else rays.directions.index_select(0, ray_indices),
+            t_dirs=None if field.normals is None else directions,
         )
 
     def _field(self, positions: Float[Tensor, "N 3"], times: Float[Tensor, "N 1"], step: int) -> FieldOutput:

@@ -64,7 +64,7 @@ class MovedBall(Geometry):
 class Painted(Material):
     """Grey in front, red elsewhere."""
 
-    def forward(self, features, *, positions, normals, light_positions, step, generator=None):
+    def forward(self, features, *, positions, normals, light_positions, directions, step, generator=None):
         return torch.lerp(torch.tensor(RED), torch.tensor(GREY), features)
 
 

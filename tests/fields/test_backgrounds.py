@@ -6,11 +6,11 @@ from field_cases import make
 from torch.nn.functional import normalize
 
 from fourdfy.config import ConfigError
-from fourdfy.fields.backgrounds import NeuralEnvironmentMap, SolidColor
+from fourdfy.fields.backgrounds import NeuralEnvironmentMap, SolidColor, Textured
 from fourdfy.ops.spherical_harmonics import spherical_harmonics
 
 DIRECTIONS = normalize(torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
-both = pytest.mark.parametrize("cls", [NeuralEnvironmentMap, SolidColor])
+every = pytest.mark.parametrize("cls", [NeuralEnvironmentMap, SolidColor, Textured])
 
 
 def training(seed: int) -> torch.Generator:
@@ -51,7 +51,21 @@ def test_a_solid_color_can_be_learned():
     assert "env_color" in make(SolidColor).state_dict()
 
 
-@both
+@pytest.mark.parametrize(
+    ("direction", "row", "column"),
+    # rows from -y over -x, ... to +y: longitude -180..180; columns from +z to -z
+    [((1.0, 0.0, 0.0), 1.5, 1.5), ((0.0, 1.0, 0.0), 2.5, 1.5), ((0.0, -0.6, 0.8), 0.5, 0.319)],
+)
+def test_a_textured_background_is_a_picture_of_longitude_and_latitude(direction, row, column):
+    background = make(Textured, height=4, width=4, color_activation="none")
+    rows, columns = torch.meshgrid(torch.arange(4.0), torch.arange(4.0), indexing="ij")
+    with torch.no_grad():
+        background.texture.copy_(torch.stack([rows, columns, rows * 0]))
+    seen = background(torch.tensor(direction).expand(1, 1, 1, 3))[0, 0, 0]
+    torch.testing.assert_close(seen, torch.tensor([row, column, 0.0]), atol=1e-3, rtol=0)
+
+
+@every
 def test_augmentation_puts_one_color_behind_all_frames(cls):
     background = make(cls, random_aug=True, random_aug_prob=1.0)
     first, second = (
@@ -63,7 +77,7 @@ def test_augmentation_puts_one_color_behind_all_frames(cls):
     assert torch.equal(first, background(DIRECTIONS, generator=training(0)))
 
 
-@both
+@every
 def test_there_is_no_augmentation_in_evaluation_or_unasked(cls):
     plain = make(cls)(DIRECTIONS)
     assert torch.equal(make(cls, random_aug=True, random_aug_prob=1.0)(DIRECTIONS), plain)
@@ -81,7 +95,7 @@ def test_augmentation_comes_with_its_probability():
     assert sum(kept) / 2000 == pytest.approx(0.7, abs=0.031)
 
 
-@both
+@every
 def test_augmentation_may_draw_from_a_palette(cls):
     palette = [[1.0, 1.0, 1.0], [0.5, 0.25, 0.0]]
     background = make(cls, random_aug=True, random_aug_prob=1.0, random_aug_colors=palette)
@@ -93,10 +107,14 @@ def test_augmentation_may_draw_from_a_palette(cls):
 @pytest.mark.parametrize(
     ("cls", "keys", "message"),
     [
-        (SolidColor, {"random_aug_prob": 2}, r"random_aug_prob=2\.0: expected a probability"),
+        (SolidColor, {"random_aug_prob": 2}, "random_aug_prob: 2 is outside the range; expected 0 to 1"),
         (SolidColor, {"random_aug_colors": []}, r"expected a list of \[r, g, b\]"),
         (SolidColor, {"random_aug_colors": [[1, 1]]}, r"expected a list of \[r, g, b\]"),
-        (SolidColor, {"n_output_dims": 4}, "n_output_dims=4: a colour has 3 channels"),
+        (SolidColor, {"n_output_dims": 4}, "n_output_dims: 4 is outside the range; expected 3"),
+        (SolidColor, {"color": [255, 255, 255]}, "color: 255 is outside the range; expected 0 to 1"),
+        (SolidColor, {"random_aug_colors": [[0, 128, 0]]}, "128 is outside the range"),
+        (NeuralEnvironmentMap, {"eval_color": [255, 0, 0]}, "255 is outside the range"),
+        (Textured, {"height": 0}, "height: 0 is outside the range"),
         (SolidColor, {"colour": [1, 1, 1]}, "did you mean 'color'"),
         (NeuralEnvironmentMap, {"color_activation": "sigmoidal"}, "did you mean 'sigmoid'"),
     ],

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from field_cases import GRID, at, make_encoding, points
+from scipy.special import sph_harm_y
 
 from fourdfy.config import ConfigError, parse_config
 from fourdfy.fields.encodings import (
@@ -17,7 +18,7 @@ from fourdfy.fields.encodings import (
 )
 from fourdfy.fields.implicit_volume import ImplicitVolume
 from fourdfy.ops.hash_grid import HashGridSpec, hash_grid
-from fourdfy.ops.spherical_harmonics import spherical_harmonics
+from fourdfy.ops.spherical_harmonics import _band, spherical_harmonics
 
 DATA = Path(__file__).parents[1] / "data"
 HARMONICS = np.load(DATA / "hashgrid_reference.npz")
@@ -173,6 +174,22 @@ def test_spherical_harmonics_are_those_of_tiny_cuda_nn():
     torch.testing.assert_close(by_encoding, expected, atol=1e-6, rtol=0)
 
 
+def test_spherical_harmonics_of_every_degree_are_those_of_scipy():
+    directions = torch.nn.functional.normalize(
+        torch.randn(20, 3, generator=torch.Generator().manual_seed(0)).double(), dim=-1
+    )
+    x, y, z = directions.unbind(-1)
+    polar, azimuth = torch.acos(z).numpy(), torch.atan2(y, x).numpy()
+    columns = []
+    for degree in range(8):
+        for order in range(-degree, degree + 1):
+            value = sph_harm_y(degree, abs(order), polar, azimuth)
+            columns.append(value.real if order == 0 else 2**0.5 * (value.imag if order < 0 else value.real))
+    expected = torch.from_numpy(np.stack(columns, axis=-1))
+    torch.testing.assert_close(spherical_harmonics(directions, 8), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(torch.stack(_band(2, x, y, z), -1), expected[:, 4:9])
+
+
 # Errors
 
 
@@ -198,14 +215,18 @@ def test_spherical_harmonics_are_those_of_tiny_cuda_nn():
         (
             "ProgressiveBandHashGrid",
             {"start_level": 1, "start_step": 0, "update_steps": 0},
-            "update_steps=0: expected at least 1",
+            "update_steps: 0 is outside the range; expected at least 1",
         ),
-        ("HashGrid", {"n_levels": 40}, "n_levels=40: expected 1 to 32"),
+        ("HashGrid", {"n_levels": 40}, "n_levels: 40 is outside the range; expected 1 to 32"),
         ("HashGrid", {"backend": "tcm"}, "'tcm': expected auto, torch, numba"),
         ("HashGrid", {"n_level": 4}, "did you mean 'n_levels'"),
-        ("SphericalHarmonics", {"degree": 4}, "degree=4: expected 1 to 3"),
+        ("SphericalHarmonics", {"degree": 9}, "degree: 9 is outside the range; expected 1 to 8"),
         ("HashGridSpatialTimeDeform", {"time_encoding_config": {"otype": "Grid", "type": "Dense"}}, "Dense"),
-        ("HashGridSpatialTimeDeform", {"time_network_config": {"n_neurons": 0}}, "must be at least 1"),
+        (
+            "HashGridSpatialTimeDeform",
+            {"time_network_config": {"n_neurons": 0}},
+            "n_neurons: 0 is outside the range",
+        ),
         (
             "HashGridSpatialTimeDeform",
             {"time_network_config": {"output_activation": "sigmoyd"}},
@@ -219,8 +240,8 @@ def test_a_wrong_config_is_an_error_that_names_the_mend(otype, keys, message):
 
 
 def test_harmonics_of_a_degree_there_is_not_are_an_error():
-    with pytest.raises(ValueError, match="degree 4: expected 1 to 3"):
-        spherical_harmonics(torch.zeros(1, 3), 4)
+    with pytest.raises(ValueError, match="degree 9: expected 1 to 8"):
+        spherical_harmonics(torch.zeros(1, 3), 9)
 
 
 def test_an_encoding_without_levels_has_no_resolution():

@@ -5,20 +5,34 @@ import torch
 from field_cases import make
 
 from fourdfy.config import ConfigError
-from fourdfy.fields.materials import DiffuseWithPointLight, NoMaterial
+from fourdfy.fields.materials import DiffuseWithPointLight, NeuralRadiance, NoMaterial
+from fourdfy.ops.spherical_harmonics import spherical_harmonics
 
 FEATURES = torch.tensor([[0.0, 1.0, -1.0], [2.0, 0.5, 0.0]])
 POSITIONS = torch.zeros(2, 3)
 NORMALS = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, -1.0]])
+DIRECTIONS = torch.tensor([[0.0, 0.6, -0.8], [1.0, 0.0, 0.0]])
 LIGHT = torch.tensor([[0.0, 0.0, 3.0]]).expand(2, 3)
 ALBEDO = FEATURES.sigmoid()
 
 
-def color(material, step: int = 5000, seed: int | None = None, normals=NORMALS):
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+def color(material, step: int = 5000, seed: int | None = None, normals=NORMALS, features=FEATURES):
     return material(
-        FEATURES, positions=POSITIONS, normals=normals, light_positions=LIGHT, step=step, generator=generator
+        features,
+        positions=POSITIONS,
+        normals=normals,
+        light_positions=LIGHT,
+        directions=DIRECTIONS,
+        step=step,
+        generator=None if seed is None else torch.Generator().manual_seed(seed),
     )
+
+
+def test_a_radiance_is_a_network_of_features_and_harmonics_of_the_direction():
+    material = make(NeuralRadiance, input_feature_dims=3, color_activation="none")
+    first, second, third = (material.network.layers[i].weight for i in (0, 2, 4))
+    given = torch.cat([FEATURES, spherical_harmonics(DIRECTIONS, 3)], dim=-1)
+    torch.testing.assert_close(color(material), ((given @ first.T).relu() @ second.T).relu() @ third.T)
 
 
 def test_no_material_activates_the_features():
@@ -72,7 +86,12 @@ def test_the_three_kinds_of_shading_come_with_their_probabilities():
     material = make(DiffuseWithPointLight)
     generator = torch.Generator().manual_seed(0)
     arguments = dict(
-        positions=POSITIONS, normals=NORMALS, light_positions=LIGHT, step=5000, generator=generator
+        positions=POSITIONS,
+        normals=NORMALS,
+        light_positions=LIGHT,
+        directions=DIRECTIONS,
+        step=5000,
+        generator=generator,
     )
     draws = torch.stack([material(FEATURES, **arguments)[1] for _ in range(2000)])
     expected = {"albedo": ALBEDO[1], "shaded": 0.1 * ALBEDO[1], "textureless": torch.full((3,), 0.1)}
@@ -100,11 +119,9 @@ def test_features_that_do_not_fit_are_an_error():
     with pytest.raises(
         ValueError, match=r"reads 4 features and the geometry gives 3; use geometry\.n_feature_dims=4"
     ):
-        color(make(NoMaterial, n_output_dims=4))
+        color(make(NeuralRadiance, input_feature_dims=4))
     with pytest.raises(ValueError, match=r"use geometry\.n_feature_dims=3"):
-        make(DiffuseWithPointLight)(
-            FEATURES[:, :2], positions=POSITIONS, normals=NORMALS, light_positions=LIGHT, step=0
-        )
+        color(make(DiffuseWithPointLight), features=FEATURES[:, :2])
 
 
 def test_shading_without_normals_is_an_error():
@@ -115,11 +132,18 @@ def test_shading_without_normals_is_an_error():
 @pytest.mark.parametrize(
     ("cls", "keys", "message"),
     [
+        (NoMaterial, {"n_output_dims": 4}, "n_output_dims: 4 is outside the range; expected 3"),
+        (NeuralRadiance, {"input_feature_dims": 0}, "expected 1 to 256"),
+        (DiffuseWithPointLight, {"ambient_light_color": [25, 25, 25]}, "25 is outside the range"),
         (NoMaterial, {"color_activation": "sigmoidal"}, "did you mean 'sigmoid'"),
         (NoMaterial, {"input_feature_dims": 4}, "set both or neither"),
         (NoMaterial, {"mlp_network_config": {"otype": "VanillaMLP"}}, "set both or neither"),
-        (DiffuseWithPointLight, {"diffuse_prob": 1.5}, r"diffuse_prob=1\.5: expected a probability"),
-        (DiffuseWithPointLight, {"textureless_prob": -1}, "expected a probability"),
+        (
+            DiffuseWithPointLight,
+            {"diffuse_prob": 1.5},
+            "diffuse_prob: 1.5 is outside the range",
+        ),
+        (DiffuseWithPointLight, {"textureless_prob": -1}, "textureless_prob: -1 is outside"),
         (DiffuseWithPointLight, {"albedo_activation": "x"}, "no activation is called 'x'"),
     ],
 )

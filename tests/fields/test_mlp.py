@@ -20,6 +20,13 @@ def test_layers_are_linear_without_bias_and_relu_between_them():
     torch.testing.assert_close(mlp(X), ((X @ first.T).relu() @ second.T).relu() @ third.T)
 
 
+def test_layers_may_have_a_bias():
+    mlp = make_mlp(n_neurons=8, bias=True)
+    assert not [name for name in make_mlp(n_neurons=8).state_dict() if name.endswith("bias")]
+    first, shift, second, last = mlp.state_dict().values()
+    torch.testing.assert_close(mlp(X), (X @ first.T + shift).relu() @ second.T + last)
+
+
 def test_the_output_activation_comes_last():
     plain, squashed = make_mlp(), make_mlp(output_activation="tanh")
     squashed.load_state_dict(plain.state_dict())

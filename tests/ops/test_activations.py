@@ -26,6 +26,11 @@ X = torch.tensor([-2.0, 0.0, 0.5, 3.0])
         ("silu", lambda x: x / (1 + math.exp(-x))),
         ("sigmoid", lambda x: 1 / (1 + math.exp(-x))),
         ("tanh", math.tanh),
+        ("elu", lambda x: x if x > 0 else math.expm1(x)),
+        ("leaky_relu", lambda x: x if x > 0 else 0.01 * x),
+        ("softsign", lambda x: x / (1 + abs(x))),
+        ("gelu", lambda x: x * (1 + math.erf(x / 2**0.5)) / 2),
+        ("hardtanh", lambda x: min(max(x, -1.0), 1.0)),
         ("scale_-11_01", lambda x: (x + 1) / 2),
         ("lin2srgb", lambda x: 0.0 if x <= 0 else min(1.0, 1.055 * x ** (1 / 2.4) - 0.055)),
     ],
@@ -53,6 +58,12 @@ def test_a_name_that_is_wrong_gets_the_nearest_one():
         get_activation("softpluss")
 
 
+@pytest.mark.parametrize("name", ["dropout", "softmax", "cross_entropy", "__doc__", "torch"])
+def test_what_is_no_elementwise_activation_is_refused(name):
+    with pytest.raises(ValueError, match="no activation is called"):
+        get_activation(name)
+
+
 def test_a_name_like_no_other_gets_the_list():
-    with pytest.raises(ValueError, match="known: exp, "):
+    with pytest.raises(ValueError, match="known: celu, "):
         get_activation("qqq")

@@ -60,7 +60,7 @@ class Paint(Material):
         super().__init__()
         self.random = random
 
-    def forward(self, features, *, positions, normals, light_positions, step, generator=None):
+    def forward(self, features, *, positions, normals, light_positions, directions, step, generator=None):
         shade = torch.rand((), generator=generator) if self.random and generator is not None else 1.0
         return torch.sigmoid(features) * shade
 

@@ -231,10 +231,10 @@ def test_evaluation_knows_no_budget(gradient):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"train_max_nums": 0}, "train_max_nums=0: expected at least 1"),
-        ({"train_max_nums_static": -1}, "train_max_nums_static=-1"),
+        ({"train_max_nums": 0}, "train_max_nums: 0 is outside the range; expected at least 1"),
+        ({"train_max_nums_static": -1}, "train_max_nums_static: -1 is outside"),
         ({"gradient": "sub"}, "gradient.*sub"),
-        ({"num_samples_per_ray": 0}, "num_samples_per_ray=0"),
+        ({"num_samples_per_ray": 0}, "num_samples_per_ray: 0 is outside"),
     ],
 )
 def test_wrong_settings_are_named(given, message):

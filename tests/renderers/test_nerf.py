@@ -5,7 +5,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from analytic_scene import frames, generator, make_scene
+from analytic_scene import Paint, frames, generator, make_scene
 from torch import Tensor
 
 from fourdfy.config import ConfigError, parse_config
@@ -169,6 +169,22 @@ def test_normals_point_out_of_the_ball():
     assert make_scene().renderer(rays, step=0).comp_normal is None
 
 
+class Facing(Paint):
+    """The direction that it is seen along, as a colour."""
+
+    def forward(self, features, *, directions, **unread):
+        return (directions + 1) / 2
+
+
+def test_materials_know_where_they_are_seen_from():
+    parts, rays = make_scene(), frames()
+    parts.renderer.scene = replace(parts.scene, material=Facing())
+    render = parts.renderer(rays, step=0)
+    hit = render.opacity[..., 0] > 0.5
+    seen = (render.comp_rgb_fg / render.opacity)[hit]
+    torch.testing.assert_close(seen, (rays.directions[hit] + 1) / 2)
+
+
 def test_double_precision_works():
     parts = make_scene()
     parts.scene.geometry.double()
@@ -180,16 +196,24 @@ def test_double_precision_works():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"estimator": "proposal"}, "use occgrid"),
+        ({"estimator": "proposal"}, "occgrid"),
         ({"return_normal_perturb": True}, "return_normal_perturb is not supported"),
-        ({"num_samples_per_ray": 0}, "num_samples_per_ray=0"),
-        ({"grid_resolution": 300}, "grid_resolution=300"),
+        ({"num_samples_per_ray": 0}, "num_samples_per_ray: 0 is outside the range; expected 1 to 16384"),
+        ({"grid_resolution": 300}, "grid_resolution: 300 is outside the range; expected 1 to 254"),
+        ({"occ_grid_res": 300}, "grid_resolution: 300 is outside the range"),
+        ({"occ_grid_res": 16, "grid_resolution": 16}, "occ_grid_res: is grid_resolution by another name"),
+        ({"eval_alpha_thre": 1.5}, "eval_alpha_thre: 1.5 is outside the range; expected 0 to 1"),
+        ({"radius": 0}, "radius: 0 is outside the range; expected more than 0"),
         ({"num_sample_per_ray": 5}, "did you mean 'num_samples_per_ray'"),
     ],
 )
 def test_wrong_settings_are_named(given, message):
     with pytest.raises(ConfigError, match=message):
         parse_config(NeRFVolumeRenderer.Config, given, "system.renderer")
+
+
+def test_the_grid_s_resolution_has_the_original_s_name_too():
+    assert parse_config(NeRFVolumeRenderer.Config, {"occ_grid_res": 64}).grid_resolution == 64
 
 
 def test_a_box_beyond_the_field_is_refused():
