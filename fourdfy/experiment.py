@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -17,6 +18,11 @@ from fourdfy.systems.agreement import check_agreement
 from fourdfy.systems.base import System
 from fourdfy.systems.supervision import SupervisionPlan, plan_supervision
 
+logger = logging.getLogger(__name__)
+
+EVERY_N_TRAIN_STEPS = 1000
+"""Between checkpoints, unless the config says otherwise."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
@@ -25,25 +31,72 @@ class TrainerConfig:
     max_steps: int = number(10000, 0)
     log_every_n_steps: int = number(50, 1)
     num_sanity_val_steps: int = number(0, 0)
-    val_check_interval: int = number(1000, 0)
-    """Training steps between validations; 0 for none."""
+    val_check_interval: int | float = number(1000, 0)
+    """Training steps between validations; 0 for none, a fraction such as 0.25 of ``max_steps``."""
+    limit_val_batches: int | float | None = number(None, 0)
+    """How many batches a validation renders, or which share of them."""
+    check_val_every_n_epoch: int | None = None
+    """Refused: there is one epoch."""
     enable_progress_bar: bool = ignored("the progress line is always written", True)
     precision: Literal[32, "32-true", "16-mixed", "bf16-mixed", 16, "bf16"] = 32
     """``16`` and ``bf16`` are older names of the mixed ones."""
+    accumulate_grad_batches: int = number(1, 1)
+    """Batches, of one kind, whose gradients are averaged for a step."""
     gradient_clip_val: float | None = number(None, 0)
+    gradient_clip_algorithm: Literal["norm", "value"] | None = None
+    detect_anomaly: bool = False
+    """Name the operation whose gradient is the first NaN; slow."""
     deterministic: bool = False
     """Refuse operations without a deterministic implementation (CUDA only; the CPU always is). The hash
     grid then runs on its plain reference, which is much slower."""
     inference_mode: bool = ignored("evaluation never builds a graph", False)
+    devices: Any = 1
+    num_nodes: int = 1
+    strategy: str = ignored("a run uses one device", "auto")
+
+    def __post_init__(self) -> None:
+        for key in ("devices", "num_nodes"):
+            if (given := getattr(self, key)) not in (1, "1"):
+                raise ValueError(
+                    f"{key}={given!r}: a run uses one device (--gpu ID says which); remove the key"
+                )
+        if self.check_val_every_n_epoch not in (None, 1):
+            raise ValueError(
+                f"check_val_every_n_epoch={self.check_val_every_n_epoch}: training is one epoch; set "
+                "val_check_interval, in steps"
+            )
+        if self.val_check_interval > 1 and self.val_check_interval % 1:
+            raise ValueError(
+                f"val_check_interval={self.val_check_interval}: expected whole steps, or a fraction up to 1.0"
+            )
+
+    @property
+    def steps_between_validations(self) -> int:
+        """0 for none."""
+        every = self.val_check_interval
+        fraction = isinstance(every, float) and 0 < every <= 1
+        return max(1, round(every * self.max_steps)) if fraction else int(every)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """``checkpoint``: ``ckpts/last.ckpt``, also written at the end and on SIGTERM or SIGINT."""
 
-    every_n_train_steps: int = number(1000, 1)
-    save_last: bool = ignored("there is one checkpoint, the last", True)
-    save_top_k: int = ignored("there is one checkpoint, the last", 0)
+    every_n_train_steps: int = number(EVERY_N_TRAIN_STEPS, 1)
+    save_last: bool = ignored("the last checkpoint is always kept, to go on from", True)
+    save_top_k: int = number(0, -1)
+    """Keep every k-th save too, as ``ckpts/step_{step}.ckpt``; -1: all, 0: none."""
+
+    def interval(self, max_steps: int) -> int:
+        """Steps between saves. The original's files save once, at the end; that would cost a whole run."""
+        if self.every_n_train_steps < max_steps or max_steps <= EVERY_N_TRAIN_STEPS:
+            return self.every_n_train_steps
+        logger.warning(
+            "checkpoint.every_n_train_steps=%d is the whole run; saving every %d steps",
+            self.every_n_train_steps,
+            EVERY_N_TRAIN_STEPS,
+        )
+        return EVERY_N_TRAIN_STEPS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,15 +53,19 @@ def train_stage(stage: Stage, *, device: str, command: Sequence[str], test: bool
         logger.info("%s: finished already, in %s", stage.label, experiment.trial_dir)
         return
     # Lightning takes seconds to import: not before there is something to run.
+    from fourdfy.callbacks.curves import Curves
     from fourdfy.callbacks.last_checkpoint import LastCheckpoint
     from fourdfy.callbacks.progress import ProgressLine
     from fourdfy.systems.lightning import LightningData, LightningSystem
     from fourdfy.trainer import build_trainer
 
+    curves = Curves(experiment)  # first: a checkpoint holds what it has not logged
     prepare_trial(experiment, stage.files, command)
     logger.info("%s: writing to %s", stage.label, experiment.trial_dir)
-    last = LastCheckpoint(experiment.last_checkpoint, experiment.cfg.checkpoint.every_n_train_steps)
-    trainer = build_trainer(experiment, device, [last, ProgressLine(stage.position)])
+    checkpoint = experiment.cfg.checkpoint
+    interval = checkpoint.interval(experiment.cfg.trainer.max_steps)
+    last = LastCheckpoint(experiment.last_checkpoint, interval, checkpoint.save_top_k)
+    trainer = build_trainer(experiment, device, [curves, last, ProgressLine(stage.position)])
     system = experiment.build_system()
     system.prepare(torch.device(device), resumed=stage.resume_from is not None)
     module, data = LightningSystem(system), LightningData(experiment.build_data())

@@ -16,6 +16,10 @@ def step_seed(seed: int, step: int, stream: str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def step_generator(seed: int, step: int, stream: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """A fresh generator on ``device`` for one stream ("camera", "render", "guidance") of one step."""
+def step_generator(
+    seed: int, step: int, stream: str, device: torch.device | str = "cpu", part: int = 0
+) -> torch.Generator:
+    """A fresh generator on ``device`` for one stream ("camera", "render", "guidance") of one step, or of one
+    of the parts in which it is accumulated."""
+    stream = f"{stream}/{part}" if part else stream
     return torch.Generator(device=device).manual_seed(step_seed(seed, step, stream))

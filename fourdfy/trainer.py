@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 
 import pytorch_lightning as pl
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
+from fourdfy.callbacks.curves import Curves
 from fourdfy.callbacks.renders import SaveRenders
 from fourdfy.experiment import Experiment
 from fourdfy.systems.lightning import SafeCheckpointIO
@@ -21,6 +21,7 @@ def build_trainer(experiment: Experiment, device: str, callbacks: Sequence[pl.Ca
     if not logger.isEnabledFor(logging.DEBUG):
         for name in ("pytorch_lightning", "lightning_fabric"):  # they set INFO when they are imported
             logging.getLogger(name).setLevel(logging.ERROR)
+    curves = next((callback for callback in callbacks if isinstance(callback, Curves)), None)
     return pl.Trainer(
         accelerator="gpu" if device == "cuda" else "cpu",
         devices=1,
@@ -28,14 +29,18 @@ def build_trainer(experiment: Experiment, device: str, callbacks: Sequence[pl.Ca
         min_epochs=0,
         log_every_n_steps=cfg.log_every_n_steps,
         num_sanity_val_steps=cfg.num_sanity_val_steps,
-        val_check_interval=cfg.val_check_interval or None,
-        limit_val_batches=None if cfg.val_check_interval else 0,
+        val_check_interval=cfg.steps_between_validations * cfg.accumulate_grad_batches or None,
+        limit_val_batches=cfg.limit_val_batches if cfg.val_check_interval else 0,
         precision=cfg.precision,  # type: ignore[arg-type]
+        accumulate_grad_batches=cfg.accumulate_grad_batches,
         gradient_clip_val=cfg.gradient_clip_val,
+        gradient_clip_algorithm=cfg.gradient_clip_algorithm,
+        detect_anomaly=cfg.detect_anomaly,
         deterministic=cfg.deterministic,
         inference_mode=False,
-        logger=[TensorBoardLogger(trial, name="tb_logs"), CSVLogger(trial, name="csv_logs")],
-        callbacks=[*callbacks, SaveRenders(trial / "save")],
+        default_root_dir=trial,
+        logger=False,
+        callbacks=[*callbacks, SaveRenders(trial / "save", curves)],
         plugins=[SafeCheckpointIO()],
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -242,4 +242,6 @@ class StepBatch(TensorRecord):
     """Name of the supervision step: multi_view, single_view, video, or a plugin's own."""
     cameras: Cameras
     global_step: int
+    part: int = 0
+    """Which one of the batches that make up a step, where gradients are accumulated."""
     """The step this batch was drawn for; batches are a pure function of (seed, step)."""

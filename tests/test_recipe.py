@@ -3,6 +3,7 @@
 import os
 import signal
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -22,7 +23,7 @@ def steps(monkeypatch):
     original = LightningSystem.training_step
 
     def counted(self, batch, batch_idx):
-        computed.append((self.trainer.logger.log_dir.split("/")[-4], self.global_step))
+        computed.append((Path(self.trainer.default_root_dir).parent.name, self.global_step))
         for action in counted.actions.get(len(computed), ()):
             action()
         return original(self, batch, batch_idx)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
+from fourdfy.callbacks.saving import whole_file
+from fourdfy.types import StepBatch
+
 
 class LastCheckpoint(pl.Callback):
-    """Keeps ``last.ckpt`` fresh: every so many steps, at the end, and when the process is told to stop."""
+    """Keeps ``last.ckpt`` fresh: every so many steps, at the end, and when the process is told to stop.
 
-    def __init__(self, path: Path, every_n_train_steps: int) -> None:
+    Of the regular saves every ``keep_every``-th stays, as ``step_{step}.ckpt``; -1: all, 0: none.
+    """
+
+    def __init__(self, path: Path, every_n_train_steps: int, keep_every: int = 0) -> None:
         self.path = path
-        self.every_n_train_steps = every_n_train_steps
+        self.every_n_train_steps, self.keep_every = every_n_train_steps, abs(keep_every)
         self.signal: int | None = None
         """The signal that ended the run early, if one did."""
         self._saved_step = -1
@@ -30,7 +37,11 @@ class LastCheckpoint(pl.Callback):
             raise KeyboardInterrupt
         self.signal = number
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: StepBatch, batch_idx: int
+    ) -> None:
+        if batch.part + 1 < trainer.accumulate_grad_batches:  # half a step can't be gone on from
+            return
         if self.signal is not None or trainer.global_step % self.every_n_train_steps == 0:
             self._save(trainer)
         trainer.should_stop |= self.signal is not None
@@ -46,6 +57,10 @@ class LastCheckpoint(pl.Callback):
         if self._saved_step != trainer.global_step:
             trainer.save_checkpoint(self.path, weights_only=False)  # the optimizer too
             self._saved_step = trainer.global_step
+            saves, beside = divmod(trainer.global_step, self.every_n_train_steps)
+            if self.keep_every and not beside and saves % self.keep_every == 0:
+                with whole_file(self.path.with_name(f"step_{trainer.global_step}.ckpt")) as copy:
+                    shutil.copyfile(self.path, copy)
 
     def _restore_handlers(self) -> None:
         for number, handler in self._handlers.items():

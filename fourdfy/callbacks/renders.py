@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fourdfy.callbacks import saving
+from fourdfy.callbacks.curves import Curves
 from fourdfy.config import ConfigError
 from fourdfy.data.datamodule import EvalBatch
 from fourdfy.ops.compositing import expected_depth
@@ -28,8 +29,9 @@ class SaveRenders(pl.Callback):
         ConfigError: where writing them is all that was asked for, and they can't be written.
     """
 
-    def __init__(self, save_dir: Path) -> None:
-        self.save_dir = save_dir
+    def __init__(self, save_dir: Path, curves: Curves | None = None) -> None:
+        """``curves`` shows validation images too."""
+        self.save_dir, self.curves = save_dir, curves
         self._images: dict[str, dict[str, list[Tensor]]] = defaultdict(dict)
         self._trained = False
 
@@ -55,9 +57,11 @@ class SaveRenders(pl.Callback):
             views, clip = self._shown("val"), self._shown("val_video")
             for index, images in enumerate(zip(*views, strict=True)):
                 saving.save_validation(self.save_dir, module.system.step, index, images)
+                self._log(f"val/{index}", images[0][None], module.system.step)
             if clip:
                 clips = [torch.stack(frames) for frames in clip]
                 saving.save_validation_video(self.save_dir, module.system.step, 0, clips)
+                self._log("val/video", clips[0], module.system.step)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
         with self._written("test images and videos (--test renders them again)"):
@@ -68,6 +72,10 @@ class SaveRenders(pl.Callback):
                         saving.save_test(self.save_dir, module.system.step, images[name], kind=kind)
             if depths := self._images["test"].get("depth"):
                 saving.save_depths(self.save_dir, module.system.step, depths)
+
+    def _log(self, name: str, frames: Tensor, step: int) -> None:
+        if self.curves is not None:
+            self.curves.images(name, saving.to_pixels(frames), step)
 
     @contextmanager
     def _written(self, what: str) -> Iterator[None]:

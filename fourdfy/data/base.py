@@ -14,8 +14,8 @@ class DataModule(Component):
     """Gives the frames of every training step and of the evaluations."""
 
     @abstractmethod
-    def train_dataloader(self, start_step: int) -> DataLoader:
-        """Batches of consecutive global steps, from ``start_step``."""
+    def train_dataloader(self, start_step: int, parts: int = 1) -> DataLoader:
+        """Batches of consecutive global steps, from ``start_step``; ``parts`` of them for each step."""
 
     @abstractmethod
     def val_dataloader(self) -> DataLoader:

@@ -80,8 +80,8 @@ class CombinedCameraDataModule(DataModule):
             ):
                 logger.warning("data.%s.resolution_milestones: no effect, nothing changes there", name)
 
-    def batch(self, step: int) -> StepBatch:
-        """The frames of a global step, whatever came before it.
+    def batch(self, step: int, part: int = 0) -> StepBatch:
+        """The frames of a (part of a) global step, whatever came before it.
 
         Raises:
             ValueError: the plan names a step that there is no sampler for.
@@ -92,8 +92,10 @@ class CombinedCameraDataModule(DataModule):
                 f"no cameras for a step named {name!r}; known: {', '.join(sorted(self.samplers))}. "
                 f"A plugin adds its own to the data module's `samplers`"
             )
-        cameras = self.samplers[name](step=step, generator=step_generator(self.seed, step, "camera"))
-        return StepBatch(step=name, cameras=cameras, global_step=step)
+        cameras = self.samplers[name](
+            step=step, generator=step_generator(self.seed, step, "camera", part=part)
+        )
+        return StepBatch(step=name, cameras=cameras, global_step=step, part=part)
 
     def val_cameras(self, dynamic: bool) -> dict[str, Cameras]:
         """``val``: stills at time 0; dynamic scenes also have ``val_video``, a clip from the front."""
@@ -109,8 +111,8 @@ class CombinedCameraDataModule(DataModule):
         moving = trajectories.moving_test(self.cfg.single_view)
         return {"test": moving, "test_static": at_rest(moving)}
 
-    def train_dataloader(self, start_step: int) -> DataLoader:
-        return DataLoader(_Steps(self, start_step), batch_size=None)
+    def train_dataloader(self, start_step: int, parts: int = 1) -> DataLoader:
+        return DataLoader(_Steps(self, start_step, parts), batch_size=None)
 
     def val_dataloader(self) -> DataLoader:
         return self._evaluation(self.val_cameras(dynamic=not self.cfg.single_view.static))
@@ -139,9 +141,10 @@ def at_rest(cameras: Cameras) -> Cameras:
 class _Steps(IterableDataset):
     """An endless stream of batches; each is computed from its step alone."""
 
-    def __init__(self, data: CombinedCameraDataModule, start_step: int) -> None:
+    def __init__(self, data: CombinedCameraDataModule, start_step: int, parts: int) -> None:
         super().__init__()
-        self.data, self.start_step = data, start_step
+        self.data, self.start_step, self.parts = data, start_step, parts
 
     def __iter__(self) -> Iterator[StepBatch]:
-        return map(self.data.batch, itertools.count(self.start_step))
+        for step in itertools.count(self.start_step):
+            yield from (self.data.batch(step, part) for part in range(self.parts))

@@ -22,6 +22,7 @@ def check_agreement(cfg: Any, plan: SupervisionPlan) -> None:
     """
     _check_motion(cfg)
     _check_radius(cfg.system)
+    _check_scheduler(cfg)
     for step in plan.steps:
         for key in (step.guidance_cfg, step.prompt_cfg):
             if getattr(cfg.system, key) is None:
@@ -30,6 +31,14 @@ def check_agreement(cfg: Any, plan: SupervisionPlan) -> None:
                     f"set it and its type key, or the probability to 0"
                 )
         _check_frames_and_texts(cfg, step)
+
+
+def _check_scheduler(cfg: Any) -> None:
+    if cfg.system.scheduler is not None:
+        try:
+            cfg.system.scheduler.check(cfg.trainer.max_steps)
+        except ValueError as error:
+            raise ConfigError(f"system.scheduler: {error}") from error
 
 
 def _check_frames_and_texts(cfg: Any, step: SupervisionStep) -> None:

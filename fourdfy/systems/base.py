@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from fourdfy.config import Component
 from fourdfy.types import Cameras, RenderOutput, StepBatch
@@ -50,6 +51,10 @@ class System(Component, nn.Module):
     @abstractmethod
     def configure_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer, after ``prepare``; each of its groups has a ``name``."""
+
+    @abstractmethod
+    def configure_scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
+        """What moves the learning rates, at step 0; it takes a step after each of the optimizer's."""
 
     @abstractmethod
     def before_step(self, batch: StepBatch) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from fourdfy.config import Component, ConfigError, build, component_class, file_path, ignored, slot
 from fourdfy.exporters.base import Exporter, Subject
@@ -25,6 +26,7 @@ from fourdfy.schedules import Schedule, check_schedule, schedule_max, schedule_v
 from fourdfy.seeds import step_generator, step_seed
 from fourdfy.systems.base import StepOutput, System
 from fourdfy.systems.checkpoint import read_checkpoint
+from fourdfy.systems.learning_rates import SchedulerConfig
 from fourdfy.systems.optim import GradientAudit, OptimizerConfig, build_optimizer, frozen
 from fourdfy.systems.original import own_names
 from fourdfy.systems.supervision import SupervisionPlan
@@ -35,6 +37,24 @@ logger = logging.getLogger(__name__)
 GUIDANCES = {"guidance", "guidance_multi_view", "guidance_single_view", "guidance_video"}
 """What an optimizer group may name although the stage builds no such guidance, or never ("guidance")."""
 GUIDANCE_LOSSES = ("sds", "vsd", "lora", "sds_video")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """``system.loggers.wandb``, by threestudio's names: Weights & Biases, an optional package. Its variables
+    (``WANDB_MODE=offline``) work."""
+
+    enable: bool = False
+    project: str = "fourdfy"
+    name: str | None = None
+    """Of the run; null is the trial's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggersConfig:
+    """``system.loggers``: where curves go besides the trial's own ``tb_logs`` and ``csv_logs``."""
+
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
 @register("fourdfy-system")
@@ -76,6 +96,8 @@ class FourdfySystem(System):
         loss: dict[str, Schedule] = field(default_factory=dict)
         """``lambda_NAME``: scheduled weight of the loss NAME; 0 or absent is off."""
         optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+        scheduler: SchedulerConfig | None = None
+        """How the learning rates move; null: they stay."""
         freeze_static_modules: bool = False
         """In dynamic stages, train the moving part of the scene alone."""
         weights: str | None = file_path()
@@ -87,7 +109,7 @@ class FourdfySystem(System):
         prob_multi_view: float | None = ignored("data.prob_multi_view is read")
         prob_single_view_video: float | None = ignored("data.single_view.prob_single_view_video is read")
         simultan: bool | None = ignored("data.single_view.simultan is read")
-        loggers: Any = ignored("the trial folder has TensorBoard and CSV logs")
+        loggers: LoggersConfig = field(default_factory=LoggersConfig)
 
         def __post_init__(self) -> None:
             known = (*GUIDANCE_LOSSES, *REGULARIZERS)
@@ -162,6 +184,10 @@ class FourdfySystem(System):
                 logger.info("system.optimizer.params: no group holds the LoRA of %s; it stays as it is", name)
         return optimizer
 
+    def configure_scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
+        with _errors_of("system.scheduler"):
+            return self.cfg.scheduler and self.cfg.scheduler.build(optimizer)
+
     # -- training -------------------------------------------------------------------------------
 
     def before_step(self, batch: StepBatch) -> None:
@@ -173,7 +199,7 @@ class FourdfySystem(System):
 
     def training_step(self, batch: StepBatch) -> StepOutput:
         step = self.plan[batch.step]
-        torch.manual_seed(step_seed(self.seed, batch.global_step, "global"))  # for plugins that use it
+        torch.manual_seed(self._generator(batch, "global").initial_seed())  # for plugins that use it
         weights = self.active_losses(batch.global_step)
         with frozen(self.parameters_outside(step.trains)):
             render = self.renderer(
@@ -236,7 +262,7 @@ class FourdfySystem(System):
                 yield from getattr(self, step.guidance).parameters()
 
     def _generator(self, batch: StepBatch, stream: str) -> torch.Generator:
-        return step_generator(self.seed, batch.global_step, stream, self.device)
+        return step_generator(self.seed, batch.global_step, stream, self.device, batch.part)
 
     # -- evaluation -----------------------------------------------------------------------------
 
@@ -267,7 +293,9 @@ class FourdfySystem(System):
                 f"the checkpoint lacks {', '.join(missing[:3])}{' ...' if missing[3:] else ''}; "
                 "was it made with another geometry or renderer?"
             )
-        self.load_state_dict({key: state[key] for key in own})
+        given = {key: state[key] for key in own}
+        _check_shapes(given, own, "resume", "use the geometry that the checkpoint was made with")
+        self.load_state_dict(given)
         self.step = checkpoint["global_step"]
 
     def read_weights(self) -> dict[str, Tensor]:
@@ -290,15 +318,19 @@ class FourdfySystem(System):
         fits = {key: value for key, value in own_names(weights, own).items() if key in own}
         if weights and not fits:
             raise ConfigError(f"system.weights={self.cfg.weights}: holds nothing that this system has")
-        for key, value in fits.items():
-            if value.shape != own[key].shape:
-                raise ConfigError(
-                    f"system.weights: {key} has shape {list(value.shape)}, this config wants "
-                    f"{list(own[key].shape)}; use the geometry of the earlier stage, or "
-                    f"system.weights_ignore_modules"
-                )
+        hint = "use the geometry of the earlier stage, or system.weights_ignore_modules"
+        _check_shapes(fits, own, "system.weights", hint)
         self.load_state_dict(fits, strict=False)
         return len(fits)
+
+
+def _check_shapes(given: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str, hint: str) -> None:
+    for key, value in given.items():
+        if value.shape != own[key].shape:
+            wanted = list(own[key].shape)
+            raise ConfigError(
+                f"{source}: {key} has shape {list(value.shape)}, this config wants {wanted}; {hint}"
+            )
 
 
 @contextmanager

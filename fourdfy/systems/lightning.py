@@ -16,6 +16,7 @@ from fourdfy.data.datamodule import EvalBatch
 from fourdfy.systems.base import System
 from fourdfy.systems.checkpoint import read_checkpoint, write_checkpoint
 from fourdfy.systems.finite import check_step
+from fourdfy.systems.learning_rates import advance, continued
 from fourdfy.types import RenderOutput, StepBatch, TensorRecord
 
 
@@ -23,24 +24,25 @@ class RunningMeans:
     """The mean of each scalar since it was last taken; nothing is read from the device before."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[Tensor | float, int]] = {}
+        self.sums: dict[str, tuple[Tensor | float, int]] = {}
+        """Scalar -> its sum and count since it was last taken; all that a checkpoint needs."""
         self._taken: dict[str, float] = {}
 
     def add(self, values: Mapping[str, Tensor | float]) -> None:
         for name, value in values.items():
-            total, count = self._sums.get(name, (0.0, 0))
-            self._sums[name] = (total + value, count + 1)
+            total, count = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + value, count + 1)
 
     def take(self) -> dict[str, float]:
         """The means of what came since the last time, which then starts anew."""
-        means = {name: float(total) / count for name, (total, count) in self._sums.items()}
-        self._sums.clear()
+        means = {name: float(total) / count for name, (total, count) in self.sums.items()}
+        self.sums.clear()
         self._taken |= means
         return means
 
     def read(self) -> dict[str, float]:
         """Every scalar that ever came: its mean since it was last taken, else the one taken then."""
-        return self._taken | {name: float(total) / count for name, (total, count) in self._sums.items()}
+        return self._taken | {name: float(total) / count for name, (total, count) in self.sums.items()}
 
 
 class LightningSystem(pl.LightningModule):
@@ -49,32 +51,55 @@ class LightningSystem(pl.LightningModule):
     def __init__(self, system: System) -> None:
         super().__init__()
         self.system = system
+        self._resumed: dict[str, Any] | None = None
         self.means = RunningMeans()
-        """Losses and metrics, ``loss/{kind}/{name}`` and ``{kind}/{name}``, for loggers and progress. The
-        loss ``total`` is the weighted sum, which is trained."""
+        """``loss/{kind}/{name}``, ``weight/{kind}/{name}`` and other ``{kind}/{name}``, for curves and
+        progress. The loss ``total`` is the weighted sum, which is trained."""
 
     def state_dict(self, *args: Any, **keywords: Any) -> dict[str, Any]:
         return self.system.state_dict(*args, **keywords)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.system.load_checkpoint(checkpoint)
+        self.means.sums = checkpoint.get("running_means", {})
+        self._resumed = checkpoint
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["running_means"] = self.means.sums
+        checkpoint["optimizer"] = type(self.trainer.optimizers[0]).__name__
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> None:
         """Nothing: ``on_load_checkpoint`` took it, with the step that belongs to it."""
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return self.system.configure_optimizer()
+    def configure_optimizers(self) -> Any:
+        optimizer = self.system.configure_optimizer()
+        scheduler = self.system.configure_scheduler(optimizer)
+        if self._resumed is not None:
+            # Lightning restores from the checkpoint after this; rates and options are the config's.
+            if scheduler is not None:
+                advance(scheduler, self.system.step)
+            states, name = self._resumed["optimizer_states"], self._resumed.get("optimizer")
+            states[:] = [continued(states[0], name, optimizer)]
+            self._resumed["lr_schedulers"] = []
+        if scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
-        self.system.before_step(batch)
+        if batch.part == 0:
+            self.system.before_step(batch)
+            self._losses: dict[str, Tensor] = {}
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
         out = self.system.training_step(batch)
-        self._batch, self._losses = batch, out.losses
+        self._batch = batch
+        for name, loss in out.losses.items():  # of all parts of the step
+            self._losses[name] = self._losses.get(name, 0) + loss
         losses = {**out.losses, "total": out.loss.detach()}
         self.means.add({f"loss/{batch.step}/{name}": value for name, value in losses.items()})
+        self.means.add({f"weight/{batch.step}/{name}": value for name, value in out.weights.items()})
         self.means.add({f"{batch.step}/{name}": value for name, value in out.metrics.items()})
         return out.loss
 
@@ -91,12 +116,6 @@ class LightningSystem(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: StepBatch, batch_idx: int) -> None:
         self.system.step = self.global_step
-        if self.global_step % self.trainer.log_every_n_steps == 0:
-            means = self.means.take()
-            # Not through Lightning: its count of steps is one ahead after resuming from a validated step.
-            for log in self.trainer.loggers:
-                log.log_metrics(means, batch.global_step)
-                log.save()
 
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> RenderOutput:
         return self.system.render(batch.cameras)
@@ -112,7 +131,7 @@ class LightningData(pl.LightningDataModule):
         self.data = data
 
     def train_dataloader(self) -> DataLoader:
-        return self.data.train_dataloader(self.trainer.global_step)
+        return self.data.train_dataloader(self.trainer.global_step, self.trainer.accumulate_grad_batches)
 
     def val_dataloader(self) -> DataLoader:
         return self.data.val_dataloader()

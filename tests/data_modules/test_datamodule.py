@@ -86,6 +86,14 @@ def test_batches_are_a_pure_function_of_seed_and_step():
     assert not equal(straight[0].cameras, straight[3].cameras)
 
 
+def test_the_parts_of_a_step_are_of_one_kind_with_cameras_of_their_own():
+    batches = list(itertools.islice(make().train_dataloader(start_step=2, parts=2), 4))
+    assert [(batch.global_step, batch.part) for batch in batches] == [(2, 0), (2, 1), (3, 0), (3, 1)]
+    first, second = batches[:2]
+    assert first.step == second.step and not equal(first.cameras, second.cameras)
+    assert equal(first.cameras, make().batch(2).cameras)
+
+
 def test_the_step_names_its_cameras():
     frames = {batch.step: batch.cameras for batch in map(make().batch, range(3))}
     assert {name: (len(c), c.height, c.width) for name, c in frames.items()} == {

@@ -1,0 +1,190 @@
+"""What a training run logs: TensorBoard, a CSV file and, where asked, Weights & Biases.
+
+A resumed run continues the curves of before: what they hold from its first step on is dropped, and the
+checkpoint has the sums of the point that was not complete. So nothing is logged twice or lost.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+from jaxtyping import UInt8
+from numpy import ndarray
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
+
+from fourdfy.callbacks.saving import VALIDATION_FPS, whole_file
+from fourdfy.config import ConfigError
+from fourdfy.experiment import Experiment
+
+MAX_PIXELS = 256
+"""Of the longer side of a logged image or clip; larger ones lose rows and columns."""
+
+
+class Curves(pl.Callback):
+    """Every ``trainer.log_every_n_steps`` steps, and after the last: for each kind of step that came since
+    its last point the mean of its scalars; and the learning rates.
+
+    Raises:
+        ConfigError: Weights & Biases is asked for and not installed.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.trial = experiment.trial_dir
+        self.every_n_steps = experiment.cfg.trainer.log_every_n_steps
+        self.values = experiment.values
+        self.wandb = experiment.cfg.system.loggers.wandb
+        if self.wandb.enable and find_spec("wandb") is None:
+            raise ConfigError(
+                "system.loggers.wandb.enable=true: the package wandb is missing; pip install wandb, or set "
+                "it to false"
+            )
+        self.writers: list[Any] = []
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        start = trainer.global_step
+        self.writers = [TensorBoard(self.trial / "tb_logs", start), CsvFile(self.trial / "csv_logs", start)]
+        if self.wandb.enable:
+            self.writers.append(WeightsAndBiases(self.trial, self.wandb, self.values))
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        due = step % self.every_n_steps == 0 or step == trainer.max_steps
+        if not due or batch.part + 1 < trainer.accumulate_grad_batches:
+            return
+        scalars = module.means.take()
+        for group in trainer.optimizers[0].param_groups:
+            scalars[f"lr/{group['name']}"] = group["lr"]
+        for writer in self.writers:
+            writer.scalars(scalars, step - 1)
+
+    def images(self, name: str, frames: UInt8[ndarray, "F H W 3"], step: int) -> None:
+        """Log an image or, of several frames, a clip; nothing when no run is going on."""
+        stride = -(-max(frames.shape[1:3]) // MAX_PIXELS)
+        for writer in self.writers:
+            writer.images(name, frames[:, ::stride, ::stride], step)
+
+    def on_fit_end(self, *args: Any) -> None:
+        for writer in self.writers:
+            writer.close()
+        self.writers = []
+
+    def on_exception(self, *args: Any) -> None:
+        self.on_fit_end()
+
+
+class TensorBoard:
+    """``version_0`` of a folder, as Lightning names it."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        self.writer = SummaryWriter(folder / "version_0", purge_step=start)
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def images(self, name: str, frames: UInt8[ndarray, "F H W 3"], step: int) -> None:
+        height, width = frames.shape[1:3]
+        image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded(frames))
+        self.writer._get_file_writer().add_summary(
+            Summary(value=[Summary.Value(tag=name, image=image)]), step
+        )
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class CsvFile:
+    """``version_0/metrics.csv``: a row for each logged step, a column for each scalar that ever came."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        self.path = folder / "version_0" / "metrics.csv"
+        self.columns = ["step"]
+        self._rewrite(
+            [row for row in self._rows() if (row["step"] or "").isdecimal() and int(row["step"]) < start]
+        )
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        row = {**values, "step": step}
+        if row.keys() - set(self.columns):
+            self._rewrite([*self._rows(), row])
+            return
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.columns).writerow(row)
+
+    def images(self, name: str, frames: UInt8[ndarray, "F H W 3"], step: int) -> None:
+        """Nothing: a table has no room for pictures."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _rows(self) -> list[dict[str, Any]]:
+        if not self.path.exists():
+            return []
+        with open(self.path, newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        self.columns = sorted({"step"}.union(*rows))
+        with (
+            whole_file(self.path) as half_written,
+            open(half_written, "w", newline="", encoding="utf-8") as file,
+        ):
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+class WeightsAndBiases:
+    """A run of wandb for each trial; a resumed trial continues its run."""
+
+    def __init__(self, trial: Path, cfg: Any, values: Mapping[str, Any]) -> None:
+        import wandb
+
+        self.wandb = wandb
+        self.run = wandb.init(
+            project=cfg.project,
+            name=cfg.name or f"{trial.parent.name}/{trial.name}",
+            id=hashlib.blake2b(str(trial.resolve()).encode(), digest_size=8).hexdigest(),
+            resume="allow",
+            dir=str(trial),
+            config=dict(values),
+        )
+        # Steps of its own only grow; after a crash ours begin again at the checkpoint.
+        self.run.define_metric("global_step")
+        self.run.define_metric("*", step_metric="global_step")
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        self.run.log({**values, "global_step": step})
+
+    def images(self, name: str, frames: UInt8[ndarray, "F H W 3"], step: int) -> None:
+        if len(frames) == 1:
+            picture = self.wandb.Image(frames[0])
+        else:
+            picture = self.wandb.Video(io.BytesIO(encoded(frames)), format="gif")
+        self.run.log({name: picture, "global_step": step})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def encoded(frames: UInt8[ndarray, "F H W 3"]) -> bytes:
+    """A PNG, or of several frames an endless GIF."""
+    from PIL import Image
+
+    first, *others = (Image.fromarray(np.ascontiguousarray(frame)) for frame in frames)
+    file = io.BytesIO()
+    if others:
+        first.save(file, "GIF", save_all=True, append_images=others, duration=1000 // VALIDATION_FPS, loop=0)
+    else:
+        first.save(file, "PNG")
+    return file.getvalue()

@@ -1,0 +1,149 @@
+"""How learning rates move (``system.scheduler``), and what of an optimizer a resumed run takes over.
+
+A scheduler is a function of the global step alone: a resumed run builds it from its config and takes as
+many steps. So the config's rates and options always hold, and of a checkpoint only the optimizer's moments
+are read.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch.optim import lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler
+
+from fourdfy.config import ConfigError
+
+NEEDS_STATE = ("amsgrad", "centered", "momentum")
+"""Options of optimizers that keep a moment of their own; it can't be made up for steps that are gone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """``system.scheduler``: a class of torch.optim.lr_scheduler with its arguments or parts."""
+
+    name: str
+    interval: Literal["step"] = "step"
+    """It takes a step after each of the optimizer's; there is one epoch, so nothing counts those."""
+    args: dict[str, Any] = field(default_factory=dict)
+    schedulers: list[dict[str, Any]] = field(default_factory=list)
+    """Of a SequentialLR or ChainedScheduler: schedulers in this same form."""
+    milestones: list[int] = field(default_factory=list)
+    """Of a SequentialLR: the global steps at which the next one takes over."""
+
+    def __post_init__(self) -> None:
+        try:
+            self.build(torch.optim.AdamW([torch.zeros(1)]))
+        except ValueError as error:
+            raise ValueError(f"scheduler: {error}") from error
+
+    def build(self, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        """The scheduler, at step 0.
+
+        Raises:
+            ValueError: no such scheduler, or arguments that it doesn't take; says which.
+        """
+        return _build(asdict(self), optimizer)
+
+    def check(self, max_steps: int) -> None:
+        """Go through a whole run, so that what fails late fails at once.
+
+        Raises:
+            ValueError: at one of the steps the scheduler fails, or a rate is not finite.
+        """
+        optimizer = torch.optim.AdamW([torch.zeros(1)])
+        scheduler = self.build(optimizer)
+        for step in range(max_steps):
+            try:
+                advance(scheduler, 1)
+            except (ValueError, ArithmeticError) as error:
+                raise ValueError(f"{self.name} fails at step {step + 1}: {error}") from error
+            if not math.isfinite(float(optimizer.param_groups[0]["lr"])):
+                raise ValueError(f"{self.name}: the learning rate at step {step + 1} is not finite")
+
+
+def _build(cfg: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> LRScheduler:
+    name, args = cfg.get("name"), dict(cfg.get("args") or {})
+    if unknown := cfg.keys() - SchedulerConfig.__dataclass_fields__.keys():
+        raise ValueError(f"{sorted(unknown)[0]}: unknown key of a scheduler")
+    if cfg.get("interval", "step") != "step":
+        raise ValueError(
+            f"interval={cfg['interval']!r}: there is one epoch, so it would never move; use step"
+        )
+    if not (cls := _classes().get(str(name))):
+        guess = difflib.get_close_matches(str(name), _classes(), n=1)
+        hint = f"did you mean {guess[0]!r}?" if guess else f"known: {', '.join(_classes())}"
+        raise ValueError(f"name={name!r}: not in torch.optim.lr_scheduler, or it needs code; {hint}")
+    try:
+        if cls in (lr_scheduler.SequentialLR, lr_scheduler.ChainedScheduler):
+            parts = [_build(part, optimizer) for part in cfg.get("schedulers") or ()]
+            if cls is lr_scheduler.ChainedScheduler:
+                return cls(parts, optimizer, **args)
+            return cls(optimizer, parts, list(cfg.get("milestones") or ()), **args)
+        return cls(optimizer, **args)
+    except (TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _classes() -> dict[str, type[LRScheduler]]:
+    """By name. Left out are those that take functions, or a measured value at each step."""
+    not_data = ("LRScheduler", "LambdaLR", "MultiplicativeLR", "ReduceLROnPlateau")
+    return {
+        name: cls
+        for name, cls in vars(lr_scheduler).items()
+        if isinstance(cls, type) and issubclass(cls, LRScheduler) and name not in not_data and name[0] != "_"
+    }
+
+
+def advance(scheduler: LRScheduler, steps: int) -> None:
+    """Take ``steps`` steps without the optimizer's."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step()` before")
+        for _ in range(steps):
+            scheduler.step()
+
+
+def continued(
+    saved: Mapping[str, Any], saved_name: str | None, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """The state for a new ``optimizer`` that goes on from a ``saved`` one: its options, the saved moments.
+
+    Args:
+        saved: ``state_dict()`` of the other.
+        saved_name: its class; None in old checkpoints.
+
+    Raises:
+        ConfigError: another class, other groups, or an option that needs moments which were not kept.
+    """
+    own, name = optimizer.state_dict(), type(optimizer).__name__
+    if saved_name not in (None, name):
+        raise _refusal("name", f"the class {saved_name}, not {name}")
+    theirs = {group["name"]: group for group in saved["param_groups"]}
+    ours = {group["name"]: group for group in own["param_groups"]}
+    for group in sorted(theirs.keys() ^ ours.keys()):
+        raise _refusal(f"params.{group}", "such a group" if group in theirs else "no such group")
+    state = {}
+    for group, options in ours.items():
+        before = theirs[group]
+        counts = len(before["params"]), len(options["params"])
+        if counts[0] != counts[1]:
+            raise _refusal(f"params.{group}", f"{counts[0]} tensors there, not {counts[1]}")
+        for key in NEEDS_STATE:
+            if options.get(key) and not before.get(key):
+                raise _refusal(f"args.{key}", f"no {key}")
+        pairs = zip(before["params"], options["params"], strict=True)
+        state |= {new: saved["state"][old] for old, new in pairs if old in saved["state"]}
+    return {"state": state, "param_groups": own["param_groups"]}
+
+
+def _refusal(key: str, was: str) -> ConfigError:
+    return ConfigError(
+        f"system.optimizer.{key}: the checkpoint's optimizer has {was}, so training can't go on from it; "
+        "give what it began with, or start anew from its scene: system.weights=CKPT in place of resume=CKPT"
+    )

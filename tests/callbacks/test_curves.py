@@ -1,0 +1,132 @@
+"""Curves: means for each kind of step, one curve across resumes, Weights & Biases."""
+
+import csv
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fourdfy.callbacks import curves
+from fourdfy.callbacks.curves import Curves
+from fourdfy.config import ConfigError, load_config
+from fourdfy.experiment import parse_experiment
+from fourdfy.systems.lightning import RunningMeans
+from tests.launching import CONFIGS, TINY
+
+
+def experiment(root, *overrides):
+    given = [*TINY, f"exp_root_dir={root}", "trainer.log_every_n_steps=4", *overrides]
+    return parse_experiment(load_config([CONFIGS / "shapes_stage_1.yaml"], given))
+
+
+def run(this, steps, *, sums=None, crash=False, max_steps=100):
+    """Train steps, all of kind "a" but every fifth, "b"; the loss is the step. Gives what a checkpoint would
+    hold of the means."""
+    callback, module = Curves(this), SimpleNamespace(means=RunningMeans())
+    module.means.sums = dict(sums or {})
+    optimizer = SimpleNamespace(param_groups=[{"name": "geometry", "lr": 0.5}])
+    trainer = SimpleNamespace(
+        global_step=steps[0], max_steps=max_steps, optimizers=[optimizer], accumulate_grad_batches=1
+    )
+    callback.on_train_start(trainer, module)
+    for step in steps:
+        module.means.add({f"loss/{'b' if step % 5 == 4 else 'a'}/sds": float(step)})
+        trainer.global_step = step + 1
+        callback.on_train_batch_end(trainer, module, None, SimpleNamespace(part=0), step)
+    if not crash:
+        callback.on_fit_end()
+    return module.means.sums
+
+
+def rows(this):
+    with open(this.trial_dir / "csv_logs" / "version_0" / "metrics.csv") as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def events(this):
+    accumulator = EventAccumulator(str(this.trial_dir / "tb_logs" / "version_0"))
+    accumulator.Reload()
+    return accumulator
+
+
+def points(this, name):
+    return [(event.step, event.value) for event in events(this).Scalars(name)]
+
+
+def test_a_point_is_the_mean_of_its_kind_of_step_and_rare_kinds_have_theirs(tmp_path):
+    this = experiment(tmp_path)
+    run(this, range(8))
+    assert rows(this) == [
+        {"step": 3, "loss/a/sds": 1.5, "lr/geometry": 0.5},
+        {"step": 7, "loss/a/sds": 6.0, "loss/b/sds": 4.0, "lr/geometry": 0.5},
+    ]
+    assert points(this, "loss/b/sds") == [(7, 4.0)]
+
+
+def test_the_last_step_completes_the_curve(tmp_path):
+    this = experiment(tmp_path)
+    run(this, range(6), max_steps=6)
+    assert [row["step"] for row in rows(this)] == [3, 5]
+
+
+@pytest.mark.parametrize("crash", [False, True])
+def test_a_resumed_run_continues_the_curve_without_a_step_twice_or_lost(tmp_path, crash):
+    whole, broken = experiment(tmp_path / "whole"), experiment(tmp_path / "broken")
+    run(whole, range(16))
+    sums = run(broken, range(6))
+    if crash:  # four more steps, with a point, that no checkpoint has
+        run(broken, range(6, 10), sums=sums, crash=True)
+    run(broken, range(6, 16), sums=sums)
+    assert rows(broken) == rows(whole)
+    for name in ("loss/a/sds", "loss/b/sds", "lr/geometry"):
+        assert points(broken, name) == points(whole, name)
+
+
+def test_pictures_and_clips_go_to_tensorboard_at_a_small_size(tmp_path):
+    this = experiment(tmp_path)
+    callback = Curves(this)
+    callback.on_train_start(SimpleNamespace(global_step=0), None)
+    callback.images("val/0", np.zeros((1, 300, 400, 3), np.uint8), 7)
+    callback.images("val/video", np.arange(4, dtype=np.uint8).repeat(48).reshape(4, 4, 4, 3), 7)
+    callback.on_fit_end()
+    (image,), (clip,) = events(this).Images("val/0"), events(this).Images("val/video")
+    assert (image.step, image.height, image.width) == (7, 150, 200)
+    assert image.encoded_image_string[:4] == b"\x89PNG" and clip.encoded_image_string[:3] == b"GIF"
+
+
+class FakeRun:
+    def __init__(self, **given):
+        self.given, self.logged, self.finished = given, [], False
+
+    def define_metric(self, *names, **options):
+        pass
+
+    def log(self, values):
+        self.logged.append(values)
+
+    def finish(self):
+        self.finished = True
+
+
+def test_weights_and_biases_gets_the_same_curves_in_one_run(tmp_path, monkeypatch):
+    runs = []
+    fake = ModuleType("wandb")
+    fake.init = lambda **given: runs.append(FakeRun(**given)) or runs[-1]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setattr(curves, "find_spec", lambda name: name == "wandb")
+    enable = "system.loggers.wandb.enable=true"
+    run(experiment(tmp_path, enable), range(4))
+    run(experiment(tmp_path, enable, "system.loggers.wandb.project=mine"), range(4, 8))
+    assert [run.given["project"] for run in runs] == ["fourdfy", "mine"]
+    assert runs[0].given["name"] == "shapes_stage_1/tiny"
+    assert runs[0].given["id"] == runs[1].given["id"] and runs[1].given["resume"] == "allow"
+    assert runs[0].logged == [{"global_step": 3, "loss/a/sds": 1.5, "lr/geometry": 0.5}]
+    assert all(run.finished for run in runs)
+
+
+def test_weights_and_biases_must_be_installed_where_it_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(curves, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"system\.loggers\.wandb\.enable=true: .* pip install wandb"):
+        Curves(experiment(tmp_path, "system.loggers.wandb.enable=true"))
