@@ -10,7 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fourdfy.callbacks import curves
 from fourdfy.callbacks.curves import Curves
-from fourdfy.config import ConfigError, load_config
+from fourdfy.config import ConfigError
+from fourdfy.config_layers import load_config
 from fourdfy.experiment import parse_experiment
 from fourdfy.systems.lightning import RunningMeans
 from tests.launching import CONFIGS, TINY

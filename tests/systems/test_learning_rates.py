@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fourdfy.config import ConfigError, load_config, parse_config
+from fourdfy.config import ConfigError, parse_config
+from fourdfy.config_layers import load_config
 from fourdfy.experiment import parse_experiment
 from fourdfy.systems.learning_rates import SchedulerConfig, advance, continued
 from tests.launching import CONFIGS, TINY

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fourdfy.config import ConfigError, load_config
+from fourdfy.config import ConfigError
+from fourdfy.config_layers import load_config
 from fourdfy.experiment import CheckpointConfig, TrainerConfig, parse_experiment
 from fourdfy.systems.checkpoint import read_checkpoint
 from tests.launching import CONFIGS, TINY, launch, trial
