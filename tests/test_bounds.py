@@ -13,7 +13,12 @@ from fourdfy.bounds import number, scheduled
 from fourdfy.config import Component, ConfigError, parse_config
 from fourdfy.data.base import DataModule
 from fourdfy.data.sampling import MultiViewConfig, SingleViewConfig
+from fourdfy.fields.base import Background, Geometry, Material
+from fourdfy.fields.encodings import Encoding
+from fourdfy.fields.implicit_volume import BlobStdAnnealing
+from fourdfy.fields.mlp import VanillaMLP
 from fourdfy.guidance.base import Guidance
+from fourdfy.renderers.base import Renderer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +66,16 @@ def test_a_number_inside_is_taken():
     [
         SingleViewConfig,
         MultiViewConfig,
+        BlobStdAnnealing,
         *(
             registry.find(kind, base).Config
-            for base in (DataModule, Guidance)
+            for base in (DataModule, Guidance, Geometry, Material, Background, Encoding, VanillaMLP, Renderer)
             for kind in registry.names(base)
         ),
     ],
     ids=lambda config: config.__qualname__,
 )
-def test_every_number_of_data_and_guidances_has_a_range(config):
+def test_every_number_of_a_component_has_a_range(config):
     numeric = ("int", "float", "Schedule")
     free = [
         f.name

@@ -5,6 +5,7 @@ D view directions (side, front, back, overhead), L tokens, C channels.
 
 from __future__ import annotations
 
+import difflib
 import gc
 import hashlib
 import json
@@ -204,7 +205,11 @@ def resolve_prompt(prompt: str) -> str:
     if matches:
         raise ValueError(f"prompt {prompt!r} fits several library prompts; add a word:{_listed(matches)}")
     near = [text for text in everything if any(word in text.lower() for word in words)]
-    raise ValueError(f"prompt {prompt!r} fits no library prompt; there are:{_listed(near or everything)}")
+    near = near or difflib.get_close_matches(" ".join(words), everything, n=3, cutoff=0)
+    raise ValueError(
+        f"prompt {prompt!r} fits no prompt of fourdfy's own library, which is not threestudio's; the nearest "
+        f"are:{_listed(near)}"
+    )
 
 
 def tokenize(tokenizer: Any, text: str, max_length: int) -> list[int]:

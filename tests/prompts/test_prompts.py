@@ -113,11 +113,13 @@ def test_an_ambiguous_or_unknown_library_prompt_lists_the_candidates():
         resolve_prompt("lib:a_playing")
     assert "a fox playing a wooden flute" in str(error.value)
     assert "a drummer playing a small drum" in str(error.value)
-    with pytest.raises(ValueError, match="fits no library prompt") as error:
-        resolve_prompt("lib:panda_sleeping")
+    with pytest.raises(ConfigError, match="library, which is not threestudio's; the nearest") as error:
+        make(prompt="lib:panda_sleeping")
     assert "a panda dancing" in str(error.value)
-    with pytest.raises(ConfigError, match="fits no library prompt"):
-        make(prompt="lib:xyzzy")
+    with pytest.raises(ValueError, match="the nearest") as error:
+        resolve_prompt("lib:pandas_dancng")  # no word of it is in the library
+    assert "a panda dancing" in str(error.value)
+    assert "a drummer playing a small drum" not in str(error.value)
 
 
 def test_a_prompt_must_be_given():
