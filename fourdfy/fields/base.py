@@ -24,6 +24,11 @@ class Geometry(Component, nn.Module, ABC):
     @dataclass(frozen=True, kw_only=True)
     class Config(Component.Config):
         @property
+        def num_features(self) -> int | None:
+            """How many features ``forward`` gives; None where the config does not say."""
+            return None
+
+        @property
         def has_normals(self) -> bool:
             """Whether ``forward`` can give normals."""
             return True
@@ -67,6 +72,11 @@ class Geometry(Component, nn.Module, ABC):
 
 class Material(Component, nn.Module, ABC):
     """From a geometry's features to colours."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Component.Config):
+        def check_features(self, count: int) -> None:
+            """Raise a ValueError unless colours can be made of ``count`` features."""
 
     requires_normal: bool = False
 

@@ -109,6 +109,10 @@ class ImplicitVolume(Geometry):
                 )
 
         @property
+        def num_features(self) -> int:
+            return self.n_feature_dims
+
+        @property
         def has_normals(self) -> bool:
             return self.normal_type is not None
 

@@ -40,6 +40,9 @@ class NoMaterial(Material):
             if bool(self.mlp_network_config) != (self.input_feature_dims is not None):
                 raise ValueError("input_feature_dims and mlp_network_config go together; set both or neither")
 
+        def check_features(self, count: int) -> None:
+            _expect_features(count, self.input_feature_dims or self.n_output_dims)
+
     cfg: Config
 
     def __init__(self, cfg: Config) -> None:
@@ -61,13 +64,7 @@ class NoMaterial(Material):
         step: int,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "N 3"]:
-        """See ``Material.forward``.
-
-        Raises:
-            ValueError: the features are not what ``n_output_dims`` or ``input_feature_dims`` says.
-        """
-        wanted = self.cfg.input_feature_dims if self.network else self.cfg.n_output_dims
-        _check_features(features, wanted)
+        """See ``Material.forward``."""
         return self.color_activation(self.network(features) if self.network else features)
 
 
@@ -99,6 +96,9 @@ class DiffuseWithPointLight(Material):
         def __post_init__(self) -> None:
             get_activation(self.albedo_activation)
 
+        def check_features(self, count: int) -> None:
+            _expect_features(min(count, 3), 3)
+
     cfg: Config
 
     def __init__(self, cfg: Config) -> None:
@@ -120,14 +120,9 @@ class DiffuseWithPointLight(Material):
         """See ``Material.forward``. Evaluation shades, once ``ambient_only_steps`` are over.
 
         Raises:
-            ValueError: no normals, or fewer than three features.
+            ValueError: no normals.
         """
         cfg = self.cfg
-        if features.shape[-1] < 3:
-            raise ValueError(
-                f"colours need 3 features and the geometry gives {features.shape[-1]}; "
-                f"use geometry.n_feature_dims=3"
-            )
         albedo = self.albedo_activation(features[:, :3])
         if step < cfg.ambient_only_steps:
             return albedo.clamp(0, 1)
@@ -168,6 +163,9 @@ class NeuralRadiance(Material):
         def __post_init__(self) -> None:
             get_activation(self.color_activation)
 
+        def check_features(self, count: int) -> None:
+            _expect_features(count, self.input_feature_dims)
+
     cfg: Config
 
     def __init__(self, cfg: Config) -> None:
@@ -189,23 +187,18 @@ class NeuralRadiance(Material):
         step: int,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "N 3"]:
-        """See ``Material.forward``.
-
-        Raises:
-            ValueError: the features are not as many as ``input_feature_dims`` says.
-        """
-        _check_features(features, self.cfg.input_feature_dims)
+        """See ``Material.forward``."""
         with torch.autocast(features.device.type, enabled=False):
             unit_cube = (directions.to(features.dtype) + 1) / 2
             seen_from = self.encoding(unit_cube, torch.zeros_like(unit_cube[:, :1]), step=step)
             return self.color_activation(self.network(torch.cat([features, seen_from.features], dim=-1)))
 
 
-def _check_features(features: Float[Tensor, "N C"], wanted: int) -> None:
-    if features.shape[-1] != wanted:
+def _expect_features(count: int, wanted: int) -> None:
+    if count != wanted:
         raise ValueError(
-            f"the material reads {wanted} features and the geometry gives {features.shape[-1]}; "
-            f"use geometry.n_feature_dims={wanted}"
+            f"the material reads {wanted} features and the geometry gives {count}; "
+            f"use system.geometry.n_feature_dims={wanted}"
         )
 
 

@@ -128,6 +128,8 @@ class FourdfySystem(System):
                     "geometry.normal_type=null: the material or the renderer wants normals; use "
                     "system.geometry.normal_type=finite_difference"
                 )
+            if (features := self.geometry.num_features) is not None:
+                self.material.check_features(features)
             rendered = {"normals": wants_normals, "deformation": self.geometry.has_deformation}
             for name, (needed, advice) in NEEDS.items():
                 weight = self.loss.get(f"lambda_{name}", 0)

@@ -115,15 +115,6 @@ def test_the_same_seed_gives_the_same_shading():
     assert torch.equal(color(material, seed=4), color(material, seed=4))
 
 
-def test_features_that_do_not_fit_are_an_error():
-    with pytest.raises(
-        ValueError, match=r"reads 4 features and the geometry gives 3; use geometry\.n_feature_dims=4"
-    ):
-        color(make(NeuralRadiance, input_feature_dims=4))
-    with pytest.raises(ValueError, match=r"use geometry\.n_feature_dims=3"):
-        color(make(DiffuseWithPointLight), features=FEATURES[:, :2])
-
-
 def test_shading_without_normals_is_an_error():
     with pytest.raises(ValueError, match=r"use geometry\.normal_type=finite_difference"):
         color(make(DiffuseWithPointLight), normals=None)

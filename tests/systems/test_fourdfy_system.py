@@ -89,6 +89,9 @@ SHADING = "system.material_type=diffuse-with-point-light-material"
         (["system.loss.lambda_orient=1"], "lambda_orient=1: needs normals"),
         (["system.loss.lambda_orient=[0,0.0,1.0,9]"], "lambda_orient=.*needs normals"),
         (["system.loss.lambda_deformation=1"], "lambda_deformation=1: needs deformation"),
+        (["system.geometry.n_feature_dims=4"], "reads 3 features and the geometry gives 4"),
+        (["system.geometry.n_feature_dims=2", SHADING], "use system.geometry.n_feature_dims=3"),
+        (["system.material_type=neural-radiance-material"], "use system.geometry.n_feature_dims=8"),
         (["system.loss.lambda_tv=1"], "lambda_tv=1: there is no such loss"),
         (["system.geometry.normal_type=null", SHADING], "normal_type=null: the material or the renderer"),
         (
