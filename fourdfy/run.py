@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,8 +41,12 @@ def run(
     elif mode == "fetch":
         fetch_models([stage.experiment for stage in stages])
     elif mode == "train":
+        from fourdfy.closing import log_closing
+
+        began = time.monotonic()
         for stage in stages:
             train_stage(stage, device=device, command=command)
+        log_closing(stages, time.monotonic() - began, device)
     else:
         evaluate(mode, stages[-1].experiment, device=device)
 
@@ -82,9 +87,12 @@ def evaluate(mode: str, experiment: Experiment, *, device: str) -> None:
     """``--validate``, ``--test``, ``--export`` or ``--evaluate`` of the checkpoint that ``resume`` names."""
     system = load_system(experiment, device, experiment.cfg.resume)
     if mode == "evaluate":
+        from fourdfy.evaluation.report import print_report
         from fourdfy.evaluation.shapes import evaluate_system
 
-        evaluate_system(system, experiment.cfg.system.prompt_processor.prompt, experiment.trial_dir)
+        prompt = experiment.cfg.system.prompt_processor.prompt
+        print_report(evaluate_system(system, prompt, experiment.trial_dir))
+        logger.info("written to %s", experiment.trial_dir / "save")
         return
     if mode == "export":
         export(system, experiment)

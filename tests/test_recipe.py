@@ -42,14 +42,23 @@ def recipe(root, *overrides):
     return launch("shapes.yaml", "train", root, "checkpoint.every_n_train_steps=2", *overrides)
 
 
-def test_a_recipe_runs_all_stages_each_from_the_one_before(tmp_path, steps):
+def test_a_recipe_runs_all_stages_each_from_the_one_before(tmp_path, steps, caplog):
     computed, _ = steps
     assert recipe(tmp_path) == 0
     assert computed == [(name, step) for name in STAGES for step in (0, 1)]
     for before, name in pairwise(STAGES):
         raw = (trial(tmp_path, name) / "configs" / "parsed.yaml").read_text()
         assert f"weights: {trial(tmp_path, before)}/ckpts/last.ckpt" in raw
-    assert list(trial(tmp_path, STAGES[2]).glob("save/it2-test.mp4"))
+    last = trial(tmp_path, STAGES[2])
+    result = tmp_path / "tiny" / "result.mp4"
+    assert result.read_bytes() == (last / "save/it2-test.mp4").read_bytes()
+    for text in (
+        f"video   {result}",
+        "scores  silhouette IoU 0.",
+        f"next    python launch.py --trial {last} --export",
+    ):
+        assert text in caplog.records[-1].getMessage()
+    assert (last / "save/it2-evaluation.json").exists()
 
 
 def test_a_stopped_recipe_goes_on_and_computes_nothing_twice(tmp_path, steps):

@@ -58,6 +58,20 @@ def print_report(report: ShapesReport, console: Console | None = None) -> None:
     (console or Console()).print(*_report_tables(report))
 
 
+def brief(report: ShapesReport) -> str:
+    """One scene's numbers in one line."""
+    motion = report.motion_right
+    return ", ".join(
+        [
+            f"silhouette IoU {_number(report.iou)}",
+            f"PSNR {report.psnr:.1f} dB",
+            f"colour {_yes(report.colour_ok)}",
+            f"motion {_yes(motion) if motion is not None else _motion(report)}",
+            f"{report.fronts} front{'' if report.fronts == 1 else 's'}",
+        ]
+    )
+
+
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One line for each prompt (a row of the command's JSON), then means and counts."""
     table = Table("prompt", "held out", "without", "IoU", "PSNR", "colour", "motion", "fronts", "seconds")

@@ -32,7 +32,7 @@ from fourdfy.cli import select_device
 from fourdfy.config import ConfigError
 from fourdfy.config_files import CONFIGS
 from fourdfy.evaluation import marks, metrics
-from fourdfy.evaluation.report import Moment, ShapesReport, print_report, summary_table
+from fourdfy.evaluation.report import Moment, ShapesReport, summary_table
 from fourdfy.ops.cameras import orbit_cameras
 from fourdfy.recipe import load_recipe
 from fourdfy.run import load_system, train_stage
@@ -40,8 +40,6 @@ from fourdfy.shapes import world
 from fourdfy.shapes.grammar import COLOURS, ShapePrompt, is_held_out, parse_prompt
 from fourdfy.systems.base import System
 from fourdfy.types import Cameras
-
-logger = logging.getLogger(__name__)
 
 Render = Callable[[Cameras], tuple[Tensor, Tensor]]
 """F cameras -> rgb [F, H, W, 3] over ``BACKGROUND`` and opacity [F, H, W, 1], both 0..1."""
@@ -125,7 +123,7 @@ def evaluate_scene(
 
 
 def evaluate_system(system: System, prompt: str, trial_dir: Path) -> ShapesReport:
-    """``launch.py --evaluate``: a table on the terminal and ``save/it{step}-evaluation.json``.
+    """A trained scene against the ground truth; the report is also ``save/it{step}-evaluation.json``.
 
     Raises:
         ConfigError: the prompt is not of the grammar, so there is no ground truth.
@@ -134,10 +132,7 @@ def evaluate_system(system: System, prompt: str, trial_dir: Path) -> ShapesRepor
         report = evaluate_scene(prompt, scene_renderer(system))
     except ValueError as error:
         raise ConfigError(f"system.prompt_processor.prompt: {error}") from error
-    print_report(report)
-    path = trial_dir / "save" / f"it{system.step}-evaluation.json"
-    _write_json(path, asdict(report))
-    logger.info("written to %s", path)
+    _write_json(trial_dir / "save" / f"it{system.step}-evaluation.json", asdict(report))
     return report
 
 
