@@ -2,10 +2,10 @@
 
 import sys
 
-from fourdfy.cli import main
-
 if __name__ == "__main__":
     try:
+        from fourdfy.cli import main
+
         raise SystemExit(main())
     except ModuleNotFoundError as error:
         if not error.name or error.name.startswith("fourdfy"):

@@ -23,6 +23,8 @@ setup(
         "torch>=2.6",
         "pytorch-lightning>=2.6",
         "omegaconf>=2.4",
+        "pyyaml>=6.0",
+        "filelock>=3.12",
         "diffusers>=0.38",
         "transformers>=5.0",
         "peft>=0.18",

@@ -1,6 +1,8 @@
 """What an installation holds, and what ``launch.py`` says where it holds too little."""
 
+import ast
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -9,6 +11,10 @@ import pytest
 
 from fourdfy.config_files import ConfigError, find_config, read_layers
 from tests.launching import CONFIGS, ROOT
+
+
+OPTIONAL = {"accelerate", "triton", "tomesd", "xformers", "mvdream", "wandb"}
+DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit-image"}
 
 
 @pytest.fixture(scope="module")
@@ -56,15 +62,24 @@ def test_an_installed_recipe_is_found_by_name_from_any_folder(installed, tmp_pat
     assert "stage 3/3" in done.stdout
 
 
+def test_every_package_that_is_imported_is_declared():
+    sources = [ast.parse(path.read_text()) for path in (ROOT / "fourdfy").rglob("*.py")]
+    nodes = [node for source in sources for node in ast.walk(source)]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {
+        node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level
+    }
+    imported = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"fourdfy"} - OPTIONAL
+    declared = set(re.findall(r'"([\w-]+)[><=]', (ROOT / "setup.py").read_text()))
+    pinned = set(re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+    assert {DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in imported} <= {
+        name.replace("_", "-") for name in declared & pinned
+    }
+
+
 def test_without_the_dependencies_launching_says_what_to_do():
-    command = [
-        sys.executable,
-        "-S",
-        "launch.py",
-        "--config",
-        "configs/shapes.yaml",
-        "--check",
-    ]  # -S: no packages
+    no_packages = "-S"
+    command = [sys.executable, no_packages, "launch.py", "--config", "configs/shapes.yaml", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "source .venv/bin/activate" in done.stderr and "pip install -e ." in done.stderr
