@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fourdfy.config import ConfigError
+from fourdfy.config_files import ConfigError
 from fourdfy.diffusion.hub import part_flaw, read_description, weight_files
 from fourdfy.diffusion.scheduler_file import read_scheduler
 from fourdfy.ops.diffusion import NoiseScales, noise_scales, sample_noise
@@ -138,9 +138,10 @@ def load_part(
     import diffusers
 
     with _loading(folder / part):
-        network = getattr(diffusers, class_name).from_pretrained(
-            folder / part, torch_dtype=dtype, local_files_only=True, **_weights(folder, part, dtype)
+        network, found = getattr(diffusers, class_name).from_pretrained(
+            folder / part, torch_dtype=dtype, **_loading_options(folder, part, dtype)
         )
+        _check_complete(found)
     return freeze(network.to(device))
 
 
@@ -156,12 +157,12 @@ def load_text_encoder(folder: Path, device: torch.device) -> tuple[Any, nn.Modul
     from transformers import CLIPTextModel
 
     with no_progress_bar(), _loading(folder / "text_encoder"):
-        encoder = CLIPTextModel.from_pretrained(
+        encoder, found = CLIPTextModel.from_pretrained(
             folder / "text_encoder",
-            local_files_only=True,
             dtype=torch.float32,
-            **_weights(folder, "text_encoder", torch.float32),
+            **_loading_options(folder, "text_encoder", torch.float32),
         )
+        _check_complete(found)
     return tokenizer, freeze(encoder.to(device))
 
 
@@ -306,8 +307,8 @@ def _to_channels_last(network: nn.Module) -> None:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
 
-def _weights(folder: Path, part: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Which of a part's weight files its loader opens: those that ``part_flaw`` looked at.
+def _loading_options(folder: Path, part: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What diffusers and transformers are told; they open the files that ``part_flaw`` looked at.
 
     ``use_safetensors`` is said explicitly: left open, diffusers warns before it takes a pickle (with
     weights_only=True).
@@ -315,7 +316,18 @@ def _weights(folder: Path, part: str, dtype: torch.dtype) -> dict[str, Any]:
     files = weight_files(folder, part)
     if files.variant and dtype == torch.float32:
         _say_once(f"{folder / part}: rounded to half precision; there are no other weights")
-    return {"variant": files.variant, "use_safetensors": files.use_safetensors}
+    return {
+        "local_files_only": True,
+        "variant": files.variant,
+        "use_safetensors": files.use_safetensors,
+        "output_loading_info": True,
+    }
+
+
+def _check_complete(found: Mapping[str, Any]) -> None:
+    """Both libraries only warn of weights that a file lacks, and draw them at random."""
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{len(missing)} weights are missing, {missing[0]} among them")
 
 
 @contextlib.contextmanager

@@ -495,6 +495,7 @@ def _converted(file: Path, parts: Sequence[str]) -> Path:
             unfinished.rename(folder)
         for part in _loans(folder, parts):
             shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(folder / part, ignore_errors=True)
             shutil.copytree(loans[part] / part, unfinished)
             unfinished.rename(folder / part)
     if lacking := _lacking(folder, parts):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fourdfy.bounds import Bounds
-from fourdfy.config import ConfigError
+from fourdfy.config_files import ConfigError
 from fourdfy.diffusion.hub import DESCRIPTIONS, read_description
 
 CLASSES = {

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fourdfy.config_files import ConfigError
 from fourdfy.diffusion.frozen import load_text_encoder, load_tokenizer
 from fourdfy.diffusion.hub import read_description
 from fourdfy.prompts.base import PromptProcessor, TextEncoder, tokenize
@@ -45,4 +46,10 @@ class StableDiffusionPromptProcessor(PromptProcessor):
 def _max_length(tokenizer: Any, folder: Path) -> int:
     """Tokens that tokenizer and encoder both take, the two ends of a text included."""
     encoder = read_description(folder, "text_encoder")
-    return min(tokenizer.model_max_length, encoder.get("max_position_embeddings", 77))
+    lengths = tokenizer.model_max_length, encoder.get("max_position_embeddings", 77)
+    if not all(isinstance(length, int) and length > 2 for length in lengths):
+        raise ConfigError(
+            f"{folder}: tokenizer and text_encoder state model_max_length={lengths[0]!r} and "
+            f"max_position_embeddings={lengths[1]!r}; expected whole numbers"
+        )
+    return min(lengths)

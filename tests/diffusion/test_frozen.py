@@ -211,6 +211,22 @@ def test_sizes_that_fit_no_weights_are_one_line(folder, tmp_path, size):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_weights_that_a_file_lacks_are_not_drawn_at_random(folder, tmp_path, part):
+    from safetensors.torch import load_file, save_file
+
+    copy = shutil.copytree(folder, tmp_path / "model")
+    file = next((copy / part).glob("*.safetensors"))
+    weights = load_file(file)
+    key = next(key for key in weights if key.endswith("conv_in.weight") or "token_embedding" in key)
+    del weights[key]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"{part} can't be loaded: .*1 weights are missing"):
+        if part == "vae":
+            load_part(copy, part, "AutoencoderKL", dtype=torch.float32, device=CPU)
+        load_text_encoder(copy, CPU)
+
+
 def test_half_precision_variants_serve_where_there_is_nothing_else(folder, tmp_path, caplog, unheard):
     from diffusers import UNet2DConditionModel
     from transformers import CLIPTextModel

@@ -445,7 +445,9 @@ def test_prompts_of_a_checkpoint_are_read_with_its_encoder_and_sd21s_tokenizer(m
     tokenizer, encoder = load_text_encoder(folder, torch.device("cpu"))
     assert tokenizer("red").input_ids
     assert encoder.config.num_hidden_layers == 2
+    (folder / "tokenizer" / "vocab.json").write_bytes(b"")
     assert resolve_model(mvdream_file, parts) == folder
+    assert load_text_encoder(folder, torch.device("cpu"))[0]("red").input_ids
 
 
 def test_a_file_that_is_no_model_is_an_error_with_its_name(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 
@@ -265,6 +266,15 @@ def test_a_prompt_that_is_too_long_is_refused_before_any_weights_are_read(model,
     make(pretrained_model_name_or_path=str(model)).check_texts()
     make(pretrained_model_name_or_path="nobody/is-here", prompt=long).check_texts()
     assert not loads
+
+
+@pytest.mark.parametrize("length", ["long", 0, None])
+def test_a_model_that_does_not_say_how_much_it_reads_is_refused(model, tmp_path, length):
+    folder = shutil.copytree(model, tmp_path / "model")
+    file = folder / "text_encoder" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"max_position_embeddings": length}))
+    with pytest.raises(ConfigError, match="max_position_embeddings="):
+        make(pretrained_model_name_or_path=str(folder)).check_texts()
 
 
 SHAPES = "fourdfy/shapes-image"
