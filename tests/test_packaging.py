@@ -12,7 +12,6 @@ import pytest
 from fourdfy.config_files import ConfigError, find_config, read_layers
 from tests.launching import CONFIGS, ROOT
 
-
 OPTIONAL = {"accelerate", "triton", "tomesd", "xformers", "mvdream", "wandb"}
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit-image"}
 
