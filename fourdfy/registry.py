@@ -48,6 +48,7 @@ MODULES = {
     "videocrafter-guidance": "fourdfy.guidance.videocrafter",
     "mesh-exporter": "fourdfy.exporters.mesh_exporter",
     "video-exporter": "fourdfy.exporters.video_exporter",
+    "all-exporter": "fourdfy.exporters.all_exporter",
     "single-multiview-combined-camera-datamodule": "fourdfy.data.datamodule",
     "fourdfy-system": "fourdfy.systems.fourdfy",
 }

@@ -21,7 +21,7 @@ from numpy import ndarray
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
-from fourdfy.callbacks.saving import VALIDATION_FPS, whole_file
+from fourdfy.callbacks.saving import VALIDATION_FPS, by_product, whole_file
 from fourdfy.config import ConfigError
 from fourdfy.experiment import Experiment
 
@@ -31,7 +31,7 @@ MAX_PIXELS = 256
 
 class Curves(pl.Callback):
     """Every ``trainer.log_every_n_steps`` steps, and after the last: for each kind of step that came since
-    its last point the mean of its scalars; and the learning rates.
+    its last point the mean of its scalars; and the learning rates. What can't be written costs a warning.
 
     Raises:
         ConfigError: Weights & Biases is asked for and not installed.
@@ -51,7 +51,10 @@ class Curves(pl.Callback):
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
         start = trainer.global_step
-        self.writers = [TensorBoard(self.trial / "tb_logs", start), CsvFile(self.trial / "csv_logs", start)]
+        self.writers = []
+        for kind, folder in ((TensorBoard, "tb_logs"), (CsvFile, "csv_logs")):
+            with by_product("curves"):
+                self.writers.append(kind(self.trial / folder, start))
         if self.wandb.enable:
             self.writers.append(WeightsAndBiases(self.trial, self.wandb, self.values))
 
@@ -64,7 +67,8 @@ class Curves(pl.Callback):
         for group in trainer.optimizers[0].param_groups:
             scalars[f"lr/{group['name']}"] = group["lr"]
         for writer in self.writers:
-            writer.scalars(scalars, step - 1)
+            with by_product("curves"):
+                writer.scalars(scalars, step - 1)
 
     def images(self, name: str, frames: UInt8[ndarray, "F H W 3"], step: int) -> None:
         """Log an image or, of several frames, a clip; nothing when no run is going on."""
@@ -74,7 +78,8 @@ class Curves(pl.Callback):
 
     def on_fit_end(self, *args: Any) -> None:
         for writer in self.writers:
-            writer.close()
+            with by_product("curves"):
+                writer.close()
         self.writers = []
 
     def on_exception(self, *args: Any) -> None:

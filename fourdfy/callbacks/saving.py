@@ -115,7 +115,7 @@ def _save_frames_and_video(folder: Path, frames: Clip) -> Path | None:
 # Pixels
 
 
-def to_pixels(values: Float[Tensor, "*F H W C"]) -> UInt8[ndarray, "*F H W 3"]:
+def to_pixels(values: Float[Tensor, "*F H W C"]) -> UInt8[ndarray, "*F H W _"]:
     """``value * 255`` truncated to 8 bit, one channel repeated to grey; not finite is black."""
     scaled = values.detach().float().nan_to_num(0, 0, 0).clamp(0, 1) * 255
     pixels = scaled.to(torch.uint8).cpu().numpy()

@@ -1,4 +1,5 @@
-"""Camera paths as JSON: ``transforms.json``, the format of instant-ngp, Nerfstudio and D-NeRF.
+"""Camera paths as JSON: ``transforms.json``, the format of instant-ngp, Nerfstudio and D-NeRF; and, to
+read, ``camera_path.json`` of Nerfstudio's viewer.
 
 A world of z up; ``transform_matrix`` is camera to world with columns right, up, backward, position,
 as everywhere in this project. ``time`` is scene time, 0..1.
@@ -19,6 +20,8 @@ from fourdfy.callbacks.saving import whole_file
 from fourdfy.config import ConfigError
 from fourdfy.types import Cameras
 
+MAX_SIZE = 8192
+"""Pixels along a side."""
 CONVENTIONS = (
     "transform_matrix: camera to world, columns right, up, backward, position; the camera looks along its "
     "-z; the world is right-handed, z up, the object's front at +x. Lengths in scene units, angles in "
@@ -26,7 +29,7 @@ CONVENTIONS = (
 )
 
 
-def save_cameras(path: Path, cameras: Cameras, *, fps: int, image_pattern: str | None = None) -> None:
+def save_cameras(path: Path, cameras: Cameras, *, fps: float | int, image_pattern: str | None = None) -> None:
     """Write a path; ``image_pattern`` ("frames/{}.png") names the images of its frames, if there are."""
     width, height = cameras.width, cameras.height
     focal = 0.5 * height / torch.tan(0.5 * torch.deg2rad(cameras.fovy_deg))
@@ -51,32 +54,68 @@ def save_cameras(path: Path, cameras: Cameras, *, fps: int, image_pattern: str |
         "frames": frames,
     }
     with whole_file(path) as half_written:
-        half_written.write_text(json.dumps(content, indent=1) + "\n")
+        half_written.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def load_cameras(path: Path) -> Cameras:
-    """Read a path, whoever wrote it; a frame without ``time`` has its share of the clip.
+def load_cameras(path: Path) -> tuple[Cameras, float | None]:
+    """A path, whoever wrote it, and its frames in a second, if it says so.
+
+    A frame without ``time`` (``render_time``) has its share of the clip.
 
     Raises:
         ConfigError: no such file, or it is no camera path of square, centred pixels.
     """
     try:
-        content = json.loads(Path(path).read_text())
-        width, height, frames = int(content["w"]), int(content["h"]), content["frames"]
-        c2w = torch.tensor([frame["transform_matrix"] for frame in frames], dtype=torch.float32)
-        focal = torch.tensor([_focal_length(frame, content, height) for frame in frames])
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such camera path") from error
-    except (ValueError, KeyError, TypeError) as error:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        cameras, fps = (_of_nerfstudio if "camera_path" in content else _of_transforms)(content)
+        if not (len(cameras) and 1 <= cameras.height <= MAX_SIZE and 1 <= cameras.width <= MAX_SIZE):
+            raise ValueError(f"{len(cameras)} frames of {cameras.width} x {cameras.height} pixels")
+        if not all(value.isfinite().all() for value in cameras.tensors().values()):
+            raise ValueError("some numbers are not finite")
+        if not ((cameras.times >= 0) & (cameras.times <= 1)).all():
+            raise ValueError("times outside 0..1")
+        if not ((cameras.fovy_deg > 0) & (cameras.fovy_deg < 180)).all():
+            raise ValueError("fields of view outside 0..180 degrees")
+        if fps is not None and not 0 < fps < math.inf:
+            raise ValueError(f"fps {fps}")
+        return cameras, fps
+    except OSError as error:
+        raise ConfigError(f"{path}: no such camera path ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, IndexError, RuntimeError, ZeroDivisionError) as error:
         raise ConfigError(
             f"{path}: not a camera path ({type(error).__name__}: {error}); expected JSON with w, h, fl_y or "
-            f"camera_angle_y, and frames of transform_matrix"
+            f"camera_angle_y, and frames of transform_matrix (4 x 4), or Nerfstudio's camera_path.json"
         ) from error
-    if not len(frames) or c2w.shape[1:] != (4, 4):
-        raise ConfigError(f"{path}: expected frames with a transform_matrix of 4 x 4 numbers each")
-    default = torch.linspace(0, 1, len(frames)).tolist()
-    times = torch.tensor([float(f.get("time", time)) for f, time in zip(frames, default, strict=True)])
-    return _with_angles(c2w, torch.rad2deg(2 * torch.atan(0.5 * height / focal)), times, height, width)
+
+
+def _of_transforms(content: Any) -> tuple[Cameras, float | None]:
+    width, height, frames = int(content["w"]), int(content["h"]), content["frames"]
+    focal = torch.tensor([_focal_length(frame, content, height) for frame in frames])
+    cameras = _cameras(
+        [frame["transform_matrix"] for frame in frames],
+        torch.rad2deg(2 * torch.atan(0.5 * height / focal)),
+        [frame.get("time") for frame in frames],
+        height,
+        width,
+    )
+    return cameras, float(content["fps"]) if "fps" in content else None
+
+
+def _of_nerfstudio(content: dict[str, Any]) -> tuple[Cameras, float | None]:
+    """The viewer's own interpolation is in the frames; its keyframes are not read."""
+    if (kind := content.get("camera_type", "perspective")) != "perspective":
+        raise ValueError(f"camera_type {kind!r}; only perspective is rendered here")
+    frames = content["camera_path"]
+    cameras = _cameras(
+        [frame["camera_to_world"] for frame in frames],
+        torch.tensor([float(frame["fov"]) for frame in frames]),
+        [frame.get("render_time") for frame in frames],
+        int(content["render_height"]),
+        int(content["render_width"]),
+    )
+    if "fps" in content:
+        return cameras, float(content["fps"])
+    return cameras, len(frames) / float(content["seconds"]) if "seconds" in content else None
 
 
 def _focal_length(frame: dict[str, Any], content: dict[str, Any], height: int) -> float:
@@ -87,14 +126,13 @@ def _focal_length(frame: dict[str, Any], content: dict[str, Any], height: int) -
     return 0.5 * height / math.tan(0.5 * content["camera_angle_y"])
 
 
-def _with_angles(
-    c2w: Float[Tensor, "F 4 4"],
-    fovy_deg: Float[Tensor, "F"],
-    times: Float[Tensor, "F"],
-    height: int,
-    width: int,
+def _cameras(
+    matrices: list[Any], fovy_deg: Float[Tensor, "F"], times: list[Any], height: int, width: int
 ) -> Cameras:
-    """The record's other fields, from the positions; the light is at the camera."""
+    """With the record's other fields from the positions; the light is at the camera."""
+    c2w = torch.tensor(matrices, dtype=torch.float32).reshape(len(matrices), 4, 4)
+    shares = torch.linspace(0, 1, len(matrices)).tolist()
+    given = [share if time is None else float(time) for time, share in zip(times, shares, strict=True)]
     positions = c2w[:, :3, 3]
     distances = positions.norm(dim=-1)
     elevation = torch.asin((positions[:, 2] / distances.clamp(min=1e-9)).clamp(-1, 1))
@@ -105,7 +143,7 @@ def _with_angles(
         elevation_deg=torch.rad2deg(elevation),
         azimuth_deg=torch.rad2deg(azimuth),
         distances=distances,
-        times=times,
+        times=torch.tensor(given),
         light_positions=positions,
         height=height,
         width=width,

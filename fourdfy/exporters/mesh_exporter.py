@@ -140,7 +140,7 @@ class MeshExporter(Exporter):
             except NoSurfaceError as error:
                 logger.warning("nothing to see at time %.3g", time)
                 meshes.append(None)
-                nothing = error
+                nothing = nothing or error
         if nothing is not None and not any(meshes):
             raise nothing
         return meshes

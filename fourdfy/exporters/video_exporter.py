@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy import ndarray
 
+from fourdfy.bounds import number
 from fourdfy.callbacks import saving
 from fourdfy.config import ConfigError, file_path
 from fourdfy.exporters.base import Exporter, Subject
@@ -17,7 +20,8 @@ from fourdfy.ops.compositing import expected_depth
 from fourdfy.registry import register
 from fourdfy.types import Cameras
 
-VideoFormat = Literal["mp4", "gif", "webp", "png"]
+VideoFormat = Literal["mp4", "webm", "gif", "webp", "png"]
+TRANSPARENT = ("webm", "webp", "png")
 
 
 @register("video-exporter")
@@ -27,52 +31,70 @@ class VideoExporter(Exporter):
     @dataclass(frozen=True, kw_only=True)
     class Config(Exporter.Config):
         trajectory: str = file_path("test")
-        """A sequence of the data module (``test``, ``test_static``, of moving scenes ``val_video``), or
-        the path of a JSON file such as this exporter writes."""
+        """A sequence of the data module (``test``, ``test_static``, of moving scenes ``val_video``), or a
+        JSON file: such as this exporter writes, or Nerfstudio's ``camera_path.json``."""
         formats: list[VideoFormat] = field(default_factory=lambda: ["mp4", "gif", "webp"])
-        """``png``: all frames, in a folder. Without ffmpeg, mp4 is frames as well."""
+        """``png``: all frames, in a folder. Without ffmpeg, mp4 and webm are frames as well."""
+        alpha: bool = False
+        """WebM, WebP and PNG without the background; mp4 and GIF have no opacity and show it."""
         depth: bool = True
-        """Also the depths, near red and far blue, the background black."""
-        fps: int = saving.TEST_FPS
-        frames_at_once: int = 8
+        """Also depths: as numbers (``.npz``), and near red, far blue, the background black."""
+        fps: float | None = number(None, 0.1, 240)
+        """null: that of a camera file, else what shows one clip in ``clip_seconds``; where the scene's time
+        stands still, 15."""
+        frames_at_once: int = number(8, 1, 4096)
         """Bounds memory."""
-
-        def __post_init__(self) -> None:
-            if self.fps < 1 or self.frames_at_once < 1:
-                raise ValueError("fps and frames_at_once: expected at least 1")
 
     cfg: Config
 
     def export(self, subject: Subject, folder: Path) -> list[Path]:
-        """``{trajectory}.mp4`` and so on, ``{trajectory}_depth.mp4``, ``{trajectory}_transforms.json``."""
+        """``{trajectory}.mp4`` and so on, ``{trajectory}_depth.mp4`` and ``.npz``,
+        ``{trajectory}_transforms.json``."""
         cfg = self.cfg
-        name, cameras = choose_cameras(cfg.trajectory, subject.cameras)
-        colors, depths = [], []
+        name, cameras, fps = choose_cameras(cfg.trajectory, subject.cameras)
+        fps = cfg.fps or self._clips_fps(subject, cameras, fps)
+        colors, cutouts, depths = [], [], []
         for some in torch.arange(len(cameras)).split(cfg.frames_at_once):
             out = subject.render(cameras[some])
-            colors.append(out.comp_rgb.cpu())
+            colors.append(saving.to_pixels(out.comp_rgb))
             depths.append(expected_depth(out.opacity, out.depth).cpu())
-        clips = {name: saving.to_pixels(torch.cat(colors))}
+            if cfg.alpha:
+                straight = out.comp_rgb_fg / out.opacity.clamp(min=1e-6)
+                cutouts.append(saving.to_pixels(torch.cat([straight, out.opacity], dim=-1)))
+
+        def save(clip: str, opaque: ndarray, transparent: ndarray) -> list[Path]:
+            shown = {fmt: transparent if fmt in TRANSPARENT else opaque for fmt in cfg.formats}
+            return [saving.save_clip(folder / f"{clip}.{f}", frames, fps=fps) for f, frames in shown.items()]
+
+        opaque = np.concatenate(colors)
+        files = save(name, opaque, np.concatenate(cutouts) if cfg.alpha else opaque)
         if cfg.depth:
             depth = torch.cat(depths)
-            clips[f"{name}_depth"] = saving.depth_to_jet(depth, *saving.depth_range(list(depth)))
-        files = [
-            saving.save_clip(folder / f"{clip}.{fmt}", frames, fps=cfg.fps)
-            for clip, frames in clips.items()
-            for fmt in cfg.formats
-        ]
-        path = folder / f"{name}_transforms.json"
+            jet = saving.depth_to_jet(depth, *saving.depth_range(list(depth)))
+            files += save(f"{name}_depth", jet, jet)
+            files.append(folder / f"{name}_depth.npz")
+            with saving.whole_file(files[-1]) as half_written:
+                np.savez_compressed(half_written, depth=depth[..., 0].numpy())
+        files.append(folder / f"{name}_transforms.json")
         images = f"{name}/{{}}.png" if "png" in cfg.formats else None
-        save_cameras(path, cameras, fps=cfg.fps, image_pattern=images)
-        return [*files, path]
+        save_cameras(files[-1], cameras, fps=fps, image_pattern=images)
+        return files
+
+    def _clips_fps(self, subject: Subject, cameras: Cameras, of_file: float | None) -> float:
+        """What shows a clip in its time, where the frames go through it at one speed."""
+        steps = cameras.times.diff() % 1
+        even = len(steps) > 0 and float(steps.min()) > 1e-6 and float(steps.max() - steps.min()) < 1e-4
+        if even and subject.dynamic and (self.cfg.clip_seconds or not of_file):
+            return 1 / float(steps.mean()) / (self.cfg.clip_seconds or subject.clip_seconds)
+        return of_file or saving.TEST_FPS
 
 
-def choose_cameras(trajectory: str, sequences: Mapping[str, Cameras]) -> tuple[str, Cameras]:
-    """A name for the files, and the cameras."""
+def choose_cameras(trajectory: str, sequences: Mapping[str, Cameras]) -> tuple[str, Cameras, float | None]:
+    """A name for the files, the cameras, and the frames in a second, where a file says them."""
     if trajectory in sequences:
-        return trajectory, sequences[trajectory]
+        return trajectory, sequences[trajectory], None
     if trajectory.endswith(".json"):
-        return Path(trajectory).stem.removesuffix("_transforms"), load_cameras(Path(trajectory))
+        return Path(trajectory).stem.removesuffix("_transforms"), *load_cameras(Path(trajectory))
     raise ConfigError(
         f"system.exporter.trajectory={trajectory!r}: expected {', '.join(sequences)} or a .json file"
     )

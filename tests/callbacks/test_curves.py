@@ -1,6 +1,7 @@
 """Curves: means for each kind of step, one curve across resumes, Weights & Biases."""
 
 import csv
+import shutil
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -8,18 +9,17 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fourdfy.callbacks import curves
+from fourdfy.callbacks import curves, saving
 from fourdfy.callbacks.curves import Curves
 from fourdfy.config import ConfigError
-from fourdfy.config_layers import load_config
-from fourdfy.experiment import parse_experiment
+from fourdfy.experiment import load_experiment
 from fourdfy.systems.lightning import RunningMeans
 from tests.launching import CONFIGS, TINY
 
 
 def experiment(root, *overrides):
     given = [*TINY, f"exp_root_dir={root}", "trainer.log_every_n_steps=4", *overrides]
-    return parse_experiment(load_config([CONFIGS / "shapes_stage_1.yaml"], given))
+    return load_experiment([CONFIGS / "shapes_stage_1.yaml"], given)
 
 
 def run(this, steps, *, sums=None, crash=False, max_steps=100):
@@ -95,6 +95,28 @@ def test_pictures_and_clips_go_to_tensorboard_at_a_small_size(tmp_path):
     (image,), (clip,) = events(this).Images("val/0"), events(this).Images("val/video")
     assert (image.step, image.height, image.width) == (7, 150, 200)
     assert image.encoded_image_string[:4] == b"\x89PNG" and clip.encoded_image_string[:3] == b"GIF"
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_curves_that_can_not_be_written_cost_a_warning_and_not_the_run(tmp_path, caplog, monkeypatch, when):
+    """A file is where the folders should be, from the start or from the first point on."""
+    this, scalars = experiment(tmp_path), curves.CsvFile.scalars
+    saving._warn_once.cache_clear()
+
+    def spoil(*args):
+        for folder in (this.trial_dir / "tb_logs", this.trial_dir / "csv_logs"):
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.write_text("no folder")
+
+    if when == "before":
+        spoil()
+    else:
+        monkeypatch.setattr(curves.CsvFile, "scalars", lambda *args: (spoil(), scalars(*args)))
+    run(this, range(4))
+    said = {record.getMessage() for record in caplog.records}
+    assert said and all(text.startswith("curves could not be written; the run goes on (") for text in said)
 
 
 class FakeRun:

@@ -86,7 +86,8 @@ def make_subject(*, deforms=False, dynamic=True, peak=60.0):
         shape = (len(cameras), cameras.height, cameras.width)
         rgb = cameras.times[:, None, None, None].expand(*shape, 3)
         depth = torch.linspace(2, 4, cameras.width)[:, None].expand(*shape, 1)
-        return SimpleNamespace(comp_rgb=rgb, depth=0.8 * depth, opacity=torch.full_like(depth, 0.8))
+        rest = {"comp_rgb_fg": 0.8 * rgb, "opacity": torch.full_like(depth, 0.8)}
+        return SimpleNamespace(comp_rgb=rgb, depth=0.8 * depth, **rest)
 
     return Subject(
         scene=scene, render=render, prompt="a ball", cameras={"test": path, "val_video": path},

@@ -14,7 +14,8 @@ def test_a_path_is_read_as_it_was_written(tmp_path):
     cameras = make_subject().cameras["test"]
     path = tmp_path / "path.json"
     save_cameras(path, cameras, fps=15, image_pattern="clip/{}.png")
-    read = load_cameras(path)
+    read, fps = load_cameras(path)
+    assert fps == 15
     for name, value in vars(cameras).items():
         assert torch.allclose(torch.as_tensor(getattr(read, name)), torch.as_tensor(value), atol=1e-4), name
     content = json.loads(path.read_text())
@@ -41,7 +42,8 @@ def test_a_path_of_another_program_needs_no_times(tmp_path):
     (tmp_path / "path.json").write_text(
         json.dumps({"w": 20, "h": 10, "camera_angle_y": math.radians(60), "frames": frames})
     )
-    cameras = load_cameras(tmp_path / "path.json")
+    cameras, fps = load_cameras(tmp_path / "path.json")
+    assert fps is None
     assert cameras.times.tolist() == [0, 0.5, 1]
     assert torch.allclose(cameras.fovy_deg, torch.tensor(60.0)) and cameras.width == 20
 
@@ -49,7 +51,8 @@ def test_a_path_of_another_program_needs_no_times(tmp_path):
 @pytest.mark.parametrize(
     "content",
     ["{", '{"frames": []}', '{"w": 2, "h": 2, "fl_y": 3, "frames": []}',
-     '{"w": 2, "h": 2, "frames": [{"transform_matrix": [[1]]}]}'],
+     '{"w": 2, "h": 2, "frames": [{"transform_matrix": [[1]]}]}', "[]",
+     '{"camera_path": [], "render_width": 2, "render_height": 2}'],
 )  # fmt: skip
 def test_what_is_no_path_is_answered_with_what_was_expected(tmp_path, content):
     (tmp_path / "path.json").write_text(content)
@@ -60,3 +63,54 @@ def test_what_is_no_path_is_answered_with_what_was_expected(tmp_path, content):
 def test_a_missing_path_is_named(tmp_path):
     with pytest.raises(ConfigError, match="no such camera path"):
         load_cameras(tmp_path / "none.json")
+
+
+VIEWER = {
+    "camera_type": "perspective", "render_width": 40, "render_height": 20, "fps": 24, "seconds": 2,
+    "keyframes": [{"matrix": "ignored"}], "smoothness_value": 0.5, "is_cycle": False, "crop": None,
+}  # fmt: skip
+
+
+def viewer_path(path, cameras, **changes):
+    """What Nerfstudio's viewer writes for these cameras."""
+    frames = [
+        {"camera_to_world": c2w.flatten().tolist(), "fov": float(fov), "aspect": 2.0}
+        for c2w, fov in zip(cameras.c2w, cameras.fovy_deg, strict=True)
+    ]
+    path.write_text(json.dumps({**VIEWER, "camera_path": frames} | changes))
+    return path
+
+
+def test_a_path_of_nerfstudios_viewer_is_read(tmp_path):
+    given = make_subject().cameras["test"]
+    cameras, fps = load_cameras(viewer_path(tmp_path / "camera_path.json", given))
+    assert torch.allclose(cameras.c2w, given.c2w) and torch.allclose(cameras.fovy_deg, given.fovy_deg)
+    assert (cameras.width, cameras.height, fps) == (40, 20, 24)
+    assert torch.allclose(cameras.times, torch.linspace(0, 1, 6))
+    assert torch.allclose(cameras.azimuth_deg, given.azimuth_deg, atol=1e-3)
+
+
+def test_a_viewers_path_may_say_its_times_and_only_how_long_it_lasts(tmp_path):
+    given = make_subject().cameras["test"]
+    path = viewer_path(tmp_path / "camera_path.json", given)
+    content = json.loads(path.read_text())
+    del content["fps"]
+    for frame in content["camera_path"]:
+        frame["render_time"] = 0.25
+    path.write_text(json.dumps(content))
+    cameras, fps = load_cameras(path)
+    assert fps == 3 and (cameras.times == 0.25).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"camera_type": "fisheye"}, "only perspective"), ({"render_height": 10**9}, "1000000000 pixels"),
+     ({"fps": 0}, "fps 0"), ({"camera_path": [{"camera_to_world": [1] * 16, "fov": 200}]}, "fields of view"),
+     ({"camera_path": [{"camera_to_world": [float("nan")] * 16, "fov": 20}]}, "not finite"),
+     ({"camera_path": [{"camera_to_world": [1] * 16, "fov": 20, "render_time": 2}]}, "times outside"),
+     ({"camera_path": [{"camera_to_world": [1] * 12, "fov": 20}]}, "camera_path.json: not a camera path")],
+)  # fmt: skip
+def test_a_viewers_path_that_can_not_be_rendered_says_why(tmp_path, changes, message):
+    path = viewer_path(tmp_path / "camera_path.json", make_subject().cameras["test"], **changes)
+    with pytest.raises(ConfigError, match=message):
+        load_cameras(path)

@@ -1,12 +1,18 @@
 import json
+from dataclasses import replace
 
 import imageio.v2 as imageio
 import numpy as np
+import pygltflib
 import pytest
+import torch
+from PIL import Image
 
 from fourdfy.config import ConfigError, parse_config
+from fourdfy.exporters.all_exporter import AllExporter
 from fourdfy.exporters.camera_path import save_cameras
 from fourdfy.exporters.video_exporter import VideoExporter
+from fourdfy.ops.cameras import orbit_cameras
 from tests.exporters.scenes import make_subject
 
 
@@ -30,9 +36,14 @@ def test_all_formats_hold_all_frames_in_order(tmp_path):
 
 def test_depth_is_near_red_and_far_blue(tmp_path):
     files = export(tmp_path, formats=["png"])
-    assert [file.name for file in files] == ["test", "test_depth", "test_transforms.json"]
+    assert [file.name for file in files] == [
+        "test", "test_depth", "test_depth.npz", "test_transforms.json",
+    ]  # fmt: skip
     depth = imageio.imread(tmp_path / "test_depth" / "3.png")
     assert depth[0, 0].argmax() == 0 and depth[0, -1].argmax() == 2
+    numbers = np.load(tmp_path / "test_depth.npz")["depth"]
+    assert numbers.shape == (6, 12, 16) and numbers.dtype == np.float32
+    assert numbers[3, 0] == pytest.approx(np.linspace(2, 4, 16))  # scene units, whatever the opacity
 
 
 def test_a_path_of_the_users_is_followed(tmp_path):
@@ -42,6 +53,65 @@ def test_a_path_of_the_users_is_followed(tmp_path):
     )
     assert video.name == "mine.gif"
     assert imageio.get_reader(video).get_length() == 2
+    assert seconds_of(video) == pytest.approx(2 / 3, abs=0.01)  # the file's own fps
+
+
+def seconds_of(file):
+    if file.suffix == ".mp4":
+        return imageio.get_reader(file).get_meta_data()["duration"]
+    if file.suffix == ".glb":
+        gltf = pygltflib.GLTF2().load(file)
+        return gltf.accessors[gltf.animations[0].samplers[0].input].max[0]
+    with Image.open(file) as image:
+        durations = []
+        for index in range(image.n_frames):
+            image.seek(index)
+            image.load()
+            durations.append(image.info["duration"])
+        return sum(durations) / 1000
+
+
+def looped(frames):
+    """A clip of so many frames, each moment once."""
+    azimuth, times = torch.zeros(frames), torch.arange(frames) / frames
+    return orbit_cameras(azimuth, azimuth, distance=3.0, fovy_deg=40.0, times=times, height=4, width=4)
+
+
+@pytest.mark.parametrize("given", [{}, {"clip_seconds": 1.3}])
+@pytest.mark.parametrize("clip", ["val_video", "test"])
+def test_a_clip_lasts_as_long_in_every_file(tmp_path, given, clip):
+    """The test sequence shows it twice, in fewer frames than the validation video."""
+    subject = make_subject()
+    cameras = {"val_video": looped(16), "test": looped(14)[torch.arange(28) % 14]}
+    subject = replace(subject, cameras=cameras)
+    mesh = {"times": [], "animation_frames": 3, "animation_resolution": 16, "save_texture": False}
+    keys = {"mesh": mesh, "video": {"trajectory": clip, "depth": False}, **given}
+    files = AllExporter(parse_config(AllExporter.Config, keys)).export(subject, tmp_path)
+    assert [file.name for file in files] == [
+        "model_animated.glb", f"{clip}.mp4", f"{clip}.gif", f"{clip}.webp", f"{clip}_transforms.json",
+    ]  # fmt: skip
+    animation, *videos = (seconds_of(file) for file in files[:4])
+    assert animation == pytest.approx(given.get("clip_seconds", 1.0))  # 16 frames at 16 in a second
+    clips = len(cameras[clip]) / (14 if clip == "test" else 16)
+    assert videos == [pytest.approx(clips * animation, abs=0.011)] * 3
+
+
+def test_meshes_and_videos_have_their_own_settings():
+    keys = {"mesh": {"fmt": "ply"}, "video_type": None}
+    cfg = parse_config(AllExporter.Config, keys)
+    assert cfg.mesh.fmt == "ply" and cfg.video is None
+    with pytest.raises(ConfigError, match=r"mesh.formats: unknown key"):
+        parse_config(AllExporter.Config, {"mesh": {"formats": ["mp4"]}})
+
+
+def test_without_the_background_there_is_opacity_where_the_format_has_it(tmp_path):
+    files = export(tmp_path, formats=["png", "webp", "gif"], alpha=True, depth=False)
+    frame = imageio.imread(tmp_path / "test" / "5.png")
+    assert frame.shape == (12, 16, 4)
+    assert (frame == [255, 255, 255, 204]).all()  # white, seen through opacity 0.8
+    with Image.open(files[1]) as image:
+        assert image.mode == "RGBA" and np.asarray(image)[0, 0, 3] == 204
+    assert imageio.get_reader(files[2]).get_data(5)[0, 0, 0] == 255  # over the background
 
 
 def test_an_unknown_trajectory_is_answered_with_those_there_are(tmp_path):

@@ -1,0 +1,33 @@
+"""``all-exporter``: meshes and videos in one run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fourdfy.config import component_class, slot
+from fourdfy.exporters.base import Exporter, Subject
+from fourdfy.registry import register
+
+
+@register("all-exporter")
+class AllExporter(Exporter):
+    """``system.exporter.mesh.*`` and ``system.exporter.video.*`` are the keys of the two exporters."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Exporter.Config):
+        mesh_type: str | None = "mesh-exporter"
+        mesh: Any = slot(Exporter, "mesh_type")
+        video_type: str | None = "video-exporter"
+        video: Any = slot(Exporter, "video_type")
+
+    cfg: Config
+
+    def export(self, subject: Subject, folder: Path) -> list[Path]:
+        files: list[Path] = []
+        for inner in (self.cfg.video, self.cfg.mesh):  # meshes last: they can be refused
+            if inner is not None:
+                cfg = replace(inner, clip_seconds=inner.clip_seconds or self.cfg.clip_seconds)
+                files = component_class(inner)(cfg).export(subject, folder) + files
+        return files
