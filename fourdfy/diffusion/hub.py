@@ -419,7 +419,9 @@ def _fetch(source: Source, parts: Sequence[str]) -> Path:
 
     if source.file:
         logger.info("fetching %s from the hub", source)
-        return Path(hf_hub_download(source.repo, source.file, revision=source.revision))
+        cached = _in_hub_cache(source, source.file)  # it is here only if it is broken
+        force = cached is not None
+        return Path(hf_hub_download(source.repo, source.file, revision=source.revision, force_download=force))
     wanted = _wanted_files(HfApi().list_repo_files(source.repo, revision=source.revision), parts)
     logger.info("fetching %s: %d files from the hub", source, len(wanted))
     folder = Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=wanted))
@@ -453,20 +455,20 @@ def _wanted_files(files: Sequence[str], parts: Sequence[str]) -> list[str]:
 
 def _missing(name: str, parts: Sequence[str], tried: Sequence[str]) -> FileNotFoundError:
     layout = ", ".join(f"{part}/" for part in parts) or "model_index.json"
-    mend = f"Name a local folder in diffusers layout (with {layout})"
+    advice = f"Name a local folder in diffusers layout (with {layout})"
     if Path(name).suffix in (".pt", ".ckpt") or any(source.file for source in _sources(name)):
-        mend += " or an original checkpoint file"
+        advice += " or an original checkpoint file"
     if _may_be_fetched(name):
         sources = _sources(name)
         source = next((source for source in sources if source.revision), sources[0])
         what = f" {source.file}" if source.file else "".join(f' --include "{part}/*"' for part in parts)
         revision = f" --revision {source.revision}" if source.revision else ""
-        mend += (
+        advice += (
             f",\nor fetch it where there is a network:  hf download {source.repo}{what}{revision}\n"
             "or everything that a run needs:  python launch.py --config CONFIG --fetch"
         )
     return FileNotFoundError(
-        f"the model {name!r} was not found. Tried:\n" + "".join(f"  - {line}\n" for line in tried) + mend
+        f"the model {name!r} was not found. Tried:\n" + "".join(f"  - {line}\n" for line in tried) + advice
     )
 
 

@@ -337,6 +337,20 @@ def test_what_is_partial_is_completed_and_what_is_broken_fetched_again(empty_cac
     assert forced == [f"unet/{UNET}.safetensors"]
 
 
+def test_a_broken_checkpoint_file_is_fetched_again(empty_cache, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    file = snapshot(empty_cache, MVDREAM) / "sd-v2.1-base-4view.pt"
+    file.write_bytes(POINTER)
+
+    def hf_hub_download(_repo, _file, revision, force_download):
+        if force_download:
+            file.write_bytes(b"weights")
+        return str(file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    assert resolve_file(MVDREAM).read_bytes() == b"weights"
+
+
 # Original checkpoints
 
 
