@@ -6,6 +6,7 @@ refused everywhere, also in fields that declare nothing.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
@@ -48,39 +49,56 @@ def number(
 
 
 def scheduled(default: Any = MISSING, low: float | int = -math.inf, high: float | int = math.inf) -> Any:
-    """A config field of a scheduled scalar (see ``schedules``) whose values lie from ``low`` to ``high``."""
-    return _field(default, {"bounds": Bounds(low, high), "scheduled": True})
+    """A config field of a scheduled scalar (see ``schedules``) whose values lie from ``low`` to ``high``.
+
+    It may be null if that is the default. With a mapping as the default, every entry is such a scalar.
+    """
+    metadata = {"bounds": Bounds(low, high), "scheduled": True, "optional": default is None}
+    return _field(default, metadata)
 
 
 def _field(default: Any, metadata: Mapping[str, Any]) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def misfit(value: Any, metadata: Mapping[str, Any]) -> str:
-    """What is wrong with a field's plain value, or ""; ``metadata`` is the field's."""
+def misfits(value: Any, metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(key, what is wrong) of what a field's plain value holds; ``metadata`` is the field's.
+
+    The key is "" for the value itself, and dotted inside a mapping, whose entries are judged one by one.
+    """
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            for inner, problem in misfits(entry, metadata):
+                yield f"{key}.{inner}" if inner else str(key), problem
+    elif problem := _misfit(value, metadata):
+        yield "", problem
+
+
+def _misfit(value: Any, metadata: Mapping[str, Any]) -> str:
     if unreal := [number for number in _numbers(value) if not math.isfinite(number)]:
         return f"{unreal[0]} cannot work; expected a finite number"
-    if value is None or "bounds" not in metadata:
+    if "bounds" not in metadata or (value is None and metadata.get("optional", True)):
         return ""
     if "scheduled" in metadata:
         try:
             check_schedule(value, "value")
         except ValueError as error:
             return str(error)
-        value = value[-3:-1] if isinstance(value, list | tuple) else value
+        if isinstance(value, list | tuple):
+            start, v0, v1, end = value if len(value) == 4 else [0, *value]
+            if end < start:
+                return f"{value}: the schedule ends (step {end}) before it starts (step {start})"
+            value = [v0, v1]
     outside = [number for number in _numbers(value) if number not in metadata["bounds"]]
     return f"{outside[0]:g} is outside the range; expected {metadata['bounds']}" if outside else ""
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """Every number in a plain value, down into lists and mappings."""
+    """Every number in a plain value, down into lists."""
     if isinstance(value, int | float):
         yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from _numbers(entry)
     elif isinstance(value, list | tuple):
         for entry in value:
             yield from _numbers(entry)

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from fourdfy import registry
-from fourdfy.bounds import misfit
+from fourdfy.bounds import misfits
 from fourdfy.config_files import ConfigError, escaped, join, plain
 
 logger = logging.getLogger(__name__)
@@ -238,8 +238,9 @@ def _misfits(schema: type, values: DictConfig, done: Collection[str] = ()) -> It
         value, inner = values[f.name], OmegaConf.get_type(values, f.name)
         if isinstance(value, DictConfig) and dataclasses.is_dataclass(inner):
             yield from ((f"{f.name}.{key}", problem) for key, problem in _misfits(inner, value))
-        elif problem := misfit(plain(value), f.metadata):
-            yield f.name, problem
+        else:
+            found = misfits(plain(value), f.metadata)
+            yield from ((join(f.name, key), problem) for key, problem in found)
 
 
 def _explain(error: OmegaConfBaseException, schema: type, key: str) -> str:

@@ -30,6 +30,7 @@ class Lens:
 class Camera(Component.Config):
     width: int = number(64, 1, 8192)
     share: Any = scheduled(0.5, 0, 1)
+    shares: dict[str, Any] = scheduled({}, 0, 1)
     sizes: list[int] = number([1, 2], 1)
     free: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
@@ -42,11 +43,17 @@ class Camera(Component.Config):
         ({"width": 0}, r"^camera\.width: 0 is outside the range; expected 1 to 8192"),
         ({"width": 10**9}, r"^camera\.width: 1e\+09 is outside"),
         ({"share": [0, 0.5, 98.0, 100]}, r"^camera\.share: 98 is outside the range; expected 0 to 1"),
+        ({"share": None}, r"^camera\.share: value=None: expected a number"),
+        (
+            {"share": [100, 0.5, 0.6, 50]},
+            r"^camera\.share: .* ends \(step 50\) before it starts",
+        ),
+        ({"shares": {"a": 0.5, "b.c": 2}}, r"^camera\.shares\.b\.c: 2 is outside the range; expected 0 to 1"),
         ({"share": "much"}, r"^camera\.share: value='much': expected a number, \[start, v0, v1, end\]"),
         ({"sizes": [1, 0]}, r"^camera\.sizes: 0 is outside the range; expected at least 1"),
         ({"lens": {"fovy_range": [0, 0]}}, r"^camera\.lens\.fovy_range: 0 .* more than 0 and at most 179"),
         ({"free": float("nan")}, r"^camera\.free: nan cannot work; expected a finite number"),
-        ({"options": {"eps": float("inf")}}, r"^camera\.options: inf cannot work"),
+        ({"options": {"eps": float("inf")}}, r"^camera\.options\.eps: inf cannot work"),
     ],
 )
 def test_a_number_outside_is_refused_by_its_key(given, message):

@@ -117,7 +117,7 @@ class LatentGuidance(Guidance):
             if self.token_merging and find_spec("tomesd") is None:
                 raise ValueError("token_merging=true needs tomesd: pip install tomesd, or set it to false")
 
-        def noise_range(self, step: int) -> tuple[float, float]:
+        def noise_range(self, step: int) -> tuple[float | int, float | int]:
             """Least and most noise at the global ``step``, as shares of the model's timesteps."""
             annealed = self.anneal_start_step is not None and step > self.anneal_start_step
             high = self.max_step_percent_annealed if annealed else self.max_step_percent

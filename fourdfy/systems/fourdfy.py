@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from fourdfy.bounds import scheduled
 from fourdfy.config import Component, ConfigError, build, component_class, file_path, ignored, slot
 from fourdfy.exporters.base import Exporter, Subject
 from fourdfy.fields.base import Background, Geometry, Material
@@ -22,7 +23,7 @@ from fourdfy.ops.regularizers import NEEDS, REGULARIZERS
 from fourdfy.prompts.base import PromptProcessor
 from fourdfy.registry import register
 from fourdfy.renderers.base import Renderer, Scene
-from fourdfy.schedules import Schedule, check_schedule, schedule_max, schedule_value
+from fourdfy.schedules import Schedule, schedule_max, schedule_value
 from fourdfy.seeds import step_generator, step_seed
 from fourdfy.systems.base import StepOutput, System
 from fourdfy.systems.checkpoint import read_checkpoint
@@ -93,7 +94,7 @@ class FourdfySystem(System):
         exporter_type: str = "mesh-exporter"
         exporter: Any = slot(Exporter, "exporter_type")
 
-        loss: dict[str, Schedule] = field(default_factory=dict)
+        loss: dict[str, Schedule] = scheduled({}, 0, 1e6)
         """``lambda_NAME``: scheduled weight of the loss NAME; 0 or absent is off."""
         optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
         scheduler: SchedulerConfig | None = None
@@ -114,7 +115,6 @@ class FourdfySystem(System):
         def __post_init__(self) -> None:
             known = (*GUIDANCE_LOSSES, *REGULARIZERS)
             for key, value in self.loss.items():
-                check_schedule(value, f"loss.{key}")
                 if key.removeprefix("lambda_") not in known and schedule_max(value) != 0:
                     choices = ", ".join(f"lambda_{name}" for name in known)
                     raise ValueError(f"loss.{key}={value}: there is no such loss; known: {choices}")

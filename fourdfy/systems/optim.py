@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from fourdfy.bounds import Bounds
 from fourdfy.config import ConfigError, keyed_by_path
 
 logger = logging.getLogger(__name__)
+
+OPTION_BOUNDS = {"lr": Bounds(0, 1000), "eps": Bounds(high=1, above=0), "weight_decay": Bounds(0, 1000)}
+"""Options of optimizers: what is outside can only diverge, or divide by zero where a gradient is zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,12 @@ class OptimizerConfig:
             guess = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {guess[0]!r}?" if guess else f"known: {', '.join(known[1:])}"
             raise ValueError(f"{place}.{key}: {self.name} has no such option; {hint}")
+        for key in OPTION_BOUNDS.keys() & options.keys():
+            value = options[key]
+            if isinstance(value, int | float) and value not in OPTION_BOUNDS[key]:
+                raise ValueError(
+                    f"{place}.{key}: {value:g} is outside the range; expected {OPTION_BOUNDS[key]}"
+                )
         if problem := self._refusal(self.args | options):
             alone = ((key, self._refusal({key: value})) for key, value in options.items())
             key, problem = next(((key, why) for key, why in alone if why), ("", problem))
