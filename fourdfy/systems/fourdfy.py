@@ -180,7 +180,8 @@ class FourdfySystem(System):
             absent=GUIDANCES - built,
             untrained=self.parameters_outside(trains),
         )
-        for name in sorted(built):  # only what is in a group still wants gradients
+        # Only what is in a group still wants gradients; a group that is null is meant so.
+        for name in sorted(built - self.cfg.optimizer.params.keys()):
             adapter = list(getattr(self, name).parameters())
             if adapter and not any(p.requires_grad for p in adapter):
                 logger.info("system.optimizer.params: no group holds the LoRA of %s; it stays as it is", name)

@@ -178,11 +178,15 @@ def test_modules_can_be_left_out_of_weights(tmp_path, built):
     assert not taken.geometry.density_network.layers[0].weight.eq(1).any()
 
 
-def test_an_adapter_in_no_optimizer_group_is_named(built, caplog):
+@pytest.mark.parametrize("meant", [True, False], ids=["a group that is null", "no group"])
+def test_an_adapter_in_no_optimizer_group_is_named_unless_it_is_meant(meant, built, caplog, monkeypatch):
     _, system, _ = built
+    if not meant:
+        monkeypatch.delitem(system.cfg.optimizer.params, "guidance_single_view")
     for step in system.plan.steps:
         adapter = torch.nn.Linear(1, 1) if step.name == "single_view" else torch.nn.Identity()
         setattr(system, step.guidance, adapter)
     with caplog.at_level("INFO"):
         system.configure_optimizer()
-    assert "no group holds the LoRA of guidance_single_view; it stays as it is" in caplog.text
+    told = "no group holds the LoRA of guidance_single_view; it stays as it is" in caplog.text
+    assert told is not meant
