@@ -10,7 +10,7 @@ import csv
 import hashlib
 import io
 from collections.abc import Mapping
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ class Curves(pl.Callback):
     its last point the mean of its scalars; and the learning rates. What can't be written costs a warning.
 
     Raises:
-        ConfigError: Weights & Biases is asked for and not installed.
+        ConfigError: Weights & Biases is asked for and can't be imported.
     """
 
     def __init__(self, experiment: Experiment) -> None:
@@ -42,11 +42,13 @@ class Curves(pl.Callback):
         self.every_n_steps = experiment.cfg.trainer.log_every_n_steps
         self.values = experiment.values
         self.wandb = experiment.cfg.system.loggers.wandb
-        if self.wandb.enable and find_spec("wandb") is None:
-            raise ConfigError(
-                "system.loggers.wandb.enable=true: the package wandb is missing; pip install wandb, or set "
-                "it to false"
-            )
+        if self.wandb.enable:
+            try:
+                import_module("wandb")
+            except ImportError as error:
+                raise ConfigError(
+                    f"system.loggers.wandb.enable=true: {error}; pip install wandb, or set it to false"
+                ) from error
         self.writers: list[Any] = []
 
     def on_train_start(self, trainer: Any, module: Any) -> None:

@@ -83,6 +83,7 @@ class LightningSystem(pl.LightningModule):
             states, name = self._resumed["optimizer_states"], self._resumed.get("optimizer")
             states[:] = [continued(states[0], name, optimizer)]
             self._resumed["lr_schedulers"] = []
+            self._resumed = None
         if scheduler is None:
             return optimizer
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -66,4 +66,9 @@ def _own_name(name: str, own: Collection[str], attentions: Sequence[str]) -> str
 def _numbered_attentions(own: Collection[str]) -> list[str]:
     """Paths of the attentions that our adapter sits on, as the original counts them."""
     matches = (OWN_ADAPTER.fullmatch(name) for name in own)
-    return sorted((m[1] for m in matches if m), key=lambda path: BLOCKS.index(path.split(".")[0]))
+    return sorted((m[1] for m in matches if m), key=_place)
+
+
+def _place(path: str) -> tuple[int, ...]:
+    """By block, then by the numbers in the path: 2 comes before 10."""
+    return BLOCKS.index(path.split(".")[0]), *map(int, re.findall(r"\d+", path))

@@ -30,9 +30,12 @@ def adapter_names():
     return names
 
 
-def test_every_tensor_of_the_original_s_adapter_has_one_place(adapter_names):
+@pytest.mark.parametrize("order", [list, lambda names: random.Random(1).sample(names, len(names)), set])
+def test_every_tensor_of_the_original_s_adapter_has_one_place_in_whatever_order_ours_come(
+    adapter_names, order
+):
     state = {f"{PREFIX}{name}": torch.zeros(shape) for name, shape in ADAPTER["shapes"].items()}
-    moved = own_names(state, adapter_names)
+    moved = own_names(state, order(adapter_names))
     assert sorted(moved) == sorted(adapter_names)
     # The numbers follow the facts' order, and q, k, v, out and down, up land where they belong.
     for number in random.Random(0).sample(range(32), 8):
