@@ -46,13 +46,15 @@ def main() -> None:
     names = args.config or CONFIGS
     if args.here:
         result = measure(names[0], args.models, args.steps, args.overrides)
-        (args.out / f"{names[0]}.json").write_text(json.dumps(result, indent=1))
+        (args.out / f"{names[0]}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
         return
     args.out.mkdir(parents=True, exist_ok=True)
     make_models(args.models)
     spread(names, lambda name, gpu: run(name, gpu, args))
     results = {
-        name: json.loads(file.read_text()) for name in names if (file := args.out / f"{name}.json").exists()
+        name: json.loads(file.read_text(encoding="utf-8"))
+        for name in names
+        if (file := args.out / f"{name}.json").exists()
     }
     for name in names:
         if name not in results:
@@ -68,7 +70,7 @@ def run(name: str, gpu: str, args: argparse.Namespace) -> None:
     command = [sys.executable, __file__, "--here", "--config", name, "--models", str(args.models)]
     command += ["--out", str(args.out), "--steps", str(args.steps), *args.overrides]
     paths = {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
-    with open(args.out / f"{name}.log", "w") as log:
+    with open(args.out / f"{name}.log", "w", encoding="utf-8") as log:
         subprocess.run(
             command, stdout=log, stderr=subprocess.STDOUT, env=environment(gpu) | paths, check=False
         )
@@ -247,7 +249,7 @@ def save_tensors(network: torch.nn.Module, folder: Path) -> None:
 
     folder.mkdir(parents=True)
     save_file(network.state_dict(), folder / "diffusion_pytorch_model.safetensors")
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text("{}", encoding="utf-8")
 
 
 def make(network: type, config: dict[str, Any]) -> torch.nn.Module:

@@ -94,7 +94,7 @@ def _device_name(device: str) -> str:
     if device != "cpu":
         return torch.cuda.get_device_name()
     try:
-        with open("/proc/cpuinfo") as lines:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
             return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()

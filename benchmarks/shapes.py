@@ -47,7 +47,7 @@ def main() -> None:
     jobs = [(prompt, drop) for drop in args.drop or DROPS for prompt in PROMPTS[: args.prompts]]
     rows = spread(jobs, lambda job, place: run(*job, place, args), args.per_gpu)
     rows = [row for row in rows if row]
-    (args.out / "all.json").write_text(json.dumps(rows, indent=1))
+    (args.out / "all.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     print(table(rows))
 
 
@@ -62,11 +62,11 @@ def run(prompt: str, drop: str, place: str, args: argparse.Namespace) -> dict | 
         command += ["--config", args.config, "--json", str(result)]
         command += [f"exp_root_dir={out / 'trials'}", *args.overrides]
         command += ["--drop", drop] if drop != "none" else []
-        with open(log, "w") as file:
+        with open(log, "w", encoding="utf-8") as file:
             subprocess.run(
                 command, stdout=file, stderr=subprocess.STDOUT, env=environment(place), check=False
             )
-    return json.loads(result.read_text())[0] if result.exists() else None
+    return json.loads(result.read_text(encoding="utf-8"))[0] if result.exists() else None
 
 
 def table(rows: list[dict]) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
-import os
 import re
 import sys
 import warnings
@@ -18,19 +18,27 @@ PROMPT = "system.prompt_processor.prompt"
 EXAMPLES = """examples:
   launch.py --config configs/shapes.yaml --train --prompt "a red cube spinning"
   launch.py --config configs/shapes_stage_1.yaml --train --gpu 0 trainer.max_steps=500
-  launch.py --config <trial>/configs/parsed.yaml --test resume=<trial>/ckpts/last.ckpt
-  launch.py --config <trial>/configs/parsed.yaml --export resume=<trial>/ckpts/last.ckpt
+  launch.py --trial outputs/shapes_stage_3/a_red_cube_spinning --export
 """
 
 MODES = {
     "train": "train, then render the test views; a recipe runs all its stages and goes on where it stopped",
-    "validate": "render the validation views of resume=CKPT",
-    "test": "render the test views and videos of resume=CKPT",
-    "export": "write what opens elsewhere from resume=CKPT: meshes, an animated GLB, or videos",
-    "evaluate": "compare resume=CKPT with the ground truth (prompts of the shapes world)",
+    "validate": "render a trial's validation views",
+    "test": "render a trial's test views and videos",
+    "export": "write what opens elsewhere from a trial: meshes, an animated GLB, or videos",
+    "evaluate": "compare a trial with the ground truth (prompts of the shapes world)",
     "check": "parse everything and print the plan; loads no weights",
     "fetch": "download (and convert) every model that the config needs; trains nothing",
 }
+
+
+ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or write elsewhere: exp_root_dir=DIR"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "write elsewhere: exp_root_dir=DIR"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "move away what is there"),
+    errno.ENAMETOOLONG: "choose a shorter exp_root_dir or tag",
+}
+"""What a user can do about an error of the system."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,23 +47,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # Ours alone: numba's debug records are thousands.
     logging.getLogger("fourdfy").setLevel(logging.DEBUG if args.verbose else logging.INFO)
-    device = select_device(args.gpu)
     if args.typecheck:
         _check_types()
 
     from fourdfy.config import ConfigError
+    from fourdfy.experiment import trial_arguments
     from fourdfy.run import run
 
     _quieten_libraries(args.verbose)
     command = ["launch.py", *(sys.argv[1:] if argv is None else argv)]
     try:
-        run(args.mode, args.config, args.overrides, device=device, command=command)
+        config, overrides = args.config, args.overrides
+        if args.trial:
+            file, go_on = trial_arguments(args.trial)
+            config, overrides = [file], [*go_on, *overrides]
+        run(args.mode, config, overrides, gpu=args.gpu, command=command)
     except (ConfigError, FileNotFoundError) as error:  # the latter: a model that is nowhere
         sys.stderr.write(f"error: {error}\n")
         return 2
     except FloatingPointError as error:  # training diverged
         sys.stderr.write(f"error: {error}\n")
         return 1
+    except OSError as error:
+        if error.errno not in ADVICE:
+            raise
+        sys.stderr.write(f"error: {error.filename or 'output'}: {error.strerror}; {ADVICE[error.errno]}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; nothing was written\n")
+        return 130
     return 0
 
 
@@ -80,16 +100,22 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--config", action="append", type=Path, required=True, metavar="YAML",
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--config", action="append", type=Path, metavar="YAML",
         help="an experiment or a recipe; several are merged left to right",
+    )  # fmt: skip
+    source.add_argument(
+        "--trial", type=Path, metavar="DIR",
+        help="the folder of an earlier run: go on with it, or evaluate it; results go into it",
     )  # fmt: skip
     modes = parser.add_mutually_exclusive_group(required=True)
     for mode, text in MODES.items():
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help=text)
     parser.add_argument(
         "--gpu", default=None, metavar="ID",
-        help="which GPU, or cpu; CUDA_VISIBLE_DEVICES wins (default: the first GPU, else the CPU)",
+        help="cpu, cuda, or the number of a GPU among those that CUDA_VISIBLE_DEVICES leaves visible "
+        "(default: the first GPU, else the CPU)",
     )  # fmt: skip
     parser.add_argument(
         "--prompt", metavar="TEXT", help=f"what to make, taken literally (as {PROMPT}=TEXT, but for ${{...}})"
@@ -100,20 +126,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change any key of the config")
     return parser
-
-
-def select_device(gpu: str | None) -> str:
-    """Hide the GPUs that were not asked for (before CUDA is touched); "cuda" or "cpu"."""
-    if gpu == "cpu":
-        return "cpu"
-    if gpu is not None:
-        os.environ.setdefault("CUDA_VISIBLE_DEVICES", gpu)
-    import torch
-
-    if torch.cuda.is_available():
-        return "cuda"
-    logging.getLogger(__name__).info("no GPU found: running on the CPU")
-    return "cpu"
 
 
 def _quieten_libraries(verbose: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -12,16 +13,24 @@ from typing import Any, Literal
 from fourdfy.bounds import number
 from fourdfy.callbacks.saving import sanitize_tag
 from fourdfy.config import build, file_path, ignored, parse_config, slot, warn_of_ignored
+from fourdfy.config_files import COMMAND_LINE, ConfigError, literal_override
 from fourdfy.config_layers import LoadedConfig, load_config
 from fourdfy.data.base import DataModule
 from fourdfy.systems.agreement import check_agreement
 from fourdfy.systems.base import System
+from fourdfy.systems.checkpoint import LAST
 from fourdfy.systems.supervision import SupervisionPlan, plan_supervision
 
 logger = logging.getLogger(__name__)
 
 EVERY_N_TRAIN_STEPS = 1000
 """Between checkpoints, unless the config says otherwise."""
+
+PARSED = Path("configs", "parsed.yaml")
+"""Of a trial folder, the whole config it was made from."""
+
+PLACE = ("exp_root_dir", "name", "tag", "use_timestamp", "timestamp")
+"""The keys that say where a trial folder is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +121,8 @@ class ExperimentConfig:
     timestamp: str = ""
     """Set by the run itself; part of the trial folder's name."""
     resume: str | None = file_path()
-    """A checkpoint of this very experiment: training goes on, or evaluation takes its weights."""
+    """A checkpoint of this very experiment, or its trial folder: training goes on, or evaluation takes its
+    weights. Without it, the last checkpoint of the trial folder if that exists."""
     exp_dir: str = ""
     trial_name: str = ""
     trial_dir: str = ""
@@ -138,14 +148,25 @@ class Experiment:
     cfg: ExperimentConfig
     values: Mapping[str, Any]
     plan: SupervisionPlan
-
-    @property
-    def trial_dir(self) -> Path:
-        return trial_dir(self.cfg)
+    trial_dir: Path
+    is_placed: bool
+    """Whether the command line says where the trial folder is."""
 
     @property
     def last_checkpoint(self) -> Path:
-        return self.trial_dir / "ckpts" / "last.ckpt"
+        return self.trial_dir / LAST
+
+    def record(self) -> dict[str, Any]:
+        """The values for ``configs/parsed.yaml``: paths mean the same in every working directory."""
+
+        def absolute(path: str | None) -> str | None:
+            return path and os.path.abspath(path).replace("$", "$$")
+
+        cfg, system = self.cfg, self.values.get("system", {})
+        paths: dict[str, Any] = {"exp_root_dir": absolute(cfg.exp_root_dir), "resume": absolute(cfg.resume)}
+        if system.get("weights"):
+            paths["system"] = {**system, "weights": absolute(cfg.system.weights)}
+        return {**self.values, **paths}
 
     def build_system(self) -> System:
         return build(self.cfg.system, plan=self.plan, seed=self.cfg.seed)
@@ -173,11 +194,16 @@ def parse_experiment(loaded: LoadedConfig) -> Experiment:
     """Parse everything, down into every component's own config, before anything is built.
 
     Raises:
-        ConfigError: naming the key, its file, what was expected and the mend.
+        ConfigError: naming the key, its file, what was expected and what to write.
     """
     values = dict(loaded.values)
     if values.get("use_timestamp", True) and not values.get("timestamp"):
-        values["timestamp"] = datetime.now().strftime("@%Y%m%d-%H%M%S")
+        # With microseconds: runs that a script starts at once have folders of their own.
+        values["timestamp"] = datetime.now().strftime("@%Y%m%d-%H%M%S-%f")
+    given_by = {loaded.sources[key] for key in PLACE if key in loaded.sources}
+    trial = trial_of(Path(*given_by)) if len(given_by) == 1 and "trial_dir" not in values else None
+    if trial and loaded.sources.get("resume") in given_by and (trial / LAST).exists():
+        values["resume"] = None  # where the trial began; by now it has a checkpoint of its own
     cfg = parse_config(ExperimentConfig, values, sources=loaded.sources)
     warn_of_ignored(cfg)
     plan = plan_supervision(
@@ -188,10 +214,37 @@ def parse_experiment(loaded: LoadedConfig) -> Experiment:
         freeze_static_modules=cfg.system.freeze_static_modules,
     )
     check_agreement(cfg, plan)
-    return Experiment(cfg, values, plan)
+    return Experiment(cfg, values, plan, trial or new_trial(cfg), is_placed=COMMAND_LINE in given_by)
 
 
-def trial_dir(cfg: ExperimentConfig) -> Path:
+def new_trial(cfg: ExperimentConfig) -> Path:
     """``exp_root_dir/name/tag@timestamp``; a name or tag cannot lead out of ``exp_root_dir``."""
     timestamp = cfg.timestamp if cfg.use_timestamp else ""
-    return Path(cfg.exp_root_dir) / sanitize_tag(cfg.name) / (sanitize_tag(cfg.tag) + timestamp)
+    return Path(cfg.exp_root_dir).absolute() / sanitize_tag(cfg.name) / (sanitize_tag(cfg.tag) + timestamp)
+
+
+def trial_of(file: Path) -> Path | None:
+    """The trial folder, wherever it was moved, whose ``configs/parsed.yaml`` or ``ckpts/*.ckpt`` this is."""
+    trial = file.absolute().parent.parent
+    is_part = file.absolute() == trial / PARSED or (file.parent.name, file.suffix) == ("ckpts", ".ckpt")
+    return trial if is_part and (trial / PARSED).is_file() else None
+
+
+def trial_arguments(given: Path) -> tuple[Path, list[str]]:
+    """What ``--trial`` stands for: the config and the overrides that go on with a trial.
+
+    Args:
+        given: a trial folder, or its ``configs/parsed.yaml``.
+
+    Raises:
+        ConfigError: it isn't one; names the newest trials below it.
+    """
+    file = given / PARSED if given.is_dir() else given
+    trial = trial_of(file) if file.name == PARSED.name else None
+    if trial is None:
+        below = [*given.glob(f"*/{PARSED}"), *given.glob(f"*/*/{PARSED}")]
+        below = sorted(below, key=lambda path: path.stat().st_mtime)[-3:]
+        hint = "; there are " + ", ".join(str(path.parents[1]) for path in reversed(below)) if below else ""
+        raise ConfigError(f"--trial {given}: not a trial folder (it has no {PARSED.as_posix()}){hint}")
+    last = str(trial / LAST).replace("$", "$$")
+    return file, [literal_override("resume", last)] if (trial / LAST).exists() else []

@@ -96,19 +96,30 @@ def check_priors(experiment: Experiment) -> None:
 
 
 def fetch_models(experiments: Sequence[Experiment]) -> None:
-    """``--fetch``: bring every model that the stages need to this disk; each is tried.
+    """``--fetch``: bring every model that the stages need to this disk, and say where each is.
 
     Raises:
-        FileNotFoundError: some are nowhere to be had; says what was tried for each.
+        ConfigError: see ``find_models``.
     """
-    failures = []
+    for name, folder in find_models(experiments).items():
+        logger.info("%s: in %s", name, folder)
+
+
+def find_models(experiments: Sequence[Experiment]) -> dict[str, Path]:
+    """The folder of every model that the stages need, fetched if it must be; each is tried.
+
+    Raises:
+        FileNotFoundError: some can't be found; says what was tried for each.
+    """
+    found, failures = {}, []
     for name, parts in needed_models(experiments).items():
         try:
-            logger.info("%s: in %s", name, resolve_model(name, parts))
+            found[name] = resolve_model(name, parts)
         except FileNotFoundError as error:
             failures.append(str(error))
     if failures:
         raise FileNotFoundError("\n".join(failures))
+    return found
 
 
 def needed_models(experiments: Sequence[Experiment]) -> dict[str, tuple[str, ...]]:

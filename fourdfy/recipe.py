@@ -10,13 +10,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 from fourdfy.config_files import ConfigError, find_config, literal_override, read_layers
 from fourdfy.config_layers import load_config
-from fourdfy.experiment import Experiment, load_experiment
-from fourdfy.systems.checkpoint import read_own_checkpoint
+from fourdfy.experiment import PARSED, Experiment, load_experiment
+from fourdfy.systems.checkpoint import checkpoint_file, read_own_checkpoint
 
 
 @dataclass(frozen=True)
@@ -37,23 +36,34 @@ class Stage:
     def label(self) -> str:
         return f"{self.position} {self.experiment.cfg.name}"
 
-    @cached_property
+    @property
     def resume_from(self) -> Path | None:
-        """The checkpoint to go on from: ``resume=``, or in a recipe the stage's own last one."""
-        experiment = self.experiment
-        if experiment.cfg.resume:
-            return Path(experiment.cfg.resume)
-        if experiment.cfg.use_timestamp or not experiment.last_checkpoint.exists():
-            return None
-        self._check_same_settings()
-        return experiment.last_checkpoint
+        """The checkpoint to go on from: ``resume=``, or the trial's own last one.
+
+        Raises:
+            ConfigError: the trial holds another run, which this one would overwrite.
+        """
+        trial, last = self.experiment.trial_dir, self.experiment.last_checkpoint
+        if not self.experiment.cfg.resume:
+            if not last.exists():
+                return None
+            self._check_same_settings()
+            return last
+        given = checkpoint_file(self.experiment.cfg.resume)
+        if last.exists() and not given.resolve().is_relative_to(trial.resolve()):
+            raise ConfigError(
+                f"resume={given}: {trial} holds another run already; go on with that one (without resume=), "
+                "or give this one its own folder: tag=NAME"
+            )
+        return given
 
     @property
     def is_trained(self) -> bool:
         """Trained to its last step."""
-        if self.resume_from is None:
+        checkpoint = self.resume_from
+        if checkpoint is None:
             return False
-        return read_own_checkpoint(self.resume_from)["global_step"] >= self.experiment.cfg.trainer.max_steps
+        return read_own_checkpoint(checkpoint)["global_step"] >= self.experiment.cfg.trainer.max_steps
 
     @property
     def is_finished(self) -> bool:
@@ -69,9 +79,8 @@ class Stage:
 
     def _check_same_settings(self) -> None:
         """A trial that goes on must compute what it began; its length may change."""
-        path = self.experiment.trial_dir / "configs" / "parsed.yaml"
-        began = load_config([path]).values
-        now = self.experiment.values
+        began = load_config([self.experiment.trial_dir / PARSED]).values
+        now = self.experiment.record()
         changed = [
             key
             for part in ("seed", "data", "system")
@@ -130,6 +139,8 @@ def _stage_files(paths: Sequence[Path]) -> tuple[list[Path], list[int]]:
 
 
 def _differences(a: object, b: object, path: str) -> list[str]:
+    if path == "system.weights" and a and b:  # trials may move, together with the one they began from
+        a, b = (Path(str(weights)).parts[-4:] for weights in (a, b))
     if isinstance(a, dict) and isinstance(b, dict):
         keys = sorted({*a, *b}, key=str)
         return [d for key in keys for d in _differences(a.get(key), b.get(key), f"{path}.{key}")]

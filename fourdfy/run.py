@@ -3,59 +3,68 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from fourdfy.config import ConfigError
-from fourdfy.experiment import Experiment
-from fourdfy.plan import fetch_models, print_plan
+from fourdfy.devices import select_device, use_device
+from fourdfy.experiment import Experiment, trial_of
+from fourdfy.plan import fetch_models, find_models, print_plan
 from fourdfy.recipe import Stage, load_recipe
+from fourdfy.signals import Stopped, StopSignals
 from fourdfy.systems.base import System
-from fourdfy.systems.checkpoint import read_checkpoint
-from fourdfy.trial import prepare_trial
+from fourdfy.systems.checkpoint import checkpoint_file, read_checkpoint
+from fourdfy.trial import owned, prepare_trial, results_folder
 
 logger = logging.getLogger(__name__)
 
 
-class Stopped(SystemExit):
-    """A signal ended the run after its step; ``last.ckpt`` is written."""
-
-
 def run(
-    mode: str, config: Sequence[Path], overrides: Sequence[str], *, device: str, command: Sequence[str]
+    mode: str, config: Sequence[Path], overrides: Sequence[str], *, gpu: str | None, command: Sequence[str]
 ) -> None:
     """One mode of the command line, for a single experiment or a recipe of several.
 
+    Args:
+        gpu: see ``select_device``.
+        command: the command line, for the trial folder.
+
     Raises:
         ConfigError: what the user gave does not work; says what would.
-        Stopped: a signal ended training early; the same command goes on from there.
+        Stopped: a signal ended the run early; what to type to go on was logged.
     """
     if mode == "fetch":  # whatever the prompt, the models are the same; so none need be given
         overrides = ["system.prompt_processor.prompt=any", *overrides]
     stages = load_recipe(config, overrides)
+    experiments = [stage.experiment for stage in stages]
     if mode == "check":
-        print_plan([stage.experiment for stage in stages])
+        select_device(gpu)
+        print_plan(experiments)
     elif mode == "fetch":
-        fetch_models([stage.experiment for stage in stages])
+        fetch_models(experiments)
     elif mode == "train":
+        if len(stages) > 1 and all(experiment.cfg.resume for experiment in experiments):
+            raise ConfigError("resume: a recipe goes on by itself; for one of its stages: stage_2.resume=...")
         from fourdfy.closing import log_closing
 
-        began = time.monotonic()
+        began, device = time.monotonic(), use_device(gpu)
+        find_models(experiments)  # those of the last stage too: hours later is no time to miss one
         for stage in stages:
             train_stage(stage, device=device, command=command)
         log_closing(stages, time.monotonic() - began, device)
     else:
-        evaluate(mode, stages[-1].experiment, device=device)
+        evaluate(mode, stages[-1], device=use_device(gpu))
 
 
 def train_stage(stage: Stage, *, device: str, command: Sequence[str], test: bool = True) -> None:
     """Train a stage from where it stands, then render its test views; nothing if it is finished."""
-    experiment = stage.experiment
+    experiment, trial = stage.experiment, stage.experiment.trial_dir
     if stage.is_finished or (stage.is_trained and not test):
-        logger.info("%s: finished already, in %s", stage.label, experiment.trial_dir)
+        logger.info("%s: finished already, in %s", stage.label, trial)
         return
     # Lightning takes seconds to import: not before there is something to run.
     from fourdfy.callbacks.curves import Curves
@@ -64,39 +73,62 @@ def train_stage(stage: Stage, *, device: str, command: Sequence[str], test: bool
     from fourdfy.systems.lightning import LightningData, LightningSystem
     from fourdfy.trainer import build_trainer
 
-    curves = Curves(experiment)  # first: a checkpoint holds what it has not logged
-    prepare_trial(experiment, stage.files, command)
-    logger.info("%s: writing to %s", stage.label, experiment.trial_dir)
     checkpoint = experiment.cfg.checkpoint
-    interval = checkpoint.interval(experiment.cfg.trainer.max_steps)
-    last = LastCheckpoint(experiment.last_checkpoint, interval, checkpoint.save_top_k)
-    trainer = build_trainer(experiment, device, [curves, last, ProgressLine(stage.position)])
-    system = experiment.build_system()
-    system.prepare(torch.device(device), resumed=stage.resume_from is not None)
-    module, data = LightningSystem(system), LightningData(experiment.build_data())
-    trainer.fit(module, data, ckpt_path=stage.resume_from, weights_only=True)
-    if last.signal is not None:
-        logger.info("stopped at step %d; the same command goes on from there", trainer.global_step)
-        raise Stopped(128 + last.signal)
-    if test:
-        trainer.test(module, data, verbose=False, weights_only=True)
-        stage.mark_finished()
+    curves = Curves(experiment)  # first: a checkpoint holds what it has not logged
+    with owned(trial), StopSignals("the same command goes on") as stop:
+        resume_from = stage.resume_from
+        system = experiment.build_system().to(device)
+        system.prepare(torch.device(device), resumed=resume_from is not None)
+        module, data = LightningSystem(system), LightningData(experiment.build_data())
+        _ = module.optimization  # with this all is built: only what can start leaves a folder
+        prepare_trial(experiment, stage.files, command)
+        if stage.count == 1:
+            stop.advice = f"go on with: python launch.py --trial {shlex.quote(str(trial))} --train"
+        logger.info("%s: writing to %s", stage.label, trial)
+        interval = checkpoint.interval(experiment.cfg.trainer.max_steps)
+        last = LastCheckpoint(experiment.last_checkpoint, interval, stop, checkpoint.save_top_k)
+        trainer = build_trainer(experiment, device, [curves, last, ProgressLine(stage.position)])
+        trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
+        if stop.received is not None:
+            raise Stopped(128 + stop.received)
+        if test:
+            trainer.test(module, data, verbose=False, weights_only=True)
+            stage.mark_finished()
 
 
-def evaluate(mode: str, experiment: Experiment, *, device: str) -> None:
-    """``--validate``, ``--test``, ``--export`` or ``--evaluate`` of the checkpoint that ``resume`` names."""
-    system = load_system(experiment, device, experiment.cfg.resume)
-    if mode == "evaluate":
-        from fourdfy.evaluation.report import print_report
-        from fourdfy.evaluation.shapes import evaluate_system
+def evaluate(mode: str, stage: Stage, *, device: str) -> None:
+    """``--validate``, ``--test``, ``--export`` or ``--evaluate`` of the checkpoint that ``resume`` names,
+    or of the last. Results go into that checkpoint's trial, unless the command line says where.
+    """
+    experiment = stage.experiment
+    checkpoint = experiment.last_checkpoint
+    if experiment.cfg.resume:
+        checkpoint = checkpoint_file(experiment.cfg.resume)
+        if not experiment.is_placed:
+            experiment = replace(experiment, trial_dir=trial_of(checkpoint) or experiment.trial_dir)
+    elif not checkpoint.exists():
+        raise ConfigError(
+            f"{stage.label}: no checkpoint in {checkpoint.parent}; train it first, or name what was trained: "
+            "--trial DIR"
+        )
+    with StopSignals("the same command starts again"):
+        system = load_system(experiment, device, checkpoint)
+        results_folder(experiment.trial_dir)
+        if mode == "evaluate":
+            from fourdfy.evaluation.report import print_report
+            from fourdfy.evaluation.shapes import evaluate_system
 
-        prompt = experiment.cfg.system.prompt_processor.prompt
-        print_report(evaluate_system(system, prompt, experiment.trial_dir))
-        logger.info("written to %s", experiment.trial_dir / "save")
-        return
-    if mode == "export":
-        export(system, experiment)
-        return
+            prompt = experiment.cfg.system.prompt_processor.prompt
+            print_report(evaluate_system(system, prompt, experiment.trial_dir))
+            logger.info("written to %s", experiment.trial_dir / "save")
+        elif mode == "export":
+            export(system, experiment)
+        else:
+            render_views(mode, system, experiment, device)
+
+
+def render_views(mode: str, system: System, experiment: Experiment, device: str) -> None:
+    """``--validate`` or ``--test``: images and videos into ``save``."""
     from fourdfy.callbacks.progress import ProgressLine
     from fourdfy.systems.lightning import LightningData, LightningSystem
     from fourdfy.trainer import build_trainer
@@ -116,13 +148,11 @@ def export(system: System, experiment: Experiment) -> None:
         logger.info("%s  %s", path, _size(path))
 
 
-def load_system(experiment: Experiment, device: str, path: str | Path | None) -> System:
+def load_system(experiment: Experiment, device: str, checkpoint: Path) -> System:
     """The system with the scene of a checkpoint, at the checkpoint's step."""
-    if not path:
-        raise ConfigError("resume: missing; give resume=<trial>/ckpts/last.ckpt")
-    checkpoint = read_checkpoint(path)
+    content = read_checkpoint(checkpoint)
     system = experiment.build_system()
-    system.load_checkpoint(checkpoint)
+    system.load_checkpoint(content)
     return system.to(device).eval()
 
 

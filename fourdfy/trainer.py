@@ -6,6 +6,8 @@ import logging
 from collections.abc import Sequence
 
 import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins.environments import LightningEnvironment
 
 from fourdfy.callbacks.curves import Curves
 from fourdfy.callbacks.renders import SaveRenders
@@ -13,6 +15,28 @@ from fourdfy.experiment import Experiment
 from fourdfy.systems.lightning import SafeCheckpointIO
 
 logger = logging.getLogger(__name__)
+
+
+class OneProcess(LightningEnvironment):
+    """A run of one process, whatever a scheduler or a launcher has left in the environment.
+
+    Lightning would take rank and size of the run from it, and with the rank whether to log at all.
+    """
+
+    creates_processes_externally = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_global_rank(0)  # also for what asks rank_zero_only, which read the environment at import
+
+    def local_rank(self) -> int:
+        return 0
+
+    def node_rank(self) -> int:
+        return 0
+
+    def teardown(self) -> None:
+        """Leave the environment as it is."""
 
 
 def build_trainer(experiment: Experiment, device: str, callbacks: Sequence[pl.Callback]) -> pl.Trainer:
@@ -23,8 +47,9 @@ def build_trainer(experiment: Experiment, device: str, callbacks: Sequence[pl.Ca
             logging.getLogger(name).setLevel(logging.ERROR)
     curves = next((callback for callback in callbacks if isinstance(callback, Curves)), None)
     return pl.Trainer(
-        accelerator="gpu" if device == "cuda" else "cpu",
-        devices=1,
+        default_root_dir=trial,
+        accelerator="cpu" if device == "cpu" else "gpu",
+        devices=1 if device == "cpu" else [torch.device(device).index or 0],
         max_steps=cfg.max_steps,
         min_epochs=0,
         log_every_n_steps=cfg.log_every_n_steps,
@@ -38,10 +63,9 @@ def build_trainer(experiment: Experiment, device: str, callbacks: Sequence[pl.Ca
         detect_anomaly=cfg.detect_anomaly,
         deterministic=cfg.deterministic,
         inference_mode=False,
-        default_root_dir=trial,
         logger=False,
         callbacks=[*callbacks, SaveRenders(trial / "save", curves)],
-        plugins=[SafeCheckpointIO()],
+        plugins=[SafeCheckpointIO(), OneProcess()],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -116,8 +116,8 @@ def outputs(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(autouse=True)
-def one_gpu_is_asked_for(monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # --gpu 0 would set it for the whole test run
+def the_cpu_stands_in_for_the_gpu_that_is_asked_for(monkeypatch):
+    monkeypatch.setattr("fourdfy.run.use_device", {"0": "cpu", "cpu": "cpu"}.__getitem__)
 
 
 def run_command(name: str, outputs: dict[str, Path], models: Path) -> Path:

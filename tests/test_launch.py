@@ -1,17 +1,24 @@
 """The command line, from end to end."""
 
 import csv
+import errno
+import os
+import shutil
 import subprocess
 import sys
+import threading
 import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from fourdfy.cli import main
 from fourdfy.ops import hash_grid
 from fourdfy.systems.checkpoint import read_checkpoint
-from tests.launching import CONFIGS, ROOT, launch, trial
+from tests.launching import CONFIGS, ROOT, TINY, launch, trial
 
 EXPERIMENTS = sorted(CONFIGS.glob("*.yaml"))
 
@@ -40,6 +47,22 @@ except SystemExit:
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert "--check" in out.stdout
     assert time.perf_counter() - began < 2
+
+
+def test_checking_and_finding_a_typo_import_no_library_that_takes_seconds():
+    """What is left is PyTorch itself."""
+    code = """
+import sys
+from fourdfy.cli import main
+main(["--config", "configs/shapes.yaml", "--check", "--gpu", "cpu", *sys.argv[1:]])
+slow = {"torch._dynamo", "pytorch_lightning", "diffusers", "transformers", "numba", "scipy", "peft"}
+assert not slow & set(sys.modules), slow & set(sys.modules)
+"""
+    for typo in ([], ["sede=1"]):
+        out = subprocess.run(
+            [sys.executable, "-c", code, *typo], cwd=ROOT, stdout=subprocess.PIPE, check=True
+        )
+        assert bool(typo) != (b"stage 3/3" in out.stdout)
 
 
 def test_importing_the_package_imports_no_model_library():
@@ -76,8 +99,7 @@ def test_a_trial_folder_holds_what_the_documentation_says(trained):
         "cmd.txt",
         "configs/parsed.yaml",
         "configs/raw.yaml",
-        "code/launch.py",
-        "code/fourdfy/systems/fourdfy.py",
+        "code.zip",
         "csv_logs/version_0/metrics.csv",
         "save/it2-0.png",
         "save/it2-0_video.png",
@@ -199,7 +221,164 @@ def test_a_mistake_ends_with_one_error_before_any_training(override, message, tm
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert launch("shapes_stage_1.yaml", "train", tmp_path, override) == 2
     assert message in capsys.readouterr().err
-    assert not list(tmp_path.rglob("last.ckpt"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("override", ["system.weights=no.ckpt", "resume=no.ckpt"])
+def test_a_checkpoint_that_is_not_there_leaves_no_folder(override, tmp_path, capsys):
+    assert launch("shapes_stage_1.yaml", "train", tmp_path, override) == 2
+    assert "no.ckpt: no such checkpoint" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for mode in ("--check", "--train"):
+        line = ["--config", str(CONFIGS / "shapes.yaml"), mode, "--gpu", "7", f"exp_root_dir={tmp_path}"]
+        assert main(line) == 2
+        assert capsys.readouterr().err == "error: --gpu 7: no such GPU; PyTorch sees only --gpu 0\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_scheduler_leaves_in_the_environment_changes_nothing(tmp_path):
+    """Nor does a checkpoint in the working directory that Lightning's own would pick up; nor no git."""
+    names = "LOCAL_RANK RANK GROUP_RANK NODE_RANK SLURM_PROCID SLURM_LOCALID JSM_NAMESPACE_RANK LSB_JOBID"
+    sizes = "WORLD_SIZE SLURM_NTASKS SLURM_NTASKS_PER_NODE JSM_NAMESPACE_SIZE"
+    given = {
+        **dict.fromkeys(names.split(), "1"),
+        **dict.fromkeys(sizes.split(), "4"),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NAME": "train",
+        "TORCHELASTIC_RUN_ID": "x",
+        "PATH": str(tmp_path),
+    }
+    (tmp_path / "hpc_ckpt_1.ckpt").write_text("of some other run")
+    config, root = str(CONFIGS / "shapes_stage_1.yaml"), "exp_root_dir=here"
+    line = [sys.executable, ROOT / "launch.py", "--config", config, "--train", "--gpu", "cpu", root, *TINY]
+    subprocess.run([*line, "trainer.max_steps=1"], cwd=tmp_path, env={**os.environ, **given}, check=True)
+    folder = trial(tmp_path / "here", "shapes_stage_1")
+    assert read_checkpoint(folder)["global_step"] == 1
+    assert "loss/multi_view/sds" in (folder / "csv_logs/version_0/metrics.csv").read_text()
+    assert list(folder.glob("tb_logs/version_0/events*"))
+
+
+def test_a_run_in_a_thread_needs_no_signals(tmp_path):
+    statuses = []
+    run = partial(launch, "shapes_stage_1.yaml", "train", tmp_path, "trainer.max_steps=1")
+    thread = threading.Thread(target=lambda: statuses.append(run()))
+    thread.start()
+    thread.join()
+    assert statuses == [0]
+
+
+# ---------------------------------------------------------------------------------------------
+# Trials: where results go
+
+
+@pytest.fixture
+def moved(trained, tmp_path, monkeypatch):
+    """The trained trial in another place, with another working directory."""
+    folder = tmp_path / "moved, größer" / "trial"
+    shutil.copytree(trial(trained, "shapes_stage_3"), folder)
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    return folder
+
+
+def files_of(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("given", ["--trial DIR", "--trial DIR/configs/parsed.yaml", "--config", "resume"])
+def test_results_of_a_trial_go_into_it_wherever_it_is(given, moved, trained):
+    parsed, before = moved / "configs" / "parsed.yaml", files_of(trained)
+    named = {
+        "--trial DIR": ["--trial", str(moved)],
+        "--trial DIR/configs/parsed.yaml": ["--trial", str(parsed)],
+        "--config": ["--config", str(parsed)],
+        "resume": ["--config", str(CONFIGS / "shapes_stage_3.yaml"), f"resume={moved}"],
+    }[given]
+    sizes = [setting for setting in TINY if setting.startswith(("data.", "system."))]
+    assert main([*named, "--validate", "--gpu", "cpu", *(sizes if given == "resume" else [])]) == 0
+    assert (moved / "save" / "it4-0.png").exists()
+    assert not list(Path.cwd().iterdir())
+    assert files_of(trained) == before
+
+
+def test_a_moved_trial_goes_on_in_its_folder(moved):
+    """And not from where it began, even if that was another checkpoint."""
+    began = OmegaConf.load(moved / "configs" / "parsed.yaml")
+    OmegaConf.save(began | {"resume": "/gone/last.ckpt"}, moved / "configs" / "parsed.yaml")
+    assert main(["--trial", str(moved), "--train", "--gpu", "cpu", "trainer.max_steps=5"]) == 0
+    assert read_checkpoint(moved)["global_step"] == 5
+    assert not list(Path.cwd().iterdir())
+    assert len((moved / "cmd.txt").read_text().splitlines()) == 2
+    other = ["--config", str(moved / "configs" / "parsed.yaml"), "system.loss.lambda_sparsity=3"]
+    assert main([*other, "--train", "--gpu", "cpu"]) == 2  # a run of its own; --trial would go on so
+
+
+def test_results_that_can_t_be_written_are_one_line(moved, capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert main(["--trial", str(moved), "--test", "--gpu", "cpu"]) == 2
+    expected = f"error: {moved / 'save'}: not writable; results can go elsewhere: exp_root_dir=DIR\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_folder_that_is_no_trial_names_those_below_it(trained, capsys):
+    assert main(["--trial", str(trained), "--test", "--gpu", "cpu"]) == 2
+    folder = trial(trained, "shapes_stage_3")
+    assert f"{trained}: not a trial folder (it has no configs/parsed.yaml); there are {folder}" in (
+        capsys.readouterr().err
+    )
+    assert main(["--trial", str(folder / "ckpts" / "last.ckpt"), "--test"]) == 2
+
+
+def test_evaluating_what_was_never_trained_says_so(tmp_path, capsys):
+    assert launch("shapes.yaml", "test", tmp_path) == 2
+    last = trial(tmp_path, "shapes_stage_3") / "ckpts"
+    assert f"stage 3/3 shapes_stage_3: no checkpoint in {last}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------
+# Errors of the system
+
+
+def test_a_file_where_a_folder_should_be_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert launch("shapes_stage_1.yaml", "train", tmp_path / "file") == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith(f"error: {tmp_path / 'file'}")
+    assert said[-1].endswith("Not a directory; move away what is there")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/x/last.ckpt"), "/x/last.ckpt: No space left"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), "/x: Permission denied; write elsewhere"),
+        (OSError(errno.EROFS, "Read-only file system", "/x"), "/x: Read-only file system; write elsewhere"),
+    ],
+)
+def test_errors_of_the_disk_name_the_path_and_what_to_do(error, said, capsys, monkeypatch):
+    def fail(*args, **keywords):
+        raise error
+
+    monkeypatch.setattr("fourdfy.run.run", fail)
+    assert main(["--config", "x.yaml", "--train"]) == 1
+    message = capsys.readouterr().err
+    assert said in message
+    assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("error", [KeyError("x")])
+def test_an_error_of_ours_keeps_its_traceback(error, monkeypatch):
+    def fail(*args, **keywords):
+        raise error
+
+    monkeypatch.setattr("fourdfy.run.run", fail)
+    with pytest.raises(type(error)):
+        main(["--config", "x.yaml", "--train"])
 
 
 def test_a_prompt_cannot_escape_the_output_folder(tmp_path):

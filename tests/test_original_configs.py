@@ -158,7 +158,7 @@ def test_the_original_s_parsed_yaml_loads(tmp_path, caplog):
     OmegaConf.save(OmegaConf.create(parsed), file)
     with caplog.at_level(logging.WARNING, "fourdfy.config"):
         theirs = load_recipe([file], [])[0].experiment
-    assert str(theirs.trial_dir) == parsed["trial_dir"]
+    assert theirs.trial_dir == Path(parsed["trial_dir"]).absolute()
     assert not {"exp_dir", "trial_name", "trial_dir", "n_gpus"} & set(re.findall(r"\w+", caplog.text))
     load_recipe([file], ["n_gpus=2"])
     assert "n_gpus: a run uses one GPU" in caplog.text

@@ -291,7 +291,7 @@ def save_network(network: nn.Module, folder: Path) -> None:
 
     folder.mkdir(parents=True)
     save_file(network.state_dict(), folder / "diffusion_pytorch_model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"_class_name": type(network).__name__}))
+    (folder / "config.json").write_text(json.dumps({"_class_name": type(network).__name__}), encoding="utf-8")
 
 
 def check_all_known(state: State) -> None:
@@ -323,7 +323,7 @@ def check_schedule(state: State) -> None:
 
 @cache
 def _key_map(name: str) -> dict[str, Any]:
-    return json.loads((Path(__file__).with_name("key_maps") / f"{name}.json").read_text())
+    return json.loads((Path(__file__).with_name("key_maps") / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def _dropped(key: str) -> bool:

@@ -28,9 +28,9 @@ from jaxtyping import Float
 from rich.console import Console
 from torch import Tensor
 
-from fourdfy.cli import select_device
 from fourdfy.config import ConfigError
 from fourdfy.config_files import CONFIGS
+from fourdfy.devices import use_device
 from fourdfy.evaluation import marks, metrics
 from fourdfy.evaluation.report import Moment, ShapesReport, summary_table
 from fourdfy.ops.cameras import orbit_cameras
@@ -331,7 +331,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"{override!r}: expected key=value, e.g. seed=1")
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    device = select_device(args.gpu)
+    try:
+        device = use_device(args.gpu)
+    except ConfigError as error:
+        parser.error(str(error))
     rows = []
     for prompt in prompts:
         render, seconds = train_prompt(prompt, device, args.drop, args.overrides, args.config)

@@ -198,7 +198,9 @@ def resolve_prompt(prompt: str) -> str:
     if not prompt.startswith("lib:"):
         return prompt
     words = prompt.removeprefix("lib:").lower().split("_")
-    everything = [text for group in json.loads(LIBRARY.read_text()).values() for text in group]
+    everything = [
+        text for group in json.loads(LIBRARY.read_text(encoding="utf-8")).values() for text in group
+    ]
     matches = [text for text in everything if all(word in text.lower() for word in words)]
     if len(matches) == 1:
         return matches[0]

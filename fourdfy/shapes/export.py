@@ -49,15 +49,17 @@ def export(out: Path, assets: Path) -> list[Path]:
         unet.save_pretrained(folder / "unet")
         _save_shared(out, folder, with_vae=True)
         build_scheduler().save_pretrained(folder / "scheduler")
-        (folder / "model_index.json").write_text(json.dumps(_model_index(part), indent=2) + "\n")
+        (folder / "model_index.json").write_text(
+            json.dumps(_model_index(part), indent=2) + "\n", encoding="utf-8"
+        )
         if (out / f"{part}.png").exists():
             shutil.copyfile(out / f"{part}.png", folder / "samples.png")
         records = {name: store.read_record(out, name) for name in ("text", "vae", part)}
         for name, record in records.items():
             if not record:  # trained in an earlier run; what was known of it stands beside the assets
                 records[name] = _shipped_record(name)
-        (folder / "training.json").write_text(json.dumps(records, indent=1) + "\n")
-        (folder / "README.md").write_text(model_card(part, records))
+        (folder / "training.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(model_card(part, records), encoding="utf-8")
         folders.append(folder)
         logger.info("%s written to %s (%.1f MB)", part, folder, _size(folder) / 1e6)
     return folders
@@ -114,7 +116,9 @@ def _save_shared(out: Path, folder: Path, *, with_vae: bool) -> None:
     write_tokenizer(folder / "tokenizer")
     store.load_part(out, "text").half().save_pretrained(folder / "text_encoder")
     record = store.read_record(out, "text") or _shipped_record("text")
-    (folder / "text_encoder" / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / "text_encoder" / "training.json").write_text(
+        json.dumps(record, indent=1) + "\n", encoding="utf-8"
+    )
     if with_vae:
         vae = store.load_part(out, "vae").half()
         vae.register_to_config(_name_or_path="")  # else the folder it was read from would be written
@@ -150,7 +154,7 @@ def _shipped_record(name: str) -> dict[str, Any]:
     path = folder / "text_encoder" / "training.json" if name == "text" else folder / "training.json"
     if not path.exists():
         return {}
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(encoding="utf-8"))
     return record if name == "text" else record.get(name, {})
 
 

@@ -43,13 +43,13 @@ def save_weights(out: Path, part: str, weights: dict[str, Tensor]) -> None:
 def read_record(out: Path, part: str) -> dict[str, Any]:
     """What was recorded of a part; empty before its first training."""
     path = out / f"{part}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def update_record(out: Path, part: str, **entries: Any) -> None:
     """Add to what is recorded of a part."""
     text = json.dumps(read_record(out, part) | entries, indent=1) + "\n"
-    _replace(out / f"{part}.json", lambda path: Path(path).write_text(text))
+    _replace(out / f"{part}.json", lambda path: Path(path).write_text(text, encoding="utf-8"))
 
 
 def save_state(out: Path, part: str, state: dict[str, Any]) -> None:

@@ -17,6 +17,9 @@ from fourdfy.systems.finite import not_finite
 MADE_HERE = "fourdfy"
 """The key of a checkpoint that holds the version of fourdfy which wrote it."""
 
+LAST = Path("ckpts", "last.ckpt")
+"""Of a trial folder, its newest checkpoint."""
+
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """Write to a temporary name, sync, rename: the file of before stays until the new one is whole.
@@ -42,13 +45,21 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def checkpoint_file(path: str | Path) -> Path:
+    """The file itself; of a trial folder its newest checkpoint."""
+    return Path(path) / LAST if Path(path).is_dir() else Path(path)
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint's content, ours or the original's, with tensors on the CPU; nothing in it can run code.
+
+    Args:
+        path: the file, or a trial folder.
 
     Raises:
         ConfigError: no such file, or not a checkpoint.
     """
-    path = Path(path)
+    path = checkpoint_file(path)
     if not path.is_file():
         there = sorted(str(p) for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
         hint = f"; there is {', '.join(there)}" if there else ""

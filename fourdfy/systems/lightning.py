@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import pytorch_lightning as pl
@@ -73,9 +74,14 @@ class LightningSystem(pl.LightningModule):
     ) -> None:
         """Nothing: ``on_load_checkpoint`` took it, with the step that belongs to it."""
 
-    def configure_optimizers(self) -> Any:
+    @cached_property
+    def optimization(self) -> tuple[torch.optim.Optimizer, Any]:
+        """The optimizer, and the scheduler or None; what is wrong with their settings shows here."""
         optimizer = self.system.configure_optimizer()
-        scheduler = self.system.configure_scheduler(optimizer)
+        return optimizer, self.system.configure_scheduler(optimizer)
+
+    def configure_optimizers(self) -> Any:
+        optimizer, scheduler = self.optimization
         if self._resumed is not None:
             # Lightning restores from the checkpoint after this; rates and options are the config's.
             if scheduler is not None:
