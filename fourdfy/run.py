@@ -144,7 +144,11 @@ def export(system: System, experiment: Experiment) -> None:
     data, dynamic = experiment.build_data(), experiment.plan.dynamic
     cameras = data.val_cameras(dynamic) | data.test_cameras(dynamic)
     folder = experiment.trial_dir / "save" / f"it{system.step}-export"
-    for path in system.export(folder, cameras):
+    try:
+        files = system.export(folder, cameras)
+    except OSError as error:
+        raise ConfigError(f"{folder}: the export can't be written: {error}") from error
+    for path in files:
         logger.info("%s  %s", path, _size(path))
 
 

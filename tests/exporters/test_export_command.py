@@ -5,7 +5,7 @@ import torch
 
 from fourdfy.experiment import load_experiment
 from fourdfy.systems.checkpoint import write_checkpoint
-from tests.launching import CONFIGS, TINY, launch
+from tests.launching import CONFIGS, TINY, launch, trial
 
 SMALL = (
     "seed=1",
@@ -70,6 +70,16 @@ def test_any_checkpoint_that_fits_is_tested(checkpoint, tmp_path):
     ],
 )
 def test_a_mistake_ends_with_one_error(checkpoint, tmp_path, capsys, override, message):
-    assert launch("shapes_stage_3.yaml", "export", tmp_path, *SMALL, f"resume={checkpoint}", override) == 2
+    given = (f"resume={checkpoint}", "system.exporter.animation_frames=2", override)
+    assert launch("shapes_stage_3.yaml", "export", tmp_path, *SMALL, *given) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.glb"))
+
+
+def test_a_folder_that_can_not_be_written_is_one_error(checkpoint, tmp_path, capsys):
+    save = trial(tmp_path, "shapes_stage_3") / "save"
+    save.parent.mkdir(parents=True)
+    save.write_text("a file where the folder should be")
+    given = ("system.exporter.animation_frames=0", "system.exporter.save_texture=false")
+    assert launch("shapes_stage_3.yaml", "export", tmp_path, *SMALL, f"resume={checkpoint}", *given) == 2
+    assert "it12-export: the export can't be written: " in capsys.readouterr().err
