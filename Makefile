@@ -17,8 +17,7 @@ $(VENV)/.installed: requirements.txt setup.py
 	touch $@
 
 demo: install
-	$(VENV)/bin/python launch.py --config configs/shapes.yaml --train \
-		system.prompt_processor.prompt="$(PROMPT)" $(ARGS)
+	$(VENV)/bin/python launch.py --config configs/shapes.yaml --train --prompt "$(PROMPT)" $(ARGS)
 
 test: install
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
