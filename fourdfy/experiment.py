@@ -42,8 +42,8 @@ class TrainerConfig:
     num_sanity_val_steps: int = number(0, 0)
     val_check_interval: int | float = number(1000, 0)
     """Training steps between validations; 0 for none, a fraction such as 0.25 of ``max_steps``."""
-    limit_val_batches: int | float | None = number(None, 0)
-    """How many batches a validation renders, or which share of them."""
+    limit_val_batches: int | None = number(None, 0)
+    """How many batches a validation renders; null for all."""
     check_val_every_n_epoch: int | None = None
     """Refused: there is one epoch."""
     enable_progress_bar: bool = ignored("the progress line is always written", True)

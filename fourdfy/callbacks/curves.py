@@ -158,14 +158,19 @@ class WeightsAndBiases:
         import wandb
 
         self.wandb = wandb
-        self.run = wandb.init(
-            project=cfg.project,
-            name=cfg.name or f"{trial.parent.name}/{trial.name}",
-            id=hashlib.blake2b(str(trial.resolve()).encode(), digest_size=8).hexdigest(),
-            resume="allow",
-            dir=str(trial),
-            config=dict(values),
-        )
+        try:
+            self.run = wandb.init(
+                project=cfg.project,
+                name=cfg.name or f"{trial.parent.name}/{trial.name}",
+                id=hashlib.blake2b(str(trial.resolve()).encode(), digest_size=8).hexdigest(),
+                resume="allow",
+                dir=str(trial),
+                config=dict(values),
+            )
+        except Exception as error:  # no account, no network: before the first step, so nothing is lost
+            raise ConfigError(
+                f"system.loggers.wandb: {error}; WANDB_MODE=offline needs no account, enable=false no wandb"
+            ) from error
         # Steps of its own only grow; after a crash ours begin again at the checkpoint.
         self.run.define_metric("global_step")
         self.run.define_metric("*", step_metric="global_step")

@@ -148,6 +148,14 @@ def test_weights_and_biases_gets_the_same_curves_in_one_run(tmp_path, monkeypatc
     assert all(run.finished for run in runs)
 
 
+def test_weights_and_biases_that_will_not_start_say_so_before_the_first_step(tmp_path, monkeypatch):
+    fake = ModuleType("wandb")
+    fake.init = lambda **given: 1 / 0
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with pytest.raises(ConfigError, match=r"system\.loggers\.wandb: division.*WANDB_MODE=offline"):
+        run(experiment(tmp_path, "system.loggers.wandb.enable=true"), range(1))
+
+
 def test_weights_and_biases_must_be_installed_where_it_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"system\.loggers\.wandb\.enable=true: .* pip install wandb"):

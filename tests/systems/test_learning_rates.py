@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from fourdfy.config import ConfigError, parse_config
-from fourdfy.config_layers import load_config
-from fourdfy.experiment import parse_experiment
+from fourdfy.experiment import load_experiment
 from fourdfy.systems.learning_rates import SchedulerConfig, advance, continued
 from tests.launching import CONFIGS, TINY
 
@@ -84,7 +83,7 @@ def test_a_scheduler_is_a_function_of_the_step(form):
 def test_a_scheduler_that_cannot_work_is_refused_at_parse(given, message):
     overrides = [*TINY, "trainer.max_steps=9", f"system.scheduler={given}"]
     with pytest.raises(ConfigError, match=message):
-        parse_experiment(load_config([CONFIGS / "shapes_stage_1.yaml"], overrides))
+        load_experiment([CONFIGS / "shapes_stage_1.yaml"], overrides)
 
 
 def test_rates_and_decay_given_anew_are_used_and_the_moments_kept():

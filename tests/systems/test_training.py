@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fourdfy.config import ConfigError
-from fourdfy.config_layers import load_config
-from fourdfy.experiment import CheckpointConfig, TrainerConfig, parse_experiment
+from fourdfy.experiment import CheckpointConfig, TrainerConfig, load_experiment
 from fourdfy.systems.checkpoint import read_checkpoint
+from fourdfy.trainer import build_trainer
 from tests.launching import CONFIGS, TINY, launch, trial
 
 DECAY = "{name: ExponentialLR, interval: step, args: {gamma: 0.5}}"
@@ -102,7 +102,7 @@ def test_what_cannot_be_continued_is_refused_by_name(whole, tmp_path, capsys, ov
 )
 def test_trainer_keys_that_cannot_work_are_refused(override, message):
     with pytest.raises(ConfigError, match=message):
-        parse_experiment(load_config([CONFIGS / "shapes_stage_1.yaml"], [*TINY, f"trainer.{override}"]))
+        load_experiment([CONFIGS / "shapes_stage_1.yaml"], [*TINY, f"trainer.{override}"])
 
 
 @pytest.mark.parametrize(("given", "steps"), [(0, 0), (30, 30), (30.0, 30), (1, 1), (1.0, 200), (0.25, 50)])
@@ -116,3 +116,14 @@ def test_validation_comes_after_steps_or_a_share_of_them(given, steps):
 def test_saving_once_at_the_end_of_a_long_run_is_warned_of_and_not_done(every, max_steps, expected, caplog):
     assert CheckpointConfig(every_n_train_steps=every).interval(max_steps) == expected
     assert ("is the whole run" in caplog.text) == (every != expected)
+
+
+def test_trainer_keys_reach_the_trainer(tmp_path):
+    keys = {"accumulate_grad_batches": 3, "limit_val_batches": 2, "gradient_clip_val": 0.5}
+    given = [f"trainer.{key}={value}" for key, value in keys.items()]
+    given += ["trainer.gradient_clip_algorithm=value", "trainer.detect_anomaly=true"]
+    given += ["trainer.max_steps=40", "trainer.val_check_interval=0.25", f"exp_root_dir={tmp_path}"]
+    trainer = build_trainer(load_experiment([CONFIGS / "shapes_stage_1.yaml"], [*TINY, *given]), "cpu", [])
+    assert {key: getattr(trainer, key) for key in keys} == keys
+    assert trainer.gradient_clip_algorithm == "value" and trainer._detect_anomaly
+    assert trainer.val_check_interval == 10 * 3  # Lightning counts batches
