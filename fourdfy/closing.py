@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fourdfy.callbacks.saving import whole_file
+from fourdfy.callbacks.saving import by_product, whole_file
 from fourdfy.diffusion.hub import knows_text
 from fourdfy.recipe import Stage
 
@@ -23,10 +23,12 @@ def log_closing(stages: Sequence[Stage], seconds: float, device: str) -> None:
     """
     trial = stages[-1].experiment.trial_dir
     video = _video(trial)
-    if len(stages) > 1 and video.is_file():
+    if video and len(stages) > 1 and video.is_file():
         video = _copy(video, trial.parents[1] / trial.name / "result.mp4")
-    rows = [("video", str(video))]
-    scores = _scores(stages[-1], device)
+    rows = [("video", str(video or "none could be written; --test renders it again"))]
+    scores = None
+    with by_product("scores"):
+        scores = _scores(stages[-1], device)
     if scores:
         rows.append(("scores", scores))
     program = "fourdfy" if Path(sys.argv[0]).stem == "fourdfy" else "python launch.py"
@@ -39,10 +41,11 @@ def log_closing(stages: Sequence[Stage], seconds: float, device: str) -> None:
     logger.info("done in %d min %d s\n%s", *divmod(round(seconds), 60), lines)
 
 
-def _video(trial: Path) -> Path:
-    """The newest of a trial's test views: an mp4, or where there is no ffmpeg the folder of its frames."""
+def _video(trial: Path) -> Path | None:
+    """The newest of a trial's test views: an mp4, or where there is no ffmpeg the folder of its frames;
+    None where nothing could be written."""
     views = [*(trial / "save").glob("it*-test.mp4")] or [*(trial / "save").glob("it*-test")]
-    return max(views, key=lambda path: path.stat().st_mtime)
+    return max(views, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def _copy(video: Path, target: Path) -> Path:

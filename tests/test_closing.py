@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from fourdfy.callbacks import saving
 from fourdfy.closing import log_closing
 from fourdfy.recipe import load_recipe
 
@@ -60,3 +61,20 @@ def test_a_result_that_cannot_be_copied_is_found_where_it_was_made(tmp_path, cap
     said, _ = closing(caplog, tmp_path, "shapes", "a panda dancing")
     assert f"video   {stages_video}" in said
     assert "result.mp4: not written" in caplog.text
+
+
+def test_a_run_whose_pictures_could_not_be_written_ends_all_the_same(tmp_path, caplog):
+    said, trial = closing(caplog, tmp_path, "shapes_stage_1", "a red cube spinning")
+    assert "  video   none could be written; --test renders it again\n" in said
+    assert f"--trial {trial} --export" in said
+
+
+def test_scores_that_can_not_be_told_cost_a_warning(tmp_path, caplog, monkeypatch):
+    def fail(*args):
+        raise OSError("disk full")
+
+    saving._warn_once.cache_clear()
+    monkeypatch.setattr("fourdfy.closing._scores", fail)
+    said, _ = closing(caplog, tmp_path, "shapes_stage_1", "a red cube spinning", "it2-test")
+    assert said.startswith("done in 61 min 12 s")
+    assert "scores could not be written; the run goes on (OSError: disk full)" in caplog.text
