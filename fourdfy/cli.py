@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             file, go_on = trial_arguments(args.trial)
             config, overrides = [file], [*go_on, *overrides]
         run(args.mode, config, overrides, gpu=args.gpu, command=command)
-    except (ConfigError, FileNotFoundError) as error:  # the latter: a model that is nowhere
+    except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     except FloatingPointError as error:  # training diverged

@@ -12,7 +12,7 @@ from rich.text import Text
 from fourdfy.config import ConfigError, build, component_class
 from fourdfy.data.sampling import at_step
 from fourdfy.diffusion.frozen import check_part
-from fourdfy.diffusion.hub import locate_model, resolve_model, stored_bytes, stored_folder
+from fourdfy.diffusion.hub import ModelNotFound, locate_model, resolve_model, stored_bytes, stored_folder
 from fourdfy.experiment import Experiment
 
 logger = logging.getLogger(__name__)
@@ -109,16 +109,16 @@ def find_models(experiments: Sequence[Experiment]) -> dict[str, Path]:
     """The folder of every model that the stages need, fetched if it must be; each is tried.
 
     Raises:
-        FileNotFoundError: some can't be found; says what was tried for each.
+        ModelNotFound: some can't be found; says what was tried for each.
     """
     found, failures = {}, []
     for name, parts in needed_models(experiments).items():
         try:
             found[name] = resolve_model(name, parts)
-        except FileNotFoundError as error:
+        except ModelNotFound as error:
             failures.append(str(error))
     if failures:
-        raise FileNotFoundError("\n".join(failures))
+        raise ModelNotFound("\n".join(failures))
     return found
 
 

@@ -371,7 +371,7 @@ def test_errors_of_the_disk_name_the_path_and_what_to_do(error, said, capsys, mo
     assert message.count("\n") == 1
 
 
-@pytest.mark.parametrize("error", [KeyError("x")])
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "No such file", "x"), KeyError("x")])
 def test_an_error_of_ours_keeps_its_traceback(error, monkeypatch):
     def fail(*args, **keywords):
         raise error

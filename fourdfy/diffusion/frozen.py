@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fourdfy.config_files import ConfigError
-from fourdfy.diffusion.hub import part_flaw, read_description, weight_files
+from fourdfy.diffusion.hub import ModelNotFound, part_flaw, read_description, weight_files
 from fourdfy.diffusion.scheduler_file import read_scheduler
 from fourdfy.ops.diffusion import NoiseScales, noise_scales, sample_noise
 
@@ -103,11 +103,11 @@ def check_part(folder: Path, part: str, class_name: str = "") -> None:
             of other parts than ``unet`` it goes without saying.
 
     Raises:
-        FileNotFoundError: the part is missing or not whole.
+        ModelNotFound: the part is missing or not whole.
         ConfigError: it is of another class, or its file can't be read.
     """
     if flaw := part_flaw(folder, part):
-        raise FileNotFoundError(f"{folder} holds no {part} that can be read ({flaw})")
+        raise ModelNotFound(f"{folder} holds no {part} that can be read ({flaw})")
     if part == "scheduler":
         read_scheduler(folder)
         return
@@ -131,7 +131,7 @@ def load_part(
         class_name: the class that the folder's description must name, e.g. ``UNet2DConditionModel``.
 
     Raises:
-        FileNotFoundError: the part is missing or not whole.
+        ModelNotFound: the part is missing or not whole.
         ConfigError: the part is a network of another class, or can't be loaded.
     """
     check_part(folder, part, class_name)
@@ -149,7 +149,7 @@ def load_text_encoder(folder: Path, device: torch.device) -> tuple[Any, nn.Modul
     """(tokenizer, CLIP text encoder in float32, frozen) of a model folder.
 
     Raises:
-        FileNotFoundError: a part is missing or not whole.
+        ModelNotFound: a part is missing or not whole.
         ConfigError: a part is of another class, or can't be loaded.
     """
     tokenizer = load_tokenizer(folder)
@@ -170,7 +170,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The CLIP tokenizer of a model folder.
 
     Raises:
-        FileNotFoundError: it is missing or not whole.
+        ModelNotFound: it is missing or not whole.
         ConfigError: it is of another class, or can't be loaded.
     """
     check_part(folder, "tokenizer")
@@ -184,7 +184,7 @@ def load_noise_schedule(folder: Path, device: torch.device) -> NoiseSchedule:
     """The schedule that ``folder/scheduler`` describes, whichever sampler it names.
 
     Raises:
-        FileNotFoundError: no scheduler there.
+        ModelNotFound: no scheduler there.
         ConfigError: the file may describe other noise levels than we would read from it.
     """
     check_part(folder, "scheduler")

@@ -25,6 +25,10 @@ from fourdfy.config_files import ConfigError, expand_path
 logger = logging.getLogger(__name__)
 
 
+class ModelNotFound(ConfigError, FileNotFoundError):
+    """A model, or a part of it, is not here and not to be fetched; the message says what was tried."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Source:
     """One place that has a model: a repository of the hub, or a folder of this package."""
@@ -103,7 +107,7 @@ def resolve_model(name_or_path: str | Path, parts: Sequence[str] = ()) -> Path:
     Downloads draw their progress; HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured.
 
     Raises:
-        FileNotFoundError: the model is nowhere; lists everything tried and what to type.
+        ModelNotFound: the model is nowhere; lists everything tried and what to type.
         ConfigError: a checkpoint file is of no known kind, or broken.
     """
     stored = _found(str(name_or_path), parts)
@@ -111,6 +115,8 @@ def resolve_model(name_or_path: str | Path, parts: Sequence[str] = ()) -> Path:
         return stored
     try:
         return _converted(stored, parts)
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
@@ -119,7 +125,7 @@ def resolve_file(name_or_path: str | Path) -> Path:
     """The original checkpoint file of a model, as it is, fetched from the hub if it must be.
 
     Raises:
-        FileNotFoundError: it is nowhere; lists everything tried and what to type.
+        ModelNotFound: it is nowhere; lists everything tried and what to type.
         ValueError: the model is a folder.
     """
     found = _found(str(name_or_path), ())
@@ -453,7 +459,7 @@ def _wanted_files(files: Sequence[str], parts: Sequence[str]) -> list[str]:
     return wanted
 
 
-def _missing(name: str, parts: Sequence[str], tried: Sequence[str]) -> FileNotFoundError:
+def _missing(name: str, parts: Sequence[str], tried: Sequence[str]) -> ModelNotFound:
     layout = ", ".join(f"{part}/" for part in parts) or "model_index.json"
     advice = f"Name a local folder in diffusers layout (with {layout})"
     if Path(name).suffix in (".pt", ".ckpt") or any(source.file for source in _sources(name)):
@@ -467,7 +473,7 @@ def _missing(name: str, parts: Sequence[str], tried: Sequence[str]) -> FileNotFo
             f",\nor fetch it where there is a network:  hf download {source.repo}{what}{revision}\n"
             "or everything that a run needs:  python launch.py --config CONFIG --fetch"
         )
-    return FileNotFoundError(
+    return ModelNotFound(
         f"the model {name!r} was not found. Tried:\n" + "".join(f"  - {line}\n" for line in tried) + advice
     )
 
@@ -501,7 +507,7 @@ def _converted(file: Path, parts: Sequence[str]) -> Path:
             shutil.copytree(loans[part] / part, unfinished)
             unfinished.rename(folder / part)
     if lacking := _lacking(folder, parts):
-        raise FileNotFoundError(
+        raise ModelNotFound(
             f"{file} {lacking}: it is another kind of model, or its conversion in {folder} is damaged "
             "(delete that folder)"
         )

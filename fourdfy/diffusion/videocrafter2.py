@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fourdfy.diffusion.frozen import freeze, load_part
-from fourdfy.diffusion.hub import part_flaw, weight_files
+from fourdfy.diffusion.hub import ModelNotFound, part_flaw, weight_files
 
 PARTS = ("unet", "fps_embedding", "vae", "scheduler")
 """What a folder must hold for the guidance."""
@@ -25,7 +25,7 @@ def load_unet(folder: Path, fps: int, *, dtype: torch.dtype, device: torch.devic
     """The frozen ``UNet3DConditionModel`` of a converted folder, for videos of ``fps`` frames per second.
 
     Raises:
-        FileNotFoundError: ``unet`` or ``fps_embedding`` is missing.
+        ModelNotFound: ``unet`` or ``fps_embedding`` is missing.
     """
     unet = load_part(folder, "unet", "UNet3DConditionModel", dtype=torch.float32, device=torch.device("cpu"))
     layer = unet.time_embedding.linear_2
@@ -40,10 +40,10 @@ def fps_vector(folder: Path, fps: int) -> Float[Tensor, "E"]:
     """What the frame rate adds to the time embedding, in float64.
 
     Raises:
-        FileNotFoundError: the folder has no ``fps_embedding``.
+        ModelNotFound: the folder has no ``fps_embedding``.
     """
     if flaw := part_flaw(folder, "fps_embedding"):
-        raise FileNotFoundError(
+        raise ModelNotFound(
             f"{folder} holds no fps_embedding ({flaw}): a VideoCrafter2 folder is made from its model.ckpt; "
             "name that file, or VideoCrafter/VideoCrafter2, as pretrained_model_name_or_path"
         )

@@ -146,7 +146,7 @@ class PromptProcessor(Component, ABC):
         The text encoder is loaded only if a text is not in the cache, and freed before this returns.
 
         Raises:
-            FileNotFoundError: the model is not to be found.
+            ModelNotFound: the model is not to be found.
             ValueError: a text is longer than the encoder reads; shows where it would be cut.
         """
         self._others_than_learned()
