@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import logging
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -247,7 +248,10 @@ def _explain(error: OmegaConfBaseException, schema: type, key: str) -> str:
     if isinstance(error, ConfigKeyError):
         owner = error.object_type if dataclasses.is_dataclass(error.object_type) else schema
         return _unknown_key(key.split(".")[-1], {f.name: f for f in dataclasses.fields(owner)})
-    return str(error).split("\n")[0]
+    problem = str(error).split("\n")[0]
+    return re.sub(
+        r"Invalid value assigned: (\w+) is not a .*\blist\b.*", r"expected a list, got a \1", problem
+    )
 
 
 def _culprit(schema: type, given: Mapping[str, Any], places: tuple[str, ...] = ()) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, InterpolationToMissingValueError, OmegaConfBaseException
 
 from fourdfy import registry
 from fourdfy.config import config_error, init_fields, source_of
@@ -77,9 +77,10 @@ def load_config(
         for layer in layers:
             _record(layer, sources, texts)
             merged = _merge(merged, layer, schema, replaced)
-        draft = _merge(copy.deepcopy(merged), _override_layer(typed), schema, {})
+        draft_layer = _override_layer(typed)
+        _record(draft_layer, sources, texts)
+        draft = _merge(copy.deepcopy(merged), draft_layer, schema, {})
         typed_layer = _override_layer(typed, lambda key, value: _places(schema, draft, merged, key, value))
-        _record(typed_layer, sources, texts)
         merged = _merge(merged, typed_layer, schema, replaced)
         lent: list[str] = []
         if schema is not None:
@@ -93,8 +94,10 @@ def load_config(
         key = str(error).splitlines()[0].split(": ")[-1]
         raise ConfigError(f"{key}: missing; set it in the file or as key=value") from error
     except OmegaConfBaseException as error:
-        key = error.full_key or ""
-        raise ConfigError(f"{key}{source_of(key, sources)}: {str(error).splitlines()[0]}") from error
+        key, problem = error.full_key or "", str(error).splitlines()[0]
+        if isinstance(error, GrammarParseError):
+            problem = f"not understood as a ${{reference}} ({problem}); write \\${{ for these characters"
+        raise ConfigError(f"{key}{source_of(key, sources)}: {problem}") from error
     return LoadedConfig(values | plugins, sources)
 
 

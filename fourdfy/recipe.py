@@ -14,7 +14,7 @@ from pathlib import Path
 
 from fourdfy.config_files import ConfigError, find_config, literal_override, read_layers
 from fourdfy.config_layers import load_config
-from fourdfy.experiment import PARSED, Experiment, load_experiment
+from fourdfy.experiment import PARSED, Experiment, ExperimentConfig, load_experiment
 from fourdfy.systems.checkpoint import checkpoint_file, read_own_checkpoint
 
 
@@ -79,7 +79,7 @@ class Stage:
 
     def _check_same_settings(self) -> None:
         """A trial that goes on must compute what it began; its length may change."""
-        began = load_config([self.experiment.trial_dir / PARSED]).values
+        began = load_config([self.experiment.trial_dir / PARSED], schema=ExperimentConfig).values
         now = self.experiment.record()
         changed = [
             key

@@ -19,6 +19,7 @@ from fourdfy.config_files import expand_path, literal_override, save_yaml
 from fourdfy.config_layers import load_config
 from fourdfy.diffusion.hub import cache_root
 from fourdfy.experiment import ExperimentConfig, load_experiment
+from fourdfy.recipe import load_recipe
 from tests.launching import CONFIGS
 
 
@@ -187,6 +188,20 @@ def test_numbers_are_those_of_yaml_1_2(load, written, key, value, place):
 def test_what_is_no_whole_number_is_refused_by_its_key(load, written):
     with pytest.raises(ConfigError, match=r"^seed \(in the command line\): "):
         load("", f"seed={written}")
+
+
+def test_a_text_that_is_no_reference_says_how_to_write_the_characters(load):
+    message = r"^tag \(in the command line\): not understood as a \$\{reference\} .*; write \\\$\{ for"
+    with pytest.raises(ConfigError, match=message):
+        load("", "tag=a ${b")
+    assert load("", "tag=a \\${b").tag == "a ${b"
+
+
+def test_the_texts_of_one_stage_are_taken_as_typed_too():
+    overrides = ["stage_2.tag=a #7: b", "stage_3.system.prompt_processor.negative_prompt=", "tag=1984"]
+    stages = [stage.experiment.cfg for stage in load_recipe([CONFIGS / "shapes.yaml"], overrides)]
+    assert [cfg.tag for cfg in stages] == ["1984", "a #7: b", "1984"]
+    assert stages[2].system.prompt_processor.negative_prompt == ""
 
 
 # -- files that can't be read ---------------------------------------------------------------------
