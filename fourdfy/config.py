@@ -249,9 +249,7 @@ def _explain(error: OmegaConfBaseException, schema: type, key: str) -> str:
         owner = error.object_type if dataclasses.is_dataclass(error.object_type) else schema
         return _unknown_key(key.split(".")[-1], {f.name: f for f in dataclasses.fields(owner)})
     problem = str(error).split("\n")[0]
-    return re.sub(
-        r"Invalid value assigned: (\w+) is not a .*\blist\b.*", r"expected a list, got a \1", problem
-    )
+    return re.sub(r"Invalid value assigned: \w+ is not a .*\blist\b.*", "expected a list", problem)
 
 
 def _culprit(schema: type, given: Mapping[str, Any], places: tuple[str, ...] = ()) -> str:
