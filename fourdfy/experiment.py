@@ -151,6 +151,8 @@ class Experiment:
     trial_dir: Path
     is_placed: bool
     """Whether the command line says where the trial folder is."""
+    prompt_source: str
+    """The config file that names the prompt, or ``COMMAND_LINE``."""
 
     @property
     def last_checkpoint(self) -> Path:
@@ -214,7 +216,14 @@ def parse_experiment(loaded: LoadedConfig) -> Experiment:
         freeze_static_modules=cfg.system.freeze_static_modules,
     )
     check_agreement(cfg, plan)
-    return Experiment(cfg, values, plan, trial or new_trial(cfg), is_placed=COMMAND_LINE in given_by)
+    return Experiment(
+        cfg,
+        values,
+        plan,
+        trial or new_trial(cfg),
+        is_placed=COMMAND_LINE in given_by,
+        prompt_source=loaded.sources.get("system.prompt_processor.prompt", COMMAND_LINE),
+    )
 
 
 def new_trial(cfg: ExperimentConfig) -> Path:

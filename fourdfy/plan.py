@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.text import Text
 
 from fourdfy.config import ConfigError, build, component_class
+from fourdfy.config_files import COMMAND_LINE
 from fourdfy.data.sampling import at_step
 from fourdfy.diffusion.frozen import check_part
 from fourdfy.diffusion.hub import ModelNotFound, locate_model, resolve_model, stored_bytes, stored_folder
 from fourdfy.experiment import Experiment
+from fourdfy.systems.checkpoint import checkpoint_file
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ def print_plan(experiments: Sequence[Experiment]) -> None:
 def _stage_lines(experiment: Experiment) -> Iterator[str]:
     cfg = experiment.cfg
     yield f"{cfg.trainer.max_steps} steps"
-    yield f"prompt: {cfg.system.prompt_processor.prompt!r}"
+    yield prompt_line(experiment)
     yield f"folder: {experiment.trial_dir}"
     for step in experiment.plan.steps:
         frames = ", then ".join("{} frames of {} x {}".format(*x) for x in _frames(experiment, step.name))
@@ -59,6 +61,12 @@ def _stage_lines(experiment: Experiment) -> Iterator[str]:
     yield f"memory, roughly: {_memory_estimate(experiment) / 2**30:.1f} GiB{rest}"
 
 
+def prompt_line(experiment: Experiment) -> str:
+    """The prompt, and how another is given where a file has chosen it."""
+    line, source = f"prompt: {experiment.cfg.system.prompt_processor.prompt!r}", experiment.prompt_source
+    return line if source == COMMAND_LINE else f"{line}, from {source}; for another one: --prompt TEXT"
+
+
 def check_files(experiments: Sequence[Experiment]) -> None:
     """Refuse a run whose files are not there, those aside that its earlier stages will have written.
 
@@ -69,8 +77,8 @@ def check_files(experiments: Sequence[Experiment]) -> None:
     for experiment in experiments:
         cfg = experiment.cfg
         for key, file in (("resume", cfg.resume), ("system.weights", cfg.system.weights)):
-            if file and Path(file) not in written and not Path(file).exists():
-                raise ConfigError(f"{key}={file}: there is no such file")
+            if file and Path(file) not in written and not checkpoint_file(file).is_file():
+                raise ConfigError(f"{key}={file}: no such checkpoint")
         written.add(experiment.last_checkpoint)
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 
-from fourdfy.config import ConfigError
+from fourdfy.config_files import COMMAND_LINE, ConfigError
 from fourdfy.devices import select_device, use_device
 from fourdfy.experiment import Experiment, trial_of
-from fourdfy.plan import fetch_models, find_models, print_plan
+from fourdfy.plan import check_files, check_priors, fetch_models, find_models, print_plan, prompt_line
 from fourdfy.recipe import Stage, load_recipe
 from fourdfy.signals import Stopped, StopSignals
 from fourdfy.systems.base import System
@@ -52,7 +52,13 @@ def run(
         from fourdfy.closing import log_closing
 
         began, device = time.monotonic(), use_device(gpu)
-        find_models(experiments)  # those of the last stage too: hours later is no time to miss one
+        if experiments[0].prompt_source != COMMAND_LINE:
+            logger.info("%s", prompt_line(experiments[0]))
+        # Of the last stage too: hours later is no time to miss something.
+        check_files(experiments)
+        find_models(experiments)
+        for experiment in experiments:
+            check_priors(experiment)
         for stage in stages:
             train_stage(stage, device=device, command=command)
         log_closing(stages, time.monotonic() - began, device)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fourdfy import plan
+from fourdfy.cli import main
 from fourdfy.config import ConfigError
 from fourdfy.experiment import Experiment, load_experiment
 from fourdfy.prompts import base
@@ -82,7 +83,7 @@ def test_a_check_imports_no_library_of_models_and_no_trainer():
 def test_a_file_that_is_not_there_is_an_error_of_its_key(key, tmp_path, capsys):
     file = tmp_path / "last.ckpt"
     assert launch("shapes_stage_1.yaml", "check", tmp_path, f"{key}={file}") == 2
-    assert f"error: {key}={file}: there is no such file" in capsys.readouterr().err
+    assert f"error: {key}={file}: no such checkpoint" in capsys.readouterr().err
 
 
 def test_weights_that_an_earlier_stage_will_write_are_no_error(tmp_path):
@@ -159,3 +160,25 @@ def test_control_characters_of_a_users_names_do_not_reach_the_terminal(tmp_path,
     shown = capsys.readouterr().out
     assert shown.count("\\x1b[31m\\x07\\u202e[bold]") >= 2
     assert not {"\x1b", "\x07", "\u202e"} & set(shown)
+
+
+@pytest.mark.parametrize("mode", ["check", "train"])
+def test_a_recipe_says_which_prompt_it_takes_unless_one_is_given(mode, tmp_path, capsys, caplog, monkeypatch):
+    monkeypatch.setattr("fourdfy.run.train_stage", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr("fourdfy.closing.log_closing", lambda *_args: None)
+    given = ["--config", str(CONFIGS / "shapes.yaml"), f"--{mode}", "--gpu", "cpu"]
+    for prompt in ([], ["--prompt", "a blue ball spinning"]):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            assert main([*given, f"exp_root_dir={tmp_path}", *prompt]) == 0
+        said = capsys.readouterr().out + caplog.text
+        own = f"prompt: 'a red cube bouncing', from {CONFIGS / 'shapes.yaml'}; for another one: --prompt TEXT"
+        assert (own in said) == (not prompt)
+        assert ("--prompt TEXT" in said) == (not prompt)
+
+
+def test_training_finds_what_a_check_finds(tmp_path, capsys):
+    long = f"stage_3.system.prompt_processor_video.prompt={'very ' * 99}"
+    assert launch("shapes.yaml", "train", tmp_path, long) == 2
+    assert "error: system.prompt_processor_video: a prompt has" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()), "it began all the same"
