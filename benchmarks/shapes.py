@@ -58,7 +58,8 @@ def run(prompt: str, drop: str, place: str, args: argparse.Namespace) -> dict | 
     result, log = out / f"{name}.json", out / f"{name}.log"
     out.mkdir(parents=True, exist_ok=True)
     if not result.exists():
-        command = [sys.executable, "-m", "fourdfy.evaluation.shapes", "--prompt", prompt, "--gpu", place]
+        command = [sys.executable, "-m", "fourdfy.evaluation.shapes", "--prompt", prompt]
+        command += ["--gpu", "cpu" if place == "cpu" else "0"]  # the one that the environment leaves
         command += ["--config", args.config, "--json", str(result)]
         command += [f"exp_root_dir={out / 'trials'}", *args.overrides]
         command += ["--drop", drop] if drop != "none" else []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,36 +11,46 @@ from torch import Tensor, nn
 
 
 def check_step(
-    losses: Mapping[str, Tensor], groups: Collection[Mapping[str, Any]], system: nn.Module, where: str
+    losses: Mapping[str, Tensor], groups: Collection[Mapping[str, Any]], where: str, *, scaled: bool = False
 ) -> None:
-    """Refuse a step with a loss or a gradient that is not finite.
+    """Refuse a step with a parameter, a loss or a gradient that is not finite.
 
-    One tensor holds every loss and every group's largest gradient, so that the device is read once. A prior
-    that fails needs no look of its own: its prediction is in its loss.
+    One tensor holds every loss and the largest entries of every group's parameters and gradients, so that
+    the device is read once. A prior that fails needs no look of its own: its prediction is in its loss.
+    Parameters do: a density of NaN is pruned as if there were nothing, which no loss shows.
 
     Args:
         losses: scalars by name.
-        groups: the optimizer's; without any, the losses alone are looked at.
+        groups: the optimizer's.
         where: the step, for the message.
+        scaled: gradients that overflow are the affair of a scaler, which skips their step.
 
     Raises:
-        FloatingPointError: says where, what, and which parameters are not finite already.
+        FloatingPointError: says where and what.
     """
-    gradients = {
-        f"the gradient of {group['name']}": nn.utils.get_total_norm(
-            [p.grad for p in group["params"] if p.grad is not None], math.inf
-        )
-        for group in groups
-    }
-    values = {f"the loss {name}": loss for name, loss in losses.items()} | gradients
-    read = torch.stack([value.detach().float() for value in values.values()]).tolist()
-    wrong = [f"{name} is {x}" for name, x in zip(values, read, strict=True) if not math.isfinite(x)]
-    if not wrong:
-        return
-    wrong = [text for text in wrong if text.startswith("the loss")] or wrong  # gradients follow the losses
-    broken = not_finite(dict(system.named_parameters()))
-    hint = f"; {broken[0]} was not finite before it (is its learning rate too high?)" if broken else ""
-    raise FloatingPointError(f"{where}: {', '.join(wrong)}{hint}; stopped before the optimizer's step")
+    parameters = {f"a parameter of {group['name']}": group["params"] for group in groups}
+    gradients = {} if scaled else {f"the gradient of {g['name']}": _gradients(g["params"]) for g in groups}
+    kinds = (
+        {name: _largest(tensors) for name, tensors in parameters.items()},
+        {f"the loss {name}": loss.detach().float() for name, loss in losses.items()},
+        {name: _largest(tensors) for name, tensors in gradients.items() if tensors},
+    )
+    numbers = iter(torch.stack([value for kind in kinds for value in kind.values()]).tolist())
+    read = [dict(zip(kind, numbers, strict=False)) for kind in kinds]
+    for kind in read:  # causes before what follows from them
+        if wrong := [f"{name} is {x}" for name, x in kind.items() if not math.isfinite(x)]:
+            hint = " (is its learning rate too high?)" if kind is read[0] else ""
+            raise FloatingPointError(
+                f"{where}: {', '.join(wrong)}{hint}; stopped before the optimizer's step"
+            )
+
+
+def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None]
+
+
+def _largest(tensors: Sequence[Tensor]) -> Tensor:
+    return nn.utils.get_total_norm([tensor.detach() for tensor in tensors], math.inf).float()
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -111,13 +111,11 @@ class LightningSystem(pl.LightningModule):
         return out.loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        # A scaler finds gradients that overflow itself, and skips their step.
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         check_step(
             self._losses,
-            [] if scaled else optimizer.param_groups,
-            self.system,
+            optimizer.param_groups,
             f"global step {self._batch.global_step}, a {self._batch.step} step",
+            scaled=getattr(self.trainer.precision_plugin, "scaler", None) is not None,
         )
         self.system.after_backward(self._batch, optimizer)
 

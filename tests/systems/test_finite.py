@@ -7,6 +7,7 @@ from torch import nn
 from fourdfy.experiment import load_experiment
 from fourdfy.systems.checkpoint import read_checkpoint, write_checkpoint
 from fourdfy.systems.finite import check_step
+from fourdfy.systems.fourdfy import FourdfySystem
 from tests.launching import CONFIGS, TINY, launch, trial
 
 NAN, INF = float("nan"), float("inf")
@@ -44,7 +45,7 @@ def test_a_prior_that_fails_is_noticed_in_its_loss(prepared, place):
     with torch.no_grad():
         tensor.copy_(before)
     with pytest.raises(FloatingPointError, match=r"^here: the loss sds is nan; stopped before"):
-        check_step(out.losses, [], system, "here")
+        check_step(out.losses, [], "here")
 
 
 def toy():
@@ -59,7 +60,7 @@ def toy():
 def test_large_but_finite_gradients_are_no_reason_to_stop():
     network, groups = toy()
     network.weight.grad.fill_(3e38)
-    check_step({"sds": torch.tensor(3e38)}, groups, network, "here")
+    check_step({"sds": torch.tensor(3e38)}, groups, "here")
 
 
 @pytest.mark.parametrize("value", [NAN, INF, -INF])
@@ -67,15 +68,21 @@ def test_the_group_of_a_gradient_that_is_not_finite_is_named(value):
     network, groups = toy()
     network.bias.grad[0] = value
     with pytest.raises(FloatingPointError, match=r"^here: the gradient of b is (nan|inf); stopped"):
-        check_step({"sds": torch.zeros(())}, groups, network, "here")
+        check_step({"sds": torch.zeros(())}, groups, "here")
 
 
 def test_parameters_that_were_broken_before_are_named():
     network, groups = toy()
     with torch.no_grad():
         network.weight[0, 0] = NAN
-    with pytest.raises(FloatingPointError, match=r"the loss sds is nan; weight was not finite before it"):
-        check_step({"sds": torch.tensor(NAN)}, groups, network, "here")
+    with pytest.raises(FloatingPointError, match=r"^here: a parameter of a is nan \(is its learning rate"):
+        check_step({"sds": torch.tensor(NAN)}, groups, "here")
+
+
+def test_gradients_that_overflow_are_the_scaler_s_affair():
+    network, groups = toy()
+    network.bias.grad[0] = INF
+    check_step({"sds": torch.zeros(())}, groups, "here", scaled=True)
 
 
 def test_a_scene_that_is_not_finite_is_not_written_over_one_that_is(tmp_path):
@@ -86,14 +93,26 @@ def test_a_scene_that_is_not_finite_is_not_written_over_one_that_is(tmp_path):
     assert read_checkpoint(path)["global_step"] == 3
 
 
-def test_a_learning_rate_that_is_far_too_high_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys):
-    groups = ("geometry.encoding", "geometry.density_network")
-    rates = ", ".join(f"{group}: {{lr: 1.0e+30}}" for group in groups)
-    given = ["checkpoint.every_n_train_steps=1", f"system.optimizer.params={{{rates}}}"]
-    assert launch("shapes_stage_1.yaml", "train", tmp_path, *given) == 1
+def test_a_scene_that_breaks_ends_the_run_and_keeps_the_last_checkpoint(tmp_path, capsys, monkeypatch):
+    training_step = FourdfySystem.training_step
+
+    def broken_at_step_1(system, batch):
+        if batch.global_step == 1:
+            system.geometry.density_network.layers[0].weight.data.fill_(NAN)
+        return training_step(system, batch)
+
+    monkeypatch.setattr(FourdfySystem, "training_step", broken_at_step_1)
+    assert launch("shapes_stage_1.yaml", "train", tmp_path, "checkpoint.every_n_train_steps=1") == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert line.startswith(
-        "error: global step 1, a multi_view step: the loss sds is nan, the loss sparsity is nan;"
-    )
+    # Such a scene is empty, as a density of NaN is pruned, and its losses are finite.
+    assert line.startswith("error: global step 1, a multi_view step: a parameter of geometry.density_network")
     last = trial(tmp_path, "shapes_stage_1") / "ckpts" / "last.ckpt"
     assert read_checkpoint(last)["global_step"] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_group_without_gradients_is_on_no_other_device():
+    network = nn.Linear(2, 1, device="cuda")
+    loss = network(torch.ones(1, 2, device="cuda")).sum()
+    check_step({"a": loss}, [{"name": "idle", "params": [network.weight]}], "here")
