@@ -53,7 +53,13 @@ def scheduled(default: Any = MISSING, low: float | int = -math.inf, high: float 
 
     It may be null if that is the default. With a mapping as the default, every entry is such a scalar.
     """
-    metadata = {"bounds": Bounds(low, high), "scheduled": True, "optional": default is None}
+    entries = isinstance(default, dict)
+    metadata = {
+        "bounds": Bounds(low, high),
+        "scheduled": True,
+        "optional": default is None,
+        "entries": entries,
+    }
     return _field(default, metadata)
 
 
@@ -68,9 +74,10 @@ def misfits(value: Any, metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]
 
     The key is "" for the value itself, and dotted inside a mapping, whose entries are judged one by one.
     """
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and metadata.get("entries", True):
+        of_entry = {**metadata, "entries": "scheduled" not in metadata}
         for key, entry in value.items():
-            for inner, problem in misfits(entry, metadata):
+            for inner, problem in misfits(entry, of_entry):
                 yield f"{key}.{inner}" if inner else str(key), problem
     elif problem := _misfit(value, metadata):
         yield "", problem

@@ -180,6 +180,11 @@ def parse_config(
     except OmegaConfBaseException as error:
         key = error.full_key or _culprit(schema, given)
         raise config_error(path, key, sources, _explain(error, schema, key)) from error
+    except TypeError as error:  # of merging, which does not say where
+        if not (key := _culprit(schema, given)):
+            raise
+        problem = "a mapping stands where a list is expected, or a list in place of a mapping"
+        raise config_error(path, key, sources, problem) from error
     except ValueError as error:  # from __post_init__
         raise (
             error if isinstance(error, ConfigError) else config_error(path, "", sources, str(error))
@@ -260,7 +265,7 @@ def _culprit(schema: type, given: Mapping[str, Any], places: tuple[str, ...] = (
             nested = {place: nested}
         try:
             OmegaConf.merge(OmegaConf.structured(schema), nested)
-        except OmegaConfBaseException:
+        except (OmegaConfBaseException, TypeError):
             here = (*places, str(key))
             inside = _culprit(schema, value, here) if isinstance(value, Mapping) else ""
             return inside or ".".join(here)

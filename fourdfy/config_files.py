@@ -161,7 +161,10 @@ def _collect_texts(node: yaml.Node, path: str, texts: dict[str, str]) -> None:
             if key.tag == f"{CORE}merge":
                 merged += value.value if isinstance(value, yaml.SequenceNode) else [value]
                 continue
-            name = str(key.value)
+            if key.tag != f"{CORE}str":
+                problem = f"expected a word as the key, got {key.value if key.value else 'null'}"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            name = key.value
             if name in lines:
                 problem = f"the key {name!r} stands here again, after line {lines[name]}"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)

@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import GrammarParseError, InterpolationToMissingValueError, OmegaConfBaseException
+from omegaconf.errors import (
+    GrammarParseError,
+    InterpolationKeyError,
+    InterpolationToMissingValueError,
+    OmegaConfBaseException,
+    UnsupportedInterpolationType,
+)
 
 from fourdfy import registry
 from fourdfy.config import config_error, init_fields, source_of
@@ -35,6 +41,9 @@ from fourdfy.config_files import (
     split_overrides,
 )
 from fourdfy.schedules import schedule_max
+
+UNRESOLVED = (GrammarParseError, InterpolationKeyError, UnsupportedInterpolationType)
+"""Errors of a ``${...}`` that may have been meant as text."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +105,11 @@ def load_config(
     except OmegaConfBaseException as error:
         key, problem = error.full_key or "", str(error).splitlines()[0]
         if isinstance(error, GrammarParseError):
-            problem = f"not understood as a ${{reference}} ({problem}); write \\${{ for these characters"
-        raise ConfigError(f"{key}{source_of(key, sources)}: {problem}") from error
+            problem = f"not understood as a ${{reference}} ({problem})"
+        if isinstance(error, UNRESOLVED):
+            problem += "; write \\${ for these characters"
+        source = {key: COMMAND_LINE} if key in dict(typed) else sources
+        raise ConfigError(f"{key}{source_of(key, source)}: {problem}") from error
     return LoadedConfig(values | plugins, sources)
 
 
@@ -167,7 +179,18 @@ def _merge(
     above = OmegaConf.create(layer.values)
     if schema is not None:
         _leave_behind(schema, below, above, "", replaced)
+    _drop_other_kinds(below, above)
     return OmegaConf.merge(below, above)  # type: ignore[return-value]
+
+
+def _drop_other_kinds(below: DictConfig, above: DictConfig) -> None:
+    """Drop each list of ``below`` over which ``above`` lays a mapping, and the reverse: they can't merge."""
+    for key in above:
+        old, new = below._get_node(key), above._get_node(key)
+        if _is_mapping(old) and _is_mapping(new):
+            _drop_other_kinds(old, new)
+        elif {type(old), type(new)} == {ListConfig, DictConfig}:
+            del below[key]
 
 
 def _leave_behind(
@@ -254,6 +277,10 @@ def _settle(
         if set(kinds) <= {str, type(None)}:
             if key in texts:
                 node[name] = None if texts[key] == "null" and type(None) in kinds else texts[key]
+            written = node._get_node(name)
+            if written is not None and not isinstance(written._value(), (str, *kinds)):
+                given = "null" if written._is_none() else plain(written)
+                raise config_error("", key, sources, f"expected a text, got {given}; put texts in quotes")
             if "path" in f.metadata:
                 _expand(node, name, key, sources)
         elif list[str] in kinds and isinstance(entries := node._get_node(name), ListConfig):
@@ -278,6 +305,8 @@ def _expand(node: Any, place: str | int, key: str, sources: Mapping[str, str]) -
     if written is None or not isinstance(written._value(), str):
         return
     try:
+        if not written._value():
+            raise ValueError("is empty; write . for the current folder, or null for no file")
         node[place] = expand_path(written._value())
     except ValueError as error:
         raise config_error("", key, sources, str(error)) from error
@@ -368,7 +397,7 @@ def register_resolvers() -> None:
         "div": lambda a, b: a / b,
         "idiv": lambda a, b: a // b,
         "basename": lambda path: Path(path).name,
-        "rmspace": lambda text, sub: text.replace(" ", sub),
+        "rmspace": lambda text, sub: str(text).replace(" ", sub),
         "tuple2": lambda scalar: [float(scalar), float(scalar)],
         "gt0": lambda value: value > 0,
         "not": lambda value: not value,

@@ -49,6 +49,8 @@ class Camera(Component.Config):
             r"^camera\.share: .* ends \(step 50\) before it starts",
         ),
         ({"shares": {"a": 0.5, "b.c": 2}}, r"^camera\.shares\.b\.c: 2 is outside the range; expected 0 to 1"),
+        ({"share": {"a": 0.5}}, r"^camera\.share: value=\{'a': 0\.5\}: expected a number"),
+        ({"shares": {"a": {"b": 0.5}}}, r"^camera\.shares\.a: value=\{'b': 0\.5\}: expected a number"),
         ({"share": "much"}, r"^camera\.share: value='much': expected a number, \[start, v0, v1, end\]"),
         ({"sizes": [1, 0]}, r"^camera\.sizes: 0 is outside the range; expected at least 1"),
         ({"lens": {"fovy_range": [0, 0]}}, r"^camera\.lens\.fovy_range: 0 .* more than 0 and at most 179"),

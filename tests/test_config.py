@@ -71,6 +71,10 @@ def test_a_null_type_leaves_the_component_out():
         ({"animal": {"name": "M", "lives": 0}}, r"^house\.animal: lives=0: expected at least 1"),
         ({"animal_type": "test-cta"}, r"^house\.animal_type: no Animal .*did you mean 'test-cat'\?"),
         ({"guest": {"otype": "dog"}}, r"^house\.guest\.otype: no Animal is registered as 'dog'"),
+        (
+            {"animal": {"sizes": {"a": 1}}},
+            r"^house\.animal\.sizes.*: a mapping stands where a list is expected",
+        ),
         ({"animal": 3}, r"^house\.animal: expected a mapping, got 3"),
     ],
 )
@@ -156,6 +160,14 @@ def load(text, *overrides, schema=House, folder):
 def test_naming_another_class_leaves_the_old_one_s_settings_behind(tmp_path, overrides, left):
     values = load("animal: {lives: 3}", *overrides, folder=tmp_path)
     assert values.get("animal", {}) == left
+
+
+@pytest.mark.parametrize(
+    ("written", "given", "kept"),
+    [("width: [1, 2]", "width={a: 1}", {"a": 1}), ("width: {a: 1}", "width=[1, 2]", [1, 2])],
+)
+def test_a_mapping_takes_the_place_of_a_list_and_the_reverse(tmp_path, written, given, kept):
+    assert load(written, given, schema=Street, folder=tmp_path)["width"] == kept
 
 
 def test_a_key_with_type_in_its_name_is_no_class(tmp_path):

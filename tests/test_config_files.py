@@ -138,8 +138,37 @@ def test_null_is_nothing_only_where_a_text_may_be_left_out(load):
     assert load("", "speaker.negative=").speaker.negative == ""
 
 
+@pytest.mark.parametrize(
+    ("written", "override", "message"),
+    [
+        (
+            TAG + "\nspeaker: {prompt: [V]}",
+            "",
+            r"speaker\.prompt \(in .*room\.yaml\): expected a text, got \['V'\]",
+        ),
+        (
+            TAG + "\nspeaker: {prompt: {a: b}}",
+            "",
+            r"speaker\.prompt \(in .*room\.yaml\): expected a text, got",
+        ),
+        (
+            TAG + "\nspeaker: {prompt: null}",
+            "",
+            r"speaker\.prompt \(in .*room\.yaml\): expected a text, got null",
+        ),
+        ("", "speaker.prompt=a ${ b", r"speaker\.prompt \(in the command line\): .*; write \\\$\{ for"),
+        ("", "speaker.prompt=${x}", r"speaker\.prompt \(in the command line\): .*; write \\\$\{ for"),
+        ("speaker: {prompt: '${x y}'}", "", r"speaker\.prompt \(in .*room\.yaml\): .*; write \\\$\{ for"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_its_own_key(load, written, override, message):
+    with pytest.raises(ConfigError, match=message):
+        load(written, *[override] * bool(override))
+
+
 def test_a_text_may_be_made_from_another(load):
     assert load("", "speaker.prompt=a ${tag} b", "tag=#1").speaker.prompt == "a #1 b"
+    assert load(TAG, "speaker.prompt=${seed}", "seed=3").tag == "3"
 
 
 @pytest.mark.parametrize(
@@ -219,6 +248,7 @@ def test_the_texts_of_one_stage_are_taken_as_typed_too():
         (b"\x89PNG\r\n\x1a\n\0\0", r"x\.yaml:1: no text in UTF-8"),
         (b"a: 1\nb: \xe9", r"x\.yaml:2: no text in UTF-8"),
         (b"a: 1\nb: \0", r"x\.yaml:2: no text"),
+        (b"a: 1\n2: b", r"x\.yaml:2: expected a word as the key, got 2"),
         (b"- 1", r"x\.yaml: expected a mapping"),
         (b"a: !!python/object:os.system 1", r"x\.yaml:1: could not determine a constructor"),
         (b"base: x.yaml", r"x\.yaml: its base files lead back to it: x\.yaml -> x\.yaml"),
@@ -373,9 +403,10 @@ def test_paths_are_expanded_once(load, monkeypatch):
     assert load("folder: ~/a\nfolders: ['${folder}/b']").folders == ["/home/$me/a/b"]
 
 
-@pytest.mark.parametrize("path", ["$NOWHERE/a", "~nobody-of-this-name/a"])
+@pytest.mark.parametrize("path", ["$NOWHERE/a", "~nobody-of-this-name/a", ""])
 def test_a_path_that_leads_nowhere_is_refused_by_its_key(load, path):
-    with pytest.raises(ConfigError, match=rf"^folder \(in the command line\): '\{path[0]}.*/a': "):
+    expected = rf"'\{path[0]}.*/a': " if path else "is empty; write . "
+    with pytest.raises(ConfigError, match=rf"^folder \(in the command line\): {expected}"):
         load("", f"folder={path}")
 
 

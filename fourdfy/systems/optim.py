@@ -43,14 +43,16 @@ class OptimizerConfig:
 
     def _check(self, place: str, options: Mapping[str, Any]) -> None:
         """Raise a ValueError unless the optimizer takes these options, with these values."""
-        known = [key for key in inspect.signature(getattr(torch.optim, self.name)).parameters]
-        for key in options.keys() - known[1:]:
+        known = [*inspect.signature(getattr(torch.optim, self.name)).parameters][1:]
+        for key in options.keys() - known:
             guess = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {guess[0]!r}?" if guess else f"known: {', '.join(known[1:])}"
+            hint = f"did you mean {guess[0]!r}?" if guess else f"known: {', '.join(known)}"
             raise ValueError(f"{place}.{key}: {self.name} has no such option; {hint}")
         for key in OPTION_BOUNDS.keys() & options.keys():
             value = options[key]
-            if isinstance(value, int | float) and value not in OPTION_BOUNDS[key]:
+            if not isinstance(value, int | float):
+                raise ValueError(f"{place}.{key}={value!r}: expected a number, {OPTION_BOUNDS[key]}")
+            if value not in OPTION_BOUNDS[key]:
                 raise ValueError(
                     f"{place}.{key}: {value:g} is outside the range; expected {OPTION_BOUNDS[key]}"
                 )
@@ -69,7 +71,7 @@ class OptimizerConfig:
 
         try:
             Probe([torch.zeros(1, 1)], **options)
-        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
             return str(error)
         return ""
 

@@ -93,10 +93,12 @@ def test_a_group_that_is_switched_off_must_exist(toy):
     ("options", "message"),
     [
         ({"args": {"beta": [0.9, 0.9]}}, r"args\.beta: AdamW has no such option; did you mean 'betas'\?"),
+        ({"params": {"a": {"params": 1}}}, r"params\.a\.params: AdamW has no such option; known: lr"),
+        ({"params": {"a": {"lr": [0, 0.1, 0.2, 9]}}}, r"params\.a\.lr=\[.*\]: expected a number, 0 to 1000"),
         ({"params": {"a.b": {"lrr": 0.1}}}, r"params\.a\.b\.lrr: AdamW has no such option; .* 'lr'\?"),
         ({"params": {"a": {"encoding": {"lr": 1}}}}, r"params\.a\.encoding: AdamW has no such option"),
         ({"params": {"a.b": {"lr": -1}}}, r"params\.a\.b\.lr: -1 is outside the range; expected 0 to 1000"),
-        ({"params": {"a.b": {"lr": None}}}, r"params\.a\.b\.lr=None: AdamW refuses it"),
+        ({"params": {"a.b": {"lr": None}}}, r"params\.a\.b\.lr=None: expected a number, 0 to 1000"),
         ({"args": {"eps": 0}}, r"args\.eps: 0 is outside the range; expected more than 0 and at most 1"),
         ({"args": {"betas": [0.9]}}, r"args\.betas=\[0\.9\]: AdamW refuses it"),
         ({"name": "SGD", "args": {"nesterov": True, "momentum": 0}}, "SGD refuses it: Nesterov"),
