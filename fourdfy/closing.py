@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fourdfy.callbacks.saving import by_product, whole_file
 from fourdfy.diffusion.hub import knows_text
 from fourdfy.recipe import Stage
+from fourdfy.trial import command_for
 
 logger = logging.getLogger(__name__)
 
@@ -31,8 +30,7 @@ def log_closing(stages: Sequence[Stage], seconds: float, device: str) -> None:
         scores = _scores(stages[-1], device)
     if scores:
         rows.append(("scores", scores))
-    program = "fourdfy" if Path(sys.argv[0]).stem == "fourdfy" else "python launch.py"
-    launch = f"{program} --trial {shlex.quote(str(trial))}"
+    launch = command_for(trial)
     rows += [
         ("next", f"{launch} --export"),
         ("", f"{launch} {'--evaluate' if scores else '--export system.exporter_type=video-exporter'}"),

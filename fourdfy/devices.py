@@ -26,7 +26,8 @@ def use_device(gpu: str | None) -> str:
 def select_device(gpu: str | None) -> str:
     """``cpu`` or ``cuda:N`` for a value of ``--gpu``; without one the first GPU, or the CPU if there is none.
 
-    N counts the GPUs that CUDA_VISIBLE_DEVICES leaves visible, as everywhere in CUDA.
+    N counts the GPUs that CUDA_VISIBLE_DEVICES leaves visible, as everywhere in CUDA; where that is a single
+    number, N may be that number too, as in the original.
 
     Raises:
         ConfigError: there is no such GPU, or the value names none or several.
@@ -40,12 +41,13 @@ def select_device(gpu: str | None) -> str:
         return "cpu"
     import torch
 
-    index, count = int(match[1] or 0), torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    index = 0 if match[1] == visible else int(match[1] or 0)
+    count = torch.cuda.device_count()
     if index < count:
         return f"cuda:{index}"
     if gpu is None:
         return "cpu"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     of = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible}"
     if count == 0:
         raise ConfigError(

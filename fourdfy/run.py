@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from fourdfy.recipe import Stage, load_recipe
 from fourdfy.signals import Stopped, StopSignals
 from fourdfy.systems.base import System
 from fourdfy.systems.checkpoint import checkpoint_file, read_checkpoint
-from fourdfy.trial import owned, prepare_trial, results_folder
+from fourdfy.trial import command_for, owned, prepare_trial, results_folder
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +88,7 @@ def train_stage(stage: Stage, *, device: str, command: Sequence[str], test: bool
         _ = module.optimization  # with this all is built: only what can start leaves a folder
         prepare_trial(experiment, stage.files, command)
         if stage.count == 1:
-            stop.advice = f"go on with: python launch.py --trial {shlex.quote(str(trial))} --train"
+            stop.advice = f"go on with: {command_for(trial)} --train"
         logger.info("%s: writing to %s", stage.label, trial)
         interval = checkpoint.interval(experiment.cfg.trainer.max_steps)
         last = LastCheckpoint(experiment.last_checkpoint, interval, stop, checkpoint.save_top_k)
@@ -140,6 +139,7 @@ def render_views(mode: str, system: System, experiment: Experiment, device: str)
     from fourdfy.trainer import build_trainer
 
     trainer = build_trainer(experiment, device, [ProgressLine(mode)])
+    trainer.limit_val_batches = 1.0  # asked for, also where training has no validations
     loop = trainer.test if mode == "test" else trainer.validate
     loop(LightningSystem(system), LightningData(experiment.build_data()), verbose=False, weights_only=True)
     logger.info("written to %s", experiment.trial_dir / "save")

@@ -7,6 +7,7 @@ import logging
 import os
 import shlex
 import socket
+import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -75,6 +76,14 @@ def prepare_trial(experiment: Experiment, files: Sequence[Path], command: Sequen
         _snapshot_code(trial / "code.zip")
     except OSError as error:
         logger.warning("%s: no copy of the code (%s)", trial / "code.zip", error)
+
+
+def command_for(trial: Path) -> str:
+    """The command line for a trial, but for its mode, with the program as it was called now."""
+    program = Path(sys.argv[0])
+    launch = sys.argv[0] if program.name == "launch.py" else "launch.py"
+    start = "fourdfy" if program.stem == "fourdfy" else f"python {shlex.quote(launch)}"
+    return f"{start} --trial {shlex.quote(str(trial))}"
 
 
 def results_folder(trial: Path) -> Path:

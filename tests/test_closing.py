@@ -46,11 +46,22 @@ def test_without_a_ground_truth_the_next_commands_export(config, prompt, tmp_pat
     ]
 
 
-def test_the_commands_can_be_pasted_whatever_the_folder_is_called(tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("called", "start"),
+    [
+        ("launch.py", "python launch.py"),
+        ("/a clone/launch.py", "python '/a clone/launch.py'"),
+        ("/usr/bin/fourdfy", "fourdfy"),
+    ],
+)
+def test_the_commands_can_be_pasted_whatever_the_folders_are_called(
+    called, start, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr("sys.argv", [called])
     said, trial = closing(
         caplog, tmp_path / "mein Ordner", "shapes_stage_1", "a red cube spinning", "it2-test"
     )
-    assert f"--trial '{trial}' --export" in said
+    assert f"  {start} --trial '{trial}' --export" in said
 
 
 def test_a_result_that_cannot_be_copied_is_found_where_it_was_made(tmp_path, caplog):

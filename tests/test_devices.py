@@ -61,8 +61,9 @@ def test_numbers_count_what_cuda_visible_devices_leaves(gpus, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     gpus(1)  # what torch counts then
     assert select_device("0") == "cuda:0"
+    assert select_device("3") == select_device("cuda:3") == "cuda:0"  # that one by its number outside
     with pytest.raises(ConfigError, match="PyTorch sees only --gpu 0 with CUDA_VISIBLE_DEVICES=3"):
-        select_device("3")
+        select_device("1")
 
 
 def test_the_gpu_becomes_the_current_device(gpus, monkeypatch):

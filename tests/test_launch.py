@@ -146,7 +146,7 @@ def test_a_checkpoint_holds_what_is_trained_and_no_frozen_prior(trained):
 def test_a_trial_is_tested_and_evaluated_from_its_own_config(trained, capsys):
     folder = trial(trained, "shapes_stage_3")
     resume = f"resume={folder}/ckpts/last.ckpt"
-    for file in (folder / "save").glob("it4-test*"):
+    for file in (folder / "save").glob("it4-*"):
         if file.is_file():
             file.unlink()
     config = folder / "configs" / "parsed.yaml"
