@@ -16,6 +16,8 @@ from fourdfy.diffusion.frozen import check_part
 from fourdfy.diffusion.hub import ModelNotFound, locate_model, resolve_model, stored_bytes, stored_folder
 from fourdfy.experiment import Experiment
 from fourdfy.systems.checkpoint import checkpoint_file
+from fourdfy.systems.fourdfy import GUIDANCES
+from fourdfy.systems.optim import parameters_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +32,13 @@ def print_plan(experiments: Sequence[Experiment]) -> None:
     """For each stage: its step kinds, their priors and where these come from, and the memory.
 
     Raises:
-        ConfigError: the run could not begin, or not use its models; see ``check_files``, ``check_priors``.
+        ConfigError: the run could not begin, or not use its models; see ``check_files``, ``check_priors``,
+            ``check_groups``.
     """
     check_files(experiments)
     for experiment in experiments:
         check_priors(experiment)
+        check_groups(experiment)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     for number, experiment in enumerate(experiments, 1):
         title = printable(f"stage {number}/{len(experiments)}: {experiment.cfg.name}")
@@ -101,6 +105,15 @@ def check_priors(experiment: Experiment) -> None:
             if folder := stored_folder(name, parts):
                 for part in parts:
                     check_part(folder, part, getattr(component_class(guidance), "unet_class", ""))
+
+
+def check_groups(experiment: Experiment) -> None:
+    """Refuse learning rates of parts that the scene doesn't have; those of priors wait until these are there.
+
+    Raises:
+        ConfigError: names the part, and what there is.
+    """
+    parameters_of(experiment.build_system(), experiment.cfg.system.optimizer.params, absent=GUIDANCES)
 
 
 def fetch_models(experiments: Sequence[Experiment]) -> None:

@@ -13,7 +13,15 @@ import torch
 from fourdfy.config_files import COMMAND_LINE, ConfigError
 from fourdfy.devices import select_device, use_device
 from fourdfy.experiment import Experiment, trial_of
-from fourdfy.plan import check_files, check_priors, fetch_models, find_models, print_plan, prompt_line
+from fourdfy.plan import (
+    check_files,
+    check_groups,
+    check_priors,
+    fetch_models,
+    find_models,
+    print_plan,
+    prompt_line,
+)
 from fourdfy.recipe import Stage, load_recipe
 from fourdfy.signals import Stopped, StopSignals
 from fourdfy.systems.base import System
@@ -40,14 +48,14 @@ def run(
         overrides = ["system.prompt_processor.prompt=any", *overrides]
     stages = load_recipe(config, overrides)
     experiments = [stage.experiment for stage in stages]
+    if mode in ("check", "train") and len(stages) > 1 and all(e.cfg.resume for e in experiments):
+        raise ConfigError("resume: a recipe goes on by itself; for one of its stages: stage_2.resume=...")
     if mode == "check":
         select_device(gpu)
         print_plan(experiments)
     elif mode == "fetch":
         fetch_models(experiments)
     elif mode == "train":
-        if len(stages) > 1 and all(experiment.cfg.resume for experiment in experiments):
-            raise ConfigError("resume: a recipe goes on by itself; for one of its stages: stage_2.resume=...")
         from fourdfy.closing import log_closing
 
         began, device = time.monotonic(), use_device(gpu)
@@ -58,6 +66,7 @@ def run(
         find_models(experiments)
         for experiment in experiments:
             check_priors(experiment)
+            check_groups(experiment)
         for stage in stages:
             train_stage(stage, device=device, command=command)
         log_closing(stages, time.monotonic() - began, device)

@@ -86,6 +86,20 @@ def test_a_file_that_is_not_there_is_an_error_of_its_key(key, tmp_path, capsys):
     assert f"error: {key}={file}: no such checkpoint" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("mode", ["check", "train"])
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stage_3.system.optimizer.params.backgroun.lr=0.1", "leads nowhere at 'backgroun'; did you mean"),
+        ("resume=last.ckpt", "resume: a recipe goes on by itself"),
+    ],
+)
+def test_a_mistake_of_the_last_stage_is_found_before_the_first(mode, override, message, tmp_path, capsys):
+    assert launch("shapes.yaml", mode, tmp_path, override) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_that_an_earlier_stage_will_write_are_no_error(tmp_path):
     stages = load_recipe([CONFIGS / "shapes.yaml"], [f"exp_root_dir={tmp_path}"])
     experiments = [stage.experiment for stage in stages]

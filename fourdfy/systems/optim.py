@@ -93,11 +93,9 @@ def parameter_groups(
     Raises:
         ConfigError: a path leads nowhere or to no parameter; says what there is. Or nothing is left to train.
     """
-    if params:
-        found = {path: _parameters_at(system, path) for path in params if path.split(".")[0] not in absent}
-    else:
-        found, params = {"system": list(system.parameters())}, {"system": {}}
-    wanted = {path: parameters for path, parameters in found.items() if params[path] is not None}
+    wanted = parameters_of(system, params, absent)
+    if not params:
+        wanted, params = {"system": list(system.parameters())}, {"system": {}}
     owner: dict[int, str] = {}
     for path in sorted(wanted, key=lambda path: -path.count(".")):
         for parameter in wanted[path]:
@@ -105,11 +103,6 @@ def parameter_groups(
 
     groups, frozen_ids = [], {id(parameter) for parameter in untrained}
     for path, parameters in wanted.items():
-        if not parameters:
-            raise ConfigError(
-                f"system.optimizer.params: {path!r} holds no parameter; "
-                f"groups could be: {', '.join(_groups_of(system))}"
-            )
         own = [p for p in parameters if owner[id(p)] == path]
         if learning := [p for p in own if p.requires_grad and id(p) not in frozen_ids]:
             groups.append({"params": learning, "name": path, **params[path]})
@@ -118,6 +111,24 @@ def parameter_groups(
     if not groups:
         raise ConfigError("system.optimizer.params: no group holds anything that this stage trains")
     return groups
+
+
+def parameters_of(
+    system: nn.Module, params: Mapping[str, Any], absent: Collection[str]
+) -> dict[str, list[nn.Parameter]]:
+    """What each path names that is not null, or in a part that is ``absent``.
+
+    Raises:
+        ConfigError: a path leads nowhere or to no parameter; says what there is.
+    """
+    found = {path: _parameters_at(system, path) for path in params if path.split(".")[0] not in absent}
+    for path, parameters in found.items():
+        if not parameters and params[path] is not None:
+            raise ConfigError(
+                f"system.optimizer.params: {path!r} holds no parameter; "
+                f"groups could be: {', '.join(_groups_of(system))}"
+            )
+    return {path: parameters for path, parameters in found.items() if params[path] is not None}
 
 
 def build_optimizer(
