@@ -54,10 +54,12 @@ def test_a_recipe_runs_all_stages_each_from_the_one_before(tmp_path, steps, capl
     assert result.read_bytes() == (last / "save/it2-test.mp4").read_bytes()
     for text in (
         f"video   {result}",
-        "scores  silhouette IoU 0.",
+        "scores  IoU 0.",
         f"next    python launch.py --trial {last} --export",
     ):
         assert text in caplog.records[-1].getMessage()
+    (scores,) = (line for line in caplog.records[-1].getMessage().splitlines() if "scores" in line)
+    assert len(scores) < 80
     assert (last / "save/it2-evaluation.json").exists()
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytorch_lightning as pl
@@ -163,8 +164,9 @@ def _columns() -> int:
 
 
 def _write(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()
+    with suppress(OSError):  # the terminal is gone, or nobody reads the pipe any more
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def _brief(value: float) -> str:

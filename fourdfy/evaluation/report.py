@@ -63,7 +63,7 @@ def brief(report: ShapesReport) -> str:
     motion = report.motion_right
     return ", ".join(
         [
-            f"silhouette IoU {_number(report.iou)}",
+            f"IoU {_number(report.iou)}",
             f"PSNR {report.psnr:.1f} dB",
             f"colour {_yes(report.colour_ok)}",
             f"motion {_yes(motion) if motion is not None else _motion(report)}",

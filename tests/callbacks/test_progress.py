@@ -76,6 +76,16 @@ def test_a_stage_with_every_kind_of_step_takes_one_row_of_80_columns(terminal):
         assert text in rows[0]
 
 
+@pytest.mark.parametrize("is_live", [True, False], ids=["a terminal", "a pipe"])
+def test_training_goes_on_where_nobody_reads_the_line_any_more(is_live, terminal, monkeypatch):
+    def gone(text):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(terminal, "isatty", lambda: is_live)
+    monkeypatch.setattr(terminal, "write", gone)
+    train([("multi_view", 1.0)])
+
+
 def test_a_wider_terminal_also_shows_the_memory(terminal, monkeypatch):
     steps = [("multi_view", 12345.0), ("single_view", 0.00123), ("video", 3.0)]
     train(steps, max_steps=10**9)
