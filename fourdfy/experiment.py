@@ -69,6 +69,11 @@ class TrainerConfig:
                 raise ValueError(
                     f"{key}={given!r}: a run uses one device (--gpu ID says which); remove the key"
                 )
+        if self.gradient_clip_algorithm and self.gradient_clip_val is None:
+            raise ValueError(
+                f"gradient_clip_algorithm={self.gradient_clip_algorithm}: nothing is clipped; set "
+                "gradient_clip_val too"
+            )
         if self.check_val_every_n_epoch not in (None, 1):
             raise ValueError(
                 f"check_val_every_n_epoch={self.check_val_every_n_epoch}: training is one epoch; set "

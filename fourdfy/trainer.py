@@ -45,6 +45,8 @@ def build_trainer(experiment: Experiment, device: str, callbacks: Sequence[pl.Ca
     if not logger.isEnabledFor(logging.DEBUG):
         for name in ("pytorch_lightning", "lightning_fabric"):  # they set INFO when they are imported
             logging.getLogger(name).setLevel(logging.ERROR)
+    if device == "cpu" and cfg.precision in (16, "16-mixed"):
+        logger.warning("trainer.precision=%s: not on a CPU; bf16-mixed is used", cfg.precision)
     curves = next((callback for callback in callbacks if isinstance(callback, Curves)), None)
     return pl.Trainer(
         default_root_dir=trial,

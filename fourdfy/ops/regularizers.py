@@ -60,7 +60,7 @@ REGULARIZERS: dict[str, Callable[[RenderOutput], Float[Tensor, ""]]] = {
 NEEDS = {
     "orient": (
         "normals",
-        "system.material_type=diffuse-with-point-light-material or return_comp_normal=true",
+        "system.material_type=diffuse-with-point-light-material or system.renderer.return_comp_normal=true",
     ),
     "deformation": ("deformation", "pos_encoding_config.otype=HashGridSpatialTimeDeform in a dynamic stage"),
 }

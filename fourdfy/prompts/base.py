@@ -205,12 +205,12 @@ def resolve_prompt(prompt: str) -> str:
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise ValueError(f"prompt {prompt!r} fits several library prompts; add a word:{_listed(matches)}")
+        raise ValueError(f"prompt {prompt!r} fits several library prompts; add a word: {_listed(matches)}")
     near = [text for text in everything if any(word in text.lower() for word in words)]
     near = near or difflib.get_close_matches(" ".join(words), everything, n=3, cutoff=0)
     raise ValueError(
         f"prompt {prompt!r} fits no prompt of fourdfy's own library, which is not threestudio's; the nearest "
-        f"are:{_listed(near)}"
+        f"are: {_listed(near)}"
     )
 
 
@@ -298,7 +298,7 @@ def _warn_once(message: str) -> None:
 
 
 def _listed(texts: Sequence[str]) -> str:
-    return "".join(f"\n  {text}" for text in texts)
+    return ", ".join(f"{text!r}" for text in texts[:8]) + ", ..." * (len(texts) > 8)
 
 
 def _free_memory() -> None:

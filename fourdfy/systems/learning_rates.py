@@ -104,7 +104,7 @@ def _classes() -> dict[str, type[LRScheduler]]:
 def advance(scheduler: LRScheduler, steps: int) -> None:
     """Take ``steps`` steps without the optimizer's."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step()` before")
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
         for _ in range(steps):
             scheduler.step()
 

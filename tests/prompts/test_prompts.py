@@ -114,6 +114,7 @@ def test_an_ambiguous_or_unknown_library_prompt_lists_the_candidates():
         resolve_prompt("lib:a_playing")
     assert "a fox playing a wooden flute" in str(error.value)
     assert "a drummer playing a small drum" in str(error.value)
+    assert "\n" not in str(error.value)
     with pytest.raises(ConfigError, match="library, which is not threestudio's; the nearest") as error:
         make(prompt="lib:panda_sleeping")
     assert "a panda dancing" in str(error.value)

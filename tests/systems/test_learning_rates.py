@@ -55,6 +55,7 @@ def test_schedulers_of_threestudios_forms_move_the_rate_at_every_step(form, expe
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.filterwarnings("error:Detected call of")
 def test_a_scheduler_is_a_function_of_the_step(form):
     cfg = SchedulerConfig(**FORMS[form])
     there, resumed = adam(), adam()

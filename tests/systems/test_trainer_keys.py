@@ -97,6 +97,7 @@ def test_what_cannot_be_continued_is_refused_by_name(whole, tmp_path, capsys, ov
         ("check_val_every_n_epoch=5", "training is one epoch; set val_check_interval"),
         ("val_check_interval=2.5", "expected whole steps, or a fraction"),
         ("accumulate_grad_batches=0", "accumulate_grad_batches"),
+        ("gradient_clip_algorithm=value", "nothing is clipped; set gradient_clip_val"),
         ("gradient_clip_algorithm=nrm", "gradient_clip_algorithm"),
     ],
 )
@@ -127,3 +128,10 @@ def test_trainer_keys_reach_the_trainer(tmp_path):
     assert {key: getattr(trainer, key) for key in keys} == keys
     assert trainer.gradient_clip_algorithm == "value" and trainer._detect_anomaly
     assert trainer.val_check_interval == 10 * 3  # Lightning counts batches
+
+
+def test_half_precision_on_a_cpu_says_what_is_used(tmp_path, caplog):
+    given = ["trainer.precision=16", f"exp_root_dir={tmp_path}"]
+    trainer = build_trainer(load_experiment([CONFIGS / "shapes_stage_1.yaml"], [*TINY, *given]), "cpu", [])
+    assert trainer.precision == "bf16-mixed"
+    assert "trainer.precision=16: not on a CPU; bf16-mixed is used" in caplog.text
