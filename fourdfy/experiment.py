@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from fourdfy.bounds import number
 from fourdfy.callbacks.saving import sanitize_tag
-from fourdfy.config import build, file_path, ignored, parse_config, slot, warn_of_ignored
+from fourdfy.config import build, config_error, file_path, ignored, parse_config, slot, warn_of_ignored
 from fourdfy.config_files import COMMAND_LINE, ConfigError, literal_override
 from fourdfy.config_layers import LoadedConfig, load_config
 from fourdfy.data.base import DataModule
@@ -31,6 +31,9 @@ PARSED = Path("configs", "parsed.yaml")
 
 PLACE = ("exp_root_dir", "name", "tag", "use_timestamp", "timestamp")
 """The keys that say where a trial folder is."""
+
+FOLLOWING = ("exp_dir", "trial_name", "trial_dir")
+"""What the original writes into its ``parsed.yaml`` beside ``PLACE``; not read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +134,6 @@ class ExperimentConfig:
     exp_dir: str = ""
     trial_name: str = ""
     trial_dir: str = ""
-    """Written by the original into its ``parsed.yaml``; they follow from the keys above and are not read."""
     n_gpus: int = ignored("a run uses one GPU", 1)
     plugins: list[str] = field(default_factory=list)
     """Modules that register components, imported first; files and the command line add theirs."""
@@ -204,6 +206,9 @@ def parse_experiment(loaded: LoadedConfig) -> Experiment:
         ConfigError: naming the key, its file, what was expected and what to write.
     """
     values = dict(loaded.values)
+    for key in FOLLOWING:
+        if loaded.sources.get(key) == COMMAND_LINE:
+            raise config_error("", key, loaded.sources, "follows from exp_root_dir, name and tag; set these")
     if values.get("use_timestamp", True) and not values.get("timestamp"):
         # With microseconds: runs that a script starts at once have folders of their own.
         values["timestamp"] = datetime.now().strftime("@%Y%m%d-%H%M%S-%f")

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from fourdfy.config import component_class
+from fourdfy.config import ConfigError, component_class
 from fourdfy.experiment import load_experiment
 from fourdfy.recipe import load_recipe
 from tests.launching import CONFIGS, ROOT
@@ -160,6 +160,8 @@ def test_the_original_s_parsed_yaml_loads(tmp_path, caplog):
         theirs = load_recipe([file], [])[0].experiment
     assert theirs.trial_dir == Path(parsed["trial_dir"]).absolute()
     assert not {"exp_dir", "trial_name", "trial_dir", "n_gpus"} & set(re.findall(r"\w+", caplog.text))
+    with pytest.raises(ConfigError, match=r"^trial_dir \(in the command line\): follows from exp_root_dir"):
+        load_recipe([file], ["trial_dir=elsewhere"])
     load_recipe([file], ["n_gpus=2"])
     assert "n_gpus: a run uses one GPU" in caplog.text
 
