@@ -86,6 +86,7 @@ def load_config(
         for layer in layers:
             _record(layer, sources, texts)
             merged = _merge(merged, layer, schema, replaced)
+        _tie_prompts(merged, texts)
         draft_layer = _override_layer(typed)
         _record(draft_layer, sources, texts)
         draft = _merge(copy.deepcopy(merged), draft_layer, schema, {})
@@ -375,6 +376,17 @@ def _record(layer: Layer, sources: dict[str, str], texts: dict[str, str]) -> Non
             for stale in [k for k in texts if k == key or k.startswith(f"{key}[")]:
                 del texts[stale]
     texts.update(layer.texts)
+
+
+def _tie_prompts(merged: DictConfig, texts: dict[str, str]) -> None:
+    """Let the command line's prompt change all that files, such as a ``parsed.yaml``, say once each."""
+    key = "system.prompt_processor.prompt"
+    prompt = _node_at(merged, key)
+    for name in ("prompt_processor_multi_view", "prompt_processor_video"):
+        other = _node_at(merged, f"system.{name}.prompt")
+        if prompt is not None and other is not None and other._value() == prompt._value() != "???":
+            merged.system[name].prompt = f"${{{key}}}"
+            texts.pop(f"system.{name}.prompt", None)
 
 
 def _share_prompt(merged: DictConfig) -> None:

@@ -16,6 +16,7 @@ from fourdfy.config import (
     warn_of_ignored,
 )
 from fourdfy.config_layers import load_config
+from fourdfy.experiment import ExperimentConfig
 
 
 class Animal(Component):
@@ -225,6 +226,22 @@ def test_one_prompt_serves_all_processors_unless_they_have_their_own(tmp_path):
     )
     system = load_config([tmp_path / "a.yaml"], ["system.prompt_processor.prompt=c d"]).values["system"]
     assert [system[key]["prompt"] for key in system] == ["c d", "c d", "b"]
+
+
+@pytest.mark.parametrize("prompt", ["a dog", "1984"])
+def test_the_prompt_that_a_parsed_file_has_for_each_processor_is_changed_as_one(tmp_path, prompt):
+    names = ("prompt_processor", "prompt_processor_multi_view", "prompt_processor_video")
+    own = "system.prompt_processor_video.prompt=b"
+    lines = [
+        f"  {name}: {{prompt: {prompt}}}\n"
+        f"  {name.replace('processor', 'processor_type')}: stable-diffusion-prompt-processor\n"
+        for name in names
+    ]
+    (tmp_path / "parsed.yaml").write_text("system:\n" + "".join(lines))
+    for given, expected in (([], [prompt] * 3), (["c"], ["c"] * 3), (["c", own], ["c", "c", "b"])):
+        overrides = [f"system.prompt_processor.prompt={g}" if g == "c" else g for g in given]
+        loaded = load_config([tmp_path / "parsed.yaml"], overrides, schema=ExperimentConfig)
+        assert [loaded.values["system"][name]["prompt"] for name in names] == expected
 
 
 def test_a_value_that_others_are_made_from_is_asked_for_by_its_own_key(tmp_path):
