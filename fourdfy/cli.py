@@ -89,7 +89,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.prompt is not None:
         if both := [word for word in args.overrides if re.match(rf"(stage_\d+\.)?{PROMPT}=", word)]:
             parser.error(f"--prompt and {both[0]!r} both name the prompt; give one of them")
-        args.overrides.append(literal_override(PROMPT, args.prompt))
+        # In front: words that stand alone are taken to belong to it.
+        args.overrides.insert(0, literal_override(PROMPT, args.prompt))
     return args
 
 

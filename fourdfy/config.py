@@ -155,7 +155,7 @@ def parse_config(
             given[name] = given.pop(other)
     for key in given:
         if key not in known:
-            raise config_error(path, key, sources, _unknown_key(key, known))
+            raise config_error(path, key, sources, _unknown_key(key, known, given))
 
     parsed_slots = {}
     for name, f in known.items():
@@ -272,10 +272,23 @@ def _culprit(schema: type, given: Mapping[str, Any], places: tuple[str, ...] = (
     return ""
 
 
-def _unknown_key(key: str, known: Mapping[str, Any]) -> str:
-    guess = difflib.get_close_matches(str(key), list(known), n=1)
-    hint = f"did you mean {guess[0]!r}?" if guess else f"known keys: {', '.join(sorted(known))}"
+def _unknown_key(key: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    guesses = [*_places(key, given)] or difflib.get_close_matches(str(key), list(known), n=1)
+    hint = (
+        f"did you mean {' or '.join(map(repr, guesses[:3]))}?"
+        if guesses
+        else f"known keys: {', '.join(sorted(known))}"
+    )
     return f"unknown key; {hint}"
+
+
+def _places(key: str, given: Mapping[str, Any], path: str = "") -> Iterator[str]:
+    """Where below ``given`` there is such a key."""
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            if key in value:
+                yield join(path, f"{name}.{key}")
+            yield from _places(key, value, join(path, str(name)))
 
 
 def init_fields(schema: type) -> dict[str, dataclasses.Field]:

@@ -14,7 +14,7 @@ from fourdfy.config_files import COMMAND_LINE
 from fourdfy.data.sampling import at_step
 from fourdfy.diffusion.frozen import check_part
 from fourdfy.diffusion.hub import ModelNotFound, locate_model, resolve_model, stored_bytes, stored_folder
-from fourdfy.experiment import Experiment
+from fourdfy.experiment import Experiment, trial_of
 from fourdfy.systems.checkpoint import checkpoint_file
 from fourdfy.systems.fourdfy import GUIDANCES
 from fourdfy.systems.optim import parameters_of
@@ -66,9 +66,10 @@ def _stage_lines(experiment: Experiment) -> Iterator[str]:
 
 
 def prompt_line(experiment: Experiment) -> str:
-    """The prompt, and how another is given where a file has chosen it."""
+    """The prompt, and how another is given where a file has chosen it that is no trial's."""
     line, source = f"prompt: {experiment.cfg.system.prompt_processor.prompt!r}", experiment.prompt_source
-    return line if source == COMMAND_LINE else f"{line}, from {source}; for another one: --prompt TEXT"
+    is_fixed = source == COMMAND_LINE or trial_of(Path(source))
+    return line if is_fixed else f"{line}, from {source}; for another one: --prompt TEXT"
 
 
 def check_files(experiments: Sequence[Experiment]) -> None:

@@ -107,10 +107,10 @@ def load_recipe(paths: Sequence[Path], overrides: Sequence[str]) -> list[Stage]:
     files, in_files = _stage_files(paths)
     if not files:
         if for_stage:
-            raise ConfigError(f"stage_{min(for_stage)}....: {paths[0]} is no recipe; write the key alone")
+            raise ConfigError(f"stage_{min(for_stage)}: {paths[0]} is no recipe; write the key alone")
         return [Stage(load_experiment(paths, shared), tuple(paths), 1, 1)]
     if unknown := {number for number in (*for_stage, *in_files) if not 1 <= number <= len(files)}:
-        raise ConfigError(f"stage_{max(unknown)}....: {paths[0]} has {len(files)} stages")
+        raise ConfigError(f"stage_{max(unknown)}: {paths[0]} has {len(files)} stages")
     stages: list[Stage] = []
     for number, file in enumerate(files, 1):
         previous = [str(stage.experiment.last_checkpoint) for stage in stages[-1:]]

@@ -322,9 +322,10 @@ def test_a_prompt_given_as_such_is_taken_literally(capsys):
         (["--trainer.max_steps=5"], "error: --trainer.max_steps=5: .* without dashes: trainer.max_steps=5"),
         (["--trainer.max_steps", "5"], "error: --trainer.max_steps: .* dashes: trainer.max_steps=..."),
         (["-seed=5"], "error: -seed=5: .* without dashes: seed=5"),
+        (["--prompt", "a", "red", "cube", "seed=5"], "'red cube' stands alone; .*prompt=\"a red cube\""),
     ],
 )
-def test_a_setting_with_dashes_says_how_it_is_written(capsys, arguments, message):
+def test_what_is_no_setting_says_how_it_is_written(capsys, arguments, message):
     assert check(*arguments) == 2
     assert re.search(message, capsys.readouterr().err)
 

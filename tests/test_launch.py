@@ -317,6 +317,11 @@ def test_a_moved_trial_goes_on_in_its_folder(moved):
     assert main([*other, "--train", "--gpu", "cpu"]) == 2  # a run of its own; --trial would go on so
 
 
+def test_a_trial_offers_no_other_prompt(moved, capsys):
+    assert main(["--trial", str(moved), "--check", "--gpu", "cpu"]) == 0
+    assert "prompt: 'a red cube bouncing'\n" in capsys.readouterr().out
+
+
 def test_results_that_can_t_be_written_are_one_line(moved, capsys, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert main(["--trial", str(moved), "--test", "--gpu", "cpu"]) == 2
