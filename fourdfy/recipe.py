@@ -8,7 +8,7 @@ override, goes to all of them. What stands under ``stage_2`` goes to the second 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +50,10 @@ class Stage:
             self._check_same_settings()
             return last
         given = checkpoint_file(self.experiment.cfg.resume)
-        if last.exists() and not given.resolve().is_relative_to(trial.resolve()):
+        if given.resolve().is_relative_to(trial.resolve()):
+            # Rates, weights and lengths may be given anew; with these it would be another scene.
+            self._check_same_settings(lambda key: key == "seed" or key.endswith(".prompt"))
+        elif last.exists():
             raise ConfigError(
                 f"resume={given}: {trial} holds another run already; go on with that one (without resume=), "
                 "or give this one its own folder: tag=NAME"
@@ -77,15 +80,21 @@ class Stage:
     def _marker(self) -> Path:
         return self.experiment.trial_dir / "finished"
 
-    def _check_same_settings(self) -> None:
-        """A trial that goes on must compute what it began; its length may change."""
+    def _check_same_settings(
+        self, counts: Callable[[str], bool] = lambda key: not key.startswith("system.loggers")
+    ) -> None:
+        """A trial that goes on must compute what it began; its length may change.
+
+        Args:
+            counts: whether another value of a key makes another run of it.
+        """
         began = load_config([self.experiment.trial_dir / PARSED], schema=ExperimentConfig).values
         now = self.experiment.record()
         changed = [
             key
             for part in ("seed", "data", "system")
             for key in _differences(began.get(part), now.get(part), part)
-            if not key.startswith("system.loggers")
+            if counts(key)
         ]
         if changed:
             raise ConfigError(

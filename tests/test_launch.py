@@ -322,6 +322,14 @@ def test_a_trial_offers_no_other_prompt(moved, capsys):
     assert "prompt: 'a red cube bouncing'\n" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("other", [["seed=9"], ["--prompt", "a blue ball spinning"]])
+def test_a_trial_does_not_become_another_scene_as_it_goes_on(moved, other, capsys):
+    recorded = (moved / "configs" / "parsed.yaml").read_text()
+    assert main(["--trial", str(moved), "--train", "--gpu", "cpu", "trainer.max_steps=5", *other]) == 2
+    assert "holds a run with other settings (s" in capsys.readouterr().err
+    assert (moved / "configs" / "parsed.yaml").read_text() == recorded
+
+
 def test_results_that_can_t_be_written_are_one_line(moved, capsys, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert main(["--trial", str(moved), "--test", "--gpu", "cpu"]) == 2
