@@ -28,14 +28,14 @@ def check_step(
     Raises:
         FloatingPointError: says where and what.
     """
-    parameters = {f"a parameter of {group['name']}": group["params"] for group in groups}
-    gradients = {} if scaled else {f"the gradient of {g['name']}": _gradients(g["params"]) for g in groups}
     kinds = (
-        {name: _largest(tensors) for name, tensors in parameters.items()},
+        {f"a parameter of {group['name']}": _largest(group["params"]) for group in groups},
         {f"the loss {name}": loss.detach().float() for name, loss in losses.items()},
-        {name: _largest(tensors) for name, tensors in gradients.items() if tensors},
+        {} if scaled else {f"the gradient of {g['name']}": _largest(_gradients(g["params"])) for g in groups},
     )
-    numbers = iter(torch.stack([value for kind in kinds for value in kind.values()]).tolist())
+    device = next(iter(losses.values())).device
+    values = [value.to(device) for kind in kinds for value in kind.values()]
+    numbers = iter(torch.stack(values).tolist())
     read = [dict(zip(kind, numbers, strict=False)) for kind in kinds]
     for kind in read:  # causes before what follows from them
         if wrong := [f"{name} is {x}" for name, x in kind.items() if not math.isfinite(x)]:
@@ -50,7 +50,9 @@ def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
 
 
 def _largest(tensors: Sequence[Tensor]) -> Tensor:
-    return nn.utils.get_total_norm([tensor.detach() for tensor in tensors], math.inf).float()
+    """The largest absolute value; 0 where there is none."""
+    filled = [tensor.detach() for tensor in tensors if tensor.numel()]  # some layers have empty ones
+    return nn.utils.get_total_norm(filled, math.inf).float()
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

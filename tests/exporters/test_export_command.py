@@ -77,9 +77,9 @@ def test_a_mistake_ends_with_one_error(checkpoint, tmp_path, capsys, override, m
 
 
 def test_a_folder_that_can_not_be_written_is_one_error(checkpoint, tmp_path, capsys):
-    save = trial(tmp_path, "shapes_stage_3") / "save"
-    save.parent.mkdir(parents=True)
-    save.write_text("a file where the folder should be")
+    folder = trial(tmp_path, "shapes_stage_3") / "save" / "it12-export"
+    folder.parent.mkdir(parents=True)
+    folder.write_text("a file where the folder should be")
     given = ("system.exporter.animation_frames=0", "system.exporter.save_texture=false")
     assert launch("shapes_stage_3.yaml", "export", tmp_path, *SMALL, f"resume={checkpoint}", *given) == 2
     assert "it12-export: the export can't be written: " in capsys.readouterr().err

@@ -79,6 +79,12 @@ def test_parameters_that_were_broken_before_are_named():
         check_step({"sds": torch.tensor(NAN)}, groups, "here")
 
 
+def test_a_group_of_nothing_is_finite():
+    _, groups = toy()
+    empty = nn.Parameter(torch.zeros(0))
+    check_step({"sds": torch.zeros(())}, [*groups, {"name": "c", "params": [empty]}], "here")
+
+
 def test_gradients_that_overflow_are_the_scaler_s_affair():
     network, groups = toy()
     network.bias.grad[0] = INF
