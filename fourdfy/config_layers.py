@@ -87,6 +87,7 @@ def load_config(
             _record(layer, sources, texts)
             merged = _merge(merged, layer, schema, replaced)
         _tie_prompts(merged, texts)
+        _check_emptied(merged, typed)
         draft_layer = _override_layer(typed)
         _record(draft_layer, sources, texts)
         draft = _merge(copy.deepcopy(merged), draft_layer, schema, {})
@@ -148,6 +149,15 @@ def _override_layer(
         layer.texts.update({key + ("." * (not k.startswith("[")) + k): t for k, t in inner.items() if k})
         layer.texts[key] = text
     return layer
+
+
+def _check_emptied(merged: DictConfig, typed: Sequence[tuple[str, str]]) -> None:
+    for key, text in typed:
+        if re.fullmatch(r"\{\s*\}", text.strip()) and OmegaConf.select(merged, key):
+            raise ConfigError(
+                f"{key}={text}: an empty mapping changes nothing of what is there; switch single entries off "
+                f"with null, e.g. {key}.{next(iter(OmegaConf.select(merged, key)))}=null"
+            )
 
 
 def _import_plugins(layers: Sequence[Layer], paths: Sequence[str | Path]) -> dict[str, list[str]]:

@@ -278,6 +278,12 @@ def test_a_mapping_that_is_merged_twice_has_no_key_twice(load):
     assert (room.speaker.prompt, room.speaker.count, room.size) == ("1984", 3, {"prompt": 1984, "count": 2})
 
 
+def test_an_empty_mapping_of_the_command_line_is_not_ignored(tmp_path):
+    (tmp_path / "x.yaml").write_text("system: {loss: {lambda_sds: 1.0}}")
+    with pytest.raises(ConfigError, match=r"^system\.loss=\{\}: .* e\.g\. system\.loss\.lambda_sds=null$"):
+        load_config([tmp_path / "x.yaml"], ["system.loss={}"])
+
+
 def test_a_byte_order_mark_is_no_content(tmp_path):
     (tmp_path / "x.yaml").write_bytes(b"\xef\xbb\xbfa: 1")
     assert load_config([tmp_path / "x.yaml"]).values == {"a": 1}

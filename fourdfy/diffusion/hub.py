@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -415,9 +416,18 @@ def _fetched(name: str, parts: Sequence[str], tried: list[str]) -> Path:
             continue
         try:
             return _fetch(source, parts)
-        except Exception as error:  # whatever the transport raises: the next mirror may answer
+        except Exception as error:  # whatever the hub says of this one: the next mirror may be there
             tried.append(f"hub, {source}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            if _is_unreachable(error):  # and so are the mirrors, each after half a minute of trying
+                break
     raise _missing(name, parts, tried)
+
+
+def _is_unreachable(error: BaseException | None) -> bool:
+    """Whether there was no connection, at the root of what the transport raised."""
+    if isinstance(error, ConnectionError | socket.gaierror):
+        return True
+    return error is not None and _is_unreachable(error.__cause__ or error.__context__)
 
 
 def _fetch(source: Source, parts: Sequence[str]) -> Path:

@@ -268,6 +268,20 @@ def test_online_the_next_mirror_is_asked_when_one_fails(monkeypatch, tmp_path):
     assert locate_model(SD, PARTS).endswith("(to be fetched)")
 
 
+def test_a_hub_that_can_not_be_reached_is_asked_once(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    asked = []
+
+    def fetch(source, parts):
+        asked.append(source.repo)
+        raise FileNotFoundError("no connection") from ConnectionRefusedError()
+
+    monkeypatch.setattr(hub, "_fetch", fetch)
+    with pytest.raises(FileNotFoundError, match="no connection"):
+        resolve_model(SD, PARTS)
+    assert asked == [SD]
+
+
 def test_only_the_wanted_files_are_fetched_and_pickles_only_where_nothing_is_safer():
     files = [
         "model_index.json", "README.md", "v2-1_512.ckpt", "vae/config.json",
