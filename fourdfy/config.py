@@ -252,7 +252,7 @@ def _misfits(schema: type, values: DictConfig, done: Collection[str] = ()) -> It
 def _explain(error: OmegaConfBaseException, schema: type, key: str) -> str:
     if isinstance(error, ConfigKeyError):
         owner = error.object_type if dataclasses.is_dataclass(error.object_type) else schema
-        return _unknown_key(key.split(".")[-1], {f.name: f for f in dataclasses.fields(owner)})
+        return _unknown_key(key.split(".")[-1], {f.name: f for f in dataclasses.fields(owner)}, {})
     problem = str(error).split("\n")[0]
     return re.sub(r"Invalid value assigned: \w+ is not a .*\blist\b.*", "expected a list", problem)
 
