@@ -445,10 +445,10 @@ def test_every_path_of_an_experiment_is_expanded_and_recorded_so(key, monkeypatc
     assert found == f"{tmp_path}/a"
 
 
-def test_the_cache_s_folder_is_expanded_too(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/me")
+def test_the_cache_s_folder_is_expanded_too(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("FOURDFY_CACHE", "~/cache")
-    assert str(cache_root()) == "/home/me/cache"
+    assert cache_root() == tmp_path / "cache"
     monkeypatch.setenv("FOURDFY_CACHE", "$NOWHERE/cache")
     with pytest.raises(ConfigError, match=r"FOURDFY_CACHE=.*\$NOWHERE is not set"):
         cache_root()
