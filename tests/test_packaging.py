@@ -8,7 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
+import fourdfy
 from fourdfy.config_files import ConfigError, find_config, read_layers
 from tests.launching import CONFIGS, ROOT
 
@@ -74,6 +76,12 @@ def test_every_package_that_is_imported_is_declared():
     assert {DISTRIBUTIONS.get(name, name.replace("_", "-")) for name in imported} <= {
         name.replace("_", "-") for name in declared & pinned
     }
+
+
+def test_one_version_is_built_imported_and_cited():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    (built,) = re.findall(r'version="([^"]+)"', (ROOT / "setup.py").read_text(encoding="utf-8"))
+    assert str(citation["version"]) == built == fourdfy.__version__
 
 
 def test_without_the_dependencies_launching_says_what_to_do():
