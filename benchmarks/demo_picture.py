@@ -1,4 +1,4 @@
-"""The README's picture: frames of a finished shapes trial above the ground truth of the same views.
+"""Make the README's picture: frames of a finished shapes trial above the ground truth of the same views.
 
 python benchmarks/demo_picture.py outputs/shapes_stage_3/a_red_cube_bouncing docs/images/demo.png
 """

@@ -1,11 +1,11 @@
-"""The twelve experiments with models of the real size and random weights: time and memory of each step kind.
+"""Measure time and memory of each kind of step in the twelve experiments, with models of the real size.
 
     python benchmarks/experiments.py --models outputs/models --out outputs/experiments    # on every GPU
     python benchmarks/experiments.py ... --config fourdfy_stage_3 --config fourdfy_stage_3_vc --steps 40
 
-The models are made once (11 GB in float16). Learning rates are 0, so that every step sees the same compact
-object: the initial blob, which fills about 8 % of the occupancy grid. Stage 1 and 2 go from 64 x 64 to
-256 x 256 pixels half way. The first step of each kind is left out of the times.
+The models have random weights and are made once (11 GB in float16). Learning rates are 0, so that every step
+sees the same compact object: the initial blob, which fills about 8 % of the occupancy grid. Stages 1 and 2 go
+from 64 x 64 to 256 x 256 pixels half way. The times leave out the first step of each kind.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def run(name: str, gpu: str, args: argparse.Namespace) -> None:
-    """One config in a process of its own; its log beside its result."""
+    """Run one config in its own process; the log is written beside the result."""
     command = [sys.executable, __file__, "--here", "--config", name, "--models", str(args.models)]
     command += ["--out", str(args.out), "--steps", str(args.steps), *args.overrides]
     paths = {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
@@ -77,7 +77,7 @@ def run(name: str, gpu: str, args: argparse.Namespace) -> None:
 
 
 def measure(name: str, models: Path, steps: int, overrides: list[str]) -> dict[str, Any]:
-    """Milliseconds and peak bytes of each step kind."""
+    """Return ms, peak GiB and count of each kind of step, and the ms of their mixture."""
     experiment = load_experiment(
         [ROOT / "configs" / f"{name}.yaml"], [*settings(name, models, steps), *overrides]
     )
@@ -110,7 +110,7 @@ def settings(name: str, models: Path, steps: int) -> list[str]:
 
 
 class Stopwatch(pl.Callback):
-    """Time and peak memory of every training step, by its kind; and a scene that stays as it is."""
+    """Records time and peak memory of every training step by its kind, and keeps the scene as it is."""
 
     def __init__(self) -> None:
         self.steps: dict[str, list[tuple[float, int]]] = defaultdict(list)
@@ -147,7 +147,7 @@ class Stopwatch(pl.Callback):
 
 
 def mixture(experiment: Experiment, kinds: dict[str, dict[str, float]]) -> float | None:
-    """Mean time of a step as the plan mixes them, multi-view ones at full size."""
+    """Return the mean ms of a step, weighted as in the plan, with multi-view steps at full size."""
     total = 0.0
     for step in experiment.plan.steps:
         measured = [kinds[kind]["ms"] for kind in (step.name, f"{step.name} 256") if kind in kinds]
@@ -177,7 +177,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def make_models(root: Path) -> None:
-    """Folders in diffusers layout, as the hub (or our converter) gives them, with random weights."""
+    """Write model folders in diffusers layout, as the hub or our converter would, with random weights."""
     from diffusers import UNet2DConditionModel, UNet3DConditionModel
     from diffusers.models.embeddings import TimestepEmbedding
 
@@ -210,7 +210,7 @@ def make_models(root: Path) -> None:
 
 
 def save_common(folder: Path, prediction: str) -> None:
-    """VAE, schedule, tokenizer, and a text encoder of the right width (one layer: it runs once)."""
+    """Save VAE, schedule, tokenizer, and a text encoder of the right width (one layer: it runs once)."""
     from diffusers import AutoencoderKL, DDIMScheduler
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -253,7 +253,7 @@ def save_tensors(network: torch.nn.Module, folder: Path) -> None:
 
 
 def make(network: type, config: dict[str, Any]) -> torch.nn.Module:
-    """With PyTorch's initial weights, on the GPU if there is one: it draws them faster."""
+    """Build with PyTorch's initial weights, on the GPU if there is one, which draws them faster."""
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         return network(**config)

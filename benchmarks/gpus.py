@@ -1,4 +1,4 @@
-"""Jobs side by side on the GPUs that are visible."""
+"""Run jobs side by side on the visible GPUs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Job, Result = TypeVar("Job"), TypeVar("Result")
 
 
 def spread(jobs: Iterable[Job], run: Callable[[Job, str], Result], per_gpu: int = 1) -> list[Result]:
-    """``run(job, gpu)`` of every job, in their order; a job takes a free GPU, ``cpu`` if there is none."""
+    """Return ``run(job, gpu)`` of every job, in order; a job takes a free GPU, or ``cpu`` without any."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
     places = (visible.split(",") if visible else ["cpu"]) * per_gpu
     free: SimpleQueue[str] = SimpleQueue()
@@ -33,5 +33,5 @@ def spread(jobs: Iterable[Job], run: Callable[[Job, str], Result], per_gpu: int 
 
 
 def environment(place: str) -> dict[str, str]:
-    """This process's environment for one that shall see one GPU, or none if ``place`` is ``cpu``."""
+    """Return the environment of a process that sees one GPU, or none if ``place`` is ``cpu``."""
     return os.environ | {"CUDA_VISIBLE_DEVICES": "" if place == "cpu" else place}

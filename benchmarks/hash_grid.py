@@ -1,10 +1,10 @@
-"""How long the hash grid takes: forward, and backward with respect to parameters and positions.
+"""Time the hash grid: forward, and backward with respect to parameters and positions.
 
     python benchmarks/hash_grid.py                 # this machine's CPU, torch's number of threads
     python benchmarks/hash_grid.py --device cuda --points 1048576 --levels 16
     python benchmarks/hash_grid.py --toy           # seconds; what the test runs
 
-Warm up, repeat, report the median in ms and the spread (10th to 90th percentile) as a Markdown table.
+It warms up, repeats, and prints the median in ms and its spread (10th to 90th percentile) as Markdown.
 "Look-ups" are corners read by the forward pass, per second and CPU thread or GPU.
 """
 

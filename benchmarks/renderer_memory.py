@@ -1,13 +1,13 @@
-"""What a video step's render costs, forward and backward: time and memory of each renderer.
+"""Measure time and memory of a video step's render, forward and backward, with each renderer.
 
     python benchmarks/renderer_memory.py                      # the paper's field and video, on a GPU
     python benchmarks/renderer_memory.py --std 1.0 --chunks 100000 1000000
     python benchmarks/renderer_memory.py --toy --device cpu   # seconds; what the test runs
 
-``nerf`` keeps the graph of all samples, ``exact`` that of one chunk (``train_max_nums``), ``subset`` is the
-original's random choice of samples. "Peak" is the most memory torch held at once beyond what the scene
-itself takes (CUDA only), "kept" what remains of it between the two passes, while a video model would run.
-Warm up, repeat, report the median as a Markdown table.
+``nerf`` keeps the graph of all samples, ``exact`` that of one chunk (``train_max_nums``), and ``subset`` is
+the original's random choice of samples. "Peak" is the most memory that torch held at once beyond that of the
+scene itself (CUDA only), and "kept" what it holds between the two passes, while a video model would run. It
+warms up, repeats, and prints the median as a Markdown table.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _measure(renderer: Renderer, scene: Scene, rays: RayBundle, args: argparse.Namespace) -> list[str]:
-    """Samples, ms forward and backward, MiB kept and at the peak."""
+    """Return the number of samples, ms forward and backward, and MiB kept and at the peak."""
     generator = torch.Generator(args.device).manual_seed(0)
     for step in range(0, 64, 16):
         renderer.update_occupancy(step=step, dynamic=True, generator=generator)
@@ -89,7 +89,7 @@ def _measure(renderer: Renderer, scene: Scene, rays: RayBundle, args: argparse.N
 
 
 def _scene(args: argparse.Namespace) -> Scene:
-    """The paper's field as it begins: a soft ball."""
+    """Return the paper's field at the start of training, a soft ball."""
     grid = {"n_levels": args.levels, "log2_hashmap_size": args.log2_size, "backend": args.backend}
     geometry = {
         "density_blob_std": args.std,
@@ -105,7 +105,7 @@ def _scene(args: argparse.Namespace) -> Scene:
 
 
 def _video(args: argparse.Namespace) -> RayBundle:
-    """One camera, as near as training takes it; times evenly spread."""
+    """Return the rays of one camera, as near as in training, at evenly spread times."""
     cameras = orbit_cameras(
         torch.full((args.frames,), 15.0),
         torch.full((args.frames,), 30.0),

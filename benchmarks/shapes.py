@@ -1,10 +1,10 @@
-"""Twelve prompts, all priors and each left out in turn: the tables of docs/benchmarks.md.
+"""Run twelve prompts with all priors and with each left out, and print the tables of docs/benchmarks.md.
 
     python benchmarks/shapes.py --out outputs/benchmark --per-gpu 12       # all 48 runs side by side
     python benchmarks/shapes.py --out outputs/benchmark --drop none --prompts 2 trainer.max_steps=2
 
-One process for each run (``python -m fourdfy.evaluation.shapes``), spread over the GPUs, or on the CPU. A
-run that has its JSON file already is not made again.
+Each run is a process (``python -m fourdfy.evaluation.shapes``) on one of the GPUs, or on the CPU. A run whose
+JSON file exists is not repeated.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def run(prompt: str, drop: str, place: str, args: argparse.Namespace) -> dict | None:
-    """The row of one run; None (and its log) if it failed."""
+    """Return the row of one run, or None if it failed; the log then says why."""
     name = f"{prompt} {drop}".replace(" ", "_")
     out: Path = args.out
     result, log = out / f"{name}.json", out / f"{name}.log"
@@ -71,7 +71,7 @@ def run(prompt: str, drop: str, place: str, args: argparse.Namespace) -> dict | 
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: a line for each run, then the means of each ablation."""
+    """Return Markdown with a line for each run, then the means of each ablation."""
     lines = ["| prompt | left out | IoU | PSNR | colour | motion | fronts | s |", "|" + " --- |" * 8]
     for row in rows:
         motion = "still" if row["motion_corr"] is None else f"{row['motion_corr']:.2f}"
