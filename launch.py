@@ -4,7 +4,7 @@ import sys
 
 if __name__ == "__main__":
     try:
-        from fourdfy.cli import main
+        from fourdfy.launching.cli import main
 
         raise SystemExit(main())
     except ModuleNotFoundError as error:

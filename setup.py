@@ -15,10 +15,10 @@ setup(
     packages=[*find_packages(include=["fourdfy", "fourdfy.*"]), "fourdfy.configs"],
     package_dir={"fourdfy.configs": "configs"},
     package_data={
-        "fourdfy": ["shapes/assets/**/*", "prompts/*.json", "diffusion/key_maps/*.json"],
+        "fourdfy": ["shapes/assets/**/*", "prompts/*.json", "priors/key_maps/*.json"],
         "fourdfy.configs": ["**/*.yaml"],
     },
-    entry_points={"console_scripts": ["fourdfy = fourdfy.cli:main"]},
+    entry_points={"console_scripts": ["fourdfy = fourdfy.launching.cli:main"]},
     install_requires=[
         "torch>=2.6",
         "pytorch-lightning>=2.6",

@@ -12,8 +12,8 @@ import imageio.v2 as imageio
 import numpy as np
 import torch
 
-from fourdfy.callbacks.saving import save_image, side_by_side, to_pixels
-from fourdfy.experiment import load_experiment
+from fourdfy.files.images import save_image, side_by_side, to_pixels
+from fourdfy.launching.experiment import load_experiment
 from fourdfy.shapes.grammar import parse_prompt
 from fourdfy.shapes.world import BACKGROUNDS, render
 

@@ -25,9 +25,9 @@ import pytorch_lightning as pl
 import torch
 from gpus import environment, spread
 
-from fourdfy.experiment import Experiment, load_experiment
+from fourdfy.launching.experiment import Experiment, load_experiment
+from fourdfy.launching.trainer import build_trainer
 from fourdfy.systems.lightning import LightningData, LightningSystem
-from fourdfy.trainer import build_trainer
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("fourdfy_stage_*.yaml"))

@@ -22,12 +22,12 @@ from collections.abc import Sequence
 import torch
 
 from fourdfy.config import parse_config
-from fourdfy.fields.backgrounds import NeuralEnvironmentMap
-from fourdfy.fields.implicit_volume import ImplicitVolume
-from fourdfy.fields.materials import NoMaterial
 from fourdfy.ops.cameras import cast_rays, orbit_cameras
 from fourdfy.registry import find
-from fourdfy.renderers.base import Renderer, Scene
+from fourdfy.scenes.backgrounds import NeuralEnvironmentMap
+from fourdfy.scenes.nerf.implicit_volume import ImplicitVolume
+from fourdfy.scenes.nerf.materials import NoMaterial
+from fourdfy.scenes.nerf.renderer_base import Renderer, Scene
 from fourdfy.types import RayBundle
 
 NERF, STABLE = "nerf-volume-renderer", "stable-nerf-volume-renderer"

@@ -13,12 +13,12 @@ from fourdfy.bounds import number, scheduled
 from fourdfy.config import Component, ConfigError, parse_config
 from fourdfy.data.base import DataModule
 from fourdfy.data.sampling import MultiViewConfig, SingleViewConfig
-from fourdfy.fields.base import Background, Geometry, Material
-from fourdfy.fields.encodings import Encoding
-from fourdfy.fields.implicit_volume import BlobStdAnnealing
-from fourdfy.fields.mlp import VanillaMLP
 from fourdfy.guidance.base import Guidance
-from fourdfy.renderers.base import Renderer
+from fourdfy.scenes.nerf.base import Background, Geometry, Material
+from fourdfy.scenes.nerf.encodings import Encoding
+from fourdfy.scenes.nerf.implicit_volume import BlobStdAnnealing
+from fourdfy.scenes.nerf.mlp import VanillaMLP
+from fourdfy.scenes.nerf.renderer_base import Renderer
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from fourdfy.config import (
     warn_of_ignored,
 )
 from fourdfy.config_layers import load_config
-from fourdfy.experiment import ExperimentConfig
+from fourdfy.launching.experiment import ExperimentConfig
 
 
 class Animal(Component):

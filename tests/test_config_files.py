@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from fourdfy import registry
-from fourdfy.cli import main
 from fourdfy.config import Component, ConfigError, file_path, keyed_by_path, parse_config, slot
 from fourdfy.config_files import expand_path, literal_override, save_yaml
 from fourdfy.config_layers import load_config
-from fourdfy.diffusion.hub import cache_root
-from fourdfy.experiment import ExperimentConfig, load_experiment
-from fourdfy.recipe import load_recipe
-from tests.launching import CONFIGS
+from fourdfy.launching.cli import main
+from fourdfy.launching.experiment import ExperimentConfig, load_experiment
+from fourdfy.launching.recipe import load_recipe
+from fourdfy.priors.hub import cache_root
+from tests.commands import CONFIGS
 
 
 class Speaker(Component):

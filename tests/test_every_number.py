@@ -13,8 +13,8 @@ import pytest
 
 from fourdfy.config import ConfigError, parse_config
 from fourdfy.config_layers import LoadedConfig
-from fourdfy.experiment import load_experiment, parse_experiment
-from tests.launching import CONFIGS
+from fourdfy.launching.experiment import load_experiment, parse_experiment
+from tests.commands import CONFIGS
 
 PROMPT = "system.prompt_processor.prompt=a red cube bouncing"
 EXPERIMENT = load_experiment([CONFIGS / "shapes_stage_3.yaml"], [PROMPT, "use_timestamp=false"])

@@ -12,7 +12,7 @@ import yaml
 
 import fourdfy
 from fourdfy.config_files import ConfigError, find_config, read_layers
-from tests.launching import CONFIGS, ROOT
+from tests.commands import CONFIGS, ROOT
 
 OPTIONAL = {"accelerate", "triton", "tomesd", "xformers", "mvdream", "wandb"}
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit-image"}
@@ -43,7 +43,7 @@ def test_a_wheel_holds_every_config_and_every_file_of_the_package(installed):
 def test_an_installed_recipe_is_found_by_name_from_any_folder(installed, tmp_path):
     elsewhere = tmp_path / "mein Ordner für 4D"
     elsewhere.mkdir()
-    fourdfy = [sys.executable, "-c", "from fourdfy.cli import main; raise SystemExit(main())"]
+    fourdfy = [sys.executable, "-c", "from fourdfy.launching.cli import main; raise SystemExit(main())"]
     done = subprocess.run(
         [
             *fourdfy,
@@ -97,7 +97,7 @@ def test_a_module_of_our_own_that_is_missing_is_no_matter_of_installing(monkeypa
     def broken():
         raise ModuleNotFoundError("No module named 'fourdfy.nothing'", name="fourdfy.nothing")
 
-    monkeypatch.setattr("fourdfy.cli.main", broken)
+    monkeypatch.setattr("fourdfy.launching.cli.main", broken)
     with pytest.raises(ModuleNotFoundError):
         runpy.run_path(os.fspath(ROOT / "launch.py"), run_name="__main__")
 

@@ -5,8 +5,8 @@ import shlex
 import subprocess
 import sys
 
-from fourdfy.cli import main
-from tests.launching import ROOT, TINY, trial
+from fourdfy.launching.cli import main
+from tests.commands import ROOT, TINY, trial
 
 SECTION = (
     (ROOT / "README.md")

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from fourdfy.diffusion import convert
-from fourdfy.diffusion.convert import targets_of
+from fourdfy.priors import convert
+from fourdfy.priors.convert import targets_of
 from fourdfy.prompts.base import LIBRARY
 
 SAMPLE_SIZE = 8

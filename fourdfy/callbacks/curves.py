@@ -21,9 +21,10 @@ from numpy import ndarray
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
-from fourdfy.callbacks.saving import VALIDATION_FPS, by_product, whole_file
 from fourdfy.config import ConfigError
-from fourdfy.experiment import Experiment
+from fourdfy.files.atomic import by_product, whole_file
+from fourdfy.files.images import VALIDATION_FPS
+from fourdfy.launching.experiment import Experiment
 
 MAX_PIXELS = 256
 """Of the longer side of a logged image or clip; larger ones lose rows and columns."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from fourdfy.callbacks.saving import whole_file
-from fourdfy.signals import StopSignals
+from fourdfy.files.atomic import whole_file
+from fourdfy.launching.signals import StopSignals
 from fourdfy.types import StepBatch
 
 

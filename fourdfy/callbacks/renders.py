@@ -12,10 +12,10 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from fourdfy.callbacks import saving
 from fourdfy.callbacks.curves import Curves
 from fourdfy.config import ConfigError
 from fourdfy.data.datamodule import EvalBatch
+from fourdfy.files import atomic, images
 from fourdfy.ops.compositing import expected_depth
 from fourdfy.types import RenderOutput
 
@@ -39,13 +39,13 @@ class SaveRenders(pl.Callback):
         self._trained = True
 
     def _gather(self, trainer: Any, module: Any, outputs: RenderOutput, batch: EvalBatch, *args: Any) -> None:
-        images = {
+        views = {
             "rgb": outputs.comp_rgb,
             "normal": outputs.comp_normal,
             "opacity": outputs.opacity,
             "depth": expected_depth(outputs.opacity, outputs.depth),
         }
-        for name, image in images.items():
+        for name, image in views.items():
             if image is not None:
                 self._images[batch.split].setdefault(name, []).extend(image.cpu())
 
@@ -55,32 +55,32 @@ class SaveRenders(pl.Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
         with self._written("validation images"):
             views, clip = self._shown("val"), self._shown("val_video")
-            for index, images in enumerate(zip(*views, strict=True)):
-                saving.save_validation(self.save_dir, module.system.step, index, images)
-                self._log(f"val/{index}", images[0][None], module.system.step)
+            for index, frames in enumerate(zip(*views, strict=True)):
+                images.save_validation(self.save_dir, module.system.step, index, frames)
+                self._log(f"val/{index}", frames[0][None], module.system.step)
             if clip:
                 clips = [torch.stack(frames) for frames in clip]
-                saving.save_validation_video(self.save_dir, module.system.step, 0, clips)
+                images.save_validation_video(self.save_dir, module.system.step, 0, clips)
                 self._log("val/video", clips[0], module.system.step)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
         with self._written("test images and videos (--test renders them again)"):
             for split in ("test", "test_static"):
-                images = self._images[split]
+                shown = self._images[split]
                 for name, kind in (("rgb", split), ("normal", split.replace("test", "test-normal"))):
-                    if name in images:
-                        saving.save_test(self.save_dir, module.system.step, images[name], kind=kind)
+                    if name in shown:
+                        images.save_test(self.save_dir, module.system.step, shown[name], kind=kind)
             if depths := self._images["test"].get("depth"):
-                saving.save_depths(self.save_dir, module.system.step, depths)
+                images.save_depths(self.save_dir, module.system.step, depths)
 
     def _log(self, name: str, frames: Tensor, step: int) -> None:
         if self.curves is not None:
-            self.curves.images(name, saving.to_pixels(frames), step)
+            self.curves.images(name, images.to_pixels(frames), step)
 
     @contextmanager
     def _written(self, what: str) -> Iterator[None]:
         try:
-            with saving.by_product(what) if self._trained else nullcontext():
+            with atomic.by_product(what) if self._trained else nullcontext():
                 yield
         except OSError as error:
             raise ConfigError(f"{self.save_dir}: {what} can't be written: {error}") from error
@@ -89,5 +89,5 @@ class SaveRenders(pl.Callback):
 
     def _shown(self, split: str) -> list[list[Tensor]]:
         """The images that validation shows side by side, as far as there are any."""
-        images = self._images[split]
-        return [images[name] for name in ("rgb", "normal", "opacity") if name in images]
+        shown = self._images[split]
+        return [shown[name] for name in ("rgb", "normal", "opacity") if name in shown]

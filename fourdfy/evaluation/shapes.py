@@ -30,12 +30,12 @@ from torch import Tensor
 
 from fourdfy.config import ConfigError
 from fourdfy.config_files import CONFIGS
-from fourdfy.devices import use_device
 from fourdfy.evaluation import marks, metrics
 from fourdfy.evaluation.report import Moment, ShapesReport, summary_table
+from fourdfy.launching.devices import use_device
+from fourdfy.launching.recipe import load_recipe
+from fourdfy.launching.run import train_stage
 from fourdfy.ops.cameras import orbit_cameras
-from fourdfy.recipe import load_recipe
-from fourdfy.run import load_system, train_stage
 from fourdfy.shapes import world
 from fourdfy.shapes.grammar import COLOURS, ShapePrompt, is_held_out, parse_prompt
 from fourdfy.systems.base import System
@@ -313,7 +313,7 @@ def train_prompt(
     for stage in stages:
         train_stage(stage, device=device, command=sys.argv, test=False)
     experiment = stages[-1].experiment
-    system = load_system(experiment, device, experiment.last_checkpoint)
+    system = experiment.load_system(device, experiment.last_checkpoint)
     return scene_renderer(system), time.perf_counter() - began
 
 

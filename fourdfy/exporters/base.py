@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 from fourdfy.bounds import number
-from fourdfy.callbacks.saving import VALIDATION_FPS, sanitize_tag
 from fourdfy.config import Component
-from fourdfy.renderers.base import Scene
+from fourdfy.files.images import VALIDATION_FPS
+from fourdfy.files.names import sanitize_tag
+from fourdfy.scenes.nerf.renderer_base import Scene
 from fourdfy.types import Cameras, RenderOutput
 
 

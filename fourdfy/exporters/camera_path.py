@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fourdfy.callbacks.saving import whole_file
 from fourdfy.config import ConfigError
+from fourdfy.files.atomic import whole_file
 from fourdfy.types import Cameras
 
 MAX_SIZE = 8192

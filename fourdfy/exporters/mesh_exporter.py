@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from fourdfy.bounds import number
-from fourdfy.callbacks.saving import whole_file
 from fourdfy.config import ignored
 from fourdfy.exporters.animation import deforms, follow, morphing_glb, switching_glb
 from fourdfy.exporters.base import Exporter, Subject
@@ -24,6 +23,7 @@ from fourdfy.exporters.surface import (
     surface_colors,
 )
 from fourdfy.exporters.texture import bake, can_unwrap, unwrap
+from fourdfy.files.atomic import whole_file
 from fourdfy.registry import register
 
 logger = logging.getLogger(__name__)

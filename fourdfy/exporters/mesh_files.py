@@ -17,9 +17,10 @@ from jaxtyping import Float, UInt8
 from numpy import ndarray
 from torch import Tensor
 
-from fourdfy.callbacks.saving import to_pixels, whole_file
 from fourdfy.exporters.gltf import ARRAY_BUFFER, ELEMENT_ARRAY_BUFFER, Glb, linear_from_srgb
 from fourdfy.exporters.surface import Surface
+from fourdfy.files.atomic import whole_file
+from fourdfy.files.images import to_pixels
 
 Format = Literal["glb", "obj-mtl", "obj", "ply"]
 ImageFormat = Literal["jpg", "png"]

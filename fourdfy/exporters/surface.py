@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fourdfy.config import ConfigError
 from fourdfy.exporters.base import Subject
-from fourdfy.fields.base import Geometry
 from fourdfy.ops.compositing import accumulate, weights_from_density
 from fourdfy.ops.isosurface import (
     decimated,
@@ -29,6 +28,7 @@ from fourdfy.ops.isosurface import (
     without_ripples,
     without_small_parts,
 )
+from fourdfy.scenes.nerf.base import Geometry
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from numpy import ndarray
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fourdfy.callbacks.saving import to_pixels
 from fourdfy.config import ConfigError
 from fourdfy.exporters.surface import Surface
+from fourdfy.files.images import to_pixels
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ import torch
 from numpy import ndarray
 
 from fourdfy.bounds import number
-from fourdfy.callbacks import saving
 from fourdfy.config import ConfigError, file_path
 from fourdfy.exporters.base import Exporter, Subject
 from fourdfy.exporters.camera_path import load_cameras, save_cameras
+from fourdfy.files import atomic, images
 from fourdfy.ops.compositing import expected_depth
 from fourdfy.registry import register
 from fourdfy.types import Cameras
@@ -56,28 +56,28 @@ class VideoExporter(Exporter):
         colors, cutouts, depths = [], [], []
         for some in torch.arange(len(cameras)).split(cfg.frames_at_once):
             out = subject.render(cameras[some])
-            colors.append(saving.to_pixels(out.comp_rgb))
+            colors.append(images.to_pixels(out.comp_rgb))
             depths.append(expected_depth(out.opacity, out.depth).cpu())
             if cfg.alpha:
                 straight = out.comp_rgb_fg / out.opacity.clamp(min=1e-6)
-                cutouts.append(saving.to_pixels(torch.cat([straight, out.opacity], dim=-1)))
+                cutouts.append(images.to_pixels(torch.cat([straight, out.opacity], dim=-1)))
 
         def save(clip: str, opaque: ndarray, transparent: ndarray) -> list[Path]:
             shown = {fmt: transparent if fmt in TRANSPARENT else opaque for fmt in cfg.formats}
-            return [saving.save_clip(folder / f"{clip}.{f}", frames, fps=fps) for f, frames in shown.items()]
+            return [images.save_clip(folder / f"{clip}.{f}", frames, fps=fps) for f, frames in shown.items()]
 
         opaque = np.concatenate(colors)
         files = save(name, opaque, np.concatenate(cutouts) if cfg.alpha else opaque)
         if cfg.depth:
             depth = torch.cat(depths)
-            jet = saving.depth_to_jet(depth, *saving.depth_range(list(depth)))
+            jet = images.depth_to_jet(depth, *images.depth_range(list(depth)))
             files += save(f"{name}_depth", jet, jet)
             files.append(folder / f"{name}_depth.npz")
-            with saving.whole_file(files[-1]) as half_written:
+            with atomic.whole_file(files[-1]) as half_written:
                 np.savez_compressed(half_written, depth=depth[..., 0].numpy())
         files.append(folder / f"{name}_transforms.json")
-        images = f"{name}/{{}}.png" if "png" in cfg.formats else None
-        save_cameras(files[-1], cameras, fps=fps, image_pattern=images)
+        pattern = f"{name}/{{}}.png" if "png" in cfg.formats else None
+        save_cameras(files[-1], cameras, fps=fps, image_pattern=pattern)
         return files
 
     def _clips_fps(self, subject: Subject, cameras: Cameras, of_file: float | None) -> float:
@@ -86,7 +86,7 @@ class VideoExporter(Exporter):
         even = len(steps) > 0 and float(steps.min()) > 1e-6 and float(steps.max() - steps.min()) < 1e-4
         if even and subject.dynamic and (self.cfg.clip_seconds or not of_file):
             return 1 / float(steps.mean()) / (self.cfg.clip_seconds or subject.clip_seconds)
-        return of_file or saving.TEST_FPS
+        return of_file or images.TEST_FPS
 
 
 def choose_cameras(trajectory: str, sequences: Mapping[str, Cameras]) -> tuple[str, Cameras, float | None]:

@@ -23,17 +23,6 @@ from torch import Tensor
 
 from fourdfy.bounds import number, scheduled
 from fourdfy.config import file_path, ignored
-from fourdfy.diffusion.frozen import (
-    FrozenModels,
-    Gradient,
-    MemoryOptions,
-    apply_memory_options,
-    encode_images,
-    load_noise_schedule,
-    load_part,
-    vae_factor,
-)
-from fourdfy.diffusion.hub import resolve_model, stored_description
 from fourdfy.guidance.base import Guidance
 from fourdfy.ops.diffusion import (
     add_noise,
@@ -45,6 +34,17 @@ from fourdfy.ops.diffusion import (
     x0_from_prediction,
 )
 from fourdfy.ops.distillation import Weighting, bounded, score_loss, sds_gradient, sjc_gradient
+from fourdfy.priors.frozen import (
+    FrozenModels,
+    Gradient,
+    MemoryOptions,
+    apply_memory_options,
+    encode_images,
+    load_noise_schedule,
+    load_part,
+    vae_factor,
+)
+from fourdfy.priors.hub import resolve_model, stored_description
 from fourdfy.schedules import Schedule, schedule_value
 from fourdfy.types import Cameras, GuidanceOutput, TextEmbeddings, ViewTexts
 

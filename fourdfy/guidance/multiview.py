@@ -15,13 +15,13 @@ from torch import Tensor
 
 from fourdfy.bounds import number
 from fourdfy.config import file_path
-from fourdfy.diffusion.frozen import FrozenModels
-from fourdfy.diffusion.hub import MODELS
-from fourdfy.diffusion.mvdream import camera_vectors, enable_multi_view_attention
-from fourdfy.diffusion.mvdream_package import load_mvdream_package
 from fourdfy.guidance.latent import PARTS, LatentGuidance
 from fourdfy.ops.diffusion import add_noise
 from fourdfy.ops.distillation import reconstruction_loss, rescale_guided_x0, score_loss, sds_gradient
+from fourdfy.priors.frozen import FrozenModels
+from fourdfy.priors.hub import MODELS
+from fourdfy.priors.mvdream import camera_vectors, enable_multi_view_attention
+from fourdfy.priors.mvdream_package import load_mvdream_package
 from fourdfy.registry import register
 from fourdfy.types import Cameras, GuidanceOutput, TextEmbeddings, ViewTexts
 

@@ -18,9 +18,6 @@ from torch import Tensor
 
 from fourdfy.bounds import number
 from fourdfy.config import file_path
-from fourdfy.diffusion.frozen import FrozenModels, load_noise_schedule
-from fourdfy.diffusion.hub import resolve_model
-from fourdfy.diffusion.lora import LoRA
 from fourdfy.guidance.latent import LatentGuidance
 from fourdfy.ops.cameras import projection_matrix
 from fourdfy.ops.diffusion import (
@@ -32,6 +29,9 @@ from fourdfy.ops.diffusion import (
     x0_from_prediction,
 )
 from fourdfy.ops.distillation import score_loss, vsd_gradient
+from fourdfy.priors.frozen import FrozenModels, load_noise_schedule
+from fourdfy.priors.hub import resolve_model
+from fourdfy.priors.lora import LoRA
 from fourdfy.registry import register
 from fourdfy.types import Cameras, GuidanceOutput, TextEmbeddings, ViewTexts
 

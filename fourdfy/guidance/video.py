@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fourdfy.bounds import number
-from fourdfy.diffusion.frozen import Gradient
 from fourdfy.guidance.latent import ScoreDistillationGuidance
 from fourdfy.ops.distillation import amplify_motion
+from fourdfy.priors.frozen import Gradient
 
 
 class VideoGuidance(ScoreDistillationGuidance):

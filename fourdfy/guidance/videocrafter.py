@@ -10,9 +10,9 @@ import torch
 
 from fourdfy.bounds import number
 from fourdfy.config import file_path, ignored
-from fourdfy.diffusion import videocrafter2
-from fourdfy.diffusion.frozen import apply_memory_options
 from fourdfy.guidance.video import VideoGuidance
+from fourdfy.priors import videocrafter2
+from fourdfy.priors.frozen import apply_memory_options
 from fourdfy.registry import register
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fourdfy.bounds import number
 from fourdfy.config import Component, file_path, ignored
-from fourdfy.diffusion.hub import cache_root, knows_text, resolve_model, stored_folder
+from fourdfy.priors.hub import cache_root, knows_text, resolve_model, stored_folder
 from fourdfy.types import PerpNegDecays, TextEmbeddings
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fourdfy.config_files import ConfigError
-from fourdfy.diffusion.frozen import load_text_encoder, load_tokenizer
-from fourdfy.diffusion.hub import read_description
+from fourdfy.priors.frozen import load_text_encoder, load_tokenizer
+from fourdfy.priors.hub import read_description
 from fourdfy.prompts.base import PromptProcessor, TextEncoder, tokenize
 from fourdfy.registry import register
 

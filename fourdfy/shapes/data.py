@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fourdfy.diffusion.mvdream import camera_vectors
 from fourdfy.ops.cameras import orbit_cameras
+from fourdfy.priors.mvdream import camera_vectors
 from fourdfy.shapes.grammar import MOMENTS, VIEWS, all_prompts, full_text, is_held_out
 from fourdfy.shapes.models import NUM_FRAMES, NUM_VIEWS
 from fourdfy.shapes.world import (

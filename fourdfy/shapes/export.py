@@ -26,7 +26,7 @@ _USES = {
     'time words ("at the start": t = 0; "in the first quarter", ...) and view words ("front view", ...).',
     "multi_view": "MVDream's layout: a `UNet2DConditionModel` whose class embedding takes the flattened "
     "camera and whose self-attention must be spread over the four views of a group with "
-    "`fourdfy.diffusion.mvdream.enable_multi_view_attention`. Prompts may end in time words.",
+    "`fourdfy.priors.mvdream.enable_multi_view_attention`. Prompts may end in time words.",
     "video": "ZeroScope's layout (`UNet3DConditionModel`): 8 frames at t0 + k / 8, one camera. Prompts may "
     "end in view words.",
 }

@@ -125,7 +125,7 @@ def build_unet(part: str) -> UNet2DConditionModel | UNet3DConditionModel:
     """The denoiser of ``part`` (image, multi_view, video); untrained.
 
     The four-view model takes a flattened camera as class label; its self-attention has to be spread
-    over the views with ``fourdfy.diffusion.mvdream.enable_multi_view_attention``.
+    over the views with ``fourdfy.priors.mvdream.enable_multi_view_attention``.
     """
     from diffusers import UNet2DConditionModel, UNet3DConditionModel
 
@@ -161,7 +161,7 @@ def build_unet(part: str) -> UNet2DConditionModel | UNet3DConditionModel:
 def prepare_unet(part: str, unet: UNet2DConditionModel | UNet3DConditionModel) -> None:
     """What no checkpoint of ``part`` stores: the four-view model's attention over views."""
     if part == "multi_view":
-        from fourdfy.diffusion.mvdream import enable_multi_view_attention
+        from fourdfy.priors.mvdream import enable_multi_view_attention
 
         enable_multi_view_attention(unet, num_views=NUM_VIEWS)
 

@@ -16,8 +16,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from fourdfy.diffusion.mvdream import camera_vectors
 from fourdfy.ops.cameras import orbit_cameras
+from fourdfy.priors.mvdream import camera_vectors
 from fourdfy.seeds import step_seed
 from fourdfy.shapes import store
 from fourdfy.shapes.data import EMPTY_TEXT, FRAMES, Scenes, render_scenes, text_row, view_index

@@ -11,7 +11,7 @@ import torch
 
 from fourdfy import __version__
 from fourdfy.config import ConfigError
-from fourdfy.safe_load import read_torch_file
+from fourdfy.files.safe_load import read_torch_file
 from fourdfy.systems.finite import not_finite
 
 MADE_HERE = "fourdfy"

@@ -16,20 +16,20 @@ from torch.optim.lr_scheduler import LRScheduler
 from fourdfy.bounds import scheduled
 from fourdfy.config import Component, ConfigError, build, component_class, file_path, ignored, slot
 from fourdfy.exporters.base import Exporter, Subject
-from fourdfy.fields.base import Background, Geometry, Material
 from fourdfy.guidance.base import Guidance
 from fourdfy.ops.cameras import cast_rays
 from fourdfy.ops.regularizers import NEEDS, REGULARIZERS
+from fourdfy.original.checkpoints import own_names
 from fourdfy.prompts.base import PromptProcessor
 from fourdfy.registry import register
-from fourdfy.renderers.base import Renderer, Scene
+from fourdfy.scenes.nerf.base import Background, Geometry, Material
+from fourdfy.scenes.nerf.renderer_base import Renderer, Scene
 from fourdfy.schedules import Schedule, schedule_max, schedule_value
 from fourdfy.seeds import step_generator, step_seed
 from fourdfy.systems.base import StepOutput, System
 from fourdfy.systems.checkpoint import read_checkpoint
 from fourdfy.systems.learning_rates import SchedulerConfig
 from fourdfy.systems.optim import GradientAudit, OptimizerConfig, build_optimizer, frozen
-from fourdfy.systems.original import own_names
 from fourdfy.systems.supervision import SupervisionPlan
 from fourdfy.types import Cameras, RenderOutput, StepBatch, TextEmbeddings
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from fourdfy.config import ConfigError
-from fourdfy.renderers.base import SampleBudget
+from fourdfy.scenes.nerf.renderer_base import SampleBudget
 from fourdfy.seeds import step_generator
 
 

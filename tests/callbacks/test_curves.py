@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fourdfy.callbacks import curves, saving
+from fourdfy.callbacks import curves
 from fourdfy.callbacks.curves import Curves
 from fourdfy.config import ConfigError
-from fourdfy.experiment import load_experiment
+from fourdfy.files import atomic
+from fourdfy.launching.experiment import load_experiment
 from fourdfy.systems.lightning import RunningMeans
-from tests.launching import CONFIGS, TINY
+from tests.commands import CONFIGS, TINY
 
 
 def experiment(root, *overrides):
@@ -102,7 +103,7 @@ def test_pictures_and_clips_go_to_tensorboard_at_a_small_size(tmp_path):
 def test_curves_that_can_not_be_written_cost_a_warning_and_not_the_run(tmp_path, caplog, monkeypatch, when):
     """A file is where the folders should be, from the start or from the first point on."""
     this, scalars = experiment(tmp_path), curves.CsvFile.scalars
-    saving._warn_once.cache_clear()
+    atomic.warn_once.cache_clear()
 
     def spoil(*args):
         for folder in (this.trial_dir / "tb_logs", this.trial_dir / "csv_logs"):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from pytorch_lightning import Trainer
 
-from fourdfy.callbacks import saving
 from fourdfy.callbacks.renders import SaveRenders
-from fourdfy.callbacks.saving import to_pixels
 from fourdfy.config import ConfigError
 from fourdfy.data.datamodule import chunks
+from fourdfy.files import atomic
+from fourdfy.files.images import to_pixels
 from fourdfy.ops.cameras import orbit_cameras
 from tests.renders import render_output
 
@@ -83,7 +83,7 @@ def test_frames_show_the_scene_over_its_background(shaded):
 
 def test_pictures_that_can_not_be_written_cost_a_trained_scene_one_warning_each(tmp_path, caplog):
     (tmp_path / "save").write_text("a file where the folder should be")
-    saving._warn_once.cache_clear()
+    atomic.warn_once.cache_clear()
     splits = ("val", "val_video", "test", "test_static")
     for _ in range(2):
         written(tmp_path / "save", splits, trained=True)

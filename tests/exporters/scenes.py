@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import torch
 
 from fourdfy.exporters.base import Subject
-from fourdfy.fields.base import Background, Geometry, Material
 from fourdfy.ops.cameras import orbit_cameras
-from fourdfy.renderers.base import Scene
+from fourdfy.scenes.nerf.base import Background, Geometry, Material
+from fourdfy.scenes.nerf.renderer_base import Scene
 from fourdfy.types import FieldOutput
 
 RADIUS, SIZE = 2.0, 0.8

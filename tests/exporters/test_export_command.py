@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fourdfy.experiment import load_experiment
+from fourdfy.launching.experiment import load_experiment
 from fourdfy.systems.checkpoint import write_checkpoint
-from tests.launching import CONFIGS, TINY, launch, trial
+from tests.commands import CONFIGS, TINY, launch, trial
 
 SMALL = (
     "seed=1",

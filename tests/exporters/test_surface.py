@@ -7,9 +7,9 @@ import trimesh
 
 from fourdfy.config import parse_config
 from fourdfy.exporters.surface import IsosurfaceSettings, extract_surface, surface_colors
-from fourdfy.fields.base import Material
-from fourdfy.fields.implicit_volume import ImplicitVolume
 from fourdfy.ops.isosurface import optical_depth, without_ripples
+from fourdfy.scenes.nerf.base import Material
+from fourdfy.scenes.nerf.implicit_volume import ImplicitVolume
 from tests.exporters.scenes import GREY, SIZE, MovedBall, make_subject
 
 torch.set_num_threads(1)

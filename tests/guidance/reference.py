@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from fourdfy.config import parse_config
-from fourdfy.diffusion.frozen import FrozenModels, NoiseSchedule
 from fourdfy.guidance.latent import LatentGuidance
+from fourdfy.priors.frozen import FrozenModels, NoiseSchedule
 from fourdfy.types import Cameras, TextEmbeddings, ViewTexts
 
 ARRAYS = np.load(Path(__file__).parents[1] / "data" / "sds_reference.npz")

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 
 from fourdfy.config import ConfigError
-from fourdfy.diffusion.frozen import MemoryOptions, encode_images
 from fourdfy.guidance import latent, multiview
+from fourdfy.priors.frozen import MemoryOptions, encode_images
 from tests.guidance.networks import ALL, TEXT, generator, images, make, make_any, make_vsd, run
 from tests.guidance.reference import CPU, cameras
 

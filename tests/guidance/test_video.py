@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fourdfy.diffusion.frozen import encode_images
+from fourdfy.priors.frozen import encode_images
 from fourdfy.types import ViewTexts
 from tests.guidance.networks import TEXT, generator, images, make, make_any, run
 from tests.guidance.reference import cameras

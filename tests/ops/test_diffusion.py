@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from fourdfy.diffusion.analytic import GaussianMixturePrior
 from fourdfy.ops.diffusion import (
     Prediction,
     add_noise,
@@ -25,6 +24,7 @@ from fourdfy.ops.diffusion import (
     timestep_range,
     x0_from_prediction,
 )
+from fourdfy.priors.analytic import GaussianMixturePrior
 
 REFERENCE = np.load(Path(__file__).parents[1] / "data" / "sds_reference.npz")
 KINDS = Prediction.__args__

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from fourdfy.diffusion.analytic import GaussianMixturePrior
 from fourdfy.ops.diffusion import (
     Prediction,
     add_noise,
@@ -30,6 +29,7 @@ from fourdfy.ops.distillation import (
     vsd_gradient,
     weight,
 )
+from fourdfy.priors.analytic import GaussianMixturePrior
 
 REFERENCE = np.load(Path(__file__).parents[1] / "data" / "sds_reference.npz")
 ABAR = torch.from_numpy(REFERENCE["schedule/alphas_cumprod"])

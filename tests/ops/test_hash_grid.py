@@ -279,9 +279,8 @@ def test_a_spec_out_of_range_is_an_error(key, value, message):
 
 
 def test_numba_is_imported_only_when_used():
-    code = (
-        "import sys, fourdfy.ops.hash_grid, fourdfy.fields.implicit_volume; sys.exit('numba' in sys.modules)"
-    )
+    modules = "fourdfy.ops.hash_grid, fourdfy.scenes.nerf.implicit_volume"
+    code = f"import sys, {modules}; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -7,10 +7,10 @@ import torch
 from safetensors.torch import save_file
 
 from fourdfy.config import ConfigError, build
-from fourdfy.diffusion.mvdream import MultiViewAttention
-from fourdfy.experiment import load_experiment
+from fourdfy.launching.experiment import load_experiment
+from fourdfy.priors.mvdream import MultiViewAttention
+from tests.commands import CONFIGS
 from tests.guidance.reference import CPU, embeddings
-from tests.launching import CONFIGS
 
 STAGE_3 = CONFIGS / "shapes_stage_3.yaml"
 STAGE_1 = CONFIGS / "shapes_stage_1.yaml"

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from fourdfy.experiment import load_experiment
+from fourdfy.launching.experiment import load_experiment
 from fourdfy.systems.checkpoint import read_checkpoint, write_checkpoint
 from fourdfy.systems.finite import check_step
 from fourdfy.systems.fourdfy import FourdfySystem
-from tests.launching import CONFIGS, TINY, launch, trial
+from tests.commands import CONFIGS, TINY, launch, trial
 
 NAN, INF = float("nan"), float("inf")
 

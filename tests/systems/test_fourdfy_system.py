@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from fourdfy.config import ConfigError
-from fourdfy.experiment import load_experiment
+from fourdfy.launching.experiment import load_experiment
 from fourdfy.ops.cameras import cast_rays
 from fourdfy.seeds import step_generator
 from fourdfy.systems.checkpoint import write_checkpoint
 from fourdfy.systems.optim import frozen
-from tests.launching import CONFIGS, TINY
+from tests.commands import CONFIGS, TINY
 
 
 def experiment(*overrides, stage=3):

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from fourdfy.config import ConfigError, parse_config
-from fourdfy.experiment import load_experiment
+from fourdfy.launching.experiment import load_experiment
 from fourdfy.systems.learning_rates import SchedulerConfig, advance, continued
-from tests.launching import CONFIGS, TINY
+from tests.commands import CONFIGS, TINY
 
 WARM_UP = {"name": "LinearLR", "interval": "step", "args": {"start_factor": 0.1, "total_iters": 4}}
 DECAY = {"name": "ExponentialLR", "interval": "step", "args": {"gamma": 0.5}}

@@ -3,11 +3,11 @@
 import subprocess
 import sys
 
-from tests.launching import CONFIGS
+from tests.commands import CONFIGS
 
 TYPO = """
 import sys
-from fourdfy.cli import main
+from fourdfy.launching.cli import main
 given = ["--gpu", "cpu", "system.prompt_processor.prompt=a", "sed=1"]
 status = main(["--config", sys.argv[1], "--train", *given])
 print(status, [name for name in sys.modules if "lightning" in name and "fourdfy" not in name])

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from fourdfy.config import ConfigError
-from fourdfy.experiment import CheckpointConfig, TrainerConfig, load_experiment
+from fourdfy.launching.experiment import CheckpointConfig, TrainerConfig, load_experiment
+from fourdfy.launching.trainer import build_trainer
 from fourdfy.systems.checkpoint import read_checkpoint
-from fourdfy.trainer import build_trainer
-from tests.launching import CONFIGS, TINY, launch, trial
+from tests.commands import CONFIGS, TINY, launch, trial
 
 DECAY = "{name: ExponentialLR, interval: step, args: {gamma: 0.5}}"
 GIVEN = (

@@ -1,0 +1,144 @@
+"""The command line. Nothing heavy is imported until the arguments are understood."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from fourdfy.config_files import literal_override
+
+PROMPT = "system.prompt_processor.prompt"
+
+EXAMPLES = """examples:
+  launch.py --config configs/shapes.yaml --train --prompt "a red cube spinning"
+  launch.py --config configs/shapes_stage_1.yaml --train --gpu 0 trainer.max_steps=500
+  launch.py --trial outputs/shapes_stage_3/a_red_cube_spinning --export
+"""
+
+MODES = {
+    "train": "train, then render the test views; a recipe runs all its stages and goes on where it stopped",
+    "validate": "render a trial's validation views",
+    "test": "render a trial's test views and videos",
+    "export": "write what opens elsewhere from a trial: meshes, an animated GLB, or videos",
+    "evaluate": "compare a trial with the ground truth (prompts of the shapes world)",
+    "check": "parse everything and print the plan; loads no weights",
+    "fetch": "download (and convert) every model that the config needs; trains nothing",
+}
+
+
+ADVICE = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or write elsewhere: exp_root_dir=DIR"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "write elsewhere: exp_root_dir=DIR"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "move away what is there"),
+    errno.ENAMETOOLONG: "choose a shorter exp_root_dir or tag",
+}
+"""What a user can do about an error of the system."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``launch.py``; returns the exit status (2 for a mistake in the arguments or the config)."""
+    args = _arguments(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # Ours alone: numba's debug records are thousands.
+    logging.getLogger("fourdfy").setLevel(logging.DEBUG if args.verbose else logging.INFO)
+    if args.typecheck:
+        _check_types()
+
+    from fourdfy.config import ConfigError
+    from fourdfy.launching.experiment import trial_arguments
+    from fourdfy.launching.run import run
+
+    _quieten_libraries(args.verbose)
+    command = ["launch.py", *(sys.argv[1:] if argv is None else argv)]
+    try:
+        config, overrides = args.config, args.overrides
+        if args.trial:
+            file, go_on = trial_arguments(args.trial)
+            config, overrides = [file], [*go_on, *overrides]
+        run(args.mode, config, overrides, gpu=args.gpu, command=command)
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except FloatingPointError as error:  # training diverged
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except OSError as error:
+        if error.errno not in ADVICE:
+            raise
+        sys.stderr.write(f"error: {error.filename or 'output'}: {error.strerror}; {ADVICE[error.errno]}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped; nothing was written\n")
+        return 130
+    return 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments, with ``--prompt`` as one of the overrides."""
+    parser = _parser()
+    args, unknown = parser.parse_known_intermixed_args(argv)
+    if strange := [word for word in unknown if not re.match(r"-+\w+[.=]", word)]:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    args.overrides = [*unknown, *args.overrides]  # a key=value with dashes is refused with the others
+    if args.prompt is not None:
+        if both := [word for word in args.overrides if re.match(rf"(stage_\d+\.)?{PROMPT}=", word)]:
+            parser.error(f"--prompt and {both[0]!r} both name the prompt; give one of them")
+        # In front: words that stand alone are taken to belong to it.
+        args.overrides.insert(0, literal_override(PROMPT, args.prompt))
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="launch.py",
+        description="fourdfy: text to 4D scenes by hybrid score distillation",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--config", action="append", type=Path, metavar="YAML",
+        help="an experiment or a recipe; several are merged left to right",
+    )  # fmt: skip
+    source.add_argument(
+        "--trial", type=Path, metavar="DIR",
+        help="the folder of an earlier run: go on with it, or evaluate it; results go into it",
+    )  # fmt: skip
+    modes = parser.add_mutually_exclusive_group(required=True)
+    for mode, text in MODES.items():
+        modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help=text)
+    parser.add_argument(
+        "--gpu", default=None, metavar="ID",
+        help="cpu, cuda, or the number of a GPU among those that CUDA_VISIBLE_DEVICES leaves visible "
+        "(default: the first GPU, else the CPU)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help=f"what to make, taken literally (as {PROMPT}=TEXT, but for ${{...}})"
+    )
+    parser.add_argument("--verbose", action="store_true", help="log more")
+    parser.add_argument(
+        "--typecheck", action="store_true", help="check tensor shapes and types in every call"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change any key of the config")
+    return parser
+
+
+def _quieten_libraries(verbose: bool) -> None:
+    """Their start-up chatter is of no use to a user; errors still come through."""
+    if verbose:
+        return
+    for name in ("pytorch_lightning", "lightning_fabric", "numba", "httpx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=name)
+
+
+def _check_types() -> None:
+    from jaxtyping import install_import_hook
+
+    install_import_hook("fourdfy", "beartype.beartype")

@@ -1,0 +1,74 @@
+"""The last lines of a run: where the video is, how good the scene is, and what to type next."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from fourdfy.files.atomic import by_product, whole_file
+from fourdfy.launching.recipe import Stage
+from fourdfy.launching.trial import command_for
+from fourdfy.priors.hub import knows_text
+
+logger = logging.getLogger(__name__)
+
+
+def log_closing(stages: Sequence[Stage], seconds: float, device: str) -> None:
+    """One record, after the last stage of ``stages`` has rendered its test views.
+
+    A recipe's last video is copied to ``exp_root_dir/<tag>/result.mp4``, beside its stages.
+    """
+    trial = stages[-1].experiment.trial_dir
+    video = _video(trial)
+    if video and len(stages) > 1 and video.is_file():
+        video = _copy(video, trial.parents[1] / trial.name / "result.mp4")
+    rows = [("video", str(video or "none could be written; --test renders it again"))]
+    scores = None
+    with by_product("scores"):
+        scores = _scores(stages[-1], device)
+    if scores:
+        rows.append(("scores", scores))
+    launch = command_for(trial)
+    rows += [
+        ("next", f"{launch} --export"),
+        ("", f"{launch} {'--evaluate' if scores else '--export system.exporter_type=video-exporter'}"),
+    ]
+    lines = "\n".join(f"  {name:<8}{text}" for name, text in rows)
+    logger.info("done in %d min %d s\n%s", *divmod(round(seconds), 60), lines)
+
+
+def _video(trial: Path) -> Path | None:
+    """The newest of a trial's test views: an mp4, or where there is no ffmpeg the folder of its frames;
+    None where nothing could be written."""
+    views = [*(trial / "save").glob("it*-test.mp4")] or [*(trial / "save").glob("it*-test")]
+    return max(views, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def _copy(video: Path, target: Path) -> Path:
+    try:
+        with whole_file(target) as half_written:
+            shutil.copyfile(video, half_written)
+        return target
+    except OSError as error:
+        logger.warning("%s: not written (%s)", target, error)
+        return video
+
+
+def _scores(stage: Stage, device: str) -> str | None:
+    """What the ground truth says of a moving scene, in one line; None where there is no ground truth."""
+    experiment = stage.experiment
+    prompts = getattr(experiment.cfg.system, "prompt_processor", None)
+    try:
+        if not (prompts and experiment.plan.dynamic):
+            return None
+        if not knows_text(prompts.pretrained_model_name_or_path, prompts.prompt):
+            return None
+    except ValueError:  # a prompt that its models haven't learned
+        return None
+    from fourdfy.evaluation.report import brief
+    from fourdfy.evaluation.shapes import evaluate_system
+
+    system = experiment.load_system(device, experiment.last_checkpoint)
+    return brief(evaluate_system(system, prompts.prompt, experiment.trial_dir))

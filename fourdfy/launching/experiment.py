@@ -1,0 +1,276 @@
+"""One stage of training: its whole config, parsed, and the folder it writes to."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from fourdfy.bounds import number
+from fourdfy.config import build, config_error, file_path, ignored, parse_config, slot, warn_of_ignored
+from fourdfy.config_files import COMMAND_LINE, ConfigError, literal_override
+from fourdfy.config_layers import LoadedConfig, load_config
+from fourdfy.data.base import DataModule
+from fourdfy.files.names import sanitize_tag
+from fourdfy.systems.agreement import check_agreement
+from fourdfy.systems.base import System
+from fourdfy.systems.checkpoint import LAST, read_checkpoint
+from fourdfy.systems.supervision import SupervisionPlan, plan_supervision
+
+logger = logging.getLogger(__name__)
+
+EVERY_N_TRAIN_STEPS = 1000
+"""Between checkpoints, unless the config says otherwise."""
+
+PARSED = Path("configs", "parsed.yaml")
+"""Of a trial folder, the whole config it was made from."""
+
+PLACE = ("exp_root_dir", "name", "tag", "use_timestamp", "timestamp")
+"""The keys that say where a trial folder is."""
+
+FOLLOWING = ("exp_dir", "trial_name", "trial_dir")
+"""What the original writes into its ``parsed.yaml`` beside ``PLACE``; not read."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """``trainer``: how Lightning's Trainer runs the stage."""
+
+    max_steps: int = number(10000, 0)
+    log_every_n_steps: int = number(50, 1)
+    num_sanity_val_steps: int = number(0, 0)
+    val_check_interval: int | float = number(1000, 0)
+    """Training steps between validations; 0 for none, a fraction such as 0.25 of ``max_steps``."""
+    limit_val_batches: int | None = number(None, 0)
+    """How many batches a validation renders; null for all."""
+    check_val_every_n_epoch: int | None = None
+    """Refused: there is one epoch."""
+    enable_progress_bar: bool = ignored("the progress line is always written", True)
+    precision: Literal[32, "32-true", "16-mixed", "bf16-mixed", 16, "bf16"] = 32
+    """``16`` and ``bf16`` are older names of the mixed ones."""
+    accumulate_grad_batches: int = number(1, 1)
+    """Batches, of one kind, whose gradients are averaged for a step."""
+    gradient_clip_val: float | None = number(None, 0)
+    gradient_clip_algorithm: Literal["norm", "value"] | None = None
+    detect_anomaly: bool = False
+    """Name the operation whose gradient is the first NaN; slow."""
+    deterministic: bool = False
+    """Refuse operations without a deterministic implementation (CUDA only; the CPU always is). The hash
+    grid then runs on its plain reference, which is much slower."""
+    inference_mode: bool = ignored("evaluation never builds a graph", False)
+    devices: Any = 1
+    num_nodes: int = 1
+    strategy: str = ignored("a run uses one device", "auto")
+
+    def __post_init__(self) -> None:
+        for key in ("devices", "num_nodes"):
+            if (given := getattr(self, key)) not in (1, "1"):
+                raise ValueError(
+                    f"{key}={given!r}: a run uses one device (--gpu ID says which); remove the key"
+                )
+        if self.gradient_clip_algorithm and self.gradient_clip_val is None:
+            raise ValueError(
+                f"gradient_clip_algorithm={self.gradient_clip_algorithm}: nothing is clipped; set "
+                "gradient_clip_val too"
+            )
+        if self.check_val_every_n_epoch not in (None, 1):
+            raise ValueError(
+                f"check_val_every_n_epoch={self.check_val_every_n_epoch}: training is one epoch; set "
+                "val_check_interval, in steps"
+            )
+        if self.val_check_interval > 1 and self.val_check_interval % 1:
+            raise ValueError(
+                f"val_check_interval={self.val_check_interval}: expected whole steps, or a fraction up to 1.0"
+            )
+
+    @property
+    def steps_between_validations(self) -> int:
+        """0 for none."""
+        every = self.val_check_interval
+        fraction = isinstance(every, float) and 0 < every <= 1
+        return max(1, round(every * self.max_steps)) if fraction else int(every)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """``checkpoint``: ``ckpts/last.ckpt``, also written at the end and on SIGTERM or SIGINT."""
+
+    every_n_train_steps: int = number(EVERY_N_TRAIN_STEPS, 1)
+    save_last: bool = ignored("the last checkpoint is always kept, to go on from", True)
+    save_top_k: int = number(0, -1)
+    """Keep every k-th save too, as ``ckpts/step_{step}.ckpt``; -1: all, 0: none."""
+
+    def interval(self, max_steps: int) -> int:
+        """Steps between saves. The original's files save once, at the end; that would cost a whole run."""
+        if self.every_n_train_steps < max_steps or max_steps <= EVERY_N_TRAIN_STEPS:
+            return self.every_n_train_steps
+        logger.warning(
+            "checkpoint.every_n_train_steps=%d is the whole run; saving every %d steps",
+            self.every_n_train_steps,
+            EVERY_N_TRAIN_STEPS,
+        )
+        return EVERY_N_TRAIN_STEPS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """Everything a stage is made from."""
+
+    name: str = "default"
+    tag: str = ""
+    description: str = ""
+    seed: int = number(0, 0)
+    exp_root_dir: str = file_path("outputs")
+    use_timestamp: bool = True
+    timestamp: str = ""
+    """Set by the run itself; part of the trial folder's name."""
+    resume: str | None = file_path()
+    """A checkpoint of this very experiment, or its trial folder: training goes on, or evaluation takes its
+    weights. Without it, the last checkpoint of the trial folder if that exists."""
+    exp_dir: str = ""
+    trial_name: str = ""
+    trial_dir: str = ""
+    n_gpus: int = ignored("a run uses one GPU", 1)
+    plugins: list[str] = field(default_factory=list)
+    """Modules that register components, imported first; files and the command line add theirs."""
+    plugin_path: list[str] = file_path([])
+    """Folders to look for plugins in, before those of the config files and the current one. A trial's
+    ``parsed.yaml`` has those that its plugins were found in."""
+    data_type: str = "single-multiview-combined-camera-datamodule"
+    data: Any = slot(DataModule, "data_type")
+    system_type: str = "fourdfy-system"
+    system: Any = slot(System, "system_type")
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A parsed config, its plan, and the mapping it came from (for ``configs/parsed.yaml``)."""
+
+    cfg: ExperimentConfig
+    values: Mapping[str, Any]
+    plan: SupervisionPlan
+    trial_dir: Path
+    is_placed: bool
+    """Whether the command line says where the trial folder is."""
+    prompt_source: str
+    """The config file that names the prompt, or ``COMMAND_LINE``."""
+
+    @property
+    def last_checkpoint(self) -> Path:
+        return self.trial_dir / LAST
+
+    def record(self) -> dict[str, Any]:
+        """The values for ``configs/parsed.yaml``: paths mean the same in every working directory."""
+
+        def absolute(path: str | None) -> str | None:
+            return path and os.path.abspath(path).replace("$", "$$")
+
+        cfg, system = self.cfg, self.values.get("system", {})
+        paths: dict[str, Any] = {"exp_root_dir": absolute(cfg.exp_root_dir), "resume": absolute(cfg.resume)}
+        if system.get("weights"):
+            paths["system"] = {**system, "weights": absolute(cfg.system.weights)}
+        return {**self.values, **paths}
+
+    def build_system(self) -> System:
+        return build(self.cfg.system, plan=self.plan, seed=self.cfg.seed)
+
+    def load_system(self, device: str, checkpoint: Path) -> System:
+        """The system with the scene of a checkpoint, at the checkpoint's step."""
+        content = read_checkpoint(checkpoint)
+        system = self.build_system()
+        system.load_checkpoint(content)
+        return system.to(device).eval()
+
+    def build_data(self) -> DataModule:
+        return build(
+            self.cfg.data,
+            seed=self.cfg.seed,
+            choose_step=lambda step: self.plan.choose(self.cfg.seed, step).name,
+        )
+
+
+def load_experiment(
+    paths: Sequence[str | Path], overrides: Sequence[str] = (), stage: int | None = None
+) -> Experiment:
+    """The experiment of some config files and ``key=value`` overrides; see ``load_config``.
+
+    Raises:
+        ConfigError: naming the key, its file, what was expected and what to write.
+    """
+    return parse_experiment(load_config(paths, overrides, stage, schema=ExperimentConfig))
+
+
+def parse_experiment(loaded: LoadedConfig) -> Experiment:
+    """Parse everything, down into every component's own config, before anything is built.
+
+    Raises:
+        ConfigError: naming the key, its file, what was expected and what to write.
+    """
+    values = dict(loaded.values)
+    for key in FOLLOWING:
+        if loaded.sources.get(key) == COMMAND_LINE:
+            raise config_error("", key, loaded.sources, "follows from exp_root_dir, name and tag; set these")
+    if values.get("use_timestamp", True) and not values.get("timestamp"):
+        # With microseconds: runs that a script starts at once have folders of their own.
+        values["timestamp"] = datetime.now().strftime("@%Y%m%d-%H%M%S-%f")
+    given_by = {loaded.sources[key] for key in PLACE if key in loaded.sources}
+    trial = trial_of(Path(*given_by)) if len(given_by) == 1 and "trial_dir" not in values else None
+    if trial and loaded.sources.get("resume") in given_by and (trial / LAST).exists():
+        values["resume"] = None  # where the trial began; by now it has a checkpoint of its own
+    cfg = parse_config(ExperimentConfig, values, sources=loaded.sources)
+    warn_of_ignored(cfg)
+    plan = plan_supervision(
+        prob_multi_view=cfg.data.prob_multi_view,
+        prob_single_view_video=cfg.data.single_view.prob_single_view_video,
+        simultan=cfg.data.single_view.simultan,
+        static=cfg.data.single_view.static,
+        freeze_static_modules=cfg.system.freeze_static_modules,
+    )
+    check_agreement(cfg, plan)
+    return Experiment(
+        cfg,
+        values,
+        plan,
+        trial or new_trial(cfg),
+        is_placed=COMMAND_LINE in given_by,
+        prompt_source=loaded.sources.get("system.prompt_processor.prompt", COMMAND_LINE),
+    )
+
+
+def new_trial(cfg: ExperimentConfig) -> Path:
+    """``exp_root_dir/name/tag@timestamp``; a name or tag cannot lead out of ``exp_root_dir``."""
+    timestamp = cfg.timestamp if cfg.use_timestamp else ""
+    return Path(cfg.exp_root_dir).absolute() / sanitize_tag(cfg.name) / (sanitize_tag(cfg.tag) + timestamp)
+
+
+def trial_of(file: Path) -> Path | None:
+    """The trial folder, wherever it was moved, whose ``configs/parsed.yaml`` or ``ckpts/*.ckpt`` this is."""
+    trial = file.absolute().parent.parent
+    is_part = file.absolute() == trial / PARSED or (file.parent.name, file.suffix) == ("ckpts", ".ckpt")
+    return trial if is_part and (trial / PARSED).is_file() else None
+
+
+def trial_arguments(given: Path) -> tuple[Path, list[str]]:
+    """What ``--trial`` stands for: the config and the overrides that go on with a trial.
+
+    Args:
+        given: a trial folder, or its ``configs/parsed.yaml``.
+
+    Raises:
+        ConfigError: it isn't one; names the newest trials below it.
+    """
+    file = given / PARSED if given.is_dir() else given
+    trial = trial_of(file) if file.name == PARSED.name else None
+    if trial is None:
+        below = [*given.glob(f"*/{PARSED}"), *given.glob(f"*/*/{PARSED}")]
+        below = sorted(below, key=lambda path: path.stat().st_mtime)[-3:]
+        hint = "; there are " + ", ".join(str(path.parents[1]) for path in reversed(below)) if below else ""
+        raise ConfigError(f"--trial {given}: not a trial folder (it has no {PARSED.as_posix()}){hint}")
+    last = str(trial / LAST).replace("$", "$$")
+    return file, [literal_override("resume", last)] if (trial / LAST).exists() else []

@@ -1,0 +1,204 @@
+"""``--check``: what a run would do, from which models, in how much memory; ``--fetch``: have them here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from fourdfy.config import ConfigError, build, component_class
+from fourdfy.config_files import COMMAND_LINE
+from fourdfy.data.sampling import at_step
+from fourdfy.launching.experiment import Experiment, trial_of
+from fourdfy.priors.frozen import check_part
+from fourdfy.priors.hub import ModelNotFound, locate_model, resolve_model, stored_bytes, stored_folder
+from fourdfy.systems.checkpoint import checkpoint_file
+from fourdfy.systems.fourdfy import GUIDANCES
+from fourdfy.systems.optim import parameters_of
+
+logger = logging.getLogger(__name__)
+
+OCCUPIED = 0.08
+"""Share of the samples that survive pruning, for a compact object in a square picture."""
+BYTES_KEPT, BYTES_AT_PEAK = 780, 2300
+"""Activations of the reference field per sample with a graph: while the prior runs, and in the backward
+pass. Measured (docs/benchmarks.md): what the renderer keeps, and the largest step of the first stage."""
+
+
+def print_plan(experiments: Sequence[Experiment]) -> None:
+    """For each stage: its step kinds, their priors and where these come from, and the memory.
+
+    Raises:
+        ConfigError: the run could not begin, or not use its models; see ``check_files``, ``check_priors``,
+            ``check_groups``.
+    """
+    check_files(experiments)
+    for experiment in experiments:
+        check_priors(experiment)
+        check_groups(experiment)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for number, experiment in enumerate(experiments, 1):
+        title = printable(f"stage {number}/{len(experiments)}: {experiment.cfg.name}")
+        console.print(Text(title, style="bold"))
+        for line in _stage_lines(experiment):
+            console.print(f"  {printable(line)}")
+
+
+def _stage_lines(experiment: Experiment) -> Iterator[str]:
+    cfg = experiment.cfg
+    yield f"{cfg.trainer.max_steps} steps"
+    yield prompt_line(experiment)
+    yield f"folder: {experiment.trial_dir}"
+    for step in experiment.plan.steps:
+        frames = ", then ".join("{} frames of {} x {}".format(*x) for x in _frames(experiment, step.name))
+        trains = " + ".join(sorted(step.trains))
+        yield f"{step.name:<12} probability {step.probability:<5.3g} {frames}, trains {trains}"
+        yield f"{'':<12} {getattr(cfg.system, _type_key(step.guidance_cfg))}"
+    models = needed_models([experiment]).items()
+    for name, parts in models:
+        yield f"model: {locate_model(name, parts)}, for its {', '.join(parts)}"
+    here = all(stored_bytes(name, parts) is not None for name, parts in models)
+    rest = "" if here else ", and what the models take that are not here"
+    yield f"memory, roughly: {_memory_estimate(experiment) / 2**30:.1f} GiB{rest}"
+
+
+def prompt_line(experiment: Experiment) -> str:
+    """The prompt, and how another is given where a file has chosen it that is no trial's."""
+    line, source = f"prompt: {experiment.cfg.system.prompt_processor.prompt!r}", experiment.prompt_source
+    is_fixed = source == COMMAND_LINE or trial_of(Path(source))
+    return line if is_fixed else f"{line}, from {source}; for another one: --prompt TEXT"
+
+
+def check_files(experiments: Sequence[Experiment]) -> None:
+    """Refuse a run whose files are not there, those aside that its earlier stages will have written.
+
+    Raises:
+        ConfigError: names the key and the file.
+    """
+    written: set[Path] = set()
+    for experiment in experiments:
+        cfg = experiment.cfg
+        for key, file in (("resume", cfg.resume), ("system.weights", cfg.system.weights)):
+            if file and Path(file) not in written and not checkpoint_file(file).is_file():
+                raise ConfigError(f"{key}={file}: no such checkpoint")
+        written.add(experiment.last_checkpoint)
+
+
+def check_priors(experiment: Experiment) -> None:
+    """Refuse prompts that are too long and models of another kind, as far as the models are on this disk.
+
+    Loads no weights. Warns of prompts that a model has not learned.
+
+    Raises:
+        ConfigError: names the key, or the model's file.
+    """
+    system = experiment.cfg.system
+    for step in experiment.plan.steps:
+        try:
+            build(getattr(system, step.prompt_cfg)).check_texts()
+        except ValueError as error:
+            raise ConfigError(f"system.{step.prompt_cfg}: {error}") from error
+        guidance = getattr(system, step.guidance_cfg)
+        for name, parts in guidance.models():
+            if folder := stored_folder(name, parts):
+                for part in parts:
+                    check_part(folder, part, getattr(component_class(guidance), "unet_class", ""))
+
+
+def check_groups(experiment: Experiment) -> None:
+    """Refuse learning rates of parts that the scene doesn't have; those of priors wait until these are there.
+
+    Raises:
+        ConfigError: names the part, and what there is.
+    """
+    parameters_of(experiment.build_system(), experiment.cfg.system.optimizer.params, absent=GUIDANCES)
+
+
+def fetch_models(experiments: Sequence[Experiment]) -> None:
+    """``--fetch``: bring every model that the stages need to this disk, and say where each is.
+
+    Raises:
+        ConfigError: see ``find_models``.
+    """
+    for name, folder in find_models(experiments).items():
+        logger.info("%s: in %s", name, folder)
+
+
+def find_models(experiments: Sequence[Experiment]) -> dict[str, Path]:
+    """The folder of every model that the stages need, fetched if it must be; each is tried.
+
+    Raises:
+        ModelNotFound: some can't be found; says what was tried for each.
+    """
+    found, failures = {}, []
+    for name, parts in needed_models(experiments).items():
+        try:
+            found[name] = resolve_model(name, parts)
+        except ModelNotFound as error:
+            failures.append(str(error))
+    if failures:
+        raise ModelNotFound("\n".join(failures))
+    return found
+
+
+def needed_models(experiments: Sequence[Experiment]) -> dict[str, tuple[str, ...]]:
+    """Model name -> the parts that the priors and prompts of the stages take from it."""
+    needed: dict[str, tuple[str, ...]] = {}
+    for experiment in experiments:
+        for step in experiment.plan.steps:
+            for key in (step.guidance_cfg, step.prompt_cfg):
+                for name, parts in getattr(experiment.cfg.system, key).models():
+                    needed[name] = tuple(dict.fromkeys((*needed.get(name, ()), *parts)))
+    return needed
+
+
+def printable(text: str) -> str:
+    """``text`` with its control characters written out, so that a terminal shows them and obeys none."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _frames(experiment: Experiment, step: str) -> list[tuple[int, int, int]]:
+    """(frames, height, width) of a step kind, one for each stretch between resolution milestones."""
+    data = experiment.cfg.data
+    view = data.multi_view if step == "multi_view" else data.single_view
+    stretches = []
+    for start in (0, *view.resolution_milestones):
+        batch, height, width = (
+            at_step(values, view.resolution_milestones, start)
+            for values in (view.batch_size, view.height, view.width)
+        )
+        if step == "video":
+            batch, height, width = batch * view.num_frames, view.height_vid, view.width_vid
+        stretches.append((batch, height, width))
+    return list(dict.fromkeys(stretches))
+
+
+def _memory_estimate(experiment: Experiment) -> float:
+    """Bytes: the scene with gradients and two moments, the priors as stored here, the largest graph.
+
+    For a camera that has the whole object in view. A narrow lens sees more samples, and what is measured
+    is the largest of a few random cameras: the two are within a third of each other.
+    """
+    cfg = experiment.cfg.system
+    scene = sum(p.numel() for p in build(cfg.geometry).parameters()) * 16
+    stored = sum(
+        stored_bytes(name, tuple(part for part in parts if part in ("unet", "vae"))) or 0
+        for name, parts in needed_models([experiment]).items()
+    )
+    graphs = []
+    for step in experiment.plan.steps:
+        guidance = getattr(cfg, step.guidance_cfg)
+        for frames, height, width in _frames(experiment, step.name):
+            # The object fits the shorter side.
+            rays = frames * min(height, width) ** 2
+            samples = cfg.renderer.samples_with_graph(rays, OCCUPIED, step.sample_budget)
+            prior = guidance.activation_bytes(frames, height, width)
+            graphs.append(max(samples * BYTES_KEPT + prior, samples * BYTES_AT_PEAK))
+    return scene + stored + max(graphs)
+
+
+def _type_key(guidance_cfg: str) -> str:
+    return guidance_cfg.replace("guidance", "guidance_type", 1)

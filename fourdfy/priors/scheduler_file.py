@@ -1,0 +1,107 @@
+"""The noise levels that a model was trained at, as the scheduler file of its folder tells them.
+
+The file names a sampler and holds its settings. What training knew is the betas and what the network
+predicts; a file that may mean other levels is refused, never read as if it were a known one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fourdfy.bounds import Bounds
+from fourdfy.config_files import ConfigError
+from fourdfy.priors.hub import DESCRIPTIONS, read_description
+
+CLASSES = {
+    "DDIMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMScheduler",
+    "DDPMParallelScheduler", "DEISMultistepScheduler", "DPMSolverMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler", "DPMSolverSDEScheduler", "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler", "LMSDiscreteScheduler",
+    "PNDMScheduler", "SASolverScheduler", "TCDScheduler", "UniPCMultistepScheduler",
+}  # fmt: skip
+"""Samplers of models that were trained as in DDPM (Ho et al. 2020): x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps,
+with a_t the running product of 1 - beta."""
+
+SAMPLING = {
+    "algorithm_type", "clip_sample", "clip_sample_range", "corrector_order", "disable_corrector",
+    "dynamic_thresholding_ratio", "euler_at_final", "final_sigmas_type", "flow_shift",
+    "interpolation_type", "lambda_min_clipped", "lower_order_final", "noise_sampler_seed",
+    "original_inference_steps", "predict_x0", "predictor_order", "sample_max_value", "set_alpha_to_one",
+    "sigma_max", "sigma_min", "skip_prk_steps", "solver_order", "solver_p", "solver_type",
+    "steps_offset", "tau_func", "thresholding", "time_shift_type", "timestep_scaling",
+    "timestep_spacing", "use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas",
+    "use_lu_lambdas",
+}  # fmt: skip
+"""Keys that only say how to sample; ``flow_shift`` and ``time_shift_type`` count with flow sigmas alone."""
+
+BETA = Bounds(above=0, high=0.9999)
+
+Allowed = Bounds | range | tuple[Any, ...]
+
+ALLOWED: dict[str, Allowed] = {
+    "num_train_timesteps": range(2, 100_001),
+    "beta_start": BETA,
+    "beta_end": BETA,
+    "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"),
+    "prediction_type": ("epsilon", "v_prediction"),
+    "rescale_betas_zero_snr": (False, True),
+    "use_flow_sigmas": (False,),
+    "use_dynamic_shifting": (False,),
+    "shift_terminal": (None,),
+    "snr_shift_scale": (1.0,),
+    "timestep_type": ("discrete",),
+    "variance_type": (None, "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log"),
+}
+"""Values that are understood: of the keys that say the betas, and of those with which a known class
+means another kind of model."""
+
+LINEAR = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
+"""What a file must say, for each class has its own defaults; ``trained_betas`` takes their place."""
+
+
+def read_scheduler(folder: Path) -> tuple[dict[str, Any], str]:
+    """(arguments for a ``DDPMScheduler`` with the model's betas, its ``prediction_type``).
+
+    Raises:
+        ConfigError: the file may describe other noise levels; names it, its class and the keys in question.
+    """
+    config = read_description(folder, "scheduler")
+    name = config.get("_class_name")
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    betas = config.pop("trained_betas", None)
+    needed = LINEAR if betas is None else ()
+    problems = [f"{key} is missing" for key in needed if key not in config]
+    problems += [
+        f"{key}={config[key]!r}, expected {_either(allowed)}"
+        for key, allowed in ALLOWED.items()
+        if key in config and not _fits(config[key], allowed)
+    ]
+    if unknown := sorted(config.keys() - ALLOWED.keys() - SAMPLING):
+        problems.append(f"unknown keys that might change the noise levels: {', '.join(unknown)}")
+    if betas is not None and not (
+        isinstance(betas, list) and len(betas) > 1 and all(_fits(beta, BETA) for beta in betas)
+    ):
+        problems.append(f"trained_betas, expected a list of numbers, each {BETA}")
+    if str(name) not in CLASSES:
+        problems = [f"the known classes are {', '.join(sorted(CLASSES))}"]
+    if problems:
+        raise ConfigError(
+            f"{folder / 'scheduler' / DESCRIPTIONS['scheduler']} describes a {name} whose noise levels "
+            f"are not understood: {'; '.join(problems)}"
+        )
+    levels = {key: config[key] for key in (*needed, "rescale_betas_zero_snr") if key in config}
+    return levels | {"trained_betas": betas}, config.get("prediction_type", "epsilon")
+
+
+def _fits(value: Any, allowed: Allowed) -> bool:
+    if isinstance(allowed, tuple):
+        return value in allowed
+    return type(value) in ((int,) if isinstance(allowed, range) else (int, float)) and value in allowed
+
+
+def _either(allowed: Allowed) -> str:
+    if isinstance(allowed, tuple):
+        return " or ".join(map(repr, allowed))
+    return f"{allowed.start} to {allowed.stop - 1}" if isinstance(allowed, range) else str(allowed)

@@ -1,0 +1,61 @@
+"""VideoCrafter2 as a diffusers model (Chen et al. 2024): ZeroScope's U-Net, told the frame rate.
+
+The only thing that a plain ``UNet3DConditionModel`` lacks is a second time embedding, of the frames per
+second, whose output is added to the first one's. A run has one frame rate, so what is added is one
+vector, and it is kept in a bias that is there already.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fourdfy.priors.frozen import freeze, load_part
+from fourdfy.priors.hub import ModelNotFound, part_flaw, weight_files
+
+PARTS = ("unet", "fps_embedding", "vae", "scheduler")
+"""What a folder must hold for the guidance."""
+
+
+def load_unet(folder: Path, fps: int, *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The frozen ``UNet3DConditionModel`` of a converted folder, for videos of ``fps`` frames per second.
+
+    Raises:
+        ModelNotFound: ``unet`` or ``fps_embedding`` is missing.
+    """
+    unet = load_part(folder, "unet", "UNet3DConditionModel", dtype=torch.float32, device=torch.device("cpu"))
+    layer = unet.time_embedding.linear_2
+    # Added before the cast: the sum is rounded once.
+    bias = layer.bias.double() + fps_vector(folder, fps)
+    nn.Module.to(unet, device=device, dtype=dtype)  # diffusers' own warns about every cast
+    layer.bias.copy_(bias)
+    return freeze(unet)
+
+
+def fps_vector(folder: Path, fps: int) -> Float[Tensor, "E"]:
+    """What the frame rate adds to the time embedding, in float64.
+
+    Raises:
+        ModelNotFound: the folder has no ``fps_embedding``.
+    """
+    if flaw := part_flaw(folder, "fps_embedding"):
+        raise ModelNotFound(
+            f"{folder} holds no fps_embedding ({flaw}): a VideoCrafter2 folder is made from its model.ckpt; "
+            "name that file, or VideoCrafter/VideoCrafter2, as pretrained_model_name_or_path"
+        )
+    from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
+
+    (file,) = weight_files(folder, "fps_embedding").paths
+    weights = load_file(file)
+    width, channels = weights["linear_1.weight"].shape
+    embedding = TimestepEmbedding(channels, width).double().requires_grad_(False)
+    embedding.load_state_dict(weights)
+    # Cosines first and unshifted frequencies, as the timesteps are embedded.
+    waves = get_timestep_embedding(
+        torch.tensor([fps]), channels, flip_sin_to_cos=True, downscale_freq_shift=0
+    )
+    return embedding(waves.double())[0]

@@ -1,0 +1,325 @@
+"""From a point of the unit cube and its time to the features that the networks read.
+
+N points, D dimensions of a point, C features. An encoding holds its tables under the names of
+4D-fy's checkpoints: ``encoding.params`` (space), ``encoding_time`` (space and time), ``time_network``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from fourdfy.bounds import number
+from fourdfy.config import Component, build, ignored, inner_slot
+from fourdfy.ops.hash_grid import HashGridSpec, check_backend, hash_grid
+from fourdfy.ops.spherical_harmonics import MAX_DEGREE, spherical_harmonics
+from fourdfy.registry import register
+from fourdfy.scenes.nerf.mlp import VanillaMLP
+from fourdfy.types import TensorRecord
+
+INIT_SEED = 1337
+"""tiny-cuda-nn's: every grid draws from the same seed, so two of the same shape start equal."""
+INIT_BOUND = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingOutput(TensorRecord):
+    """Features of N points, and how far they were displaced to find them."""
+
+    features: Float[Tensor, "N C"]
+    deformation: Float[Tensor, "N 3"] | None = None
+    """In unit-cube coordinates; None without a deformation."""
+
+
+class Encoding(Component, nn.Module, ABC):
+    """Features of points at their times."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Component.Config):
+        include_xyz: bool = False
+        """Put the point itself, scaled to -1..1, before the features."""
+
+    cfg: Config
+    n_output_dims: int
+
+    def __init__(self, cfg: Config, n_input_dims: int) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.n_input_dims = n_input_dims
+
+    @abstractmethod
+    def forward(self, x: Float[Tensor, "N D"], times: Float[Tensor, "N 1"], *, step: int) -> EncodingOutput:
+        """Features of ``x``, nominally in the unit cube, at ``times`` in 0..1."""
+
+    def dynamic_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that only matter where the scene moves."""
+        return iter(())
+
+    def finest_resolution(self, step: int) -> float:
+        """Cells per axis of the finest level in use.
+
+        Raises:
+            ValueError: the encoding has no levels.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has no resolution; give finite_difference_normal_eps a number"
+        )
+
+
+class CompositeEncoding(nn.Module):
+    """An encoding, behind the point itself where its config says ``include_xyz``."""
+
+    def __init__(self, cfg: Encoding.Config, n_input_dims: int) -> None:
+        super().__init__()
+        self.encoding: Encoding = build(cfg, n_input_dims)
+        self.include_xyz = cfg.include_xyz
+        self.n_output_dims = self.encoding.n_output_dims + (n_input_dims if cfg.include_xyz else 0)
+
+    def forward(self, x: Float[Tensor, "N D"], times: Float[Tensor, "N 1"], *, step: int) -> EncodingOutput:
+        out = self.encoding(x, times, step=step)
+        if not self.include_xyz:
+            return out
+        features = torch.cat([2 * x - 1, out.features], dim=-1)
+        return EncodingOutput(features=features, deformation=out.deformation)
+
+    def dynamic_parameters(self) -> Iterator[nn.Parameter]:
+        return self.encoding.dynamic_parameters()
+
+
+class HashTable(nn.Module):
+    """The parameters of one hash grid."""
+
+    def __init__(self, spec: HashGridSpec, backend: str) -> None:
+        super().__init__()
+        self.spec, self.backend = spec, backend
+        generator = torch.Generator().manual_seed(INIT_SEED)
+        uniform = torch.rand(spec.n_params, generator=generator)
+        self.params = nn.Parameter((2 * uniform - 1) * INIT_BOUND)
+
+    def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N C"]:
+        return hash_grid(x, self.params, self.spec, self.backend)
+
+
+# ---------------------------------------------------------------------------------------------
+# Grids over their inputs alone
+
+
+@register("HashGrid")
+class HashGrid(Encoding):
+    """A hash grid that knows no time."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Encoding.Config):
+        n_levels: int = number(16, 1, 32)
+        n_features_per_level: int = number(2, 1, 8)
+        log2_hashmap_size: int = number(19, 3, 24)
+        base_resolution: int = number(16, 1, 4096)
+        per_level_scale: float = number(1.447269237440378, 1, 16)
+        """Ratio of two levels' resolutions; with 16 levels from 16 on the finest has 4096 cells."""
+        backend: str = "auto"
+        """Of ``ops.hash_grid``."""
+        static: bool = False
+        """The scene has no time. 4D-fy's files write it into every grid; only space-time grids read it."""
+        num_frames: int | None = ignored("a grid over time has no frames")
+
+        def __post_init__(self) -> None:
+            self.spec(3)
+            check_backend(self.backend)
+
+        def spec(self, n_input_dims: int) -> HashGridSpec:
+            return HashGridSpec(
+                n_input_dims=n_input_dims,
+                n_levels=self.n_levels,
+                n_features_per_level=self.n_features_per_level,
+                log2_hashmap_size=self.log2_hashmap_size,
+                base_resolution=self.base_resolution,
+                per_level_scale=self.per_level_scale,
+            )
+
+        def table(self, n_input_dims: int) -> HashTable:
+            return HashTable(self.spec(n_input_dims), self.backend)
+
+    cfg: Config
+
+    def __init__(self, cfg: Config, n_input_dims: int = 3) -> None:
+        super().__init__(cfg, n_input_dims)
+        self.encoding = cfg.table(n_input_dims)
+        self.n_output_dims = self.encoding.spec.n_output_dims
+
+    def forward(self, x: Float[Tensor, "N D"], times: Float[Tensor, "N 1"], *, step: int) -> EncodingOutput:
+        return EncodingOutput(features=self.encoding(x))
+
+    def finest_resolution(self, step: int) -> float:
+        return self._resolution(self.cfg.n_levels)
+
+    def _resolution(self, n_levels: int) -> float:
+        return self.cfg.base_resolution * self.cfg.per_level_scale ** (n_levels - 1)
+
+
+@register("Grid")
+class Grid(HashGrid):
+    """tiny-cuda-nn's own name for a hash grid; what ``time_encoding_config`` holds."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(HashGrid.Config):
+        type: Literal["Hash"] = "Hash"
+        start_level: int | None = ignored("otype Grid has all its levels from the start")
+        start_step: int | None = ignored("otype Grid has all its levels from the start")
+        update_steps: int | None = ignored("otype Grid has all its levels from the start")
+
+
+@register("ProgressiveBandHashGrid")
+class ProgressiveBandHashGrid(HashGrid):
+    """A hash grid whose finer levels join one by one (Neuralangelo's coarse to fine)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(HashGrid.Config):
+        start_level: int = number(low=1, high=32)
+        """Levels in use until ``start_step + update_steps``."""
+        start_step: int = number(low=0)
+        update_steps: int = number(low=1)
+        """Steps between one level and the next."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.start_level > self.n_levels:
+                raise ValueError(f"start_level={self.start_level}: expected 1 to n_levels={self.n_levels}")
+
+    cfg: Config
+
+    def forward(self, x: Float[Tensor, "N D"], times: Float[Tensor, "N 1"], *, step: int) -> EncodingOutput:
+        features = self.encoding(x)
+        n_open = self.open_levels(step) * self.cfg.n_features_per_level
+        open_columns = torch.arange(features.shape[1], device=features.device) < n_open
+        return EncodingOutput(features=features * open_columns)
+
+    def open_levels(self, step: int) -> int:
+        """How many levels, from the coarsest on, are in use at ``step``."""
+        cfg = self.cfg
+        return min(cfg.start_level + max(step - cfg.start_step, 0) // cfg.update_steps, cfg.n_levels)
+
+    def finest_resolution(self, step: int) -> float:
+        return self._resolution(self.open_levels(step))
+
+
+# ---------------------------------------------------------------------------------------------
+# Grids over space and time
+
+
+@register("HashGridSpatialTime")
+class HashGridSpatialTime(HashGrid):
+    """The sum of a grid over space and a grid over space and time (Bahmani et al. 2024, sec. 3.1).
+
+    A static scene still reads the second grid, at time 0, so that a scene trained so goes on as it
+    is where time begins.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(HashGrid.Config):
+        time_encoding_config: Any = inner_slot(Grid, "otype")
+        """The space-time grid's own shape; null: that of the space grid."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            time = self.time_encoding_config
+            if time and time.spec(4).n_output_dims != self.spec(3).n_output_dims:
+                raise ValueError(
+                    f"the time grid gives {time.spec(4).n_output_dims} features and the space grid "
+                    f"{self.spec(3).n_output_dims}, but they are added; make n_levels * n_features_per_level "
+                    f"of time_encoding_config equal"
+                )
+            if time and time.include_xyz:
+                raise ValueError("time_encoding_config.include_xyz: the two grids are added; leave it false")
+
+    cfg: Config
+
+    def __init__(self, cfg: Config, n_input_dims: int = 3) -> None:
+        super().__init__(cfg, n_input_dims)
+        self.encoding_time = (cfg.time_encoding_config or cfg).table(n_input_dims + 1)
+
+    def forward(self, x: Float[Tensor, "N D"], times: Float[Tensor, "N 1"], *, step: int) -> EncodingOutput:
+        times = torch.zeros_like(times) if self.cfg.static else times
+        return EncodingOutput(
+            features=self.encoding(x) + self.encoding_time(torch.cat([x, times.to(x.dtype)], dim=-1))
+        )
+
+    def dynamic_parameters(self) -> Iterator[nn.Parameter]:
+        return self.encoding_time.parameters()
+
+
+@register("HashGridSpatialTimeDeform")
+class HashGridSpatialTimeDeform(HashGrid):
+    """A grid over space, read where a deformation over space and time sends the point.
+
+    The displacement is in unit-cube coordinates and may leave the cube. A static scene is not
+    displaced, and its deformation is None; where the scene moves, the grid over space learns no more.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(HashGrid.Config):
+        time_encoding_config: Any = inner_slot(
+            Encoding, "otype", {"otype": "Grid", "n_levels": 8, "base_resolution": 4}
+        )
+        """The grid over space and time that the deformation reads."""
+        time_network_config: Any = inner_slot(
+            VanillaMLP, "otype", {"otype": "VanillaMLP", "n_hidden_layers": 2}
+        )
+        """From its features to the displacement."""
+
+    cfg: Config
+
+    def __init__(self, cfg: Config, n_input_dims: int = 3) -> None:
+        super().__init__(cfg, n_input_dims)
+        self.encoding_time = CompositeEncoding(cfg.time_encoding_config, n_input_dims + 1)
+        self.time_network: VanillaMLP = build(
+            cfg.time_network_config, self.encoding_time.n_output_dims, n_input_dims
+        )
+        self.encoding.requires_grad_(cfg.static)
+
+    def forward(self, x: Float[Tensor, "N D"], times: Float[Tensor, "N 1"], *, step: int) -> EncodingOutput:
+        if self.cfg.static:
+            return EncodingOutput(features=self.encoding(x))
+        here_and_now = torch.cat([x, times.to(x.dtype)], dim=-1)
+        moved = self.time_network(self.encoding_time(here_and_now, times, step=step).features)
+        return EncodingOutput(features=self.encoding(x + moved), deformation=moved)
+
+    def dynamic_parameters(self) -> Iterator[nn.Parameter]:
+        yield from self.encoding_time.parameters()
+        yield from self.time_network.parameters()
+
+
+# ---------------------------------------------------------------------------------------------
+# Directions
+
+
+@register("SphericalHarmonics")
+class SphericalHarmonics(Encoding):
+    """Harmonics of directions given as (d + 1) / 2, as all inputs are nominally in the unit cube."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Encoding.Config):
+        degree: int = number(3, 1, MAX_DEGREE)
+
+    cfg: Config
+
+    def __init__(self, cfg: Config, n_input_dims: int = 3) -> None:
+        super().__init__(cfg, n_input_dims)
+        self.encoding = _NoTable()
+        self.n_output_dims = cfg.degree**2
+
+    def forward(self, x: Float[Tensor, "N D"], times: Float[Tensor, "N 1"], *, step: int) -> EncodingOutput:
+        return EncodingOutput(features=spherical_harmonics(2 * x - 1, self.cfg.degree))
+
+
+class _NoTable(nn.Module):
+    """The parameter of length 0 that 4D-fy's checkpoints hold where an encoding has no weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.params = nn.Parameter(torch.zeros(0))

@@ -1,0 +1,348 @@
+"""Volume rendering of a field over space and time: march, prune, ask the field, composite.
+
+F frames of H x W pixels, R rays of them (all, or those of one pass), N samples over these. A sample's time
+is that of its ray's frame, so all frames of a step are rendered at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fourdfy.bounds import number
+from fourdfy.config import alias
+from fourdfy.ops.compositing import accumulate, opacity_and_depth, weights_from_density, z_variance
+from fourdfy.ops.ray_marching import intersect_box, march, step_size, visible
+from fourdfy.registry import register
+from fourdfy.scenes.nerf.occupancy import OccupancyGrid
+from fourdfy.scenes.nerf.passes import FlatRays, cut, last_samples, split_rays
+from fourdfy.scenes.nerf.renderer_base import Renderer, SampleBudget, Scene
+from fourdfy.types import FieldOutput, RayBundle, RenderOutput, Samples, TensorRecord
+
+# Steps along rays that are examined at once before pruning, and samples that an evaluation shades at
+# once: about 100 bytes each.
+MAX_SAMPLES = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShadedRays(TensorRecord):
+    """Some rays' sums over their samples, without the background, and what their samples are."""
+
+    rgb: Float[Tensor, "R 3"]
+    opacity: Float[Tensor, "R 1"]
+    depth: Float[Tensor, "R 1"]
+    z_variance: Float[Tensor, "R 1"]
+    normal: Float[Tensor, "R 3"] | None
+    deformation: Float[Tensor, "R 3"] | None
+    weights: Float[Tensor, "N"]
+    normals: Float[Tensor, "N 3"] | None
+    t_dirs: Float[Tensor, "N 3"] | None
+
+
+Shade = Callable[[FlatRays, Samples, int, torch.Generator], list[ShadedRays]]
+"""From rays, their samples, the step and a generator to the shaded rays, in order."""
+
+Record = TypeVar("Record", bound=TensorRecord)
+
+
+@register("nerf-volume-renderer")
+class NeRFVolumeRenderer(Renderer):
+    """Occupancy-grid guided volume renderer (nerfacc's scheme, as threestudio uses it)."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Renderer.Config):
+        radius: float = number(1.0, above=0, high=1000)
+        """Half side of the box that rays are marched through, in scene units."""
+        num_samples_per_ray: int = number(512, 1, 16384)
+        """Steps that the box's diagonal is cut into."""
+        randomized: bool = True
+        """Whether training shifts the samples of each ray by a random part of a step."""
+        eval_chunk_size: int | None = number(None, 1, 1 << 26)
+        """Points per call of the field where no gradient is needed: pruning, occupancy, evaluation. null:
+        160000 on a CPU, 2^21 on a GPU, where starting a kernel takes longer than a small call's work."""
+        return_comp_normal: bool = False
+        """Ask the geometry for normals even where the material does not need them."""
+        return_normal_perturb: bool = False
+        """Not supported; here so that old files say what is wrong."""
+        estimator: Literal["occgrid"] = "occgrid"
+        """What knows where samples are needed."""
+        grid_prune: bool = True
+        """Skip empty cells and invisible samples. False keeps every sample in the box."""
+        prune_alpha_threshold: bool = True
+        """Also ask the current density, and drop samples that are thin or hidden."""
+        alpha_thre: float = number(0.01, 0, 1)
+        """A sample is thin below min(this, mean of the grid's values); 0 drops only hidden ones.
+        Dropped samples have no gradient: lower it where density must grow in empty space."""
+        eval_alpha_thre: float = number(0.1, 0, 1)
+        """The same where nothing is random: validation, test, evaluation, export. A sample is thin below
+        min(this, a tenth of the grid's largest value): specks around what is solid go, and a scene that is
+        faint everywhere stays."""
+        grid_resolution: int = alias("occ_grid_res", number(32, 1, 254))
+        """Cells per side of the occupancy grid."""
+        occ_thre: float = number(0.01, 0, 1000)
+        """A cell is empty below min(this, mean of the grid's values), in units of density * step."""
+        update_interval: int = number(16, 1, 100_000)
+        """Training steps from one refresh of the grid to the next."""
+        warmup_steps: int = number(256, 0)
+        """Before this step every cell is refreshed, later half of them at most."""
+        occ_times: int = number(4, 1, 64)
+        """Moments at which a refresh looks into a cell, in dynamic scenes."""
+        occ_dilation: int = number(1, 0, 16)
+        """Cells around an occupied one that count as occupied too, in dynamic scenes. Without it a
+        few random moments miss the rim of what moves: 2 to 3 % of its samples."""
+
+        def __post_init__(self) -> None:
+            if self.return_normal_perturb:
+                raise ValueError("return_normal_perturb is not supported: no loss here uses it; remove it")
+
+        def samples_with_graph(self, rays: int, occupied: float, budget: SampleBudget) -> float:
+            return rays * self.num_samples_per_ray * occupied
+
+        @property
+        def wants_normals(self) -> bool:
+            return self.return_comp_normal
+
+    cfg: Config
+    bbox: Float[Tensor, "2 3"]
+
+    def __init__(self, cfg: Config, scene: Scene) -> None:
+        super().__init__(cfg, scene)
+        if cfg.radius > scene.geometry.radius:
+            raise ValueError(
+                f"renderer.radius={cfg.radius} exceeds geometry.radius={scene.geometry.radius}, "
+                f"where the field ends; use renderer.radius={scene.geometry.radius}"
+            )
+        self.step_size = step_size(cfg.radius, cfg.num_samples_per_ray)
+        self.register_buffer("bbox", torch.tensor([[-cfg.radius] * 3, [cfg.radius] * 3]))
+        self.estimator = OccupancyGrid(cfg.grid_resolution, cfg.radius)
+
+    def forward(
+        self,
+        rays: RayBundle,
+        *,
+        step: int,
+        generator: torch.Generator | None = None,
+        sample_budget: SampleBudget = "train_max_nums",
+    ) -> RenderOutput:
+        """See ``Renderer``. The graph holds all samples at once: there is no budget here."""
+        return self._render(rays, step, generator, self._shade_at_once)
+
+    @torch.no_grad()
+    def update_occupancy(self, *, step: int, dynamic: bool, generator: torch.Generator) -> None:
+        """Refresh the grid where one is due at ``step``."""
+        cfg = self.cfg
+        if not cfg.grid_prune or step % cfg.update_interval:
+            return
+        self.estimator.refresh(
+            lambda positions, times: self.scene.geometry.density(positions, times, step=step),
+            step_size=self.step_size,
+            all_cells=step < cfg.warmup_steps,
+            num_times=cfg.occ_times if dynamic else 0,
+            threshold=cfg.occ_thre,
+            dilation=cfg.occ_dilation if dynamic else 0,
+            chunk_size=self._chunk_size,
+            generator=generator,
+        )
+
+    @property
+    def _chunk_size(self) -> int:
+        return self.cfg.eval_chunk_size or (1 << 21 if self.bbox.is_cuda else 160_000)
+
+    def _jitter(self, rays: RayBundle, generator: torch.Generator | None) -> Float[Tensor, "R"]:
+        count = rays.directions[..., 0].numel()
+        if generator is None or not self.cfg.randomized:
+            return rays.origins.new_zeros(count)
+        return torch.rand(count, generator=generator, device=generator.device).to(rays.origins)
+
+    def _render(
+        self, rays: RayBundle, step: int, generator: torch.Generator | None, shade: Shade
+    ) -> RenderOutput:
+        """March, prune, shade, put together. ``shade`` is for training; an evaluation builds no graph."""
+        with nullcontext() if generator else torch.no_grad():
+            # In this order, so that no draw depends on how the samples are shaded.
+            jitter = self._jitter(rays, generator)
+            background = self.scene.background(rays.directions, generator=generator)
+            flat = FlatRays.of(rays)
+            samples = self._visible_samples(flat, jitter, step, self._thin(training=generator is not None))
+            if generator:
+                parts = shade(flat, samples, step, generator.clone_state())
+            else:
+                parts = [
+                    self._shade(*cut(flat, samples, part), step, None, self._field_in_chunks)
+                    for part in split_rays(last_samples(samples, len(flat)), MAX_SAMPLES)
+                ]
+            return _assemble(rays, background, samples, parts)
+
+    def _shade_at_once(
+        self, rays: FlatRays, samples: Samples, step: int, generator: torch.Generator
+    ) -> list[ShadedRays]:
+        return [self._shade(rays, samples, step, generator, self._field)]
+
+    def _thin(self, *, training: bool) -> Float[Tensor, ""]:
+        """The share of light below which what a sample stops is too little to be shaded."""
+        occs = self.estimator.occs
+        if training:
+            return occs.mean().clamp(max=self.cfg.alpha_thre)
+        return (occs.amax() / 10).clamp(max=self.cfg.eval_alpha_thre)
+
+    @torch.no_grad()
+    def _visible_samples(
+        self, rays: FlatRays, jitter: Float[Tensor, "R"], step: int, thin: Float[Tensor, ""]
+    ) -> Samples:
+        """Where to look. In several passes, as most of what is marched is pruned."""
+        t_near, t_far = intersect_box(rays.origins, rays.directions, *self.bbox.to(rays.origins))
+        steps = ((t_far - t_near).clamp(min=0) / self.step_size).ceil().long()
+        return joined_records(
+            [
+                self._march_and_prune(rays[part.rays], jitter[part.rays], part.rays.start, step, thin)
+                for part in split_rays(steps.cumsum(0), MAX_SAMPLES)
+            ]
+        )
+
+    def _march_and_prune(
+        self,
+        rays: FlatRays,
+        jitter: Float[Tensor, "R"],
+        first_ray: int,
+        step: int,
+        thin: Float[Tensor, ""],
+    ) -> Samples:
+        """The visible samples of some rays, whose indices begin with ``first_ray``."""
+        cfg = self.cfg
+        samples = march(
+            rays.origins,
+            rays.directions,
+            jitter,
+            radius=cfg.radius,
+            step_size=self.step_size,
+            occupied=self.estimator.occupied if cfg.grid_prune else None,
+        )
+        if cfg.grid_prune and cfg.prune_alpha_threshold:
+            positions, times = _midpoints(rays, samples)
+            sigmas = _joined(
+                [
+                    self.scene.geometry.density(some_positions, some_times, step=step)
+                    for some_positions, some_times in _chunks(positions, times, self._chunk_size)
+                ]
+            )
+            kept = visible(samples, sigmas, len(rays), alpha_threshold=thin).nonzero().squeeze(1)
+            samples = samples.mapped(lambda value: value.index_select(0, kept))
+        return dataclasses.replace(samples, ray_indices=samples.ray_indices + first_ray)
+
+    def _shade(
+        self,
+        rays: FlatRays,
+        samples: Samples,
+        step: int,
+        generator: torch.Generator | None,
+        field_at: Callable[[Tensor, Tensor, int], FieldOutput],
+    ) -> ShadedRays:
+        """What is there, and what it looks like; ``field_at`` asks the geometry."""
+        positions, times = _midpoints(rays, samples)
+        field = field_at(positions, times, step)
+        ray_indices, n_rays = samples.ray_indices, len(rays)
+        directions = rays.directions.index_select(0, ray_indices)
+        rgb = self.scene.material(
+            field.features,
+            positions=positions,
+            normals=field.normals,
+            light_positions=rays.light_positions[ray_indices],
+            directions=directions,
+            step=step,
+            # A copy: whoever shades other rays, or these again, sees the same draws.
+            generator=generator.clone_state() if generator else None,
+        )
+        weights = weights_from_density(field.sigmas, samples.t_starts, samples.t_ends, ray_indices, n_rays)
+        t_mids = (samples.t_starts + samples.t_ends) / 2
+        opacity, depth = opacity_and_depth(weights, t_mids, ray_indices, n_rays)
+
+        def summed(values: Float[Tensor, "N 3"] | None) -> Float[Tensor, "R 3"] | None:
+            return None if values is None else accumulate(weights, values, ray_indices, n_rays)
+
+        return ShadedRays(
+            rgb=summed(rgb),
+            opacity=opacity,
+            depth=depth,
+            z_variance=z_variance(weights, t_mids, depth, ray_indices),
+            normal=summed(field.normals),
+            deformation=summed(field.deformation),
+            weights=weights,
+            normals=field.normals,
+            t_dirs=None if field.normals is None else directions,
+        )
+
+    def _field(self, positions: Float[Tensor, "N 3"], times: Float[Tensor, "N 1"], step: int) -> FieldOutput:
+        want_normals = self.scene.material.requires_normal or self.cfg.return_comp_normal
+        return self.scene.geometry(positions, times, step=step, want_normals=want_normals)
+
+    def _field_in_chunks(
+        self, positions: Float[Tensor, "N 3"], times: Float[Tensor, "N 1"], step: int
+    ) -> FieldOutput:
+        """For no_grad alone: a graph would hold all chunks."""
+        return joined_records(
+            [self._field(*chunk, step) for chunk in _chunks(positions, times, self._chunk_size)]
+        )
+
+
+def _midpoints(rays: FlatRays, samples: Samples) -> tuple[Float[Tensor, "N 3"], Float[Tensor, "N 1"]]:
+    """Positions and times of samples."""
+    # index_select, here and elsewhere: several times faster than indexing on the CPU.
+    origins, directions, times = (
+        values.index_select(0, samples.ray_indices) for values in (rays.origins, rays.directions, rays.times)
+    )
+    t_mids = (samples.t_starts + samples.t_ends) / 2
+    return torch.addcmul(origins, directions, t_mids[:, None]), times
+
+
+def _assemble(
+    rays: RayBundle, background: Float[Tensor, "F H W 3"], samples: Samples, parts: Sequence[ShadedRays]
+) -> RenderOutput:
+    """All rays as images, over the background."""
+    shaded, shape = joined_records(parts), rays.directions.shape[:3]
+
+    def image(pixels: Tensor | None) -> Tensor | None:
+        return None if pixels is None else pixels.view(*shape, -1)
+
+    foreground, opacity, normal = image(shaded.rgb), image(shaded.opacity), image(shaded.normal)
+    if normal is not None:
+        normal = (normalize(normal, dim=-1) + 1) / 2 * opacity
+    return RenderOutput(
+        comp_rgb=foreground + background * (1 - opacity),
+        comp_rgb_fg=foreground,
+        comp_rgb_bg=background,
+        opacity=opacity,
+        depth=image(shaded.depth),
+        z_variance=image(shaded.z_variance),
+        samples=samples,
+        weights=shaded.weights,
+        comp_normal=normal,
+        deformation=image(shaded.deformation),
+        normals=shaded.normals,
+        t_dirs=shaded.t_dirs,
+    )
+
+
+def _chunks(positions: Tensor, times: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pieces of both; one empty piece where there are no points."""
+    return zip(positions.split(size), times.split(size), strict=True)
+
+
+def joined_records(records: Sequence[Record]) -> Record:
+    """Field by field, one after the other."""
+    names = [f.name for f in dataclasses.fields(records[0])]
+    return type(records[0])(**{name: _joined([getattr(one, name) for one in records]) for name in names})
+
+
+def _joined(values: Sequence[Tensor | None]) -> Tensor | None:
+    """One after the other, without a copy where there is one only; None where a record has none."""
+    if values[0] is None or len(values) == 1:
+        return values[0]
+    return torch.cat(values)

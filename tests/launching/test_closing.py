@@ -1,0 +1,91 @@
+"""What a run says at its end, where there is no ground truth or no ffmpeg."""
+
+from pathlib import Path
+
+import pytest
+
+from fourdfy.files import atomic
+from fourdfy.launching.closing import log_closing
+from fourdfy.launching.recipe import load_recipe
+
+
+def closing(caplog, root, config, prompt, *views):
+    """The record for a config whose last stage has rendered ``views``, and the trial of that stage."""
+    given = [
+        f"exp_root_dir={root}",
+        "use_timestamp=false",
+        "tag=mine",
+        f"system.prompt_processor.prompt={prompt}",
+    ]
+    stages = load_recipe([Path(config)], given)
+    trial = stages[-1].experiment.trial_dir
+    for view in views:
+        (trial / "save" / view).mkdir(parents=True)
+    with caplog.at_level("INFO", "fourdfy.launching.closing"):
+        caplog.clear()
+        log_closing(stages, 3672.4, "cpu")
+    return caplog.records[-1].getMessage(), trial
+
+
+@pytest.mark.parametrize(
+    ("config", "prompt"),
+    [
+        ("fourdfy_stage_3", "a panda dancing"),
+        ("shapes", "a panda dancing"),
+        ("shapes_stage_1", "a red cube spinning"),
+    ],
+    ids=["real models", "no prompt of the world", "a stage without motion"],
+)
+def test_without_a_ground_truth_the_next_commands_export(config, prompt, tmp_path, caplog):
+    said, trial = closing(caplog, tmp_path, config, prompt, "it2-test")
+    assert said.splitlines() == [
+        "done in 61 min 12 s",
+        f"  video   {trial / 'save' / 'it2-test'}",
+        f"  next    python launch.py --trial {trial} --export",
+        f"          python launch.py --trial {trial} --export system.exporter_type=video-exporter",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("called", "start"),
+    [
+        ("launch.py", "python launch.py"),
+        ("/a clone/launch.py", "python '/a clone/launch.py'"),
+        ("/usr/bin/fourdfy", "fourdfy"),
+    ],
+)
+def test_the_commands_can_be_pasted_whatever_the_folders_are_called(
+    called, start, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.setattr("sys.argv", [called])
+    said, trial = closing(
+        caplog, tmp_path / "mein Ordner", "shapes_stage_1", "a red cube spinning", "it2-test"
+    )
+    assert f"  {start} --trial '{trial}' --export" in said
+
+
+def test_a_result_that_cannot_be_copied_is_found_where_it_was_made(tmp_path, caplog):
+    (tmp_path / "mine").write_text("a file where the result's folder should be")
+    stages_video = tmp_path / "shapes_stage_3" / "mine" / "save" / "it2-test.mp4"
+    stages_video.parent.mkdir(parents=True)
+    stages_video.write_bytes(b"video")
+    said, _ = closing(caplog, tmp_path, "shapes", "a panda dancing")
+    assert f"video   {stages_video}" in said
+    assert "result.mp4: not written" in caplog.text
+
+
+def test_a_run_whose_pictures_could_not_be_written_ends_all_the_same(tmp_path, caplog):
+    said, trial = closing(caplog, tmp_path, "shapes_stage_1", "a red cube spinning")
+    assert "  video   none could be written; --test renders it again\n" in said
+    assert f"--trial {trial} --export" in said
+
+
+def test_scores_that_can_not_be_told_cost_a_warning(tmp_path, caplog, monkeypatch):
+    def fail(*args):
+        raise OSError("disk full")
+
+    atomic.warn_once.cache_clear()
+    monkeypatch.setattr("fourdfy.launching.closing._scores", fail)
+    said, _ = closing(caplog, tmp_path, "shapes_stage_1", "a red cube spinning", "it2-test")
+    assert said.startswith("done in 61 min 12 s")
+    assert "scores could not be written; the run goes on (OSError: disk full)" in caplog.text

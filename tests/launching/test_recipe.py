@@ -1,0 +1,109 @@
+"""Recipes: three stages in one command, resumable."""
+
+import os
+import signal
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from fourdfy.config import ConfigError
+from fourdfy.launching.recipe import load_recipe
+from fourdfy.systems.checkpoint import read_checkpoint
+from fourdfy.systems.lightning import LightningSystem
+from tests.commands import launch, trial
+
+STAGES = ("shapes_stage_1", "shapes_stage_2", "shapes_stage_3")
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """(stage's first guidance, global step) of every training step that is computed."""
+    computed = []
+    original = LightningSystem.training_step
+
+    def counted(self, batch, batch_idx):
+        computed.append((Path(self.trainer.default_root_dir).parent.name, self.global_step))
+        for action in counted.actions.get(len(computed), ()):
+            action()
+        return original(self, batch, batch_idx)
+
+    counted.actions = {}
+    computed_actions = counted.actions
+    monkeypatch.setattr(LightningSystem, "training_step", counted)
+    return computed, computed_actions
+
+
+def crash():
+    raise RuntimeError("power cut")
+
+
+def recipe(root, *overrides):
+    return launch("shapes.yaml", "train", root, "checkpoint.every_n_train_steps=2", *overrides)
+
+
+def test_a_recipe_runs_all_stages_each_from_the_one_before(tmp_path, steps, caplog):
+    computed, _ = steps
+    assert recipe(tmp_path) == 0
+    assert computed == [(name, step) for name in STAGES for step in (0, 1)]
+    for before, name in pairwise(STAGES):
+        raw = (trial(tmp_path, name) / "configs" / "parsed.yaml").read_text()
+        assert f"weights: {trial(tmp_path, before)}/ckpts/last.ckpt" in raw
+    last = trial(tmp_path, STAGES[2])
+    result = tmp_path / "tiny" / "result.mp4"
+    assert result.read_bytes() == (last / "save/it2-test.mp4").read_bytes()
+    for text in (
+        f"video   {result}",
+        "scores  IoU 0.",
+        f"next    python launch.py --trial {last} --export",
+    ):
+        assert text in caplog.records[-1].getMessage()
+    (scores,) = (line for line in caplog.records[-1].getMessage().splitlines() if "scores" in line)
+    assert len(scores) < 80
+    assert (last / "save/it2-evaluation.json").exists()
+
+
+def test_a_stopped_recipe_goes_on_and_computes_nothing_twice(tmp_path, steps):
+    computed, actions = steps
+    actions[4] = [lambda: os.kill(os.getpid(), signal.SIGTERM)]  # in stage 2, step 1 of 3
+    with pytest.raises(SystemExit) as stopped:
+        recipe(tmp_path, "trainer.max_steps=3", "checkpoint.every_n_train_steps=100")
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert len(computed) == 4
+    assert recipe(tmp_path, "trainer.max_steps=3", "checkpoint.every_n_train_steps=100") == 0
+    assert computed == [(name, step) for name in STAGES for step in range(3)]
+    computed.clear()
+    assert recipe(tmp_path, "trainer.max_steps=3", "checkpoint.every_n_train_steps=100") == 0
+    assert computed == []
+
+
+def test_a_crash_costs_only_the_steps_since_the_last_checkpoint(tmp_path, steps):
+    computed, actions = steps
+    actions[8] = [crash]  # in stage 2, before its fourth step (3); last.ckpt is of step 2
+    with pytest.raises(RuntimeError, match="power cut"):
+        recipe(tmp_path, "trainer.max_steps=4")
+    actions.clear()
+    assert recipe(tmp_path, "trainer.max_steps=4") == 0
+    again = [step for step in computed if computed.count(step) > 1]
+    assert set(again) == {("shapes_stage_2", 2), ("shapes_stage_2", 3)}
+
+
+def test_a_folder_with_other_settings_is_not_mixed_with_this_run(tmp_path, capsys):
+    assert recipe(tmp_path, "trainer.max_steps=1") == 0
+    assert recipe(tmp_path, "trainer.max_steps=1", "system.loss.lambda_sparsity=3") == 2
+    message = capsys.readouterr().err
+    assert "system.loss.lambda_sparsity" in message
+    assert "tag=" in message
+    assert read_checkpoint(trial(tmp_path, STAGES[0]) / "ckpts" / "last.ckpt")["global_step"] == 1
+
+
+def test_an_override_can_be_for_one_stage(tmp_path):
+    from tests.commands import CONFIGS
+
+    stages = load_recipe([CONFIGS / "shapes.yaml"], ["stage_2.trainer.max_steps=7", "seed=5"])
+    assert [stage.experiment.cfg.trainer.max_steps == 7 for stage in stages] == [False, True, False]
+    assert all(stage.experiment.cfg.seed == 5 for stage in stages)
+    with pytest.raises(ConfigError, match=r"^stage_\d: .* has 3 stages$"):
+        load_recipe([CONFIGS / "shapes.yaml"], ["stage_4.seed=1"])
+    with pytest.raises(ConfigError, match="is no recipe"):
+        load_recipe([CONFIGS / "shapes_stage_1.yaml"], ["stage_1.seed=1"])

@@ -1,0 +1,76 @@
+"""Signals that ask a run to end."""
+
+import os
+import signal
+import threading
+
+import pytest
+
+from fourdfy.launching.signals import NAMES, Stopped, StopSignals
+
+HERE = [name for name in NAMES if hasattr(signal, name)]
+
+
+def send(name):
+    os.kill(os.getpid(), getattr(signal, name))
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_signal_ends_the_run_with_its_status_and_says_how_to_go_on(name, caplog):
+    before = signal.getsignal(getattr(signal, name))
+    with pytest.raises(Stopped) as stopped, StopSignals("type it again"):
+        send(name)
+    assert stopped.value.code == 128 + getattr(signal, name)
+    assert f"stopped by {name}; type it again" in caplog.text
+    assert signal.getsignal(getattr(signal, name)) is before
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_a_step_is_finished_unless_asked_twice(name):
+    with pytest.raises(Stopped), StopSignals("") as stop:
+        stop.deferred = True
+        send(name)
+        assert stop.received == getattr(signal, name)
+        send("SIGTERM")
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopSignals("") as stop:
+            send("SIGHUP")
+        assert stop.received is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_handlers_set_by_a_library_since_are_replaced_and_the_first_ones_restored():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped), StopSignals("") as stop:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        stop.install()
+        send("SIGTERM")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_thread_can_run_and_leaves_the_handlers_alone():
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def run():
+        with StopSignals("") as stop:
+            stop.install()
+            seen.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [before]
+
+
+def test_platforms_without_some_signals_do_without_them(monkeypatch):
+    for name in ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):  # as on Windows
+        monkeypatch.delattr(signal, name)
+    with pytest.raises(Stopped), StopSignals(""):
+        send("SIGTERM")
