@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fourdfy.schedules import Schedule, schedule_value
+
 
 class TensorRecord:
     """A frozen dataclass of tensors that moves as one."""
@@ -30,6 +32,25 @@ class TensorRecord:
         """Its tensors and records by name; what is None or a number is left out."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         return {name: value for name, value in values.items() if isinstance(value, Tensor | TensorRecord)}
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """When a part computes, and with which randomness: an argument everywhere, state nowhere."""
+
+    step: int
+    """The global step, for schedules and annealing."""
+    generator: torch.Generator | None = None
+    """One stream of the step's randomness, on the device (``seeds.step_generator``). None in evaluation:
+    nothing is random there, and nothing builds a graph."""
+
+    def at_step(self, value: Schedule) -> float | int:
+        """The scheduled scalar at this step."""
+        return schedule_value(value, self.step)
+
+    def copied(self) -> StepContext:
+        """The same with a generator of its own, which draws the same, for a part that is computed again."""
+        return replace(self, generator=self.generator and self.generator.clone_state())
 
 
 @dataclass(frozen=True, kw_only=True)
