@@ -5,6 +5,11 @@ import torch
 from fourdfy.types import RenderOutput, Samples
 
 
+def images_of(rgb):
+    """A render whose images are ``rgb``."""
+    return render_output(torch.ones_like(rgb[..., :1]), comp_rgb=rgb)
+
+
 def render_output(opacity, **given):
     """Black images of the opacity's size, from one sample of weight 1."""
     image = torch.zeros(*opacity.shape[:3], 3)

@@ -6,11 +6,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from fourdfy.config import Component
-from fourdfy.types import Cameras, GuidanceOutput, TextEmbeddings
+from fourdfy.types import Cameras, GuidanceOutput, RenderOutput, StepContext, TextEmbeddings
 
 
 class Guidance(Component, nn.Module, ABC):
@@ -57,11 +56,14 @@ class Guidance(Component, nn.Module, ABC):
     @abstractmethod
     def forward(
         self,
-        rgb: Float[Tensor, "B H W 3"],
-        text: TextEmbeddings,
+        frames: RenderOutput,
+        text: TextEmbeddings | None,
         cameras: Cameras,
-        *,
-        step: int,
-        generator: torch.Generator,
+        context: StepContext,
     ) -> GuidanceOutput:
-        """Losses of B rendered frames in 0..1, seen from B ``cameras``, at the global ``step``."""
+        """Losses of rendered frames, seen from as many ``cameras``.
+
+        Args:
+            text: None where the step has no prompt.
+            context: with a generator, which all randomness comes from.
+        """

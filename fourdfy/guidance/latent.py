@@ -46,7 +46,7 @@ from fourdfy.priors.frozen import (
 )
 from fourdfy.priors.hub import resolve_model, stored_description
 from fourdfy.schedules import Schedule, schedule_value
-from fourdfy.types import Cameras, GuidanceOutput, TextEmbeddings, ViewTexts
+from fourdfy.types import Cameras, GuidanceOutput, RenderOutput, StepContext, TextEmbeddings, ViewTexts
 
 PARTS = ("unet", "vae", "scheduler")
 
@@ -163,18 +163,17 @@ class LatentGuidance(Guidance):
 
     def prepare(
         self,
-        rgb: Float[Tensor, "N H W 3"],
+        frames: RenderOutput,
         text: TextEmbeddings,
         cameras: Cameras,
-        step: int,
-        generator: torch.Generator,
+        context: StepContext,
     ) -> tuple[Float[Tensor, "B C *S"], Int[Tensor, "B"], Float[Tensor, "B C *S"], ViewTexts]:
         """(latents, timesteps, noise, texts) of N rendered frames: all that a loss needs."""
         self.cfg.check_group_size(cameras.group_size, "the group_size of the step's cameras")
-        latents = self.encode(rgb, cameras.group_size, generator)
-        timesteps, noise = self.draw(latents, step, generator)
+        latents = self.encode(frames.comp_rgb, cameras.group_size, context.generator)
+        timesteps, noise = self.draw(latents, context.step, context.generator)
         # A video has one text: that of the view of its first frame.
-        first = cameras[:: len(rgb) // len(latents)]
+        first = cameras[:: len(cameras) // len(latents)]
         return latents, timesteps, noise, text.for_views(first, self.cfg.view_dependent_prompting)
 
     def encode(
@@ -313,14 +312,12 @@ class ScoreDistillationGuidance(LatentGuidance):
 
     def forward(
         self,
-        rgb: Float[Tensor, "N H W 3"],
+        frames: RenderOutput,
         text: TextEmbeddings,
         cameras: Cameras,
-        *,
-        step: int,
-        generator: torch.Generator,
+        context: StepContext,
     ) -> GuidanceOutput:
-        return self.distill(*self.prepare(rgb, text, cameras, step, generator), step=step)
+        return self.distill(*self.prepare(frames, text, cameras, context), step=context.step)
 
     def distill(
         self,

@@ -23,7 +23,7 @@ from fourdfy.priors.hub import MODELS
 from fourdfy.priors.mvdream import camera_vectors, enable_multi_view_attention
 from fourdfy.priors.mvdream_package import load_mvdream_package
 from fourdfy.registry import register
-from fourdfy.types import Cameras, GuidanceOutput, TextEmbeddings, ViewTexts
+from fourdfy.types import Cameras, GuidanceOutput, RenderOutput, StepContext, TextEmbeddings, ViewTexts
 
 PUBLISHED_VIEWS = 4
 """Of MVDream's checkpoints, and of the model that this package brings."""
@@ -109,17 +109,15 @@ class MultiViewGuidance(LatentGuidance):
 
     def forward(
         self,
-        rgb: Float[Tensor, "B H W 3"],
+        frames: RenderOutput,
         text: TextEmbeddings,
         cameras: Cameras,
-        *,
-        step: int,
-        generator: torch.Generator,
+        context: StepContext,
     ) -> GuidanceOutput:
-        latents, timesteps, noise, texts = self.prepare(rgb, text, cameras, step, generator)
+        latents, timesteps, noise, texts = self.prepare(frames, text, cameras, context)
         # One noise level for all: the network attends over views and has only seen equal ones.
         timesteps = timesteps[:1].expand(len(latents))
-        return self.distill(latents, timesteps, noise, texts, cameras.c2w, step=step)
+        return self.distill(latents, timesteps, noise, texts, cameras.c2w, step=context.step)
 
     def distill(
         self,

@@ -33,7 +33,7 @@ from fourdfy.priors.frozen import FrozenModels, load_noise_schedule
 from fourdfy.priors.hub import resolve_model
 from fourdfy.priors.lora import LoRA
 from fourdfy.registry import register
-from fourdfy.types import Cameras, GuidanceOutput, TextEmbeddings, ViewTexts
+from fourdfy.types import Cameras, GuidanceOutput, RenderOutput, StepContext, TextEmbeddings, ViewTexts
 
 CAMERA_DROP = 0.1
 """How often the LoRA learns a batch without its cameras, for guidance on them."""
@@ -101,23 +101,21 @@ class StableDiffusionVSDGuidance(LatentGuidance):
 
     def forward(
         self,
-        rgb: Float[Tensor, "B H W 3"],
+        frames: RenderOutput,
         text: TextEmbeddings,
         cameras: Cameras,
-        *,
-        step: int,
-        generator: torch.Generator,
+        context: StepContext,
     ) -> GuidanceOutput:
-        latents, timesteps, noise, texts = self.prepare(rgb, text, cameras, step, generator)
+        latents, timesteps, noise, texts = self.prepare(frames, text, cameras, context)
         # The LoRA is told the camera itself, so its text says nothing of the view.
         lora_texts = text.for_views(cameras, view_dependent=False)
         camera = self.camera_matrices(cameras).flatten(1)
         grad = self.vsd_gradient(latents.detach(), timesteps, noise, texts, lora_texts, camera)
-        grad = self.bound(grad, step)
+        grad = self.bound(grad, context.step)
         losses = {"vsd": score_loss(latents, grad)}
         if any(parameter.requires_grad for parameter in self.parameters()):
-            losses["lora"] = self.lora_loss(latents.detach(), lora_texts.text, camera, generator)
-        return self.output(losses, grad, step)
+            losses["lora"] = self.lora_loss(latents.detach(), lora_texts.text, camera, context.generator)
+        return self.output(losses, grad, context.step)
 
     def camera_matrices(self, cameras: Cameras) -> Float[Tensor, "B 4 4"]:
         """What the LoRA is told of each camera."""

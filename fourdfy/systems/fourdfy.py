@@ -31,7 +31,7 @@ from fourdfy.systems.checkpoint import read_checkpoint
 from fourdfy.systems.learning_rates import SchedulerConfig
 from fourdfy.systems.optim import GradientAudit, OptimizerConfig, build_optimizer, frozen
 from fourdfy.systems.supervision import SupervisionPlan
-from fourdfy.types import Cameras, RenderOutput, StepBatch, TextEmbeddings
+from fourdfy.types import Cameras, RenderOutput, StepBatch, StepContext, TextEmbeddings
 
 logger = logging.getLogger(__name__)
 
@@ -213,13 +213,8 @@ class FourdfySystem(System):
             )
             render = replace(render, group_size=batch.cameras.group_size)
             guidance: Guidance = getattr(self, step.guidance)
-            out = guidance(
-                render.comp_rgb,
-                self.texts[step.name],
-                batch.cameras,
-                step=batch.global_step,
-                generator=self._generator(batch, "guidance"),
-            )
+            context = StepContext(batch.global_step, self._generator(batch, "guidance"))
+            out = guidance(render, self.texts[step.name], batch.cameras, context)
             losses = out.losses | {
                 name: REGULARIZERS[name](render) for name in weights if name in REGULARIZERS
             }

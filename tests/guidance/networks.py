@@ -8,7 +8,9 @@ from fourdfy.config import parse_config
 from fourdfy.guidance.base import Guidance
 from fourdfy.guidance.stable_diffusion_vsd import StableDiffusionVSDGuidance
 from fourdfy.registry import find
+from fourdfy.types import StepContext
 from tests.guidance.reference import CPU, cameras, embeddings
+from tests.renders import images_of
 
 TEXT = embeddings()
 
@@ -36,13 +38,17 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def context(step: int = 0, seed: int = 0) -> StepContext:
+    return StepContext(step, generator(seed))
+
+
 def run(guidance: Guidance, count: int = 4, seed: int = 0):
     """(images, output) for groups of four views, or clips of ``num_frames``."""
     rgb = images(count)
     azimuths = [360.0 * view / count for view in range(count)]
     group = getattr(guidance.cfg, "n_view", 0) or getattr(guidance.cfg, "num_frames", None) or 4
     views = cameras(azimuths, group_size=group)
-    out = guidance(rgb, TEXT, views, step=10, generator=generator(seed))
+    out = guidance(images_of(rgb), TEXT, views, context(10, seed))
     return rgb, out
 
 

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from fourdfy.config import ConfigError
 from fourdfy.guidance import latent, multiview
 from fourdfy.priors.frozen import MemoryOptions, encode_images
-from tests.guidance.networks import ALL, TEXT, generator, images, make, make_any, make_vsd, run
+from tests.guidance.networks import ALL, TEXT, context, generator, images, make, make_any, make_vsd, run
 from tests.guidance.reference import CPU, cameras
+from tests.renders import images_of
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -106,7 +107,7 @@ def test_frames_that_belong_together_otherwise_are_refused(tiny, kind, group_siz
     """As a sampler of a plugin may draw them; the package's are compared when the config is parsed."""
     views = cameras([0.0, 90.0, 180.0, 270.0], group_size=group_size)
     with pytest.raises(ValueError, match=message):
-        make_any(tiny, kind)(images(4), TEXT, views, step=0, generator=generator())
+        make_any(tiny, kind)(images_of(images(4)), TEXT, views, context())
 
 
 def test_the_views_of_a_group_see_each_other_and_no_other_group(tiny):

@@ -7,8 +7,9 @@ import torch
 
 from fourdfy.ops.diffusion import classifier_free_guidance, lead_away, x0_from_prediction
 from fourdfy.types import PerpNegDecays
-from tests.guidance.networks import TEXT, generator, images, make_any
+from tests.guidance.networks import TEXT, context, generator, images, make_any
 from tests.guidance.reference import cameras, embeddings
+from tests.renders import images_of
 
 DECAYS = PerpNegDecays(
     fs=(4.0, 0.5, -2.426), sf=(4.0, 0.5, -2.426), fsb=(1.0, 0.5, 0.967), sb=(1.0, 0.5, -0.606)
@@ -47,8 +48,6 @@ def test_perp_neg_changes_the_loss_of_a_guidance(tiny, kind):
     guidance = make_any(tiny, kind)
     rgb = images(4)
     views = cameras([0.0, 60.0, 135.0, 180.0], group_size=2 if kind == "two_videos" else 1)
-    plain, negative = (
-        guidance(rgb, text, views, step=10, generator=generator()).losses for text in (TEXT, PERP_NEG)
-    )
+    plain, negative = (guidance(images_of(rgb), text, views, context(10)).losses for text in (TEXT, PERP_NEG))
     name = next(iter(plain))
     assert torch.isfinite(negative[name]) and not torch.isclose(plain[name], negative[name])

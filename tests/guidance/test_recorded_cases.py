@@ -17,6 +17,7 @@ from fourdfy.guidance.videocrafter import VideoCrafterGuidance
 from fourdfy.guidance.zeroscope import ZeroScopeGuidance
 from fourdfy.ops.cameras import orbit_cameras
 from fourdfy.types import ViewTexts
+from tests.guidance.networks import context
 from tests.guidance.reference import (
     ARRAYS,
     CPU,
@@ -29,6 +30,7 @@ from tests.guidance.reference import (
     states,
     texts,
 )
+from tests.renders import images_of
 
 ZEROSCOPE = {
     "sds": {},
@@ -270,8 +272,7 @@ def test_vsd_tells_the_view_to_the_prior_in_words_and_to_the_lora_as_a_camera(vs
     guidance.prior_prediction = torch.zeros(4, 4, 8, 8)
     guidance.lora_prediction = torch.zeros(2, 4, 8, 8)
     text, views = embeddings(), cameras([0.0, 90.0])
-    generator = torch.Generator().manual_seed(0)
-    guidance(torch.rand(2, 32, 32, 3), text, views, step=0, generator=generator)
+    guidance(images_of(torch.rand(2, 32, 32, 3)), text, views, context())
     front_and_side = text.text_directions[0, [1, 0]]
     assert torch.equal(guidance.asked_prior[2], torch.cat([front_and_side, text.uncond.expand(2, -1, -1)]))
     assert torch.equal(guidance.asked_lora[2], text.text.expand(2, -1, -1))
@@ -300,6 +301,6 @@ def test_vsd_tells_the_lora_the_original_s_matrices(vsd, kind, array):
     asked = []
     guidance.lora_loss = lambda latents, states, camera, generator: asked.append(camera) or torch.zeros(())
     images = torch.rand(len(views), 32, 32, 3)
-    guidance(images, embeddings(), views, step=0, generator=torch.Generator().manual_seed(0))
+    guidance(images_of(images), embeddings(), views, context())
     torch.testing.assert_close(asked[0], known[array].flatten(1), rtol=1e-4, atol=1e-5)
     assert torch.equal(guidance.asked_lora[3], asked[0])

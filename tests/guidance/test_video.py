@@ -7,8 +7,9 @@ import torch
 
 from fourdfy.priors.frozen import encode_images
 from fourdfy.types import ViewTexts
-from tests.guidance.networks import TEXT, generator, images, make, make_any, run
+from tests.guidance.networks import TEXT, context, generator, images, make, make_any, run
 from tests.guidance.reference import cameras
+from tests.renders import images_of
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +117,7 @@ def test_a_video_is_conditioned_on_the_view_of_its_first_frame(tiny, monkeypatch
 
     monkeypatch.setattr(guidance, "distill", keep)
     views = cameras([0.0, 90.0, 180.0, 0.0], group_size=2)
-    guidance(images(4), TEXT, views, step=0, generator=generator())
+    guidance(images_of(images(4)), TEXT, views, context())
     assert torch.equal(seen["text"], TEXT.text_directions[0, [1, 2]]), "front, back"
 
 

@@ -9,8 +9,10 @@ from safetensors.torch import save_file
 from fourdfy.config import ConfigError, build
 from fourdfy.launching.experiment import load_experiment
 from fourdfy.priors.mvdream import MultiViewAttention
+from fourdfy.types import StepContext
 from tests.commands import CONFIGS
 from tests.guidance.reference import CPU, embeddings
+from tests.renders import images_of
 
 STAGE_3 = CONFIGS / "shapes_stage_3.yaml"
 STAGE_1 = CONFIGS / "shapes_stage_1.yaml"
@@ -35,7 +37,7 @@ def asked_of_the_prior(this, kind: str, guidance_key: str):
     batch = data.batch(step)
     rgb = torch.rand(len(batch.cameras), batch.cameras.height, batch.cameras.width, 3)
     generator = torch.Generator().manual_seed(0)
-    guidance(rgb, TEXT, batch.cameras, step=step, generator=generator)
+    guidance(images_of(rgb), TEXT, batch.cameras, StepContext(step, generator))
     return batch, seen["noisy"], seen["texts"], guidance
 
 
