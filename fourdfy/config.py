@@ -2,21 +2,25 @@
 
 ``parse_config`` turns a mapping (see ``config_layers.load_config``) into a component's ``Config`` dataclass,
 and goes down into the configs of the components it names. A typo dies here, with its full key, its file,
-what was expected and the nearest right key.
+what was expected and the nearest right key. ``Config(...).build(...)`` does the same from Python.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, field
+from functools import cache
+from typing import Any, ClassVar
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from fourdfy import registry
 from fourdfy.bounds import misfits
@@ -24,37 +28,82 @@ from fourdfy.config_files import ConfigError, escaped, join, plain
 
 logger = logging.getLogger(__name__)
 
+MISSES = "missing; set it in the file or as key=value"
 
 # ---------------------------------------------------------------------------------------------
 # Components: classes that a config names
+
+
+class _Parsing(type):
+    """Of a dataclass: its fields that hold configs take plain mappings, parsed when it is made."""
+
+    def __call__(cls, **given: Any) -> Any:
+        return super().__call__(**given | _parse_inner(cls, given, "", {}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schema(metaclass=_Parsing):
+    """Base of dataclasses that may be made from Python although they hold components' configs."""
 
 
 class Component:
     """A class that configs name; ``Config`` is its schema, ``cfg`` its parsed, frozen instance."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config:
-        pass
+    class Config(Schema):
+        component: ClassVar[type]
+        """The class that this configures; every component has a Config of its own."""
+
+        def build(self, *args: Any, **kwargs: Any) -> Any:
+            """The component: ``component(self, *args, **kwargs)``."""
+            return self.component(self, *args, **kwargs)
 
     cfg: Config
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "Config" not in vars(cls) or "component" in vars(cls.Config):
+            names = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Config"}
+            cls.Config = dataclass(frozen=True, kw_only=True)(
+                type(cls.Config)("Config", (cls.Config,), names)
+            )
+        cls.Config.component = cls
+
+
+# ---------------------------------------------------------------------------------------------
+# Fields
 
 
 @dataclass(frozen=True)
 class Slot:
-    """How a config field that holds another component's config is parsed."""
+    """Holds the config of a component of some kind."""
 
     kind: type
     by: str
-    """The key that names the class: beside the field, or inside it."""
+    """The key that names the class: beside the slot, or inside it."""
     inside: bool
+    shares: str = ""
+    """A key of the slot beside it, such as ``prompt_processor.prompt``; see ``slot``."""
 
 
-def slot(kind: type, by: str, default: Mapping[str, Any] | None = None) -> Any:
+@dataclass(frozen=True)
+class Named:
+    """Holds a mapping from free names to dataclasses or components' configs."""
+
+    entry: type | Slot
+    default: Mapping[str, Any]
+
+
+def slot(kind: type, by: str, shares: str = "") -> Any:
     """A field holding the config of the ``kind`` that the key ``by``, beside it, names.
 
     Where that key is null the field is None.
+
+    Args:
+        shares: a key of another slot in the same config, such as ``prompt_processor.prompt``. Where files and
+            overrides don't set this slot's own ``prompt``, or files set both alike, it follows the other's.
     """
-    return _slot(Slot(kind, by, inside=False), default)
+    return _holding(Slot(kind, by, inside=False, shares=shares), {})
 
 
 def inner_slot(kind: type, by: str, default: Mapping[str, Any] | None = None) -> Any:
@@ -63,11 +112,28 @@ def inner_slot(kind: type, by: str, default: Mapping[str, Any] | None = None) ->
     Given keys are laid over the default's unless they name another class. Without a default the field
     may be left out and is then None.
     """
-    return _slot(Slot(kind, by, inside=True), default)
+    return _holding(Slot(kind, by, inside=True), default or {})
 
 
-def _slot(spec: Slot, default: Mapping[str, Any] | None) -> Any:
-    return field(default_factory=lambda: dict(default or {}), metadata={"slot": spec})
+def named(schema: type, default: Mapping[str, Any] | None = None) -> Any:
+    """A field holding a mapping from free names to instances of the dataclass ``schema``.
+
+    Names that are given join the default's, and a null switches one off.
+    """
+    return _holding(Named(schema, default or {}), default or {})
+
+
+def named_slots(kind: type, by: str, default: Mapping[str, Any] | None = None) -> Any:
+    """A field holding a mapping from free names to configs of the ``kind`` that each one's key ``by`` names.
+
+    Names that are given join the default's, and a null switches one off. Where a later file or override names
+    another class, nothing stays of the entry that it replaces.
+    """
+    return _holding(Named(Slot(kind, by, inside=True), default or {}), default or {})
+
+
+def _holding(spec: Slot | Named, default: Mapping[str, Any]) -> Any:
+    return field(default_factory=lambda: dict(default), metadata={"holds": spec})
 
 
 def file_path(default: Any = None) -> Any:
@@ -96,12 +162,6 @@ def ignored(reason: str, default: Any = None) -> Any:
     return field(default=default, metadata={"ignored": reason})
 
 
-def alias(other: str, declared: Any) -> Any:
-    """The field ``declared``, which other programs' files call ``other``."""
-    declared.metadata = {**declared.metadata, "alias": other}
-    return declared
-
-
 def warn_of_ignored(cfg: Any) -> None:
     """One warning that names every key of a parsed config that was set and has no effect."""
     if lines := [f"  {key}: {reason}" for key, reason in _ignored_keys(cfg, "")]:
@@ -117,14 +177,105 @@ def _ignored_keys(cfg: Any, path: str) -> Iterator[tuple[str, str]]:
             yield from _ignored_keys(value, key)
 
 
-def component_class(cfg: Component.Config) -> type:
-    """The class whose ``Config`` this is: ``build(cfg, ...)`` without repeating the name."""
-    return cfg._component  # type: ignore[attr-defined]
+def alias(other: str, declared: Any) -> Any:
+    """The field ``declared``, which other programs' files call ``other``."""
+    declared.metadata = {**declared.metadata, "alias": other}
+    return declared
 
 
-def build(cfg: Component.Config, *args: Any, **kwargs: Any) -> Any:
-    """The component that ``cfg`` was parsed for: ``component_class(cfg)(cfg, *args, **kwargs)``."""
-    return component_class(cfg)(cfg, *args, **kwargs)
+# ---------------------------------------------------------------------------------------------
+# Which schema is for which mapping
+
+
+def init_fields(schema: type | Named) -> dict[str, dataclasses.Field]:
+    """Name -> field, of the fields that a config can set; none of free names."""
+    return {} if isinstance(schema, Named) else {f.name: f for f in dataclasses.fields(schema) if f.init}
+
+
+@cache
+def kinds(schema: type) -> dict[str, tuple[Any, ...]]:
+    """Field -> the types that its annotation allows."""
+    hints = typing.get_type_hints(schema)
+    unions = (typing.Union, types.UnionType)
+    return {key: typing.get_args(h) if typing.get_origin(h) in unions else (h,) for key, h in hints.items()}
+
+
+def held(schema: type | Named, name: str) -> type | Slot | Named | None:
+    """What a field, or a named entry, is parsed into where it is a mapping; None if it holds plain values."""
+    if isinstance(schema, Named):
+        return schema.entry
+    f = init_fields(schema).get(name)
+    if f is None or "holds" in f.metadata:
+        return f and f.metadata["holds"]
+    return next((kind for kind in kinds(schema)[name] if dataclasses.is_dataclass(kind)), None)  # type: ignore[return-value]
+
+
+def default_of(schema: type | Named, name: str) -> Any:
+    """The default of a field or of a named entry; None where it has none."""
+    if isinstance(schema, Named):
+        return schema.default.get(name)
+    f = init_fields(schema).get(name)
+    if f is None or f.default is not MISSING:
+        return f and f.default
+    return None if f.default_factory is MISSING else f.default_factory()
+
+
+def mapping_at(values: Any, key: str) -> Any:
+    """The mapping at a dotted key of ``values``, a mapping or a DictConfig; None if there is no such."""
+    for name in key.split(".") if key else ():
+        values = values._get_node(name) if isinstance(values, DictConfig) else values.get(name)
+        if not isinstance(values._value() if isinstance(values, DictConfig) else values, Mapping):
+            return None
+    return values
+
+
+def selector(schema: type | Named, name: str, values: Mapping[str, Any]) -> Any:
+    """What names the class of the slot ``name`` in the mapping that it stands in; its default if nothing."""
+    spec = held(schema, name)
+    assert isinstance(spec, Slot)
+    if spec.inside:
+        default, values = (default_of(schema, name) or {}).get(spec.by), mapping_at(values, name) or {}
+    else:
+        default = default_of(schema, spec.by)
+    if isinstance(values, DictConfig):
+        return OmegaConf.select(values, spec.by, default=default, throw_on_resolution_failure=False)
+    return values.get(spec.by, default)
+
+
+def schema_at(
+    schema: type | Named, name: str, values: Any, path: str = "", sources: Mapping[str, str] | None = None
+) -> type | Named | None:
+    """The schema of the mapping ``name`` in ``values``; None if it holds plain values.
+
+    Raises:
+        ConfigError: no class has the name that selects it.
+    """
+    if not isinstance(spec := held(schema, name), Slot):
+        return spec
+    if (chosen := selector(schema, name, values)) is None:
+        return None
+    try:
+        return registry.find(chosen, spec.kind).Config
+    except ValueError as error:
+        raise config_error(path, _key_of_type(spec, name), sources or {}, str(error)) from error
+
+
+def _key_of_type(spec: Slot, name: str) -> str:
+    return f"{name}.{spec.by}" if spec.inside else spec.by
+
+
+def walk(schema: type | Named, values: Any, path: str = "") -> Iterator[tuple[str, type | Named, Any]]:
+    """(dotted key, schema, mapping) of ``values`` and of each mapping in it that has a schema, top down.
+
+    A component whose class is not known is left out.
+    """
+    yield path, schema, values
+    for name in list(values):
+        below, inner = mapping_at(values, name), None
+        with contextlib.suppress(ConfigError):
+            inner = schema_at(schema, name, values)
+        if below is not None and inner:
+            yield from walk(inner, below, join(path, name))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -156,120 +307,121 @@ def parse_config(
     for key in given:
         if key not in known:
             raise config_error(path, key, sources, _unknown_key(key, known, given))
-
-    parsed_slots = {}
-    for name, f in known.items():
-        if spec := f.metadata.get("slot"):
-            defaults = f.default_factory()  # type: ignore[misc]
-            parsed_slots[name] = _parse_slot(spec, name, given, known, defaults, path, sources)
-            given.pop(name, None)
+    inner = _parse_inner(schema, given, path, sources)
+    leaves = _parse_leaves(schema, {k: v for k, v in given.items() if k not in inner}, path, sources)
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), escaped(given))
-        missing = [key for key in OmegaConf.missing_keys(merged) if key.split(".")[0] not in parsed_slots]
-        if missing:
-            raise config_error(path, missing[0], sources, "missing; set it in the file or as key=value")
-        for key, problem in _misfits(schema, merged, parsed_slots):
-            raise config_error(path, key, sources, problem)
-        values = {}
-        for name in known.keys() - parsed_slots.keys():
-            try:
-                values[name] = OmegaConf.to_object(v) if OmegaConf.is_config(v := merged[name]) else v
-            except ValueError as error:  # from __post_init__ of a nested dataclass
-                raise config_error(path, name, sources, str(error)) from error
-        return schema(**values, **parsed_slots)
-    except OmegaConfBaseException as error:
-        key = error.full_key or _culprit(schema, given)
-        raise config_error(path, key, sources, _explain(error, schema, key)) from error
-    except TypeError as error:  # of merging, which does not say where
-        if not (key := _culprit(schema, given)):
-            raise
-        problem = "a mapping stands where a list is expected, or a list in place of a mapping"
-        raise config_error(path, key, sources, problem) from error
+        return schema(**leaves, **inner)
+    except ConfigError:
+        raise
     except ValueError as error:  # from __post_init__
-        raise (
-            error if isinstance(error, ConfigError) else config_error(path, "", sources, str(error))
-        ) from error
+        raise config_error(path, "", sources, str(error)) from error
+
+
+def _parse_inner(
+    schema: type, given: Mapping[str, Any], path: str, sources: Mapping[str, str]
+) -> dict[str, Any]:
+    """The fields that hold dataclasses, components' configs or named ones, parsed."""
+    return {
+        name: _parse_held(schema, name, given, path, sources)
+        for name in init_fields(schema)
+        if held(schema, name)
+    }
+
+
+def _parse_held(
+    schema: type | Named, name: str, given: Mapping[str, Any], path: str, sources: Mapping[str, str]
+) -> Any:
+    spec, default = held(schema, name), default_of(schema, name)
+    value = given.get(name, default)
+    if dataclasses.is_dataclass(value):  # made in Python, or a default
+        if isinstance(spec, Slot) and not issubclass(value.component, spec.kind):
+            problem = f"expected the Config of a {spec.kind.__name__}, got {type(value).__qualname__}"
+            raise config_error(path, name, sources, problem)
+        return value
+    if value is None and isinstance(spec, type):
+        if type(None) in kinds(schema)[name]:
+            return None
+        problem = "expected a mapping, got null" if name in given else MISSES
+        raise config_error(path, name, sources, problem)
+    if value is None:
+        return {} if isinstance(spec, Named) else None
+    if not isinstance(value, Mapping):
+        raise config_error(path, name, sources, f"expected a mapping, got {value!r}")
+    here = join(path, name)
+    if isinstance(spec, Named):
+        entries = {**spec.default, **value}
+        kept = [key for key, entry in entries.items() if entry is not None]
+        return {key: _parse_held(spec, key, entries, here, sources) for key in kept}
+    base = default if isinstance(default, Mapping) else {}
+    if isinstance(spec, Slot):
+        return _parse_slot(schema, name, given, base, path, sources)
+    return parse_config(spec, {**base, **value}, here, sources)
 
 
 def _parse_slot(
-    spec: Slot,
+    schema: type | Named,
     name: str,
     given: Mapping[str, Any],
-    known: Mapping[str, dataclasses.Field],
-    defaults: Mapping[str, Any],
+    default: Mapping[str, Any],
     path: str,
     sources: Mapping[str, str],
 ) -> Any:
-    inner = given.get(name, defaults)
-    if isinstance(inner, Component.Config) or inner is None:
-        return inner
-    if not isinstance(inner, Mapping):
-        raise config_error(path, name, sources, f"expected a mapping, got {inner!r}")
-    inner = dict(inner)
-    if spec.inside:
-        if not inner and name not in given:
+    spec, chosen = held(schema, name), selector(schema, name, given)
+    inner = dict(given.get(name, default))
+    if chosen is None:
+        if not spec.inside or (not inner and name not in given):
             return None
-        same_class = inner.get(spec.by, defaults.get(spec.by)) == defaults.get(spec.by)
-        inner = {**defaults, **inner} if same_class else inner
-        selector, where = inner.pop(spec.by, None), f"{name}.{spec.by}"
-    else:
-        default = known[spec.by].default
-        selector, where = given.get(spec.by, None if default is dataclasses.MISSING else default), spec.by
-    if selector is None:
-        if spec.inside:
-            raise config_error(
-                path, where, sources, f"missing; one of {', '.join(registry.names(spec.kind))}"
-            )
-        return None
-    try:
-        cls = registry.find(selector, spec.kind)
-    except ValueError as error:
-        raise config_error(path, where, sources, str(error)) from error
-    for key in inner.keys() - init_fields(cls.Config).keys():
+        known = ", ".join(registry.names(spec.kind))
+        raise config_error(path, _key_of_type(spec, name), sources, f"missing; one of {known}")
+    config = schema_at(schema, name, given, path, sources)
+    if spec.inside:
+        inner = {**default, **inner} if chosen == default.get(spec.by) else inner
+        del inner[spec.by]
+    for key in inner.keys() - init_fields(config).keys():
         if others := [
             n for n in registry.names(spec.kind) if key in init_fields(registry.find(n, spec.kind).Config)
         ]:
-            message = f"unknown key of {selector}; {others[0]} has it: {join(path, where)}={others[0]}"
+            type_key = join(path, _key_of_type(spec, name))
+            message = f"unknown key of {chosen}; {others[0]} has it: {type_key}={others[0]}"
             raise config_error(join(path, name), key, sources, message)
-    cfg = parse_config(cls.Config, inner, join(path, name), sources)
-    object.__setattr__(cfg, "_component", cls)
-    return cfg
+    return parse_config(config, inner, join(path, name), sources)
 
 
-def _misfits(schema: type, values: DictConfig, done: Collection[str] = ()) -> Iterator[tuple[str, str]]:
-    """(key, what is wrong) of every number that its field doesn't take; see ``bounds``."""
-    for f in dataclasses.fields(schema):
-        if f.name in done or OmegaConf.is_missing(values, f.name):
-            continue
-        value, inner = values[f.name], OmegaConf.get_type(values, f.name)
-        if isinstance(value, DictConfig) and dataclasses.is_dataclass(inner):
-            yield from ((f"{f.name}.{key}", problem) for key, problem in _misfits(inner, value))
-        else:
-            found = misfits(plain(value), f.metadata)
-            yield from ((join(f.name, key), problem) for key, problem in found)
-
-
-def _explain(error: OmegaConfBaseException, schema: type, key: str) -> str:
-    if isinstance(error, ConfigKeyError):
-        owner = error.object_type if dataclasses.is_dataclass(error.object_type) else schema
-        return _unknown_key(key.split(".")[-1], {f.name: f for f in dataclasses.fields(owner)}, {})
-    problem = str(error).split("\n")[0]
-    return re.sub(r"Invalid value assigned: \w+ is not a .*\blist\b.*", "expected a list", problem)
-
-
-def _culprit(schema: type, given: Mapping[str, Any], places: tuple[str, ...] = ()) -> str:
-    """The dotted key whose value alone does not fit, for errors that name none."""
-    for key, value in given.items():
-        nested: Any = value
-        for place in (key, *reversed(places)):
-            nested = {place: nested}
+def _parse_leaves(
+    schema: type, given: Mapping[str, Any], path: str, sources: Mapping[str, str]
+) -> dict[str, Any]:
+    """The fields that hold plain values, each of its type and inside its bounds, defaults included."""
+    merged = OmegaConf.structured(_leaves(schema), flags={"readonly": False})
+    for name, value in given.items():
         try:
-            OmegaConf.merge(OmegaConf.structured(schema), nested)
-        except (OmegaConfBaseException, TypeError):
-            here = (*places, str(key))
-            inside = _culprit(schema, value, here) if isinstance(value, Mapping) else ""
-            return inside or ".".join(here)
-    return ""
+            merged.merge_with({name: escaped(value)})
+        except OmegaConfBaseException as error:
+            problem = str(error).split("\n")[0]
+            problem = re.sub(r"Invalid value assigned: \w+ is not a .*\blist\b.*", "expected a list", problem)
+            kinds_differ = "a mapping stands where a list is expected, or a list in place of a mapping"
+            problem = problem.replace("Cannot merge incompatible container types", kinds_differ)
+            raise config_error(path, error.full_key or name, sources, problem) from error
+    values = {}
+    for name in merged:
+        if OmegaConf.is_missing(merged, name):
+            raise config_error(path, name, sources, MISSES)
+        value = merged[name]
+        for key, problem in misfits(plain(value), init_fields(schema)[name].metadata):
+            raise config_error(path, join(name, key), sources, problem)
+        values[name] = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+    return values
+
+
+@cache
+def _leaves(schema: type) -> type:
+    """A dataclass of the fields that hold plain values."""
+    hints = typing.get_type_hints(schema)
+    leaves = [
+        (name, hints[name], field(default=f.default, default_factory=f.default_factory))
+        for name, f in init_fields(schema).items()
+        if not held(schema, name)
+    ]
+    return dataclasses.make_dataclass(schema.__name__, leaves, kw_only=True)
 
 
 def _unknown_key(key: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> str:
@@ -291,15 +443,10 @@ def _places(key: str, given: Mapping[str, Any], path: str = "") -> Iterator[str]
             yield from _places(key, value, join(path, str(name)))
 
 
-def init_fields(schema: type) -> dict[str, dataclasses.Field]:
-    """Name -> field, of the fields that a config can set."""
-    return {f.name: f for f in dataclasses.fields(schema) if f.init}
-
-
 def config_error(path: str, key: str, sources: Mapping[str, str], message: str) -> ConfigError:
     """The error of a key inside ``path``, with the file that set it."""
     full = join(path, key)
-    return ConfigError(f"{full}{source_of(full, sources)}: {message}")
+    return ConfigError(f"{full}{source_of(full, sources)}: {message}" if full else message)
 
 
 def source_of(full_key: str, sources: Mapping[str, str]) -> str:

@@ -6,15 +6,11 @@ hold paths, and which settings belong to a component that another class replaces
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import re
-import types
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +24,21 @@ from omegaconf.errors import (
 )
 
 from fourdfy import registry
-from fourdfy.config import config_error, init_fields, source_of
+from fourdfy.config import (
+    Named,
+    Schema,
+    Slot,
+    config_error,
+    default_of,
+    held,
+    init_fields,
+    kinds,
+    mapping_at,
+    schema_at,
+    selector,
+    source_of,
+    walk,
+)
 from fourdfy.config_files import (
     COMMAND_LINE,
     ConfigError,
@@ -59,14 +69,15 @@ def load_config(
     overrides: Sequence[str] = (),
     stage: int | None = None,
     *,
-    schema: type | None = None,
+    schema: type = Schema,
 ) -> LoadedConfig:
     """Files merged left to right, then ``key=value`` overrides, interpolations resolved.
 
     Args:
         stage: of a recipe, which one this is: ``stage_2: {...}`` in the files is for the second alone.
         schema: the dataclass that the result is to be parsed into. It says which keys hold text, which is
-            taken as it was typed, which hold paths, and what a component that is replaced leaves behind.
+            taken as it was typed, which hold paths, what a component that is replaced leaves behind, and
+            which keys follow others.
 
     Raises:
         ConfigError: a file is missing or no YAML mapping; an override has no ``=``; a bad interpolation; a
@@ -86,18 +97,23 @@ def load_config(
         for layer in layers:
             _record(layer, sources, texts)
             merged = _merge(merged, layer, schema, replaced)
-        _tie_prompts(merged, texts)
+        _tie(schema, merged, texts)
         _check_emptied(merged, typed)
         draft_layer = _override_layer(typed)
         _record(draft_layer, sources, texts)
         draft = _merge(copy.deepcopy(merged), draft_layer, schema, {})
-        typed_layer = _override_layer(typed, lambda key, value: _places(schema, draft, merged, key, value))
+        keyed = [
+            join(path, name)
+            for path, owner, _ in walk(schema, draft)
+            for name, f in init_fields(owner).items()
+            if "keyed_by_path" in f.metadata
+        ]
+        typed_layer = _override_layer(typed, lambda key, value: _places(keyed, merged, key, value))
         merged = _merge(merged, typed_layer, schema, replaced)
-        lent: list[str] = []
-        if schema is not None:
-            _settle(schema, merged, "", texts, sources)
-            lent = _lend(schema, merged, replaced)
-        _share_prompt(merged)
+        for path, owner, node in walk(schema, merged):
+            _settle(owner, node, path, texts, sources)
+        lent = _lend(schema, merged, replaced)
+        _share(schema, merged)
         values: dict[str, Any] = OmegaConf.to_container(merged, resolve=True)  # type: ignore[assignment]
         for key in lent:
             _without(values, key)
@@ -182,14 +198,13 @@ def _import_plugins(layers: Sequence[Layer], paths: Sequence[str | Path]) -> dic
     return {"plugins": names, "plugin_path": [str(folder) for folder in used]}
 
 
-def _merge(
-    below: DictConfig, layer: Layer, schema: type | None, replaced: dict[str, dict[str, Any]]
-) -> DictConfig:
+def _merge(below: DictConfig, layer: Layer, schema: type, replaced: dict[str, dict[str, Any]]) -> DictConfig:
     """``layer`` over ``below``, which is used up. Where it names another class (``renderer_type``), the
     settings of the one that it replaces (``renderer``) are left behind, and noted in ``replaced``."""
     above = OmegaConf.create(layer.values)
-    if schema is not None:
-        _leave_behind(schema, below, above, "", replaced)
+    for path, owner, node in walk(schema, below):
+        if (over := mapping_at(above, path)) is not None:
+            _leave_behind(owner, node, over, path, replaced)
     _drop_other_kinds(below, above)
     return OmegaConf.merge(below, above)  # type: ignore[return-value]
 
@@ -198,117 +213,67 @@ def _drop_other_kinds(below: DictConfig, above: DictConfig) -> None:
     """Drop each list of ``below`` over which ``above`` lays a mapping, and the reverse: they can't merge."""
     for key in above:
         old, new = below._get_node(key), above._get_node(key)
-        if _is_mapping(old) and _is_mapping(new):
+        if mapping_at(below, key) is not None and mapping_at(above, key) is not None:
             _drop_other_kinds(old, new)
         elif {type(old), type(new)} == {ListConfig, DictConfig}:
             del below[key]
 
 
 def _leave_behind(
-    schema: type, below: DictConfig, above: DictConfig, path: str, replaced: dict[str, dict[str, Any]]
+    schema: type | Named, below: DictConfig, above: DictConfig, path: str, replaced: dict[str, dict[str, Any]]
 ) -> None:
-    for f in dataclasses.fields(schema):
-        old, new, spec = below._get_node(f.name), above._get_node(f.name), f.metadata.get("slot")
-        if spec and not spec.inside and above._get_node(spec.by) is not None:
-            names = {registry.canonical(str(_selector(schema, f, node))) for node in (below, above)}
-            if len(names) > 1 and old is not None:
-                if _is_mapping(old):
-                    replaced.setdefault(join(path, f.name), {}).update(plain(old))
-                del below[f.name]
-        elif _is_mapping(old) and _is_mapping(new):
-            with contextlib.suppress(ValueError):  # a name that no class has is an error later
-                if inner := _schema_in(schema, f, below):
-                    _leave_behind(inner, old, new, join(path, f.name), replaced)
+    """Drop what stands in the slots of ``below`` for which ``above`` names another class."""
+    for name in list(below):
+        spec = held(schema, name)
+        if not isinstance(spec, Slot) or (spec.inside and not isinstance(schema, Named)):
+            continue
+        teller = mapping_at(above, name) if spec.inside else above
+        if teller is None or teller._get_node(spec.by) is None:
+            continue
+        if len({registry.canonical(str(selector(schema, name, node))) for node in (below, above)}) > 1:
+            if (old := mapping_at(below, name)) is not None:
+                replaced.setdefault(join(path, name), {}).update(plain(old))
+            del below[name]
 
 
-def _is_mapping(node: Any) -> bool:
-    return isinstance(node, DictConfig) and isinstance(node._value(), dict)
+def _places(keyed: Sequence[str], files: DictConfig, key: str, value: Any) -> list[str]:
+    """The keys, each inside the one before, that a dotted key of the command line means.
 
-
-def _selector(schema: type, f: dataclasses.Field, node: DictConfig) -> Any:
-    """What names the class of a slot in ``node``, the mapping that it stands in; its default if nothing."""
-    spec = f.metadata["slot"]
-    if spec.inside:
-        inner = node._get_node(f.name)
-        given = OmegaConf.select(inner, spec.by) if _is_mapping(inner) else None
-        return given if given is not None else f.default_factory().get(spec.by)  # type: ignore[misc]
-    if node._get_node(spec.by) is not None:
-        return OmegaConf.select(node, spec.by)
-    default = init_fields(schema)[spec.by].default
-    return None if default is dataclasses.MISSING else default
-
-
-def _schema_in(schema: type, f: dataclasses.Field, node: DictConfig) -> type | None:
-    """The dataclass that the field's mapping in ``node`` is parsed into; None if it holds plain values.
-
-    Raises:
-        ValueError: no class has the name that selects it.
+    Args:
+        keyed: the mappings whose own keys are dotted paths.
     """
-    if spec := f.metadata.get("slot"):
-        selector = _selector(schema, f, node)
-        return registry.find(selector, spec.kind).Config if selector is not None else None
-    kinds = [kind for kind in _kinds(schema)[f.name] if dataclasses.is_dataclass(kind)]
-    return kinds[0] if kinds else None  # type: ignore[return-value]
-
-
-@cache
-def _kinds(schema: type) -> dict[str, tuple[Any, ...]]:
-    """Field -> the types that its annotation allows."""
-    hints = typing.get_type_hints(schema)
-    unions = (typing.Union, types.UnionType)
-    return {key: typing.get_args(h) if typing.get_origin(h) in unions else (h,) for key, h in hints.items()}
-
-
-def _places(schema: type | None, node: DictConfig, files: DictConfig, key: str, value: Any) -> list[str]:
-    """The keys, each inside the one before, that a dotted key of the command line means."""
-    name, _, rest = key.partition(".")
-    f = init_fields(schema).get(name) if schema else None
-    if not rest or f is None:
-        return key.split(".")
-    below = files._get_node(name)
-    if "keyed_by_path" in f.metadata:
-        known = below if _is_mapping(below) else {}
-        group, _, option = rest.rpartition(".")
-        is_group = rest in known or (group not in known and (value is None or isinstance(value, dict)))
-        return [name, rest] if is_group or not group else [name, group, option]
-    inner = None
-    with contextlib.suppress(ValueError):
-        inner = _schema_in(schema, f, node)
-    empty = OmegaConf.create()
-    node, files = (n if _is_mapping(n) else empty for n in (node._get_node(name), below))
-    return [name, *_places(inner, node, files, rest, value)]
+    for owner in keyed:
+        if key.startswith(f"{owner}."):
+            known, rest = mapping_at(files, owner) or {}, key.removeprefix(f"{owner}.")
+            group, _, option = rest.rpartition(".")
+            is_group = rest in known or (group not in known and (value is None or isinstance(value, dict)))
+            return [*owner.split("."), *([rest] if is_group or not group else [group, option])]
+    return key.split(".")
 
 
 def _settle(
-    schema: type, node: DictConfig, path: str, texts: Mapping[str, str], sources: Mapping[str, str]
+    schema: type | Named, node: DictConfig, path: str, texts: Mapping[str, str], sources: Mapping[str, str]
 ) -> None:
     """Put what was typed in the place of what YAML read, in every field of text, and expand paths."""
     for name, f in init_fields(schema).items():
-        key, kinds = join(path, name), _kinds(schema)[name]
-        if set(kinds) <= {str, type(None)}:
+        key, allowed = join(path, name), kinds(schema)[name]
+        if set(allowed) <= {str, type(None)}:
             if key in texts:
-                node[name] = None if texts[key] == "null" and type(None) in kinds else texts[key]
+                node[name] = None if texts[key] == "null" and type(None) in allowed else texts[key]
             written = node._get_node(name)
-            if written is not None and not isinstance(written._value(), (str, *kinds)):
+            if written is not None and not isinstance(written._value(), (str, *allowed)):
                 given = "null" if written._is_none() else plain(written)
                 raise config_error("", key, sources, f"expected a text, got {given}; put texts in quotes")
             if "path" in f.metadata:
                 _expand(node, name, key, sources)
-        elif list[str] in kinds and isinstance(entries := node._get_node(name), ListConfig):
+        elif list[str] in allowed and isinstance(entries := node._get_node(name), ListConfig):
             for index in range(len(entries)):
                 if (text := texts.get(f"{key}[{index}]")) is not None:
                     entries[index] = text
                 if "path" in f.metadata:
                     _expand(entries, index, key, sources)
-    for name, f in init_fields(schema).items():
-        try:
-            inner = _schema_in(schema, f, node)
-        except ValueError as error:
-            spec = f.metadata["slot"]
-            where = f"{name}.{spec.by}" if spec.inside else spec.by
-            raise config_error(path, where, sources, str(error)) from error
-        if inner and _is_mapping(node._get_node(name)):
-            _settle(inner, node._get_node(name), join(path, name), texts, sources)
+    for name in [*init_fields(schema)] or list(node):
+        schema_at(schema, name, node, path, sources)  # raises where no class has the name
 
 
 def _expand(node: Any, place: str | int, key: str, sources: Mapping[str, str]) -> None:
@@ -333,7 +298,10 @@ def _lend(schema: type, merged: DictConfig, replaced: Mapping[str, Mapping[str, 
     for owner, left in replaced.items():
         for key in sorted(references):
             if key.startswith(f"{owner}.") and _node_at(merged, key) is None:
-                value = _default_at(schema, merged, key)
+                place, _, name = key.rpartition(".")
+                OmegaConf.update(merged, place, {}, force_add=True)
+                schemas = {path: inner for path, inner, _ in walk(schema, merged)}
+                value = default_of(schemas[place], name) if place in schemas else None
                 if value is None:
                     value = _node_at(OmegaConf.create(left), key.removeprefix(f"{owner}."))
                 OmegaConf.update(merged, key, value, force_add=True)
@@ -349,21 +317,10 @@ def _strings(node: Any) -> Iterator[str]:
         yield node._value()
 
 
-def _node_at(node: Any, key: str) -> Any:
-    for place in key.split("."):
-        node = node._get_node(place) if _is_mapping(node) else None
-    return node
-
-
-def _default_at(schema: type | None, node: Any, key: str) -> Any:
-    name, _, rest = key.partition(".")
-    f = init_fields(schema).get(name) if schema else None
-    if f is None:
-        return None
-    if not rest:
-        return None if f.default is dataclasses.MISSING else f.default
-    below = node._get_node(name)
-    return _default_at(_schema_in(schema, f, node), below if _is_mapping(below) else OmegaConf.create(), rest)
+def _node_at(node: DictConfig, key: str) -> Any:
+    place, _, name = key.rpartition(".")
+    owner = mapping_at(node, place)
+    return None if owner is None else owner._get_node(name)
 
 
 def _without(values: dict[str, Any], key: str) -> None:
@@ -388,25 +345,35 @@ def _record(layer: Layer, sources: dict[str, str], texts: dict[str, str]) -> Non
     texts.update(layer.texts)
 
 
-def _tie_prompts(merged: DictConfig, texts: dict[str, str]) -> None:
+def _tie(schema: type, merged: DictConfig, texts: dict[str, str]) -> None:
     """Let the command line's prompt change all that files, such as a ``parsed.yaml``, say once each."""
-    key = "system.prompt_processor.prompt"
-    prompt = _node_at(merged, key)
-    for name in ("prompt_processor_multi_view", "prompt_processor_video"):
-        other = _node_at(merged, f"system.{name}.prompt")
-        if prompt is not None and other is not None and other._value() == prompt._value() != "???":
-            merged.system[name].prompt = f"${{{key}}}"
-            texts.pop(f"system.{name}.prompt", None)
+    for key, node, name, source in _sharing(schema, merged):
+        own, other = node._get_node(name), _node_at(merged, source)
+        if own is not None and other is not None and own._value() == other._value() != "???":
+            node[name] = f"${{{source}}}"
+            texts.pop(key, None)
 
 
-def _share_prompt(merged: DictConfig) -> None:
-    """``system.prompt_processor.prompt`` serves the other processors unless they have their own."""
-    system, key = merged.get("system"), "system.prompt_processor.prompt"
-    if OmegaConf.select(merged, key, throw_on_missing=False) is None:
-        return
-    for name in ("prompt_processor_multi_view", "prompt_processor_video"):
-        if name in system and (OmegaConf.is_missing(system[name], "prompt") or "prompt" not in system[name]):
-            system[name].prompt = f"${{{key}}}"
+def _share(schema: type, merged: DictConfig) -> None:
+    """What a slot shares with another serves it unless it has its own."""
+    for _, node, name, source in _sharing(schema, merged):
+        if OmegaConf.select(merged, source) is not None and (
+            name not in node or OmegaConf.is_missing(node, name)
+        ):
+            node[name] = f"${{{source}}}"
+
+
+def _sharing(schema: type, merged: DictConfig) -> Iterator[tuple[str, DictConfig, str, str]]:
+    """Dotted key, mapping and name of each setting that follows another, and the other's dotted key."""
+    for path, owner, node in walk(schema, merged):
+        for slot in init_fields(owner):
+            if (
+                isinstance(spec := held(owner, slot), Slot)
+                and spec.shares
+                and (inner := mapping_at(node, slot))
+            ):
+                name = spec.shares.rpartition(".")[2]
+                yield join(path, f"{slot}.{name}"), inner, name, join(path, spec.shares)
 
 
 def register_resolvers() -> None:

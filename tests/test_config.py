@@ -225,7 +225,9 @@ def test_one_prompt_serves_all_processors_unless_they_have_their_own(tmp_path):
         "system: {prompt_processor: {prompt: a}, prompt_processor_multi_view: {prompt: '???'},"
         " prompt_processor_video: {prompt: b}}\n"
     )
-    system = load_config([tmp_path / "a.yaml"], ["system.prompt_processor.prompt=c d"]).values["system"]
+    system = load_config(
+        [tmp_path / "a.yaml"], ["system.prompt_processor.prompt=c d"], schema=ExperimentConfig
+    ).values["system"]
     assert [system[key]["prompt"] for key in system] == ["c d", "c d", "b"]
 
 

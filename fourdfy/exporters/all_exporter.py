@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fourdfy.config import component_class, slot
+from fourdfy.config import slot
 from fourdfy.exporters.base import Exporter, Subject
 from fourdfy.registry import register
 
@@ -29,5 +29,5 @@ class AllExporter(Exporter):
         for inner in (self.cfg.video, self.cfg.mesh):  # meshes last: they can be refused
             if inner is not None:
                 cfg = replace(inner, clip_seconds=inner.clip_seconds or self.cfg.clip_seconds)
-                files = component_class(inner)(cfg).export(subject, folder) + files
+                files = cfg.build().export(subject, folder) + files
         return files

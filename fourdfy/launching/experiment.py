@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fourdfy.bounds import number
-from fourdfy.config import build, config_error, file_path, ignored, parse_config, slot, warn_of_ignored
+from fourdfy.config import config_error, file_path, ignored, parse_config, slot, warn_of_ignored
 from fourdfy.config_files import COMMAND_LINE, ConfigError, literal_override
 from fourdfy.config_layers import LoadedConfig, load_config
 from fourdfy.data.base import DataModule
@@ -178,7 +178,7 @@ class Experiment:
         return {**self.values, **paths}
 
     def build_system(self) -> System:
-        return build(self.cfg.system, plan=self.plan, seed=self.cfg.seed)
+        return self.cfg.system.build(plan=self.plan, seed=self.cfg.seed)
 
     def load_system(self, device: str, checkpoint: Path) -> System:
         """The system with the scene of a checkpoint, at the checkpoint's step."""
@@ -188,8 +188,7 @@ class Experiment:
         return system.to(device).eval()
 
     def build_data(self) -> DataModule:
-        return build(
-            self.cfg.data,
+        return self.cfg.data.build(
             seed=self.cfg.seed,
             choose_step=lambda step: self.plan.choose(self.cfg.seed, step).name,
         )

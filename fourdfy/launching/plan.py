@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from fourdfy.config import ConfigError, build, component_class
+from fourdfy.config import ConfigError
 from fourdfy.config_files import COMMAND_LINE
 from fourdfy.data.sampling import at_step
 from fourdfy.launching.experiment import Experiment, trial_of
@@ -98,14 +98,14 @@ def check_priors(experiment: Experiment) -> None:
     system = experiment.cfg.system
     for step in experiment.plan.steps:
         try:
-            build(getattr(system, step.prompt_cfg)).check_texts()
+            getattr(system, step.prompt_cfg).build().check_texts()
         except ValueError as error:
             raise ConfigError(f"system.{step.prompt_cfg}: {error}") from error
         guidance = getattr(system, step.guidance_cfg)
         for name, parts in guidance.models():
             if folder := stored_folder(name, parts):
                 for part in parts:
-                    check_part(folder, part, getattr(component_class(guidance), "unet_class", ""))
+                    check_part(folder, part, getattr(guidance.component, "unet_class", ""))
 
 
 def check_groups(experiment: Experiment) -> None:
@@ -183,7 +183,7 @@ def _memory_estimate(experiment: Experiment) -> float:
     is the largest of a few random cameras: the two are within a third of each other.
     """
     cfg = experiment.cfg.system
-    scene = sum(p.numel() for p in build(cfg.geometry).parameters()) * 16
+    scene = sum(p.numel() for p in cfg.geometry.build().parameters()) * 16
     stored = sum(
         stored_bytes(name, tuple(part for part in parts if part in ("unet", "vae"))) or 0
         for name, parts in needed_models([experiment]).items()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import grid_sample
 
 from fourdfy.bounds import number
-from fourdfy.config import build, ignored, inner_slot
+from fourdfy.config import ignored, inner_slot
 from fourdfy.ops.activations import get_activation
 from fourdfy.registry import register
 from fourdfy.scenes.nerf.base import Background
@@ -84,7 +84,7 @@ class NeuralEnvironmentMap(Background):
         super().__init__()
         self.cfg = cfg
         self.encoding = CompositeEncoding(cfg.dir_encoding_config, 3)
-        self.network: VanillaMLP = build(cfg.mlp_network_config, self.encoding.n_output_dims, 3)
+        self.network: VanillaMLP = cfg.mlp_network_config.build(self.encoding.n_output_dims, 3)
         self.color_activation = get_activation(cfg.color_activation)
 
     def forward(

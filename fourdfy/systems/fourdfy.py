@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from fourdfy.bounds import scheduled
-from fourdfy.config import Component, ConfigError, build, component_class, file_path, ignored, slot
+from fourdfy.config import Component, ConfigError, file_path, ignored, slot
 from fourdfy.exporters.base import Exporter, Subject
 from fourdfy.guidance.base import Guidance
 from fourdfy.ops.cameras import cast_rays
@@ -82,9 +82,13 @@ class FourdfySystem(System):
         prompt_processor_type: str | None = None
         prompt_processor: Any = slot(PromptProcessor, "prompt_processor_type")
         prompt_processor_type_multi_view: str | None = None
-        prompt_processor_multi_view: Any = slot(PromptProcessor, "prompt_processor_type_multi_view")
+        prompt_processor_multi_view: Any = slot(
+            PromptProcessor, "prompt_processor_type_multi_view", shares="prompt_processor.prompt"
+        )
         prompt_processor_type_video: str | None = None
-        prompt_processor_video: Any = slot(PromptProcessor, "prompt_processor_type_video")
+        prompt_processor_video: Any = slot(
+            PromptProcessor, "prompt_processor_type_video", shares="prompt_processor.prompt"
+        )
         guidance_type: str | None = None
         guidance: Any = slot(Guidance, "guidance_type")
         guidance_type_multi_view: str | None = None
@@ -122,7 +126,7 @@ class FourdfySystem(System):
 
         def _check_needs(self) -> None:
             """Every part gets from the others what it reads of them."""
-            wants_normals = component_class(self.material).requires_normal or self.renderer.wants_normals
+            wants_normals = self.material.component.requires_normal or self.renderer.wants_normals
             if wants_normals and not self.geometry.has_normals:
                 raise ValueError(
                     "geometry.normal_type=null: the material or the renderer wants normals; use "
@@ -145,11 +149,11 @@ class FourdfySystem(System):
         super().__init__()
         self.cfg, self.plan, self.seed = cfg, plan, seed
         torch.manual_seed(step_seed(seed, 0, "parameters"))
-        self.geometry: Geometry = build(cfg.geometry)
-        self.material: Material = build(cfg.material)
-        self.background: Background = build(cfg.background)
+        self.geometry: Geometry = cfg.geometry.build()
+        self.material: Material = cfg.material.build()
+        self.background: Background = cfg.background.build()
         scene = Scene(self.geometry, self.material, self.background)
-        self.renderer: Renderer = build(cfg.renderer, scene)
+        self.renderer: Renderer = cfg.renderer.build(scene)
         self.texts: dict[str, TextEmbeddings] = {}
         self.audit = GradientAudit(frozenset(step.name for step in plan.steps))
         self.step = 0
@@ -162,10 +166,10 @@ class FourdfySystem(System):
         torch.manual_seed(step_seed(self.seed, 0, "guidance parameters"))
         for step in self.plan.steps:
             with _errors_of(f"system.{step.prompt_cfg}"):
-                prompts: PromptProcessor = build(getattr(self.cfg, step.prompt_cfg))
+                prompts: PromptProcessor = getattr(self.cfg, step.prompt_cfg).build()
                 self.texts[step.name] = prompts.embeddings(device)
             with _errors_of(f"system.{step.guidance_cfg}"):
-                guidance: Guidance = build(getattr(self.cfg, step.guidance_cfg), device=device)
+                guidance: Guidance = getattr(self.cfg, step.guidance_cfg).build(device=device)
                 guidance.cfg.check_text_encoder(prompts.cfg.pretrained_model_name_or_path)
                 setattr(self, step.guidance, guidance)
         if weights:  # again, now that there is a LoRA to take its own
@@ -279,7 +283,7 @@ class FourdfySystem(System):
             step=self.step,
             device=self.device,
         )
-        return build(self.cfg.exporter).export(subject, folder)
+        return self.cfg.exporter.build().export(subject, folder)
 
     # -- checkpoints ----------------------------------------------------------------------------
 

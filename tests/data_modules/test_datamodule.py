@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fourdfy.config import ConfigError, build, parse_config
+from fourdfy.config import ConfigError, parse_config
 from fourdfy.data.base import DataModule
 from fourdfy.data.datamodule import CombinedCameraDataModule
 from fourdfy.registry import find
@@ -180,5 +180,4 @@ def test_wrong_settings_are_named(path, value, message):
 
 def test_the_parsed_config_builds_its_module():
     cfg = parse_config(CombinedCameraDataModule.Config, STAGE_3, "data")
-    object.__setattr__(cfg, "_component", CombinedCameraDataModule)
-    assert build(cfg, seed=0, choose_step=lambda step: "video").batch(0).step == "video"
+    assert cfg.build(seed=0, choose_step=lambda step: "video").batch(0).step == "video"

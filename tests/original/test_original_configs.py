@@ -15,7 +15,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from fourdfy.config import ConfigError, component_class
+from fourdfy.config import ConfigError
 from fourdfy.launching.experiment import load_experiment
 from fourdfy.launching.recipe import load_recipe
 from tests.commands import CONFIGS, ROOT
@@ -184,7 +184,7 @@ def test_what_threestudio_s_extension_calls_the_components_is_understood(caplog)
     ours = load_recipe([CONFIGS / "fourdfy_stage_3.yaml"], [PROMPT])[0].experiment
     assert theirs.cfg.system.guidance_video == ours.cfg.system.guidance_video
     for part in ("guidance_video", "guidance_multi_view", "background", "prompt_processor_video"):
-        mine, its = (component_class(getattr(e.cfg.system, part)) for e in (ours, theirs))
+        mine, its = (getattr(e.cfg.system, part).component for e in (ours, theirs))
         assert mine is its
     assert not caplog.records
     load_recipe([CONFIGS / "fourdfy_stage_3.yaml"], [PROMPT, "system.background.share_aug=false"])

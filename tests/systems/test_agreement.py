@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fourdfy.config import ConfigError, build
+from fourdfy.config import ConfigError
 from fourdfy.launching.experiment import load_experiment
 from fourdfy.priors.mvdream import MultiViewAttention
 from fourdfy.types import StepContext
@@ -26,7 +26,7 @@ def parsed(config, *overrides):
 
 def asked_of_the_prior(this, kind: str, guidance_key: str):
     """(batch of a step of ``kind``, noisy latents with the text, their texts, guidance)."""
-    data, guidance, seen = this.build_data(), build(getattr(this.cfg.system, guidance_key), device=CPU), {}
+    data, guidance, seen = this.build_data(), getattr(this.cfg.system, guidance_key).build(device=CPU), {}
 
     def record(noisy, timesteps, states, cameras=None):
         seen.update(noisy=noisy.chunk(2)[0], texts=states.chunk(2)[0])

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fourdfy.bounds import number
-from fourdfy.config import Component, build, ignored, inner_slot
+from fourdfy.config import Component, ignored, inner_slot
 from fourdfy.ops.hash_grid import HashGridSpec, check_backend, hash_grid
 from fourdfy.ops.spherical_harmonics import MAX_DEGREE, spherical_harmonics
 from fourdfy.registry import register
@@ -77,7 +77,7 @@ class CompositeEncoding(nn.Module):
 
     def __init__(self, cfg: Encoding.Config, n_input_dims: int) -> None:
         super().__init__()
-        self.encoding: Encoding = build(cfg, n_input_dims)
+        self.encoding: Encoding = cfg.build(n_input_dims)
         self.include_xyz = cfg.include_xyz
         self.n_output_dims = self.encoding.n_output_dims + (n_input_dims if cfg.include_xyz else 0)
 
@@ -277,8 +277,8 @@ class HashGridSpatialTimeDeform(HashGrid):
     def __init__(self, cfg: Config, n_input_dims: int = 3) -> None:
         super().__init__(cfg, n_input_dims)
         self.encoding_time = CompositeEncoding(cfg.time_encoding_config, n_input_dims + 1)
-        self.time_network: VanillaMLP = build(
-            cfg.time_network_config, self.encoding_time.n_output_dims, n_input_dims
+        self.time_network: VanillaMLP = cfg.time_network_config.build(
+            self.encoding_time.n_output_dims, n_input_dims
         )
         self.encoding.requires_grad_(cfg.static)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fourdfy.bounds import number
-from fourdfy.config import build, ignored, inner_slot
+from fourdfy.config import ignored, inner_slot
 from fourdfy.ops.activations import get_activation
 from fourdfy.registry import register
 from fourdfy.scenes.nerf.base import Geometry
@@ -130,11 +130,11 @@ class ImplicitVolume(Geometry):
         self.register_buffer("bbox", torch.stack([-corner, corner]))
         self.encoding = CompositeEncoding(cfg.pos_encoding_config, cfg.n_input_dims)
         width = self.encoding.n_output_dims
-        self.density_network: VanillaMLP = build(cfg.mlp_network_config, width, 1)
+        self.density_network: VanillaMLP = cfg.mlp_network_config.build(width, 1)
         if cfg.n_feature_dims > 0:
-            self.feature_network: VanillaMLP = build(cfg.mlp_network_config, width, cfg.n_feature_dims)
+            self.feature_network: VanillaMLP = cfg.mlp_network_config.build(width, cfg.n_feature_dims)
         if cfg.normal_type == "pred":
-            self.normal_network: VanillaMLP = build(cfg.mlp_network_config, width, 3)
+            self.normal_network: VanillaMLP = cfg.mlp_network_config.build(width, 3)
         self.density_activation = get_activation(cfg.density_activation)
 
     @property

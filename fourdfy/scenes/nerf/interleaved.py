@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fourdfy.config import build, slot
+from fourdfy.config import slot
 from fourdfy.registry import register
 from fourdfy.scenes.nerf.masked import MaskedVolumeRenderer, Quotas
 from fourdfy.scenes.nerf.renderer_base import Renderer, SampleBudget, Scene
@@ -39,7 +39,7 @@ class InterleavedVolumeRenderer(Renderer):
 
     def __init__(self, cfg: Config, scene: Scene) -> None:
         super().__init__(cfg, scene)
-        self.base_renderer: MaskedVolumeRenderer = build(cfg.base_renderer, scene)
+        self.base_renderer: MaskedVolumeRenderer = cfg.base_renderer.build(scene)
 
     def forward(
         self,

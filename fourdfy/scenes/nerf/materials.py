@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fourdfy.bounds import number
-from fourdfy.config import build, inner_slot
+from fourdfy.config import inner_slot
 from fourdfy.ops.activations import get_activation
 from fourdfy.registry import register
 from fourdfy.scenes.nerf.base import Material
@@ -51,7 +51,7 @@ class NoMaterial(Material):
         self.color_activation = get_activation(cfg.color_activation)
         self.network: VanillaMLP | None = None
         if cfg.mlp_network_config:
-            self.network = build(cfg.mlp_network_config, cfg.input_feature_dims, cfg.n_output_dims)
+            self.network = cfg.mlp_network_config.build(cfg.input_feature_dims, cfg.n_output_dims)
 
     def forward(
         self,
@@ -173,7 +173,7 @@ class NeuralRadiance(Material):
         self.cfg = cfg
         self.encoding = CompositeEncoding(cfg.dir_encoding_config, 3)
         width = cfg.input_feature_dims + self.encoding.n_output_dims
-        self.network: VanillaMLP = build(cfg.mlp_network_config, width, 3)
+        self.network: VanillaMLP = cfg.mlp_network_config.build(width, 3)
         self.color_activation = get_activation(cfg.color_activation)
 
     def forward(
