@@ -335,7 +335,7 @@ def _parse_held(
     value = given.get(name, default)
     if dataclasses.is_dataclass(value):  # made in Python, or a default
         if isinstance(spec, Slot) and not issubclass(value.component, spec.kind):
-            problem = f"expected the Config of a {spec.kind.__name__}, got {type(value).__qualname__}"
+            problem = f"expected the Config of {spec.kind.__name__}, got {type(value).__qualname__}"
             raise config_error(path, name, sources, problem)
         return value
     if value is None and isinstance(spec, type):
