@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "exporters": {"ops", "files", "scenes"},
     "original": {"files"},
     "systems": {"ops", "files", "scenes", "prompts", "guidance", "data", "exporters", "original"},
-    "shapes": {"ops", "files", "data", "priors"},
+    "shapes": {"ops"},
     "evaluation": {"ops", "files", "data", "systems", "shapes", "launching"},
     "callbacks": {"ops", "files", "data", "systems", "launching"},
     "launching": {

@@ -35,7 +35,6 @@ from fourdfy.evaluation.report import Moment, ShapesReport, summary_table
 from fourdfy.launching.devices import use_device
 from fourdfy.launching.recipe import load_recipe
 from fourdfy.launching.run import train_stage
-from fourdfy.ops.cameras import orbit_cameras
 from fourdfy.shapes import world
 from fourdfy.shapes.grammar import COLOURS, ShapePrompt, is_held_out, parse_prompt
 from fourdfy.systems.base import System
@@ -190,15 +189,7 @@ def _look(
     """Render every azimuth at every moment."""
     all_times = torch.tensor(times, device=device).repeat_interleave(len(azimuths_deg))
     azimuth_deg = torch.tensor(azimuths_deg, device=device).repeat(len(times))
-    cameras = orbit_cameras(
-        torch.full_like(azimuth_deg, ELEVATION_DEG),
-        azimuth_deg,
-        distance=world.CAMERA_DISTANCE,
-        fovy_deg=world.FOVY_DEG,
-        times=all_times,
-        height=world.IMAGE_SIZE,
-        width=world.IMAGE_SIZE,
-    )
+    cameras = world.orbit(torch.full_like(azimuth_deg, ELEVATION_DEG), azimuth_deg, all_times)
     images = []
     for first in range(0, len(cameras), FRAMES_PER_CALL):
         some = cameras[first : first + FRAMES_PER_CALL]

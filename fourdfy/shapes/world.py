@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from fourdfy.ops.cameras import cast_rays
+from fourdfy.ops.cameras import cast_rays, orbit_cameras
 from fourdfy.shapes.grammar import COLOURS, MOTIONS, SHAPES, ShapePrompt
 from fourdfy.types import Cameras
 
@@ -85,6 +85,24 @@ def pose_from_codes(
     return torch.stack([zero, aside, height], dim=-1), scale, yaw
 
 
+def orbit(
+    elevation_deg: Float[Tensor, "F"],
+    azimuth_deg: Float[Tensor, "F"],
+    times: Float[Tensor, "F"],
+    size: int = IMAGE_SIZE,
+) -> Cameras:
+    """Square cameras at the distance and with the angle of view that the models know."""
+    return orbit_cameras(
+        elevation_deg,
+        azimuth_deg,
+        distance=CAMERA_DISTANCE,
+        fovy_deg=FOVY_DEG,
+        times=times,
+        height=size,
+        width=size,
+    )
+
+
 def render(
     prompts: Sequence[ShapePrompt],
     cameras: Cameras,
@@ -123,27 +141,6 @@ def render_codes(
         colour = colour + (1 - alpha) * background[frames, None, None, :]
         rgb[frames], opacity[frames] = _shrink(colour, supersample), _shrink(alpha, supersample)
     return rgb, opacity
-
-
-def contains(
-    prompt: ShapePrompt, points: Float[Tensor, "N 3"], times: Float[Tensor, "N"]
-) -> Float[Tensor, "N"]:
-    """1 where a world point is inside the object at its moment, else 0."""
-    offset, scale, yaw = pose(prompt, times)
-    x, y, z = (_to_object(points - offset, yaw) / scale[:, None]).unbind(-1)
-    radius = torch.hypot(x, y)
-    if prompt.shape == "ball":
-        inside = x**2 + y**2 + z**2 <= BALL_RADIUS**2
-    elif prompt.shape == "cube":
-        inside = torch.stack([x, y, z]).abs().amax(0) <= CUBE_HALF
-    elif prompt.shape == "cone":
-        slope = CONE_RADIUS / (CONE_TOP - CONE_BASE)
-        inside = (z >= CONE_BASE) & (radius <= slope * (CONE_TOP - z))
-    elif prompt.shape == "cylinder":
-        inside = (z.abs() <= CYLINDER_HALF) & (radius <= CYLINDER_RADIUS)
-    else:
-        inside = torch.maximum(x.abs(), y.abs()) / DIAMOND_RADIUS + z.abs() / DIAMOND_HALF <= 1
-    return inside.to(points.dtype)
 
 
 def _render_one_shape(

@@ -5,19 +5,35 @@ import math
 import pytest
 import torch
 
-from fourdfy.ops.cameras import cast_rays, orbit_cameras
+from fourdfy.ops.cameras import cast_rays
+from fourdfy.shapes import world
 from fourdfy.shapes.grammar import MOTIONS, SHAPES, ShapePrompt
-from fourdfy.shapes.world import BACKGROUNDS, COLOUR_RGB, contains, pose, render
+from fourdfy.shapes.world import BACKGROUNDS, COLOUR_RGB, orbit, pose, render
 
 GREY = torch.tensor(BACKGROUNDS[0])
 
 
 def cameras(azimuths, times, elevation=10.0, size=32, dtype=torch.float32):
     azimuth = torch.tensor(azimuths, dtype=dtype)
-    return orbit_cameras(
-        torch.full_like(azimuth, elevation), azimuth, distance=3.0, fovy_deg=40.0,
-        times=torch.tensor(times, dtype=dtype), height=size, width=size,
-    )  # fmt: skip
+    return orbit(torch.full_like(azimuth, elevation), azimuth, torch.tensor(times, dtype=dtype), size)
+
+
+def contains(prompt, points, times):
+    """1 where a world point is inside the object at its moment, else 0: the definition of the shapes."""
+    offset, scale, yaw = pose(prompt, times)
+    x, y, z = (points - offset).unbind(-1)
+    x, y = yaw.cos() * x + yaw.sin() * y, yaw.cos() * y - yaw.sin() * x
+    x, y, z = (axis / scale for axis in (x, y, z))
+    radius = torch.hypot(x, y)
+    inside = {
+        "ball": torch.hypot(radius, z) <= world.BALL_RADIUS,
+        "cube": torch.stack([x, y, z]).abs().amax(0) <= world.CUBE_HALF,
+        "cone": (z >= world.CONE_BASE)
+        & (radius * (world.CONE_TOP - world.CONE_BASE) <= world.CONE_RADIUS * (world.CONE_TOP - z)),
+        "cylinder": (z.abs() <= world.CYLINDER_HALF) & (radius <= world.CYLINDER_RADIUS),
+        "diamond": torch.maximum(x.abs(), y.abs()) / world.DIAMOND_RADIUS + z.abs() / world.DIAMOND_HALF <= 1,
+    }
+    return inside[prompt.shape].to(points.dtype)
 
 
 def pupil_share(shape, motion, azimuths, times):

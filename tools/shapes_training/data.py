@@ -8,25 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fourdfy.ops.cameras import orbit_cameras
 from fourdfy.priors.mvdream import camera_vectors
 from fourdfy.shapes.grammar import MOMENTS, VIEWS, all_prompts, full_text, is_held_out
-from fourdfy.shapes.models import NUM_FRAMES, NUM_VIEWS
-from fourdfy.shapes.world import (
-    BACKGROUNDS,
-    CAMERA_DISTANCE,
-    ELEVATION_RANGE_DEG,
-    FOVY_DEG,
-    IMAGE_SIZE,
-    encode_prompts,
-    render_codes,
-)
+from fourdfy.shapes.world import BACKGROUNDS, ELEVATION_RANGE_DEG, encode_prompts, orbit, render_codes
 from fourdfy.types import Cameras, TensorRecord, TextEmbeddings
+from tools.shapes_training import store
+from tools.shapes_training.models import LATENT_SIZE, NUM_FRAMES, NUM_VIEWS, build_tokenizer
 
 FRAMES = {"vae": 1, "image": 1, "multi_view": NUM_VIEWS, "video": NUM_FRAMES}
 
@@ -57,6 +50,14 @@ def table_texts() -> Iterator[str]:
     yield ""
 
 
+@torch.no_grad()
+def text_table(out: Path, device: torch.device) -> Float[Tensor, "NUM_TEXTS L C"]:
+    """The embeddings of every text of the world, the empty prompt last."""
+    tokenizer, encoder = build_tokenizer(), store.load_part(out, "text", device)
+    tokens = tokenizer(list(table_texts()), padding="max_length", truncation=True, return_tensors="pt")
+    return torch.cat([encoder(ids.to(device)).last_hidden_state for ids in tokens.input_ids.split(512)])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Scenes(TensorRecord):
     """G scenes to render, on the CPU."""
@@ -73,17 +74,10 @@ class Scenes(TensorRecord):
     def __len__(self) -> int:
         return len(self.codes)
 
-    def cameras(self, device: torch.device | str, size: int = IMAGE_SIZE) -> Cameras:
+    def cameras(self, device: torch.device) -> Cameras:
         """The G*F cameras, frames of a scene neighbours."""
-        return orbit_cameras(
-            self.elevation_deg.flatten().to(device),
-            self.azimuth_deg.flatten().to(device),
-            distance=CAMERA_DISTANCE,
-            fovy_deg=FOVY_DEG,
-            times=self.times.flatten().to(device),
-            height=size,
-            width=size,
-        )
+        frames = (self.elevation_deg, self.azimuth_deg, self.times)
+        return orbit(*(values.flatten().to(device) for values in frames))
 
 
 def draw_scenes(part: str, count: int, generator: torch.Generator) -> Scenes:
@@ -117,13 +111,12 @@ def draw_scenes(part: str, count: int, generator: torch.Generator) -> Scenes:
     if part in VIEW_THRESHOLDS_DEG:
         worded = uniform(count) < VIEW_PROBABILITY
         view = torch.where(worded, 1 + view_index(part, elevation, azimuth[:, 0]), 0)
-    background = torch.tensor(BACKGROUNDS)[torch.randint(2, (count,), generator=generator)]
     return Scenes(
         codes=encode_prompts(all_prompts())[prompt],
         times=times,
         azimuth_deg=azimuth,
         elevation_deg=elevation[:, None].expand(-1, frames),
-        background=background,
+        background=torch.tensor(BACKGROUNDS)[torch.randint(2, (count,), generator=generator)],
         text=text_row(prompt, moment, view),
     )
 
@@ -146,7 +139,7 @@ def view_index(
     return index.view(azimuth_deg.shape)
 
 
-def render_scenes(scenes: Scenes, device: torch.device | str) -> Float[Tensor, "G F 3 H W"]:
+def render_scenes(scenes: Scenes, device: torch.device) -> Float[Tensor, "G F 3 H W"]:
     """Images in [-1, 1]."""
     frames = scenes.times.shape[1]
     codes = scenes.codes.repeat_interleave(frames, dim=0)
@@ -158,15 +151,13 @@ def render_scenes(scenes: Scenes, device: torch.device | str) -> Float[Tensor, "
 class LatentPool:
     """A ring of encoded scenes on the device, from which batches are drawn with replacement."""
 
-    def __init__(
-        self, part: str, size: int, vae: torch.nn.Module, seed: int, device: torch.device | str
-    ) -> None:
+    def __init__(self, part: str, size: int, vae: torch.nn.Module, seed: int, device: torch.device) -> None:
         self.part, self.vae, self.device = part, vae, device
         self.generator = torch.Generator().manual_seed(seed)
-        frames, latent = FRAMES[part], IMAGE_SIZE // 4
-        self.latents = torch.empty(size, frames, 4, latent, latent, dtype=torch.float16, device=device)
+        shape = (size, FRAMES[part], 4, LATENT_SIZE, LATENT_SIZE)
+        self.latents = torch.empty(shape, dtype=torch.float16, device=device)
         self.text = torch.empty(size, dtype=torch.long, device=device)
-        self.cameras = torch.empty(size, frames, 16, device=device) if part == "multi_view" else None
+        self.cameras = torch.empty(*shape[:2], 16, device=device) if part == "multi_view" else None
         self.filled = 0
         self._next = 0
 
@@ -185,9 +176,8 @@ class LatentPool:
         self.latents[rows] = scaled.unflatten(0, images.shape[:2]).half()
         self.text[rows] = scenes.text.to(self.device)
         if self.cameras is not None:
-            self.cameras[rows] = camera_vectors(scenes.cameras(self.device).c2w).unflatten(
-                0, images.shape[:2]
-            )
+            vectors = camera_vectors(scenes.cameras(self.device).c2w)
+            self.cameras[rows] = vectors.unflatten(0, images.shape[:2])
         self.filled = max(self.filled, rows.stop)
         self._next = rows.stop % len(self)
 

@@ -1,0 +1,1 @@
+"""Trains the small models that ship in ``fourdfy/shapes/assets``; see ``docs/shapes.md``."""

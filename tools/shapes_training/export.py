@@ -1,0 +1,160 @@
+"""Write trained parts as genuine model folders: Stable Diffusion and ZeroScope layouts, with cards.
+
+The VAE, the text encoder and the tokenizer are small and lie in each of the three folders.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from tools.shapes_training import store
+from tools.shapes_training.models import CLASSES, DENOISERS, FOLDERS, build_scheduler, write_tokenizer
+
+logger = logging.getLogger(__name__)
+
+_TITLES = {
+    "image": "Shapes world: text to image",
+    "multi_view": "Shapes world: text and cameras to four views",
+    "video": "Shapes world: text to video",
+}
+_USES = {
+    "image": "A Stable Diffusion layout (`UNet2DConditionModel`, velocity prediction). Prompts may end in "
+    'time words ("at the start": t = 0; "in the first quarter", ...) and view words ("front view", ...).',
+    "multi_view": "MVDream's layout: a `UNet2DConditionModel` whose class embedding takes the flattened "
+    "camera and whose self-attention must be spread over the four views of a group with "
+    "`fourdfy.priors.mvdream.enable_multi_view_attention`. Prompts may end in time words.",
+    "video": "ZeroScope's layout (`UNet3DConditionModel`): 8 frames at t0 + k / 8, one camera. Prompts may "
+    "end in view words.",
+}
+_CARD = """\
+---
+license: apache-2.0
+---
+
+# {title}
+
+{use}
+
+64 x 64 images, VAE latents 4 x 16 x 16, 32 tokens; {prediction_type}.
+Made for tests and demonstrations of fourdfy: it knows only the objects of
+`fourdfy/shapes/grammar.py`. A fifth of the prompts was held out from training.
+
+## Training
+
+Data: renderings of `fourdfy/shapes/world.py`, drawn by `tools/shapes_training/data.py`; nothing else.
+Command: `python -m tools.shapes_training all --out DIR --seed {seed}`, or part by part:
+
+| part | parameters | steps | batch | seconds | device | seed | final losses |
+| --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+_CELLS = ("parameters", "steps", "batch", "seconds", "device", "seed")
+
+
+def export(out: Path, assets: Path) -> list[Path]:
+    """Write a folder under ``assets`` for every denoiser that ``out`` holds, in half precision.
+
+    With none trained yet, only the text encoder and the tokenizer of ``shapes-image`` are written.
+    """
+    parts = [part for part in DENOISERS if store.weights_path(out, part).exists()]
+    if not parts:
+        folder = assets / FOLDERS["image"]
+        _save_shared(out, folder, with_vae=store.weights_path(out, "vae").exists())
+        return [folder]
+    return [_export_denoiser(out, part, assets / FOLDERS[part]) for part in parts]
+
+
+def model_card(part: str, records: dict[str, dict[str, Any]]) -> str:
+    """The README of a model folder, from what its training recorded."""
+    head = _CARD.format(
+        title=_TITLES[part],
+        use=_USES[part],
+        prediction_type=build_scheduler().config.prediction_type,
+        seed=records[part].get("seed", 0),
+    )
+    lines = []
+    for name, entry in records.items():
+        losses = ", ".join(f"{key} {value:.4g}" for key, value in entry.get("losses", {}).items())
+        lines.append(f"| {name} | {' | '.join(str(entry.get(cell, '')) for cell in _CELLS)} | {losses} |")
+    vae = records["vae"]
+    if "psnr" in vae:
+        lines += ["", f"VAE: PSNR {vae['psnr']:.1f} dB, scaling factor {vae['scaling_factor']:.4f}."]
+    if "quality" in records[part]:
+        lines += _samples(records[part]["quality"])
+    return head + "\n".join(lines) + "\n"
+
+
+def _samples(quality: dict[str, Any]) -> list[str]:
+    names = list(quality["shares"]["all"])
+    lines = [
+        "",
+        "## Samples",
+        "",
+        f"{quality['num_prompts']} prompts, {quality['num_held_out']} of them held out; DDIM, "
+        f"{quality['steps']} steps, guidance {quality['guidance_scale']}. Shares of the samples whose",
+        "nearest ground truth agrees with the prompt (`tools/shapes_training/quality.py`). Right: all.",
+        "",
+        f"| prompts | {' | '.join(names)} |",
+        f"| --- |{' --- |' * len(names)}",
+    ]
+    for which, shares in quality["shares"].items():
+        lines.append(f"| {which.replace('_', ' ')} | {' | '.join(f'{shares[n]:.3f}' for n in names)} |")
+    if "psnr" in quality:
+        lines += ["", f"Mean PSNR against ground truth from the given cameras: {quality['psnr']} dB."]
+    return [*lines, "", "![samples](samples.png)"]
+
+
+def _export_denoiser(out: Path, part: str, folder: Path) -> Path:
+    store.load_part(out, part).half().save_pretrained(folder / "unet")
+    _save_shared(out, folder, with_vae=True)
+    build_scheduler().save_pretrained(folder / "scheduler")
+    if (out / f"{part}.png").exists():
+        shutil.copyfile(out / f"{part}.png", folder / "samples.png")
+    records = {name: _record(out, name) for name in ("text", "vae", part)}
+    _write_json(folder / "model_index.json", _model_index(part), indent=2)
+    _write_json(folder / "training.json", records)
+    (folder / "README.md").write_text(model_card(part, records), encoding="utf-8")
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    logger.info("%s written to %s (%.1f MB)", part, folder, size / 1e6)
+    return folder
+
+
+def _save_shared(out: Path, folder: Path, *, with_vae: bool) -> None:
+    write_tokenizer(folder / "tokenizer")
+    store.load_part(out, "text").half().save_pretrained(folder / "text_encoder")
+    _write_json(folder / "text_encoder" / "training.json", _record(out, "text"))
+    if with_vae:
+        vae = store.load_part(out, "vae").half()
+        vae.register_to_config(_name_or_path="")  # else the folder it was read from would be written
+        vae.save_pretrained(folder / "vae")
+
+
+def _record(out: Path, part: str) -> dict[str, Any]:
+    """Of a part that was trained in an earlier run, what stands beside the assets."""
+    return store.read_record(out, part) or store.shipped_record(part)
+
+
+def _model_index(part: str) -> dict[str, Any]:
+    video = part == "video"
+    index: dict[str, Any] = {
+        "_class_name": "TextToVideoSDPipeline" if video else "StableDiffusionPipeline",
+        "_diffusers_version": diffusers.__version__,
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", CLASSES[part].__name__],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    if not video:
+        index |= {part: [None, None] for part in ("feature_extractor", "safety_checker", "image_encoder")}
+        index["requires_safety_checker"] = False
+    return index
+
+
+def _write_json(path: Path, values: dict[str, Any], indent: int = 1) -> None:
+    path.write_text(json.dumps(values, indent=indent) + "\n", encoding="utf-8")

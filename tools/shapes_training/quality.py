@@ -1,0 +1,352 @@
+"""Sample from the small models and check the samples against the ground truth.
+
+A check compares a sample with a bank of ground-truth renderings at 32 x 32 and asks which entry is
+the nearest: is it one of the prompt's own shape, motion, view? N samples of F frames, K candidates.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from fourdfy.ops.diffusion import classifier_free_guidance
+from fourdfy.priors.mvdream import camera_vectors
+from fourdfy.seeds import step_generator
+from fourdfy.shapes.grammar import (
+    COLOURS,
+    MOMENTS,
+    MOTIONS,
+    SHAPES,
+    START,
+    ShapePrompt,
+    all_prompts,
+    held_out_prompts,
+    is_held_out,
+    training_prompts,
+)
+from fourdfy.shapes.world import BACKGROUNDS, COLOUR_RGB, encode_prompts, orbit, render_codes
+from tools.shapes_training import store
+from tools.shapes_training.data import (
+    EMPTY_TEXT,
+    FRAMES,
+    Scenes,
+    render_scenes,
+    text_row,
+    text_table,
+    view_index,
+)
+from tools.shapes_training.models import LATENT_SIZE, build_scheduler, predict_velocity
+
+logger = logging.getLogger(__name__)
+
+CHECK_SIZE = 32
+VIEW_TOLERANCE_DEG = 22.5
+SCENES_AT_ONCE = 32
+CANDIDATES_AT_ONCE = 4096
+GRID_SCENES = 32
+
+
+def measure(
+    part: str,
+    out: Path,
+    *,
+    device: torch.device,
+    seed: int,
+    num_prompts: int,
+    steps: int,
+    guidance_scale: float,
+) -> None:
+    """Sample, check, write ``OUT/PART.png`` and record the shares of samples that are right.
+
+    The shares are over all prompts and over the held-out ones alone.
+    """
+    prompts = choose_prompts(num_prompts)
+    scenes = ask(part, prompts, seed)
+    images = sample(part, out, scenes, device=device, seed=seed, steps=steps, guidance_scale=guidance_scale)
+    checks = check(part, images, scenes, prompts)
+    held_out = torch.tensor([is_held_out(prompt) for prompt in prompts])
+    shares = {
+        which: {name: round(float(right[rows].float().mean()), 4) for name, right in checks.items()}
+        for which, rows in (("all", torch.ones_like(held_out)), ("held_out", held_out))
+        if rows.any()
+    }
+    quality: dict[str, Any] = {
+        "num_prompts": len(prompts),
+        "num_held_out": int(held_out.sum()),
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "shares": shares,
+        "wrong": [
+            f"{prompt.text}: {', '.join(name for name in list(checks)[:-1] if not checks[name][n])}"
+            for n, prompt in enumerate(prompts)
+            if not checks["right"][n]
+        ],
+    }
+    if part == "multi_view":
+        quality["psnr"] = round(_psnr_over_backgrounds(images, scenes), 2)
+    store.update_record(out, part, quality=quality)
+    _save_grid(images[:GRID_SCENES], out / f"{part}.png")
+    logger.info("%s: right shares %s", part, shares)
+
+
+def choose_prompts(count: int) -> list[ShapePrompt]:
+    """A third held out (as far as there are enough), spread evenly over the grammar."""
+    held_out, known = held_out_prompts(), training_prompts()
+    num_held_out = min(len(held_out), max(1, count // 3))
+    picked = [held_out[k * len(held_out) // num_held_out] for k in range(num_held_out)]
+    rest = max(0, count - num_held_out)
+    return picked + [known[k * len(known) // rest % len(known)] for k in range(rest)]
+
+
+def ask(part: str, prompts: Sequence[ShapePrompt], seed: int) -> Scenes:
+    """What the model is asked for: views in turn; images and groups at the start of the clip."""
+    count, frames = len(prompts), FRAMES[part]
+    index = torch.tensor([all_prompts().index(prompt) for prompt in prompts])
+    elevation = torch.full((count, frames), 15.0)
+    azimuth = 90.0 * (torch.arange(count) % 4)[:, None]
+    times = torch.zeros(count, frames)
+    moment = torch.full((count,), 1 + MOMENTS.index(START))
+    view = 1 + view_index("video" if part == "video" else "image", elevation[:, 0], azimuth[:, 0])
+    if part == "multi_view":
+        first = 360 * torch.rand(count, 1, generator=step_generator(seed, 0, "ask"))
+        azimuth = first + 90 * torch.arange(frames)
+        view = torch.zeros_like(moment)
+    if part == "video":
+        times = ((torch.arange(frames) + 0.5) / frames).expand(count, -1)
+        moment = torch.zeros_like(moment)
+    return Scenes(
+        codes=encode_prompts(prompts),
+        times=times,
+        azimuth_deg=azimuth.expand(-1, frames),
+        elevation_deg=elevation,
+        background=torch.tensor(BACKGROUNDS[:1]).expand(count, -1),
+        text=text_row(index, moment, view),
+    )
+
+
+@torch.no_grad()
+def sample(
+    part: str,
+    out: Path,
+    scenes: Scenes,
+    *,
+    device: torch.device,
+    seed: int,
+    steps: int,
+    guidance_scale: float,
+) -> Float[Tensor, "N F 3 H W"]:
+    """Images in 0..1 for the texts and cameras of ``scenes``: DDIM, classifier-free guidance."""
+    unet, vae = store.load_part(out, part, device), store.load_part(out, "vae", device)
+    texts, scheduler = text_table(out, device), build_scheduler()
+    scheduler.set_timesteps(steps)
+    shape = (len(scenes), FRAMES[part], 4, LATENT_SIZE, LATENT_SIZE)
+    noise = torch.randn(shape, generator=step_generator(seed, 0, "samples"))
+    cameras = None
+    if part == "multi_view":
+        cameras = camera_vectors(scenes.cameras(device).c2w).unflatten(0, shape[:2])
+    images = []
+    for start in range(0, len(scenes), SCENES_AT_ONCE):
+        rows = slice(start, start + SCENES_AT_ONCE)
+        latents, text = noise[rows].to(device), scenes.text[rows].to(device)
+        both = texts[torch.cat([torch.full_like(text, EMPTY_TEXT), text])]
+        camera = None if cameras is None else cameras[rows].repeat(2, 1, 1)
+        for timestep in scheduler.timesteps:
+            timesteps = timestep.to(device).expand(len(both))
+            velocity = predict_velocity(part, unet, latents.repeat(2, 1, 1, 1, 1), timesteps, both, camera)
+            uncond, cond = velocity.chunk(2)
+            guided = classifier_free_guidance(cond, uncond, guidance_scale)
+            latents = scheduler.step(guided, timestep, latents).prev_sample
+        decoded = vae.decode(latents.flatten(0, 1) / vae.config.scaling_factor).sample
+        images.append((decoded / 2 + 0.5).clamp(0, 1).unflatten(0, latents.shape[:2]))
+    return torch.cat(images)
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks
+
+
+def check(
+    part: str,
+    images: Float[Tensor, "N F 3 H W"],
+    scenes: Scenes,
+    prompts: Sequence[ShapePrompt],
+    num_azimuths: int = 24,
+) -> dict[str, Bool[Tensor, "N"]]:
+    """By name, which samples pass: colour and shape always; view for images and groups (which are asked
+    for the start of the clip, where the front is known); motion for clips. Under "right" all of them."""
+    small = avg_pool2d(images.flatten(0, 1), images.shape[-1] // CHECK_SIZE).unflatten(0, images.shape[:2])
+    background = _nearest_background(small)
+    azimuths = torch.arange(num_azimuths) * (360 / num_azimuths)
+    checks = {
+        "colour": _check_colour(small, background, prompts),
+        "shape": _check_shape(small, background, prompts),
+    }
+    if part == "video":
+        checks["motion"] = _check_motion(small, background, prompts, azimuths)
+    else:
+        checks["view"] = _check_view(part, small, background, scenes, azimuths)
+    return checks | {"right": torch.stack([*checks.values()]).all(0)}
+
+
+def _nearest_background(images: Float[Tensor, "N F 3 h w"]) -> Int[Tensor, "N"]:
+    """Index into BACKGROUNDS, by the median of the upper corners."""
+    corners = torch.cat([images[..., :4, :4], images[..., :4, -4:]], dim=-1)
+    colour = corners.movedim(2, 1).flatten(2).median(dim=-1).values
+    known = torch.tensor(BACKGROUNDS).to(images)
+    return (colour[:, None] - known).square().sum(-1).argmin(-1)
+
+
+def _foreground(images: Float[Tensor, "N F 3 h w"], background: Int[Tensor, "N"]) -> Bool[Tensor, "N F h w"]:
+    """Pixels that differ from the plain background."""
+    plain = torch.tensor(BACKGROUNDS).to(images)[background][:, None, :, None, None]
+    return (images - plain).abs().amax(dim=2) > 0.12
+
+
+def _check_colour(
+    images: Float[Tensor, "N F 3 h w"], background: Int[Tensor, "N"], prompts: Sequence[ShapePrompt]
+) -> Bool[Tensor, "N"]:
+    """Whether the median of the body's pixels is nearest to a shade of the prompt's colour."""
+    saturated = images.amax(2) - images.amin(2) > 0.25  # not the front mark
+    bodies = _foreground(images, background) & saturated
+    palette = torch.tensor([COLOUR_RGB[name] for name in COLOURS]).to(images)
+    shades = torch.linspace(0.5, 1, 6).to(images)[:, None, None] * palette
+    right = []
+    for image, body, prompt in zip(images, bodies, prompts, strict=True):
+        pixels = image.movedim(1, -1)[body]
+        median = pixels.median(dim=0).values if len(pixels) else pixels.new_full((3,), torch.inf)
+        distance = (median - shades).square().sum(-1).amin(0)
+        right.append(len(pixels) > 0 and COLOURS[int(distance.argmin())] == prompt.colour)
+    return torch.tensor(right)
+
+
+def _check_shape(
+    images: Float[Tensor, "N F 3 h w"], background: Int[Tensor, "N"], prompts: Sequence[ShapePrompt]
+) -> Bool[Tensor, "N"]:
+    """Whether most frames' silhouettes have their highest IoU with the prompt's shape.
+
+    Candidates are all shapes in the prompt's motion, over moments, azimuths and elevations.
+    """
+    masks = _foreground(images, background).flatten(2).float()
+    right = torch.zeros(len(prompts), dtype=torch.bool)
+    for motion in {prompt.motion: None for prompt in prompts}:
+        rows = [n for n, prompt in enumerate(prompts) if prompt.motion == motion]
+        bank = torch.stack([_silhouettes(shape, motion, images.device) for shape in SHAPES])
+        some = masks[rows].flatten(0, 1)
+        common = some @ bank.flatten(0, 1).T
+        union = some.sum(-1)[:, None] + bank.flatten(0, 1).sum(-1) - common
+        best = (common / union.clamp_min(1)).unflatten(1, bank.shape[:2]).amax(-1).argmax(-1)
+        wanted = torch.tensor([SHAPES.index(prompts[n].shape) for n in rows]).to(best)
+        votes = (best.view(len(rows), -1) == wanted[:, None]).float().mean(-1)
+        right[rows] = (votes > 0.5).cpu()
+    return right
+
+
+def _silhouettes(shape: str, motion: str, device: torch.device) -> Float[Tensor, "K P"]:
+    """Opacity over 0.5 for the moments of ``motion`` x 12 azimuths x 4 elevations."""
+    moments = [0.0] if motion == "standing still" else [k / 8 for k in range(8)]
+    axes = (torch.tensor(moments), torch.arange(12) * 30.0, torch.tensor([0.0, 10.0, 20.0, 30.0]))
+    times, azimuth, elevation = torch.cartesian_prod(*axes).to(device).unbind(-1)
+    codes = encode_prompts([ShapePrompt(COLOURS[0], shape, motion)]).expand(len(times), -1)
+    cameras = orbit(elevation, azimuth, times, CHECK_SIZE)
+    _, opacity = render_codes(codes, cameras, torch.zeros(3), supersample=1)
+    return (opacity > 0.5).float().flatten(1)
+
+
+def _check_view(
+    part: str,
+    images: Float[Tensor, "N F 3 h w"],
+    background: Int[Tensor, "N"],
+    scenes: Scenes,
+    azimuths: Float[Tensor, "K"],
+) -> Bool[Tensor, "N"]:
+    """Whether the nearest ground truth at the start is seen from where the sample should be.
+
+    For groups: from the given cameras, up to a tolerance. For images: from the side that the view
+    words name, up to a tolerance at its borders.
+    """
+    if part == "multi_view":
+        turned, elevations = scenes.azimuth_deg[:, None] + azimuths[:, None], scenes.elevation_deg
+        wanted = ((azimuths + 180) % 360 - 180).abs() <= VIEW_TOLERANCE_DEG
+    else:
+        turned, elevations = azimuths[:, None].expand(len(images), -1, -1), None
+        asked = view_index("image", scenes.elevation_deg, scenes.azimuth_deg)
+        shifts = (-VIEW_TOLERANCE_DEG, 0.0, VIEW_TOLERANCE_DEG)
+        named = [view_index("image", scenes.elevation_deg, azimuths + shift) == asked for shift in shifts]
+        wanted = torch.stack(named).any(0)
+    distance = _distances(images, background, scenes.codes, scenes.times, turned, elevations)
+    # A round object looks the same from all sides that do not show its front: nearly as near counts.
+    nearest = distance.masked_fill(~wanted.to(distance.device), torch.inf).amin(-1)
+    return (nearest <= 1.1 * distance.amin(-1) + 2e-4).cpu()
+
+
+def _check_motion(
+    images: Float[Tensor, "N F 3 h w"],
+    background: Int[Tensor, "N"],
+    prompts: Sequence[ShapePrompt],
+    azimuths: Float[Tensor, "K"],
+) -> Bool[Tensor, "N"]:
+    """Whether the nearest clip, over all motions and azimuths, has the prompt's motion."""
+    frames = images.shape[1]
+    times = ((torch.arange(frames) + 0.5) / frames).expand(len(prompts), -1)
+    turned = azimuths[:, None].expand(len(prompts), -1, frames)
+    best = []
+    for motion in MOTIONS:
+        codes = encode_prompts([replace(prompt, motion=motion) for prompt in prompts])
+        best.append(_distances(images, background, codes, times, turned, None).amin(-1))
+    nearest = torch.stack(best, dim=-1).argmin(-1).cpu()
+    return nearest == torch.tensor([MOTIONS.index(prompt.motion) for prompt in prompts])
+
+
+def _distances(
+    images: Float[Tensor, "N F 3 h w"],
+    background: Int[Tensor, "N"],
+    codes: Int[Tensor, "N 3"],
+    times: Float[Tensor, "N F"],
+    azimuth_deg: Float[Tensor, "N K F"],
+    elevation_deg: Float[Tensor, "N F"] | None,
+) -> Float[Tensor, "N K"]:
+    """Mean squared differences to ground truth over K azimuths, the least over elevations if open."""
+    elevations = [elevation_deg]
+    if elevation_deg is None:
+        elevations = [torch.full_like(times, degrees) for degrees in (5.0, 15.0, 25.0)]
+    device, (count, candidates, frames) = images.device, azimuth_deg.shape
+    plain = torch.tensor(BACKGROUNDS)[background.cpu()]
+    least = torch.full((count, candidates), torch.inf, device=device)
+    at_once = max(1, CANDIDATES_AT_ONCE // (candidates * frames))
+    for elevation in elevations:
+        for rows in torch.arange(count).split(at_once):
+            size = (len(rows), candidates, frames)
+            angles = [values[rows].view(len(rows), -1, frames).expand(size).flatten().to(device)
+                      for values in (elevation, azimuth_deg, times)]  # fmt: skip
+            each = [values[rows, None, None].expand(*size, 3).flatten(0, 2) for values in (codes, plain)]
+            rgb, _ = render_codes(each[0], orbit(*angles, CHECK_SIZE), each[1].to(device), supersample=1)
+            error = (rgb.movedim(-1, 1).unflatten(0, size) - images[rows, None]).square()
+            least[rows] = torch.minimum(least[rows], error.mean(dim=(2, 3, 4, 5)))
+    return least
+
+
+def _psnr_over_backgrounds(images: Float[Tensor, "N F 3 H W"], scenes: Scenes) -> float:
+    """Mean PSNR in dB against the ground truth of the nearer background."""
+    plain = [torch.tensor([colour]).expand(len(scenes), -1) for colour in BACKGROUNDS]
+    truth = [render_scenes(replace(scenes, background=colour), images.device) / 2 + 0.5 for colour in plain]
+    error = (torch.stack(truth) - images).square().mean(dim=(2, 3, 4, 5)).amin(0)
+    return float((-10 * error.log10()).mean())
+
+
+def _save_grid(images: Float[Tensor, "N F 3 H W"], path: Path) -> None:
+    """A PNG: eight single images a row, or one row per scene in two columns."""
+    count, frames = images.shape[:2]
+    columns = min(count, 8 if frames == 1 else 2)
+    images = images[: count // columns * columns]
+    rows = images.unflatten(0, (-1, columns)).permute(0, 4, 1, 2, 5, 3)  # row, H, column, F, W, 3
+    pixels = (rows.flatten(2, 4).flatten(0, 1) * 255).round().byte().cpu().numpy()
+    Image.fromarray(pixels).save(path)

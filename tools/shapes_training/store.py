@@ -1,0 +1,102 @@
+"""Where a training run keeps its parts: weights, what was measured, and the state to go on from.
+
+OUT/PART.safetensors holds the averaged weights in half precision, OUT/PART.json the record,
+OUT/PART.state.pt everything that training needs to go on. All appear when they are whole.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import fourdfy.shapes
+from fourdfy.files.atomic import whole_file
+from tools.shapes_training.models import CLASSES, FOLDERS, build, prepare
+
+ASSETS = Path(fourdfy.shapes.__file__).parent / "assets"
+
+
+def weights_path(out: Path, part: str) -> Path:
+    """The file of a part's averaged weights."""
+    return out / f"{part}.safetensors"
+
+
+def save_weights(out: Path, part: str, weights: dict[str, Tensor]) -> None:
+    """Store ``weights`` in half precision."""
+    half = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in weights.items()}
+    with whole_file(weights_path(out, part)) as path:
+        save_file(half, path, metadata={"format": "pt"})
+
+
+def read_record(out: Path, part: str) -> dict[str, Any]:
+    """What was recorded of a part; empty before its first training."""
+    path = out / f"{part}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def update_record(out: Path, part: str, **entries: Any) -> None:
+    """Add to what is recorded of a part."""
+    text = json.dumps(read_record(out, part) | entries, indent=1) + "\n"
+    with whole_file(out / f"{part}.json") as path:
+        path.write_text(text, encoding="utf-8")
+
+
+def shipped_record(part: str) -> dict[str, Any]:
+    """What was known of a part when it was exported to the shipped assets."""
+    folder = shipped_folder(part) if part == "text" else shipped_folder(part).parent
+    path = folder / "training.json"
+    record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return record if part == "text" else record.get(part, {})
+
+
+def save_state(out: Path, part: str, state: dict[str, Any]) -> None:
+    """Store a training state of tensors and plain values."""
+    with whole_file(out / f"{part}.state.pt") as path:
+        torch.save(state, path)
+
+
+def load_state(out: Path, part: str) -> dict[str, Any] | None:
+    """The training state, or None before the first call."""
+    path = out / f"{part}.state.pt"
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+
+def load_part(out: Path, part: str, device: torch.device | str = "cpu") -> nn.Module:
+    """A trained part, frozen, in float32: from ``out``, else from the shipped assets.
+
+    Raises:
+        FileNotFoundError: neither holds it; names the command that trains it.
+    """
+    train = f"python -m tools.shapes_training {part} --out {out} --minutes"
+    path, folder = weights_path(out, part), shipped_folder(part)
+    if path.exists():
+        model = build(part)
+        model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
+        if part == "vae":
+            record = read_record(out, "vae")
+            if "scaling_factor" not in record:
+                raise ValueError(
+                    f"the training of the VAE in {out} was cut short, its latents' scale is not measured; "
+                    f"type: {train} 1"
+                )
+            model.register_to_config(scaling_factor=record["scaling_factor"])
+    elif folder.is_dir():
+        model = CLASSES[part].from_pretrained(folder).float()
+        prepare(part, model)
+    else:
+        raise FileNotFoundError(f"no trained {part} model in {out} or {folder}; type: {train} 5")
+    return model.to(device).eval().requires_grad_(False)
+
+
+def shipped_folder(part: str) -> Path:
+    """Where the package holds a part; the three models share the text encoder and the VAE."""
+    return (
+        ASSETS
+        / FOLDERS.get(part, FOLDERS["image"])
+        / {"text": "text_encoder", "vae": "vae"}.get(part, "unet")
+    )

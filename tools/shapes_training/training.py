@@ -1,0 +1,216 @@
+"""How each part is trained: text, vae, then image, multi_view and video, which need the first two.
+
+B scenes of F frames in a batch.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import multiprocessing
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import transformers
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, cross_entropy, interpolate, l1_loss, mse_loss
+
+from fourdfy.ops.diffusion import add_noise, noise_scales, prediction_target, sample_noise, sample_timesteps
+from fourdfy.seeds import step_generator, step_seed
+from fourdfy.shapes.grammar import COLOURS, MOMENTS, MOTIONS, SHAPES, VIEWS, full_text, training_prompts
+from tools.shapes_training import store
+from tools.shapes_training.data import EMPTY_TEXT, FRAMES, LatentPool, draw_scenes, render_scenes, text_table
+from tools.shapes_training.models import DENOISERS, build, build_scheduler, build_tokenizer, predict_velocity
+from tools.shapes_training.quality import measure
+from tools.shapes_training.trainee import Options, Trainee
+
+logger = logging.getLogger(__name__)
+
+POOL = {"image": 200_000, "multi_view": 50_000, "video": 25_000}
+TEXT_DROPOUT = 0.1
+REFRESH_EVERY = 50
+"""Steps between two renewals of a part of the pool."""
+RENDER_AT_ONCE = 2048
+"""Images rendered in one go on an accelerator; the CPU takes 32."""
+TEXT_WORDS = (COLOURS, SHAPES, MOTIONS, MOMENTS, VIEWS)
+
+
+def set_up() -> None:
+    """What each process of a training sets once."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+
+
+def train(options: Options) -> None:
+    """Train one part; a part trained before goes on."""
+    trainee = Trainee(options)
+    logger.info("%s: up to %.2f minutes on %s", options.part, options.minutes, trainee.device_name)
+    measured = {"text": train_text, "vae": train_vae}.get(options.part, train_denoiser)(trainee)
+    trainee.save(**measured)
+    logger.info("%s: step %d, %s", options.part, trainee.step, trainee.last_losses | measured)
+
+
+def train_all(options: Options, sampling: dict[str, Any]) -> None:
+    """Text encoder if there is none, VAE, then the three denoisers side by side, one on each GPU.
+
+    The denoisers are processes of their own, round robin over the GPUs, and each measures its
+    samples in the last part of its time.
+    """
+    began, minutes = time.time(), options.minutes
+    if not (store.weights_path(options.out, "text").exists() or store.shipped_folder("text").is_dir()):
+        train(replace(options, part="text", minutes=min(1.0, 0.1 * minutes)))
+    if not store.weights_path(options.out, "vae").exists():
+        train(replace(options, part="vae", minutes=min(1.7, 0.2 * minutes)))
+    # An absolute end, since a child's imports count too.
+    until = began + 60 * minutes - min(54, 6 * minutes)
+    context, children = multiprocessing.get_context("spawn"), {}
+    for k, part in enumerate(DENOISERS):
+        device = torch.device("cuda", k % torch.cuda.device_count()) if options.on_gpu else options.device
+        mine = replace(options, part=part, device=device)
+        children[part] = context.Process(target=_train_and_measure, args=(mine, until, sampling))
+        children[part].start()
+    for child in children.values():
+        child.join()
+    failed = [part for part, child in children.items() if child.exitcode]
+    if failed:
+        logger.error("training failed for %s", ", ".join(failed))
+
+
+def _train_and_measure(options: Options, until: float, sampling: dict[str, Any]) -> None:
+    set_up()
+    train(replace(options, minutes=(until - time.time()) / 60))
+    measure(options.part, options.out, device=options.device, seed=options.seed, **sampling)
+
+
+def train_text(trainee: Trainee) -> dict[str, float]:
+    """Train the text encoder to tell colour, shape, motion, moment and view from its embeddings.
+
+    Texts have parts left out at random, down to the empty prompt, and each token's embedding must
+    still name its token, so that the diffusion models find every word where it stands.
+    """
+    encoder, tokenizer, device = trainee.model, build_tokenizer(), trainee.options.device
+    width = encoder.config.hidden_size
+    torch.manual_seed(step_seed(trainee.options.seed, 0, "heads"))
+    heads = nn.ModuleList(nn.Linear(width, len(words) + 1) for words in TEXT_WORDS).to(device)
+    namer = nn.Linear(width, encoder.config.vocab_size).to(device)
+    head_optimizer = torch.optim.AdamW([*heads.parameters(), *namer.parameters()], lr=trainee.peak_lr)
+    coin = random.Random(trainee.seed("text"))
+    right = torch.zeros(())
+    while trainee.goes_on():
+        texts, labels = _draw_texts(coin, trainee.batch)
+        tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        ids, target = tokens.input_ids.to(device), torch.tensor(labels, device=device)
+        embeddings = encoder(ids).last_hidden_state
+        logits = [head(embeddings[:, -1]) for head in heads]
+        said = sum(cross_entropy(logit, target[:, k]) for k, logit in enumerate(logits))
+        word = cross_entropy(namer(embeddings).flatten(0, 1), ids.flatten())
+        head_optimizer.zero_grad(set_to_none=True)
+        trainee.learn({"attributes": said, "words": word})
+        head_optimizer.step()
+        told = torch.stack([logit.argmax(-1) for logit in logits], dim=-1)
+        right = (told == target).all(-1).float().mean()
+    return {"batch_right": float(right)}
+
+
+def train_vae(trainee: Trainee) -> dict[str, float]:
+    """Train the image autoencoder on renderings, clean and half-made, and measure its latents' scale."""
+    vae, device = trainee.model, trainee.options.device
+    generator = torch.Generator().manual_seed(trainee.seed("vae"))
+    while trainee.goes_on():
+        images = _spoil(render_scenes(draw_scenes("vae", trainee.batch, generator), device)[:, 0], generator)
+        images = images.contiguous(memory_format=torch.channels_last)
+        with trainee.autocast():
+            latent = vae.encode(images).latent_dist
+            decoded = vae.decode(latent.sample()).sample
+        decoded, mean, logvar = decoded.float(), latent.mean.float(), latent.logvar.float()
+        edges = sum(l1_loss(decoded.diff(dim=axis), images.diff(dim=axis)) for axis in (-1, -2))
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        trainee.learn(
+            {
+                "l1": l1_loss(decoded, images),
+                "l2": 2 * mse_loss(decoded, images),
+                "edges": 0.5 * edges,
+                "kl": 1e-4 * kl,
+            }
+        )
+    return _measure_vae(trainee, generator)
+
+
+def train_denoiser(trainee: Trainee) -> dict[str, float]:
+    """Train a diffusion model on a pool of encoded scenes that is slowly renewed."""
+    options, part, device = trainee.options, trainee.options.part, trainee.options.device
+    vae = store.load_part(options.out, "vae", device)
+    texts, scheduler = text_table(options.out, device), build_scheduler()
+    alphas_cumprod = scheduler.alphas_cumprod.to(device)
+    pool = LatentPool(part, options.pool or POOL[part], vae, trainee.seed("pool"), device)
+    chunk = (RENDER_AT_ONCE if options.on_gpu else 32) // FRAMES[part]
+    while pool.filled < len(pool) and (pool.filled == 0 or trainee.fraction < 0.2):
+        pool.refresh(chunk)
+    logger.info("%s: %d scenes ready after %.0f s", part, pool.filled, trainee.elapsed)
+    generator = step_generator(options.seed, trainee.step, "noise", device)
+    while trainee.goes_on():
+        latents, text, cameras = pool.batch(trainee.batch, generator)
+        dropped = torch.rand(len(text), generator=generator, device=device) < TEXT_DROPOUT
+        text = torch.where(dropped, EMPTY_TEXT, text)
+        timesteps = sample_timesteps(0, len(alphas_cumprod) - 1, len(text), generator, device)
+        noise = sample_noise(latents.shape, generator, device)
+        scales = noise_scales(alphas_cumprod, timesteps, latents.ndim)
+        noisy = add_noise(latents, noise, scales)
+        with trainee.autocast():
+            velocity = predict_velocity(part, trainee.model, noisy, timesteps, texts[text], cameras)
+        target = prediction_target(latents, noise, scales, scheduler.config.prediction_type)
+        trainee.learn({"velocity": mse_loss(velocity.float(), target)})
+        if pool.filled == len(pool) and trainee.step % REFRESH_EVERY == 0:
+            pool.refresh(chunk)
+    return {}
+
+
+def _draw_texts(coin: random.Random, count: int) -> tuple[list[str], list[list[int]]]:
+    """Texts and, for each of TEXT_WORDS, 0 where it is missing or 1 + its index."""
+    texts, labels = [], []
+    prompts = training_prompts()
+    for _ in range(count):
+        prompt = coin.choice(prompts)
+        moment = coin.choice((None, *MOMENTS)) if coin.random() < 0.8 else None
+        view = coin.choice((None, *VIEWS)) if coin.random() < 0.8 else None
+        empty = coin.random() < 0.1
+        words = (prompt.colour, prompt.shape, prompt.motion, moment, view)
+        texts.append("" if empty else full_text(prompt, moment, view))
+        labels.append(_indices([None] * len(words) if empty else words))
+    return texts, labels
+
+
+def _indices(words: Sequence[str | None]) -> list[int]:
+    pairs = zip(TEXT_WORDS, words, strict=True)
+    return [0 if word is None else 1 + known.index(word) for known, word in pairs]
+
+
+def _spoil(images: Float[Tensor, "B 3 H W"], generator: torch.Generator) -> Float[Tensor, "B 3 H W"]:
+    """Some of the images as a scene in the making shows them: mixed, faded or blurred."""
+    count = len(images)
+    kind, weight = (torch.rand(count, 1, 1, 1, generator=generator).to(images.device) for _ in range(2))
+    plain = (torch.rand(count, 3, 1, 1, generator=generator) * 2 - 1).to(images.device).expand_as(images)
+    blurred = interpolate(avg_pool2d(images, 4), scale_factor=4, mode="bilinear", align_corners=False)
+    spoiled = torch.where(kind < 0.12, images.lerp(images.roll(1, 0), weight), images)
+    spoiled = torch.where((kind > 0.12) & (kind < 0.22), images.lerp(plain, weight), spoiled)
+    return torch.where((kind > 0.22) & (kind < 0.32), images.lerp(blurred, weight), spoiled)
+
+
+@torch.no_grad()
+def _measure_vae(trainee: Trainee, generator: torch.Generator) -> dict[str, float]:
+    """1 / standard deviation of the average model's latents on clean renderings, and its PSNR in dB."""
+    options = trainee.options
+    vae = build("vae").to(options.device)
+    vae.load_state_dict(trainee.ema)
+    scenes = draw_scenes("vae", 1024 if options.on_gpu else 64, generator)
+    images = render_scenes(scenes, options.device)[:, 0]
+    latents = vae.encode(images).latent_dist.sample()
+    error = (vae.decode(latents).sample - images).square().mean() / 4
+    return {"scaling_factor": 1 / float(latents.std()), "psnr": -10 * math.log10(float(error))}
