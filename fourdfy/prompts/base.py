@@ -10,8 +10,6 @@ import gc
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from fourdfy.bounds import number
 from fourdfy.config import Component, file_path, ignored
+from fourdfy.files.atomic import whole_file
 from fourdfy.priors.hub import cache_root, knows_text, resolve_model, stored_folder
 from fourdfy.types import PerpNegDecays, TextEmbeddings
 
@@ -270,14 +269,10 @@ def write_cached(identity: str, states: Mapping[str, Float[Tensor, "L C"]]) -> N
     """Keep the states of some texts; each file appears whole or not at all."""
     from safetensors.torch import save
 
-    folder = cache_folder()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for text, tensor in states.items():
-            content = save({"states": tensor.contiguous()}, metadata=_label(identity, text))
-            with tempfile.NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as part:
-                part.write(content)
-            os.replace(part.name, _cache_file(identity, text))
+            with whole_file(_cache_file(identity, text)) as part:
+                part.write_bytes(save({"states": tensor.contiguous()}, metadata=_label(identity, text)))
     except OSError as error:
         logger.warning("text embeddings are not cached: %s", error)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from fourdfy import __version__
 from fourdfy.config import ConfigError
+from fourdfy.files.atomic import whole_file
 from fourdfy.files.safe_load import read_torch_file
 from fourdfy.systems.finite import not_finite
 
@@ -33,16 +33,8 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
             f"global step {checkpoint['global_step']}: {broken[0]} is not finite (is its learning rate too "
             f"high?); {target} stays as it was"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save({MADE_HERE: __version__, **checkpoint}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(target, sync=True) as half_written:
+        torch.save({MADE_HERE: __version__, **checkpoint}, half_written)
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -61,7 +53,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = checkpoint_file(path)
     if not path.is_file():
-        there = sorted(str(p) for p in path.parent.glob("*.ckpt")) if path.parent.is_dir() else []
+        there = sorted(str(p) for p in path.parent.glob("[!.]*.ckpt")) if path.parent.is_dir() else []
         hint = f"; there is {', '.join(there)}" if there else ""
         raise ConfigError(f"{path}: no such checkpoint{hint}")
     try:
