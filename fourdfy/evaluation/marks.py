@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import itemgetter
 
 import torch
 from jaxtyping import Bool, Float
@@ -123,41 +124,24 @@ def angle_track(candidates: Sequence[Sequence[float]]) -> Float[Tensor, "T"]:
     Args:
         candidates: for each moment the fronts' azimuths, as ``fronts`` gives them.
     """
-    costs: list[list[float]] = []
-    origins: list[list[tuple[int, int] | None]] = []
-    seen_before = 0
-    skipped_before: list[int] = []
-    for moment, angles in enumerate(candidates):
-        costs.append([])
-        origins.append([])
-        skipped_before.append(seen_before)
-        for angle in angles:
-            ways: list[tuple[float, tuple[int, int] | None]] = [(SKIP_DEG * seen_before, None)]
-            for j in range(moment):
-                skipped = SKIP_DEG * (seen_before - skipped_before[j] - 1)
-                ways += [
-                    (costs[j][c] + abs(wrap(angle - other)) + skipped, (j, c))
-                    for c, other in enumerate(candidates[j])
-                ]
-            cost, origin = min(ways, key=lambda way: way[0])
-            costs[-1].append(cost)
-            origins[-1].append(origin)
-        seen_before += bool(angles)
-
+    seen = [(moment, angles) for moment, angles in enumerate(candidates) if angles]
+    nodes = [(place, moment, angle) for place, (moment, angles) in enumerate(seen) for angle in angles]
+    ways: list[tuple[float, list[tuple[int, float]]]] = []  # the shortest to each node: its cost and steps
+    for place, moment, angle in nodes:
+        costs = [(SKIP_DEG * place, [])] + [
+            (cost + abs(wrap(angle - other)) + SKIP_DEG * (place - before - 1), steps)
+            for (before, _, other), (cost, steps) in zip(nodes, ways, strict=False)
+            if before < place
+        ]
+        cost, steps = min(costs, key=itemgetter(0))
+        ways.append((cost, [*steps, (moment, angle)]))
     ends = [
-        (cost + SKIP_DEG * (seen_before - skipped_before[moment] - 1), (moment, c))
-        for moment, row in enumerate(costs)
-        for c, cost in enumerate(row)
+        (cost + SKIP_DEG * (len(seen) - place - 1), steps)
+        for (place, _, _), (cost, steps) in zip(nodes, ways, strict=True)
     ]
     track = torch.full((len(candidates),), math.nan)
-    node = min(ends)[1] if ends else None
-    path = []
-    while node is not None:
-        path.append(node)
-        node = origins[node[0]][node[1]]
     previous = None
-    for moment, c in reversed(path):
-        angle = candidates[moment][c]
+    for moment, angle in min(ends, key=itemgetter(0), default=(0, []))[1]:
         track[moment] = wrap(angle) if previous is None else previous + wrap(angle - previous)
         previous = float(track[moment])
     return track

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from fourdfy.files.atomic import whole_file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +55,12 @@ class ShapesReport:
     front_scores: tuple[float, ...]
     """How much of a mark is seen from each azimuth of ``AROUND_DEG`` at t = 0, 0..1."""
     over_time: tuple[Moment, ...]
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Reports as JSON: the old file or the new one, never half of it."""
+    with whole_file(path) as half_written:
+        half_written.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def print_report(report: ShapesReport, console: Console | None = None) -> None:

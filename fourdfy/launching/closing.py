@@ -68,7 +68,7 @@ def _scores(stage: Stage, device: str) -> str | None:
     except ValueError:  # a prompt that its models haven't learned
         return None
     from fourdfy.evaluation.report import brief
-    from fourdfy.evaluation.shapes import evaluate_system
+    from fourdfy.evaluation.scenes import evaluate_system
 
     system = experiment.load_system(device, experiment.last_checkpoint)
     return brief(evaluate_system(system, prompts.prompt, experiment.trial_dir))

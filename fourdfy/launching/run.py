@@ -130,7 +130,7 @@ def evaluate(mode: str, stage: Stage, *, device: str) -> None:
         results_folder(experiment.trial_dir)
         if mode == "evaluate":
             from fourdfy.evaluation.report import print_report
-            from fourdfy.evaluation.shapes import evaluate_system
+            from fourdfy.evaluation.scenes import evaluate_system
 
             prompt = experiment.cfg.system.prompt_processor.prompt
             print_report(evaluate_system(system, prompt, experiment.trial_dir))

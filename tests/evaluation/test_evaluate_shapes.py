@@ -3,7 +3,7 @@
 import io
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from types import SimpleNamespace
 
@@ -13,9 +13,10 @@ from rich.console import Console
 from torch.nn.functional import conv2d, pad
 
 from fourdfy.config import ConfigError
-from fourdfy.evaluation import marks, shapes
+from fourdfy.evaluation import marks, scenes, shapes
 from fourdfy.evaluation.report import print_report, summary_table
-from fourdfy.evaluation.shapes import BACKGROUND, evaluate_scene, evaluate_system, main
+from fourdfy.evaluation.scenes import BACKGROUND, evaluate_scene, evaluate_system
+from fourdfy.evaluation.shapes import main
 from fourdfy.ops.cameras import orbit_cameras
 from fourdfy.shapes import world
 from fourdfy.shapes.grammar import COLOURS, MOTIONS, SHAPES, ShapePrompt, parse_prompt
@@ -35,7 +36,7 @@ def coloured(shape: str, motion: str) -> ShapePrompt:
 
 
 @cache
-def truth(prompt: ShapePrompt) -> shapes.Render:
+def truth(prompt: ShapePrompt) -> scenes.Render:
     """The true scene with one ray per pixel, and no frame rendered twice, for speed."""
     known = {}
 
@@ -55,7 +56,7 @@ def truth(prompt: ShapePrompt) -> shapes.Render:
 
 @pytest.fixture(autouse=True)
 def fast_truth(monkeypatch):
-    monkeypatch.setattr(shapes, "ground_truth", truth)
+    monkeypatch.setattr(scenes, "ground_truth", truth)
 
 
 def at_times(render, change):
@@ -237,7 +238,7 @@ def test_growing_is_not_rising_and_coming_nearer_is_not_growing(shape, asked, sh
 
 def test_a_spin_with_one_wrong_face_in_time_is_still_right():
     prompt = ShapePrompt("purple", "cylinder", "spinning")
-    wrong_at = shapes.TIMES[5]
+    wrong_at = scenes.TIMES[5]
 
     def half_a_turn_off(times):
         return torch.where(times == torch.tensor(wrong_at), times + 0.5, times)
@@ -311,7 +312,7 @@ def test_an_empty_or_broken_scene_is_scored_and_is_valid_json(value, motion):
     report = evaluate_scene(prompt, broken)
     assert report.iou == 0 and report.fronts == 0 and not report.colour_ok
     assert report.motion_corr in (0, None)
-    json.dumps(shapes.asdict(report), allow_nan=False)
+    json.dumps(asdict(report), allow_nan=False)
 
 
 def test_a_renderer_with_other_shapes_is_an_error():
@@ -327,7 +328,7 @@ def test_the_tables_say_what_was_measured():
     report = evaluate_scene(prompt, truth(prompt))
     console = Console(record=True, width=160, file=io.StringIO())
     print_report(report, console)
-    row = shapes.asdict(report) | {"seconds": 61.0, "drop": "video"}
+    row = asdict(report) | {"seconds": 61.0, "drop": "video"}
     console.print(summary_table([row, row | {"colour_ok": False, "fronts": 2}]))
     text = console.export_text()
     for said in ("a red ball bouncing", "100.0 dB", "correlation 1.00", "1/2", "2/2 right", "video", "122"):
