@@ -27,7 +27,7 @@ from fourdfy.registry import find
 from fourdfy.scenes.backgrounds import NeuralEnvironmentMap
 from fourdfy.scenes.nerf.implicit_volume import ImplicitVolume
 from fourdfy.scenes.nerf.materials import NoMaterial
-from fourdfy.scenes.nerf.renderer_base import Renderer, Scene
+from fourdfy.scenes.nerf.renderer_base import Parts, Renderer
 from fourdfy.types import RayBundle
 
 NERF, STABLE = "nerf-volume-renderer", "stable-nerf-volume-renderer"
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"| {name} | {chunk} | " + " | ".join(_measure(renderer, scene, rays, args)) + " |", flush=True)
 
 
-def _measure(renderer: Renderer, scene: Scene, rays: RayBundle, args: argparse.Namespace) -> list[str]:
+def _measure(renderer: Renderer, scene: Parts, rays: RayBundle, args: argparse.Namespace) -> list[str]:
     """Return the number of samples, ms forward and backward, and MiB kept and at the peak."""
     generator = torch.Generator(args.device).manual_seed(0)
     for step in range(0, 64, 16):
@@ -88,7 +88,7 @@ def _measure(renderer: Renderer, scene: Scene, rays: RayBundle, args: argparse.N
     return [f"{samples:,}", *times, *(f"{size / 2**20:.0f}" if cuda else "-" for size in (kept, peak))]
 
 
-def _scene(args: argparse.Namespace) -> Scene:
+def _scene(args: argparse.Namespace) -> Parts:
     """Return the paper's field at the start of training, a soft ball."""
     grid = {"n_levels": args.levels, "log2_hashmap_size": args.log2_size, "backend": args.backend}
     geometry = {
@@ -101,7 +101,7 @@ def _scene(args: argparse.Namespace) -> Scene:
         (NoMaterial, {}),
         (NeuralEnvironmentMap, {"random_aug": True}),
     )
-    return Scene(*(cls(parse_config(cls.Config, given)).to(args.device) for cls, given in parts))
+    return Parts(*(cls(parse_config(cls.Config, given)).to(args.device) for cls, given in parts))
 
 
 def _video(args: argparse.Namespace) -> RayBundle:

@@ -6,6 +6,8 @@ Nothing draws from global state, so a step can be repeated exactly from (checkpo
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -23,3 +25,11 @@ def step_generator(
     of the parts in which it is accumulated."""
     stream = f"{stream}/{part}" if part else stream
     return torch.Generator(device=device).manual_seed(step_seed(seed, step, stream))
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """What is built inside on the CPU draws from ``seed``; the global generator is then as it was before."""
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -32,6 +32,10 @@ class TensorRecord:
         """Its tensors and records by name; what is None or a number is left out."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         return {name: value for name, value in values.items() if isinstance(value, Tensor | TensorRecord)}
+
+
+Budget = Literal["image", "video"]
+"""Whose bound on a renderer's memory holds in a step; see ``Scene.render``."""
 
 
 @dataclass(frozen=True)
@@ -122,23 +126,24 @@ class FieldOutput(TensorRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class RenderOutput(TensorRecord):
-    """Images of F frames, and the samples they were composited from."""
+    """Images of F frames; None is what a kind of scene does not have (``Scene.Config.renders``)."""
 
     comp_rgb: Float[Tensor, "F H W 3"]
     """Foreground over background, 0..1."""
-    comp_rgb_fg: Float[Tensor, "F H W 3"]
-    """Foreground, premultiplied by opacity."""
-    comp_rgb_bg: Float[Tensor, "F H W 3"]
     opacity: Float[Tensor, "F H W 1"]
     depth: Float[Tensor, "F H W 1"]
     """Sum of w t, not divided by opacity; scene units. Images show ``ops.compositing.expected_depth``."""
-    z_variance: Float[Tensor, "F H W 1"]
-    samples: Samples
-    weights: Float[Tensor, "N"]
     group_size: int = 1
     """Of the cameras."""
+    comp_rgb_fg: Float[Tensor, "F H W 3"] | None = None
+    """Foreground, premultiplied by opacity."""
     comp_normal: Float[Tensor, "F H W 3"] | None = None
     deformation: Float[Tensor, "F H W 3"] | None = None
+    z_variance: Float[Tensor, "F H W 1"] | None = None
+    """How thick the surface looks: sum of w (t - depth)^2."""
+    samples: Samples | None = None
+    """What the images were composited from, with these ``weights``."""
+    weights: Float[Tensor, "N"] | None = None
     normals: Float[Tensor, "N 3"] | None = None
     """Per-sample normals, for the orientation loss."""
     t_dirs: Float[Tensor, "N 3"] | None = None

@@ -17,7 +17,6 @@ def render_output(opacity, **given):
     fields = {
         "comp_rgb": image,
         "comp_rgb_fg": image,
-        "comp_rgb_bg": image,
         "opacity": opacity,
         "depth": torch.zeros_like(opacity),
         "z_variance": torch.zeros_like(opacity),

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +14,6 @@ from fourdfy.bounds import number
 from fourdfy.config import Component
 from fourdfy.files.images import VALIDATION_FPS
 from fourdfy.files.names import sanitize_tag
-from fourdfy.scenes.nerf.renderer_base import Scene
 from fourdfy.types import Cameras, RenderOutput
 
 
@@ -21,7 +21,7 @@ from fourdfy.types import Cameras, RenderOutput
 class Subject:
     """The trained scene that is exported."""
 
-    scene: Scene
+    scene: Any
     render: Callable[[Cameras], RenderOutput]
     """Frames as they are evaluated."""
     prompt: str

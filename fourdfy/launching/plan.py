@@ -114,7 +114,8 @@ def check_groups(experiment: Experiment) -> None:
     Raises:
         ConfigError: names the part, and what there is.
     """
-    parameters_of(experiment.build_system(), experiment.cfg.system.optimizer.params, absent=GUIDANCES)
+    system = experiment.build_system()
+    parameters_of(system, experiment.cfg.system.optimizer.params, absent=GUIDANCES | system.cfg.absent_parts)
 
 
 def fetch_models(experiments: Sequence[Experiment]) -> None:
@@ -183,7 +184,7 @@ def _memory_estimate(experiment: Experiment) -> float:
     is the largest of a few random cameras: the two are within a third of each other.
     """
     cfg = experiment.cfg.system
-    scene = sum(p.numel() for p in cfg.geometry.build().parameters()) * 16
+    scene = sum(p.numel() for p in experiment.build_system().parameters()) * 16
     stored = sum(
         stored_bytes(name, tuple(part for part in parts if part in ("unet", "vae"))) or 0
         for name, parts in needed_models([experiment]).items()
@@ -194,7 +195,7 @@ def _memory_estimate(experiment: Experiment) -> float:
         for frames, height, width in _frames(experiment, step.name):
             # The object fits the shorter side.
             rays = frames * min(height, width) ** 2
-            samples = cfg.renderer.samples_with_graph(rays, OCCUPIED, step.sample_budget)
+            samples = cfg.scene_cfg.samples_with_graph(rays, OCCUPIED, step.sample_budget)
             prior = guidance.activation_bytes(frames, height, width)
             graphs.append(max(samples * BYTES_KEPT + prior, samples * BYTES_AT_PEAK))
     return scene + stored + max(graphs)

@@ -21,7 +21,7 @@ def check_agreement(cfg: Any, plan: SupervisionPlan) -> None:
         ConfigError: names both keys and what to type.
     """
     _check_motion(cfg)
-    _check_radius(cfg.system)
+    cfg.system.scene_cfg.check_scene(dynamic=plan.dynamic)
     _check_scheduler(cfg)
     for step in plan.steps:
         for key in (step.guidance_cfg, step.prompt_cfg):
@@ -81,24 +81,4 @@ def _check_motion(cfg: Any) -> None:
         raise ConfigError(
             "system.freeze_static_modules=true leaves nothing to train where data.single_view.static=true; "
             "set one of the two to false"
-        )
-    encoding = getattr(cfg.system.geometry, "pos_encoding_config", None)
-    if hasattr(encoding, "time_encoding_config") and encoding.static != view.static:
-        ours, theirs = str(encoding.static).lower(), str(view.static).lower()
-        raise ConfigError(
-            f"system.geometry.pos_encoding_config.static={ours} disagrees with "
-            f"data.single_view.static={theirs}; set system.geometry.pos_encoding_config.static={theirs}"
-        )
-
-
-def _check_radius(system: Any) -> None:
-    outer = "renderer"
-    renderer, radius = system.renderer, getattr(system.geometry, "radius", None)
-    if hasattr(renderer, "base_renderer"):
-        outer, renderer = "renderer.base_renderer", renderer.base_renderer
-    marched = getattr(renderer, "radius", radius)
-    if radius is not None and marched != radius:
-        raise ConfigError(
-            f"system.{outer}.radius={marched:g} disagrees with system.geometry.radius={radius:g}, and rays "
-            f"are marched through the scene's cube; set system.{outer}.radius={radius:g}"
         )

@@ -14,18 +14,17 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from fourdfy.bounds import scheduled
-from fourdfy.config import Component, ConfigError, file_path, ignored, slot
+from fourdfy.config import ConfigError, file_path, ignored, slot
 from fourdfy.exporters.base import Exporter, Subject
 from fourdfy.guidance.base import Guidance
-from fourdfy.ops.cameras import cast_rays
-from fourdfy.ops.regularizers import NEEDS, REGULARIZERS
+from fourdfy.ops.regularizers import REGULARIZERS
 from fourdfy.original.checkpoints import own_names
 from fourdfy.prompts.base import PromptProcessor
 from fourdfy.registry import register
-from fourdfy.scenes.nerf.base import Background, Geometry, Material
-from fourdfy.scenes.nerf.renderer_base import Renderer, Scene
+from fourdfy.scenes.base import Scene
+from fourdfy.scenes.nerf.scene import NeRFScene
 from fourdfy.schedules import Schedule, schedule_max, schedule_value
-from fourdfy.seeds import step_generator, step_seed
+from fourdfy.seeds import seeded, step_generator, step_seed
 from fourdfy.systems.base import StepOutput, System
 from fourdfy.systems.checkpoint import read_checkpoint
 from fourdfy.systems.learning_rates import SchedulerConfig
@@ -69,15 +68,11 @@ class FourdfySystem(System):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Component.Config):
-        geometry_type: str = "implicit-volume"
-        geometry: Any = slot(Geometry, "geometry_type")
-        material_type: str = "no-material"
-        material: Any = slot(Material, "material_type")
-        background_type: str = "neural-environment-map-background"
-        background: Any = slot(Background, "background_type")
-        renderer_type: str = "nerf-volume-renderer"
-        renderer: Any = slot(Renderer, "renderer_type")
+    class Config(NeRFScene.Config):
+        scene_type: str | None = None
+        scene: Any = slot(Scene, "scene_type")
+        """A scene of another kind, in place of the NeRF that ``geometry``, ``material``, ``background`` and
+        ``renderer`` describe."""
 
         prompt_processor_type: str | None = None
         prompt_processor: Any = slot(PromptProcessor, "prompt_processor_type")
@@ -122,38 +117,35 @@ class FourdfySystem(System):
                 if key.removeprefix("lambda_") not in known and schedule_max(value) != 0:
                     choices = ", ".join(f"lambda_{name}" for name in known)
                     raise ValueError(f"loss.{key}={value}: there is no such loss; known: {choices}")
-            self._check_needs()
-
-        def _check_needs(self) -> None:
-            """Every part gets from the others what it reads of them."""
-            wants_normals = self.material.component.requires_normal or self.renderer.wants_normals
-            if wants_normals and not self.geometry.has_normals:
-                raise ValueError(
-                    "geometry.normal_type=null: the material or the renderer wants normals; use "
-                    "system.geometry.normal_type=finite_difference"
-                )
-            if (features := self.geometry.num_features) is not None:
-                self.material.check_features(features)
-            rendered = {"normals": wants_normals, "deformation": self.geometry.has_deformation}
-            for name, (needed, advice) in NEEDS.items():
+            if self.scene is None:
+                super().__post_init__()
+            for name, regularizer in REGULARIZERS.items():
                 weight = self.loss.get(f"lambda_{name}", 0)
-                if schedule_max(weight) != 0 and not rendered[needed]:
+                missing = [field for field in regularizer.needs if field not in self.scene_cfg.renders]
+                if schedule_max(weight) != 0 and missing:
+                    advice = f", or use {regularizer.advice}" if regularizer.advice else ""
                     raise ValueError(
-                        f"loss.lambda_{name}={weight}: needs {needed}, which this scene does not render; "
-                        f"set it to 0, or use {advice}"
+                        f"loss.lambda_{name}={weight}: needs {missing[0]}, which this scene does not render; "
+                        f"set it to 0{advice}"
                     )
+
+        @property
+        def scene_cfg(self) -> Scene.Config:
+            """What describes the scene: ``scene`` if it is given, else the NeRF's own keys."""
+            return self.scene or self
+
+        @property
+        def absent_parts(self) -> set[str]:
+            """Parts that an optimizer group may name although this scene has none."""
+            return set() if self.scene is None else {"geometry", "material", "background", "renderer"}
 
     cfg: Config
 
     def __init__(self, cfg: Config, *, plan: SupervisionPlan, seed: int) -> None:
         super().__init__()
         self.cfg, self.plan, self.seed = cfg, plan, seed
-        torch.manual_seed(step_seed(seed, 0, "parameters"))
-        self.geometry: Geometry = cfg.geometry.build()
-        self.material: Material = cfg.material.build()
-        self.background: Background = cfg.background.build()
-        scene = Scene(self.geometry, self.material, self.background)
-        self.renderer: Renderer = cfg.renderer.build(scene)
+        with seeded(step_seed(seed, 0, "parameters")):
+            self.scene: Scene = NeRFScene(cfg) if cfg.scene is None else cfg.scene.build()
         self.texts: dict[str, TextEmbeddings] = {}
         self.audit = GradientAudit(frozenset(step.name for step in plan.steps))
         self.step = 0
@@ -181,7 +173,7 @@ class FourdfySystem(System):
         optimizer = build_optimizer(
             self.cfg.optimizer,
             self,
-            absent=GUIDANCES - built,
+            absent=(GUIDANCES - built) | self.cfg.absent_parts,
             untrained=self.parameters_outside(trains),
         )
         # Only what is in a group still wants gradients; a group that is null is meant so.
@@ -198,26 +190,17 @@ class FourdfySystem(System):
     # -- training -------------------------------------------------------------------------------
 
     def before_step(self, batch: StepBatch) -> None:
-        self.renderer.update_occupancy(
-            step=batch.global_step,
-            dynamic=self.plan.dynamic,
-            generator=self._generator(batch, "occupancy"),
-        )
+        self.scene.before_step(self._context(batch, "occupancy"), dynamic=self.plan.dynamic)
 
     def training_step(self, batch: StepBatch) -> StepOutput:
         step = self.plan[batch.step]
-        torch.manual_seed(self._generator(batch, "global").initial_seed())  # for plugins that use it
+        torch.manual_seed(self._context(batch, "global").generator.initial_seed())  # for plugins that use it
         weights = self.active_losses(batch.global_step)
         with frozen(self.parameters_outside(step.trains)):
-            render = self.renderer(
-                cast_rays(batch.cameras),
-                step=batch.global_step,
-                generator=self._generator(batch, "render"),
-                sample_budget=step.sample_budget,
-            )
+            render = self.scene.render(batch.cameras, self._context(batch, "render"), step.sample_budget)
             render = replace(render, group_size=batch.cameras.group_size)
             guidance: Guidance = getattr(self, step.guidance)
-            context = StepContext(batch.global_step, self._generator(batch, "guidance"))
+            context = self._context(batch, "guidance")
             out = guidance(render, self.texts[step.name], batch.cameras, context)
             losses = out.losses | {
                 name: REGULARIZERS[name](render) for name in weights if name in REGULARIZERS
@@ -234,12 +217,13 @@ class FourdfySystem(System):
             weights={name: weight for name, weight in weights.items() if name in losses},
             metrics={
                 **out.metrics,
-                "samples": float(len(render.samples)),
+                **({} if render.samples is None else {"samples": float(len(render.samples))}),
                 "opacity": render.opacity.detach().mean(),
             },
         )
 
     def after_backward(self, batch: StepBatch, optimizer: torch.optim.Optimizer) -> None:
+        self.scene.after_backward(self._context(batch, "after backward"), optimizer)
         if self.audit.is_new(batch.step):
             logger.debug("%s", self.audit.record(batch.step, optimizer.param_groups))
 
@@ -253,29 +237,27 @@ class FourdfySystem(System):
 
     def parameters_outside(self, trains: frozenset[str]) -> Iterator[nn.Parameter]:
         """What must not learn from a step: the halves of the system that ``trains`` does not name."""
-        if "dynamic" not in trains:
-            yield from self.geometry.dynamic_parameters()
-        if "static" not in trains:
-            yield from self.geometry.static_parameters()
-            yield from self.material.parameters()
-            yield from self.background.parameters()
+        for half, parameters in self.scene.halves().items():
+            if half not in trains:
+                yield from parameters
         if "guidance" not in trains:
             for step in self.plan.steps:
                 yield from getattr(self, step.guidance).parameters()
 
-    def _generator(self, batch: StepBatch, stream: str) -> torch.Generator:
-        return step_generator(self.seed, batch.global_step, stream, self.device, batch.part)
+    def _context(self, batch: StepBatch, stream: str) -> StepContext:
+        generator = step_generator(self.seed, batch.global_step, stream, self.device, batch.part)
+        return StepContext(batch.global_step, generator)
 
     # -- evaluation -----------------------------------------------------------------------------
 
     @torch.no_grad()
     def render(self, cameras: Cameras) -> RenderOutput:
         """Frames as they are evaluated: nothing random, annealing as at ``step``."""
-        return self.renderer(cast_rays(cameras.to(self.device)), step=self.step)
+        return self.scene.render(cameras.to(self.device), StepContext(self.step))
 
     def export(self, folder: Path, cameras: Mapping[str, Cameras]) -> list[Path]:
         subject = Subject(
-            scene=self.renderer.scene,
+            scene=self.scene,
             render=self.render,
             prompt=self.cfg.prompt_processor.prompt if self.cfg.prompt_processor else "scene",
             cameras=cameras,
@@ -287,6 +269,16 @@ class FourdfySystem(System):
 
     # -- checkpoints ----------------------------------------------------------------------------
 
+    def state_dict(self, *args: Any, **keywords: Any) -> dict[str, Any]:
+        """By the names of 4D-fy's checkpoints: parts of the scene stand beside the guidances."""
+        state = super().state_dict(*args, **keywords)
+        return {name.removeprefix("scene."): value for name, value in state.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **keywords: Any) -> Any:
+        inside = {name.removeprefix("scene."): name for name in super().state_dict()}
+        state = {inside.get(name, name): value for name, value in state_dict.items()}
+        return super().load_state_dict(state, *args, **keywords)
+
     def load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         own = self.state_dict()
         state = own_names(checkpoint["state_dict"], own)
@@ -296,6 +288,7 @@ class FourdfySystem(System):
                 "was it made with another geometry or renderer?"
             )
         given = {key: state[key] for key in own}
+        own = self._fitted(given)
         _check_shapes(given, own, "resume", "use the geometry that the checkpoint was made with")
         self.load_state_dict(given)
         self.step = checkpoint["global_step"]
@@ -320,10 +313,16 @@ class FourdfySystem(System):
         fits = {key: value for key, value in own_names(weights, own).items() if key in own}
         if weights and not fits:
             raise ConfigError(f"system.weights={self.cfg.weights}: holds nothing that this system has")
+        own = self._fitted(fits)
         hint = "use the geometry of the earlier stage, or system.weights_ignore_modules"
         _check_shapes(fits, own, "system.weights", hint)
         self.load_state_dict(fits, strict=False)
         return len(fits)
+
+    def _fitted(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The system's own state, once the scene has taken the shapes of ``state`` as far as it can."""
+        self.scene.fit_state(state)
+        return self.state_dict()
 
 
 def _check_shapes(given: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str, hint: str) -> None:

@@ -156,10 +156,13 @@ def _is_optimizer(name: str) -> bool:
 
 
 def _parameters_at(system: nn.Module, path: str) -> list[nn.Parameter]:
-    node: Any = system
+    scene = getattr(system, "scene", system)  # its parts need not be called scene.geometry
+    node: Any = scene if hasattr(scene, path.split(".")[0]) else system
     for name in path.split("."):
         if not hasattr(node, name):
-            children = [key for key, _ in node.named_children()] if isinstance(node, nn.Module) else []
+            parts = (scene, system) if node is system else (node,)
+            modules = [part for part in parts if isinstance(part, nn.Module)]
+            children = [key for module in modules for key, _ in module.named_children()]
             guess = difflib.get_close_matches(name, children, n=1)
             groups = f"groups could be: {', '.join(_groups_of(system))}"
             hint = f"did you mean {guess[0]!r}?" if guess else groups
@@ -170,7 +173,8 @@ def _parameters_at(system: nn.Module, path: str) -> list[nn.Parameter]:
 
 def _groups_of(system: nn.Module) -> list[str]:
     """Paths worth naming in a message: modules with parameters, two levels down."""
-    return sorted({".".join(name.split(".")[:2]) for name, p in system.named_parameters() if p.numel()})
+    names = (name.removeprefix("scene.") for name, p in system.named_parameters() if p.numel())
+    return sorted({".".join(name.split(".")[:2]) for name in names})
 
 
 @contextmanager

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from fourdfy.config import ConfigError
-from fourdfy.scenes.nerf.renderer_base import SampleBudget
 from fourdfy.seeds import step_generator
+from fourdfy.types import Budget
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class SupervisionStep:
     probability: float
     trains: frozenset[str]
     """Which of "static", "dynamic" (halves of the scene) and "guidance" (a LoRA) learn from it."""
-    sample_budget: SampleBudget
-    """The renderer's setting that bounds how many samples have a graph at once."""
+    sample_budget: Budget
+    """Whose bound on the scene's memory holds."""
     guidance: str
     """The system's attribute and config key of the guidance, without its prefix's type key."""
     guidance_cfg: str
@@ -95,7 +95,7 @@ def plan_supervision(
         still = moving = {"dynamic", "guidance"}  # the LoRA keeps up with what it sees
     else:
         still, moving = {"static", "guidance"}, {"static", "dynamic", "guidance"}
-    images, video = "train_max_nums_static", "train_max_nums"
+    images, video = "image", "video"
     rows = (
         ("multi_view", pm, still, images, "guidance_multi_view", "guidance_multi_view", "_multi_view"),
         ("single_view", (1 - pm) * (1 - pv), still, images, "guidance_single_view", "guidance", ""),

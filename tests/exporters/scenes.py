@@ -8,7 +8,7 @@ import torch
 from fourdfy.exporters.base import Subject
 from fourdfy.ops.cameras import orbit_cameras
 from fourdfy.scenes.nerf.base import Background, Geometry, Material
-from fourdfy.scenes.nerf.renderer_base import Scene
+from fourdfy.scenes.nerf.renderer_base import Parts
 from fourdfy.types import FieldOutput
 
 RADIUS, SIZE = 2.0, 0.8
@@ -75,7 +75,7 @@ class Nothing(Background):
 
 def make_subject(*, deforms=False, dynamic=True, peak=60.0):
     """Its ``render`` gives plain pictures, brighter with time, and one depth for each pixel column."""
-    scene = Scene(MovedBall(deforms=deforms, peak=peak), Painted(), Nothing())
+    scene = Parts(MovedBall(deforms=deforms, peak=peak), Painted(), Nothing())
     azimuth = torch.linspace(0, 90, 6)
     path = orbit_cameras(
         torch.full((6,), 15.0), azimuth, distance=3.0, fovy_deg=40.0,

@@ -5,6 +5,7 @@ import torch
 
 from fourdfy.launching.experiment import load_experiment
 from fourdfy.systems.checkpoint import write_checkpoint
+from fourdfy.types import StepContext
 from tests.commands import CONFIGS, TINY, launch, trial
 
 SMALL = (
@@ -21,7 +22,7 @@ def checkpoint(tmp_path_factory):
     overrides = [*TINY, *SMALL, "name=another"]
     system = load_experiment([CONFIGS / "shapes_stage_3.yaml"], overrides).build_system()
     with torch.no_grad():
-        system.renderer.update_occupancy(step=0, dynamic=True, generator=torch.Generator().manual_seed(0))
+        system.scene.before_step(StepContext(0, torch.Generator().manual_seed(0)), dynamic=True)
     path = folder / "scene.ckpt"
     write_checkpoint({"state_dict": system.state_dict(), "global_step": 12}, path)
     return path

@@ -224,7 +224,7 @@ def weight_of_video(watch: Watch) -> float:
 
 
 def grid_levels(watch: Watch) -> int:
-    return watch.system.geometry.encoding.encoding.encoding.spec.n_levels
+    return watch.system.scene.geometry.encoding.encoding.encoding.spec.n_levels
 
 
 KNOBS: dict[str, tuple[list[str], Callable[[Watch], Any], Any]] = {

@@ -104,7 +104,7 @@ def test_a_scene_that_breaks_ends_the_run_and_keeps_the_last_checkpoint(tmp_path
 
     def broken_at_step_1(system, batch):
         if batch.global_step == 1:
-            system.geometry.density_network.layers[0].weight.data.fill_(NAN)
+            system.scene.geometry.density_network.layers[0].weight.data.fill_(NAN)
         return training_step(system, batch)
 
     monkeypatch.setattr(FourdfySystem, "training_step", broken_at_step_1)

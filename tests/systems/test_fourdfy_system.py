@@ -1,14 +1,16 @@
 """The system: losses, what learns from which step, weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fourdfy.config import ConfigError
 from fourdfy.launching.experiment import load_experiment
-from fourdfy.ops.cameras import cast_rays
 from fourdfy.seeds import step_generator
 from fourdfy.systems.checkpoint import write_checkpoint
 from fourdfy.systems.optim import frozen
+from fourdfy.types import StepContext
 from tests.commands import CONFIGS, TINY
 
 
@@ -30,13 +32,13 @@ def batch_of(this, data, kind):
 def gradients(this, system, data, kind):
     """Which halves of the scene a step of ``kind`` reaches."""
     batch = batch_of(this, data, kind)
-    generator = step_generator(0, 0, "render")
-    system.renderer.update_occupancy(step=0, dynamic=True, generator=generator)
+    context = StepContext(0, step_generator(0, 0, "render"))
+    system.scene.before_step(context, dynamic=True)
     trains = this.plan[kind].trains | {"guidance"}  # there is none here
     with frozen(system.parameters_outside(trains)):
-        render = system.renderer(cast_rays(batch.cameras), step=0, generator=generator)
+        render = system.scene.render(batch.cameras, context)
     render.comp_rgb.square().sum().backward()
-    halves = {"static": system.geometry.static_parameters(), "dynamic": system.geometry.dynamic_parameters()}
+    halves = system.scene.halves()
     return {name for name, half in halves.items() if any(p.grad is not None for p in half)}
 
 
@@ -65,19 +67,19 @@ class Rendered(Exception):
 
 
 @pytest.mark.parametrize("kind", ["multi_view", "video"])
-def test_a_step_tells_the_renderer_its_sample_budget(built, kind, monkeypatch):
+def test_a_step_tells_the_scene_its_budget(built, kind, monkeypatch):
     this, system, data = built
     seen = {}
 
-    def forward(rays, **keywords):
-        seen.update(keywords)
+    def render(cameras, context, budget):
+        seen.update(budget=budget)
         raise Rendered
 
-    monkeypatch.setattr(system.renderer, "forward", forward)
+    monkeypatch.setattr(system.scene, "render", render)
     monkeypatch.setattr(system, "parameters_outside", lambda trains: iter(()))  # there is no guidance here
     with pytest.raises(Rendered):
         system.training_step(batch_of(this, data, kind))
-    assert seen["sample_budget"] == this.plan[kind].sample_budget
+    assert seen["budget"] == this.plan[kind].sample_budget
 
 
 SHADING = "system.material_type=diffuse-with-point-light-material"
@@ -148,12 +150,16 @@ def test_a_step_of_positive_probability_needs_its_guidance():
 def test_frames_of_one_scene_differ_only_by_time(built):
     _, system, data = built
     with torch.no_grad():
-        for p in system.geometry.dynamic_parameters():
+        for p in system.scene.halves()["dynamic"]:
             p.normal_()
-    cameras = data.test_cameras(dynamic=True)["test"][:2]
-    together = system.render(cameras).comp_rgb
+    system.scene.before_step(StepContext(0, step_generator(0, 0, "occupancy")), dynamic=True)
+    cameras = data.test_cameras(dynamic=True)["test"][:1]
+    cameras = replace(cameras[torch.tensor([0, 0])], times=torch.tensor([0.1, 0.7]))
+    together = system.render(cameras)
+    assert len(together.samples) > 100
     apart = torch.cat([system.render(cameras[n : n + 1]).comp_rgb for n in (1, 0)]).flip(0)
-    torch.testing.assert_close(together, apart)
+    torch.testing.assert_close(together.comp_rgb, apart)
+    assert (apart[0] - apart[1]).abs().max() > 0.01
 
 
 def test_weights_of_another_shape_are_refused_by_name(tmp_path, built):
@@ -174,8 +180,8 @@ def test_modules_can_be_left_out_of_weights(tmp_path, built):
         f"system.weights={tmp_path}/a.ckpt", "system.weights_ignore_modules=[geometry.density_network]"
     )
     taken = start_from_weights(taken)
-    assert taken.geometry.feature_network.layers[0].weight.eq(1).all()
-    assert not taken.geometry.density_network.layers[0].weight.eq(1).any()
+    assert taken.scene.geometry.feature_network.layers[0].weight.eq(1).all()
+    assert not taken.scene.geometry.density_network.layers[0].weight.eq(1).any()
 
 
 @pytest.mark.parametrize("meant", [True, False], ids=["a group that is null", "no group"])

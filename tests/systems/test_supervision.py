@@ -56,9 +56,9 @@ def test_which_half_learns(static, freeze, kind, trains):
 
 def test_video_steps_have_a_sample_budget_of_their_own():
     assert {step.name: step.sample_budget for step in plan(0.5, 0.5).steps} == {
-        "multi_view": "train_max_nums_static",
-        "single_view": "train_max_nums_static",
-        "video": "train_max_nums",
+        "multi_view": "image",
+        "single_view": "image",
+        "video": "video",
     }
 
 

@@ -10,8 +10,8 @@ import torch
 from fourdfy.config import slot
 from fourdfy.registry import register
 from fourdfy.scenes.nerf.masked import MaskedVolumeRenderer, Quotas
-from fourdfy.scenes.nerf.renderer_base import Renderer, SampleBudget, Scene
-from fourdfy.types import RayBundle, RenderOutput
+from fourdfy.scenes.nerf.renderer_base import Parts, Renderer
+from fourdfy.types import Budget, RayBundle, RenderOutput
 
 STRIDE = 3
 
@@ -28,7 +28,7 @@ class InterleavedVolumeRenderer(Renderer):
         base_renderer_type: str = "mask-nerf-volume-renderer"
         base_renderer: Any = slot(MaskedVolumeRenderer, "base_renderer_type")
 
-        def samples_with_graph(self, rays: int, occupied: float, budget: SampleBudget) -> float:
+        def samples_with_graph(self, rays: int, occupied: float, budget: Budget) -> float:
             return self.base_renderer.samples_with_graph(rays, occupied, budget)
 
         @property
@@ -37,7 +37,7 @@ class InterleavedVolumeRenderer(Renderer):
 
     cfg: Config
 
-    def __init__(self, cfg: Config, scene: Scene) -> None:
+    def __init__(self, cfg: Config, scene: Parts) -> None:
         super().__init__(cfg, scene)
         self.base_renderer: MaskedVolumeRenderer = cfg.base_renderer.build(scene)
 
@@ -47,7 +47,7 @@ class InterleavedVolumeRenderer(Renderer):
         *,
         step: int,
         generator: torch.Generator | None = None,
-        sample_budget: SampleBudget = "train_max_nums",
+        sample_budget: Budget = "video",
     ) -> RenderOutput:
         return self.base_renderer(
             rays, step=step, generator=generator, sample_budget=sample_budget, share_out=interleaved

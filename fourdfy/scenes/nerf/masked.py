@@ -19,8 +19,7 @@ from fourdfy.ops.recomputation import recomputed
 from fourdfy.registry import register
 from fourdfy.scenes.nerf.passes import FlatRays, cut, last_samples, split_rays
 from fourdfy.scenes.nerf.renderer import NeRFVolumeRenderer, ShadedRays, joined_records
-from fourdfy.scenes.nerf.renderer_base import SampleBudget
-from fourdfy.types import FieldOutput, RayBundle, RenderOutput, Samples
+from fourdfy.types import Budget, FieldOutput, RayBundle, RenderOutput, Samples
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,11 @@ class MaskedVolumeRenderer(NeRFVolumeRenderer):
         """``subset`` is the original's, for comparison: a random choice of ``train_max_nums`` samples
         carries gradients, not rescaled, and the others none."""
 
-        def samples_with_graph(self, rays: int, occupied: float, budget: SampleBudget) -> float:
-            return min(super().samples_with_graph(rays, occupied, budget), float(getattr(self, budget)))
+        def cap(self, budget: Budget) -> int:
+            return self.train_max_nums if budget == "video" else self.train_max_nums_static
+
+        def samples_with_graph(self, rays: int, occupied: float, budget: Budget) -> float:
+            return min(super().samples_with_graph(rays, occupied, budget), float(self.cap(budget)))
 
     cfg: Config
 
@@ -73,11 +75,11 @@ class MaskedVolumeRenderer(NeRFVolumeRenderer):
         *,
         step: int,
         generator: torch.Generator | None = None,
-        sample_budget: SampleBudget = "train_max_nums",
+        sample_budget: Budget = "video",
         share_out: Callable[[RayBundle, int], Quotas] = whole_call,
     ) -> RenderOutput:
         """See ``Renderer``. ``share_out`` deals the budget to groups of rays, with ``gradient: subset``."""
-        budget = getattr(self.cfg, sample_budget)
+        budget = self.cfg.cap(sample_budget)
         if self.cfg.gradient == "exact":
             shade = partial(self._shade_in_passes, budget=budget)
         else:

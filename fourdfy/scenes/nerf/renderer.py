@@ -24,8 +24,8 @@ from fourdfy.ops.ray_marching import intersect_box, march, step_size, visible
 from fourdfy.registry import register
 from fourdfy.scenes.nerf.occupancy import OccupancyGrid
 from fourdfy.scenes.nerf.passes import FlatRays, cut, last_samples, split_rays
-from fourdfy.scenes.nerf.renderer_base import Renderer, SampleBudget, Scene
-from fourdfy.types import FieldOutput, RayBundle, RenderOutput, Samples, TensorRecord
+from fourdfy.scenes.nerf.renderer_base import Parts, Renderer
+from fourdfy.types import Budget, FieldOutput, RayBundle, RenderOutput, Samples, TensorRecord
 
 # Steps along rays that are examined at once before pruning, and samples that an evaluation shades at
 # once: about 100 bytes each.
@@ -103,7 +103,7 @@ class NeRFVolumeRenderer(Renderer):
             if self.return_normal_perturb:
                 raise ValueError("return_normal_perturb is not supported: no loss here uses it; remove it")
 
-        def samples_with_graph(self, rays: int, occupied: float, budget: SampleBudget) -> float:
+        def samples_with_graph(self, rays: int, occupied: float, budget: Budget) -> float:
             return rays * self.num_samples_per_ray * occupied
 
         @property
@@ -113,7 +113,7 @@ class NeRFVolumeRenderer(Renderer):
     cfg: Config
     bbox: Float[Tensor, "2 3"]
 
-    def __init__(self, cfg: Config, scene: Scene) -> None:
+    def __init__(self, cfg: Config, scene: Parts) -> None:
         super().__init__(cfg, scene)
         if cfg.radius > scene.geometry.radius:
             raise ValueError(
@@ -130,7 +130,7 @@ class NeRFVolumeRenderer(Renderer):
         *,
         step: int,
         generator: torch.Generator | None = None,
-        sample_budget: SampleBudget = "train_max_nums",
+        sample_budget: Budget = "video",
     ) -> RenderOutput:
         """See ``Renderer``. The graph holds all samples at once: there is no budget here."""
         return self._render(rays, step, generator, self._shade_at_once)
@@ -317,7 +317,6 @@ def _assemble(
     return RenderOutput(
         comp_rgb=foreground + background * (1 - opacity),
         comp_rgb_fg=foreground,
-        comp_rgb_bg=background,
         opacity=opacity,
         depth=image(shaded.depth),
         z_variance=image(shaded.z_variance),

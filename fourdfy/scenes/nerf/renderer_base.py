@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import nn
 
 from fourdfy.config import Component
 from fourdfy.scenes.nerf.base import Background, Geometry, Material
-from fourdfy.types import RayBundle, RenderOutput
-
-SampleBudget = Literal["train_max_nums", "train_max_nums_static"]
-"""The setting of a renderer that bounds the memory of a step: that of video steps, and of all others."""
+from fourdfy.types import Budget, RayBundle, RenderOutput
 
 
 @dataclass(frozen=True)
-class Scene:
+class Parts:
     """What is rendered. No module, so that a renderer does not own (and save) the scene's weights."""
 
     geometry: Geometry
@@ -31,7 +27,7 @@ class Renderer(Component, nn.Module, ABC):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Component.Config):
-        def samples_with_graph(self, rays: int, occupied: float, budget: SampleBudget) -> float:
+        def samples_with_graph(self, rays: int, occupied: float, budget: Budget) -> float:
             """About how many samples hold activations at once in a step of ``rays``; 0 where unknown.
 
             Args:
@@ -47,7 +43,7 @@ class Renderer(Component, nn.Module, ABC):
 
     cfg: Config
 
-    def __init__(self, cfg: Config, scene: Scene) -> None:
+    def __init__(self, cfg: Config, scene: Parts) -> None:
         super().__init__()
         self.cfg = cfg
         self.scene = scene
@@ -59,7 +55,7 @@ class Renderer(Component, nn.Module, ABC):
         *,
         step: int,
         generator: torch.Generator | None = None,
-        sample_budget: SampleBudget = "train_max_nums",
+        sample_budget: Budget = "video",
     ) -> RenderOutput:
         """Images of all frames of ``rays``.
 

@@ -9,7 +9,7 @@ from torch import nn
 from fourdfy.ops.cameras import cast_rays, orbit_cameras
 from fourdfy.scenes.nerf.base import Background, Geometry, Material
 from fourdfy.scenes.nerf.renderer import NeRFVolumeRenderer
-from fourdfy.scenes.nerf.renderer_base import Scene
+from fourdfy.scenes.nerf.renderer_base import Parts
 from fourdfy.types import FieldOutput
 
 
@@ -75,8 +75,8 @@ class Plain(Background):
 
 
 @dataclass(frozen=True)
-class Parts:
-    scene: Scene
+class Made:
+    scene: Parts
     renderer: NeRFVolumeRenderer
 
 
@@ -84,12 +84,12 @@ def make_scene(*, kind=NeRFVolumeRenderer, random_material=False, refresh=True, 
     """A renderer with few samples, its occupancy grid refreshed a few times."""
     geometry_keys = ("peak", "size", "orbit", "sharpness", "extras")
     geometry = Ball(**{key: settings.pop(key) for key in geometry_keys if key in settings})
-    scene = Scene(geometry=geometry, material=Paint(random_material), background=Plain())
+    scene = Parts(geometry=geometry, material=Paint(random_material), background=Plain())
     settings = {"num_samples_per_ray": 48, "grid_resolution": 16, **settings}
     renderer = kind(kind.Config(**settings), scene)
     if refresh:
         refresh_occupancy(renderer, dynamic=dynamic)
-    return Parts(scene=scene, renderer=renderer)
+    return Made(scene=scene, renderer=renderer)
 
 
 def refresh_occupancy(renderer, dynamic=True):

@@ -6,7 +6,7 @@ from fourdfy.config import parse_config
 from fourdfy.scenes.backgrounds import NeuralEnvironmentMap
 from fourdfy.scenes.nerf.implicit_volume import ImplicitVolume
 from fourdfy.scenes.nerf.materials import DiffuseWithPointLight
-from fourdfy.scenes.nerf.renderer_base import Scene
+from fourdfy.scenes.nerf.renderer_base import Parts
 
 NETWORK = {"otype": "VanillaMLP", "n_neurons": 8, "n_hidden_layers": 1}
 GEOMETRY = {
@@ -45,4 +45,4 @@ def field_scene():
         for parameter in module.double().parameters():
             parameter.data.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
     geometry.encoding.encoding.encoding.requires_grad_(True)
-    return Scene(geometry=geometry, material=material, background=background)
+    return Parts(geometry=geometry, material=material, background=background)

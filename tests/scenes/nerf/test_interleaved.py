@@ -84,7 +84,7 @@ def test_exactly_the_shares_carry_gradients(size):
 
 def test_other_steps_have_their_own_budget():
     scene, renderer = make_interleaved(gradient="subset", train_max_nums=90, train_max_nums_static=9)
-    renderer(frames(), step=0, generator=generator(), sample_budget="train_max_nums_static")
+    renderer(frames(), step=0, generator=generator(), sample_budget="image")
     assert scene.geometry.trained == 27
 
 

@@ -138,9 +138,8 @@ def test_passes_remember_what_was_frozen_in_the_forward_pass():
 
 
 def test_a_step_names_its_budget():
-    budgets = {"train_max_nums": 60, "train_max_nums_static": 300}
-    parts = make_scene(kind=MaskedVolumeRenderer, **budgets)
-    for name, budget in budgets.items():
+    parts = make_scene(kind=MaskedVolumeRenderer, train_max_nums=60, train_max_nums_static=300)
+    for name, budget in (("video", 60), ("image", 300)):
         parts.scene.geometry.largest_trained_call = 0
         render = parts.renderer(frames(), step=0, generator=generator(), sample_budget=name)
         assert parts.scene.geometry.largest_trained_call == 0, "the forward pass builds no graph"
@@ -214,7 +213,7 @@ def test_an_empty_scene_renders_the_background(gradient):
     parts = make_scene(kind=MaskedVolumeRenderer, refresh=False, gradient=gradient)
     render = parts.renderer(frames(), step=0, generator=generator())
     assert len(render.samples) == 0
-    assert torch.equal(render.comp_rgb, render.comp_rgb_bg)
+    assert torch.equal(render.comp_rgb, parts.scene.background(frames().directions))
     grads = gradients(parts.scene, render.comp_rgb.sum())
     assert grads["color"].abs().sum() > 0
 

@@ -68,7 +68,7 @@ def test_an_empty_scene_renders_the_background():
     parts = make_scene(refresh=False)  # no cell is occupied before the first refresh
     render = parts.renderer(frames(), step=0, generator=generator())
     assert len(render.samples) == 0
-    assert torch.equal(render.comp_rgb, render.comp_rgb_bg)
+    assert torch.equal(render.comp_rgb, parts.scene.background(frames().directions))
     for name in ("opacity", "depth", "z_variance", "comp_rgb_fg"):
         assert not getattr(render, name).any()
     grads = gradients(parts, render.comp_rgb)

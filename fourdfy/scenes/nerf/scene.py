@@ -1,0 +1,96 @@
+"""The NeRF of 4D-fy: a field over space and time, a background, and the renderer that composites them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from fourdfy.config import ConfigError, slot
+from fourdfy.ops.cameras import cast_rays
+from fourdfy.scenes.base import Scene
+from fourdfy.scenes.nerf.base import Background, Geometry, Material
+from fourdfy.scenes.nerf.renderer_base import Parts, Renderer
+from fourdfy.types import Budget, Cameras, RenderOutput, StepContext
+
+
+class NeRFScene(Scene):
+    """Its parts have the names that they have in 4D-fy's checkpoints."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Scene.Config):
+        geometry_type: str = "implicit-volume"
+        geometry: Any = slot(Geometry, "geometry_type")
+        material_type: str = "no-material"
+        material: Any = slot(Material, "material_type")
+        background_type: str = "neural-environment-map-background"
+        background: Any = slot(Background, "background_type")
+        renderer_type: str = "nerf-volume-renderer"
+        renderer: Any = slot(Renderer, "renderer_type")
+
+        def __post_init__(self) -> None:
+            """Every part gets from the others what it reads of them."""
+            if self.wants_normals and not self.geometry.has_normals:
+                raise ValueError(
+                    "geometry.normal_type=null: the material or the renderer wants normals; use "
+                    "system.geometry.normal_type=finite_difference"
+                )
+            if (features := self.geometry.num_features) is not None:
+                self.material.check_features(features)
+
+        @property
+        def wants_normals(self) -> bool:
+            return self.material.component.requires_normal or self.renderer.wants_normals
+
+        @property
+        def renders(self) -> frozenset[str]:
+            fields = {"comp_rgb_fg", "samples", "weights", "z_variance"}
+            if self.wants_normals:
+                fields |= {"comp_normal", "normals", "t_dirs"}
+            return frozenset(fields | ({"deformation"} if self.geometry.has_deformation else set()))
+
+        def samples_with_graph(self, rays: int, occupied: float, budget: Budget) -> float:
+            return self.renderer.samples_with_graph(rays, occupied, budget)
+
+        def check_scene(self, *, dynamic: bool) -> None:
+            encoding = getattr(self.geometry, "pos_encoding_config", None)
+            if hasattr(encoding, "time_encoding_config") and encoding.static == dynamic:
+                ours, theirs = str(dynamic).lower(), str(not dynamic).lower()
+                raise ConfigError(
+                    f"system.geometry.pos_encoding_config.static={ours} disagrees with "
+                    f"data.single_view.static={theirs}; set "
+                    f"system.geometry.pos_encoding_config.static={theirs}"
+                )
+            outer, renderer, radius = "renderer", self.renderer, getattr(self.geometry, "radius", None)
+            if hasattr(renderer, "base_renderer"):
+                outer, renderer = "renderer.base_renderer", renderer.base_renderer
+            marched = getattr(renderer, "radius", radius)
+            if radius is not None and marched != radius:
+                raise ConfigError(
+                    f"system.{outer}.radius={marched:g} disagrees with system.geometry.radius={radius:g}, "
+                    f"and rays are marched through the scene's cube; set system.{outer}.radius={radius:g}"
+                )
+
+    cfg: Config
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__(cfg)
+        self.geometry: Geometry = cfg.geometry.build()
+        self.material: Material = cfg.material.build()
+        self.background: Background = cfg.background.build()
+        self.renderer: Renderer = cfg.renderer.build(Parts(self.geometry, self.material, self.background))
+
+    def render(self, cameras: Cameras, context: StepContext, budget: Budget = "image") -> RenderOutput:
+        return self.renderer(
+            cast_rays(cameras), step=context.step, generator=context.generator, sample_budget=budget
+        )
+
+    def halves(self) -> dict[str, list[nn.Parameter]]:
+        dynamic = list(self.geometry.dynamic_parameters())
+        moving = {id(parameter) for parameter in dynamic}
+        return {"static": [p for p in self.parameters() if id(p) not in moving], "dynamic": dynamic}
+
+    def before_step(self, context: StepContext, *, dynamic: bool) -> None:
+        assert context.generator is not None
+        self.renderer.update_occupancy(step=context.step, dynamic=dynamic, generator=context.generator)
