@@ -25,10 +25,10 @@ from fourdfy.config import parse_config
 from fourdfy.ops.cameras import cast_rays, orbit_cameras
 from fourdfy.registry import find
 from fourdfy.scenes.backgrounds import NeuralEnvironmentMap
+from fourdfy.scenes.nerf.base import Parts, Renderer
 from fourdfy.scenes.nerf.implicit_volume import ImplicitVolume
 from fourdfy.scenes.nerf.materials import NoMaterial
-from fourdfy.scenes.nerf.renderer_base import Parts, Renderer
-from fourdfy.types import RayBundle
+from fourdfy.types import RayBundle, StepContext
 
 NERF, STABLE = "nerf-volume-renderer", "stable-nerf-volume-renderer"
 
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     for name, chunk, kind, keys in rows:
         cls = find(kind, Renderer)
-        renderer = cls(parse_config(cls.Config, keys), scene).to(args.device)
+        renderer = parse_config(cls.Config, keys).build(scene).to(args.device)
         print(f"| {name} | {chunk} | " + " | ".join(_measure(renderer, scene, rays, args)) + " |", flush=True)
 
 
@@ -59,7 +59,7 @@ def _measure(renderer: Renderer, scene: Parts, rays: RayBundle, args: argparse.N
     """Return the number of samples, ms forward and backward, and MiB kept and at the peak."""
     generator = torch.Generator(args.device).manual_seed(0)
     for step in range(0, 64, 16):
-        renderer.update_occupancy(step=step, dynamic=True, generator=generator)
+        renderer.update_occupancy(StepContext(step, generator), dynamic=True)
     parameters = [*scene.geometry.parameters(), *scene.background.parameters()]
     forward, backward, cuda = [], [], args.device != "cpu"
     kept = peak = samples = 0
@@ -69,7 +69,7 @@ def _measure(renderer: Renderer, scene: Parts, rays: RayBundle, args: argparse.N
                 torch.cuda.reset_peak_memory_stats()
                 before = torch.cuda.memory_allocated()
             start = _now(cuda)
-            render = renderer(rays, step=0, generator=generator.manual_seed(1))
+            render = renderer(rays, StepContext(0, generator.manual_seed(1)), "video")
             middle = _now(cuda)
             samples, loss = len(render.samples), render.comp_rgb.square().sum()
             if cuda:

@@ -14,11 +14,10 @@ from fourdfy.config import Component, ConfigError, parse_config
 from fourdfy.data.base import DataModule
 from fourdfy.data.sampling import MultiViewConfig, SingleViewConfig
 from fourdfy.guidance.base import Guidance
-from fourdfy.scenes.nerf.base import Background, Geometry, Material
+from fourdfy.scenes.nerf.base import Background, Geometry, Material, Renderer
 from fourdfy.scenes.nerf.encodings import Encoding
 from fourdfy.scenes.nerf.implicit_volume import BlobStdAnnealing
 from fourdfy.scenes.nerf.mlp import VanillaMLP
-from fourdfy.scenes.nerf.renderer_base import Renderer
 
 
 @dataclass(frozen=True, kw_only=True)

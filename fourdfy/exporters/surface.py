@@ -28,7 +28,8 @@ from fourdfy.ops.isosurface import (
     without_ripples,
     without_small_parts,
 )
-from fourdfy.scenes.nerf.base import Geometry
+from fourdfy.scenes.nerf.base import Geometry, ShadingPoints
+from fourdfy.types import StepContext
 
 logger = logging.getLogger(__name__)
 
@@ -176,14 +177,9 @@ def _colors_from_above(
         step=subject.step,
         want_normals=material.requires_normal,
     )
-    colors = material(
-        field.features,
-        positions=samples,
-        normals=field.normals,
-        light_positions=samples + normals[ray_indices],
-        directions=-normals[ray_indices],
-        step=subject.step,
-    )
+    directions = -normals[ray_indices]
+    seen = ShadingPoints(positions=samples, directions=directions, light_positions=samples - directions)
+    colors = material(field, seen, StepContext(subject.step))
     weights = weights_from_density(field.sigmas, starts, ends, ray_indices, len(rays))
     total = accumulate(weights, torch.ones_like(weights)[:, None], ray_indices, len(rays))
     mixed = accumulate(weights, colors, ray_indices, len(rays)) / total.clamp(min=1e-6)

@@ -28,7 +28,7 @@ BLOCKS = ("down_blocks", "up_blocks", "mid_block")
 def own_names(state: Mapping[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
     """``state`` with each tensor under the name that it has in ``own``; other names stay as they are.
 
-    Works for checkpoints of ours too, whose renderer may be the other of the two.
+    Works for checkpoints of ours too, also those from before the two renderers became one.
 
     Raises:
         ConfigError: an adapter for more attentions than our U-Net has.
@@ -57,7 +57,6 @@ def _own_name(name: str, own: Collection[str], attentions: Sequence[str]) -> str
     candidates = (
         name,
         name.replace("renderer.base_renderer.", "renderer.", 1),
-        name.replace("renderer.", "renderer.base_renderer.", 1),
         name.replace("camera_embedding.module.", "camera_embedding.", 1),
     )
     return next((candidate for candidate in candidates if candidate in own), name)

@@ -7,8 +7,7 @@ import torch
 
 from fourdfy.exporters.base import Subject
 from fourdfy.ops.cameras import orbit_cameras
-from fourdfy.scenes.nerf.base import Background, Geometry, Material
-from fourdfy.scenes.nerf.renderer_base import Parts
+from fourdfy.scenes.nerf.base import Background, Geometry, Material, Parts
 from fourdfy.types import FieldOutput
 
 RADIUS, SIZE = 2.0, 0.8
@@ -64,8 +63,8 @@ class MovedBall(Geometry):
 class Painted(Material):
     """Grey in front, red elsewhere."""
 
-    def forward(self, features, *, positions, normals, light_positions, directions, step, generator=None):
-        return torch.lerp(torch.tensor(RED), torch.tensor(GREY), features)
+    def forward(self, field, points, context):
+        return torch.lerp(torch.tensor(RED), torch.tensor(GREY), field.features)
 
 
 class Nothing(Background):

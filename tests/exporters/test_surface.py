@@ -28,9 +28,9 @@ class Coated(MovedBall):
 class Lit(Material):
     """The cosine of the light above a ball's surface, as grey."""
 
-    def forward(self, features, *, positions, normals, light_positions, directions, step, generator=None):
-        up = torch.nn.functional.normalize(positions, dim=-1)
-        return (up * (light_positions - positions)).sum(-1, keepdim=True).expand(-1, 3)
+    def forward(self, field, points, context):
+        up = torch.nn.functional.normalize(points.positions, dim=-1)
+        return (up * (points.light_positions - points.positions)).sum(-1, keepdim=True).expand(-1, 3)
 
 
 def with_parts(**parts):

@@ -1,7 +1,6 @@
-"""What a geometry, a material and a background are to the rest of the system.
+"""What the parts of a NeRF are to each other: geometry, material, background and renderer.
 
-N points, F frames of H x W pixels. ``step`` is the global step, for schedules that anneal with it;
-``generator`` is None in evaluation, where nothing is random.
+N points, F frames of H x W pixels. ``step`` is the global step, for schedules that anneal with it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fourdfy.config import Component
-from fourdfy.types import FieldOutput
+from fourdfy.types import Budget, FieldOutput, RayBundle, RenderOutput, StepContext, TensorRecord
 
 
 class Geometry(Component, nn.Module, ABC):
@@ -70,6 +69,16 @@ class Geometry(Component, nn.Module, ABC):
         return (p for p in self.parameters() if id(p) not in dynamic)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShadingPoints(TensorRecord):
+    """Where points are, and what sees and lights them."""
+
+    positions: Float[Tensor, "N 3"]
+    directions: Float[Tensor, "N 3"]
+    """The rays', of unit length, from the camera on."""
+    light_positions: Float[Tensor, "N 3"]
+
+
 class Material(Component, nn.Module, ABC):
     """From a geometry's features to colours."""
 
@@ -82,17 +91,9 @@ class Material(Component, nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self,
-        features: Float[Tensor, "N C"],
-        *,
-        positions: Float[Tensor, "N 3"],
-        normals: Float[Tensor, "N 3"] | None,
-        light_positions: Float[Tensor, "N 3"],
-        directions: Float[Tensor, "N 3"],
-        step: int,
-        generator: torch.Generator | None = None,
+        self, field: FieldOutput, points: ShadingPoints, context: StepContext
     ) -> Float[Tensor, "N 3"]:
-        """Colours in 0..1; ``directions`` are the rays', of unit length, from the camera on."""
+        """Colours in 0..1 of points, from what the geometry says of them."""
 
 
 class Background(Component, nn.Module, ABC):
@@ -102,4 +103,42 @@ class Background(Component, nn.Module, ABC):
     def forward(
         self, directions: Float[Tensor, "F H W 3"], *, generator: torch.Generator | None = None
     ) -> Float[Tensor, "F H W 3"]:
-        """Colours in 0..1; ``generator`` (training) allows random augmentation."""
+        """Colours in 0..1; a ``generator`` (in training) allows random augmentation."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a renderer draws. No module, so that a renderer does not own (and save) their weights."""
+
+    geometry: Geometry
+    material: Material
+    background: Background
+
+
+class Renderer(Component, nn.Module, ABC):
+    """Rays to images."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Component.Config):
+        def samples_with_graph(self, rays: int, occupied: float, budget: Budget) -> float:
+            """See ``Scene.Config``."""
+            return 0.0
+
+        @property
+        def wants_normals(self) -> bool:
+            """Whether renders have normals even where the material does not need them."""
+            return False
+
+    cfg: Config
+
+    def __init__(self, cfg: Config, parts: Parts) -> None:
+        super().__init__()
+        self.cfg, self.parts = cfg, parts
+
+    @abstractmethod
+    def forward(self, rays: RayBundle, context: StepContext, budget: Budget = "image") -> RenderOutput:
+        """Images of all frames of ``rays``; see ``Scene.render``."""
+
+    def update_occupancy(self, context: StepContext, *, dynamic: bool) -> None:
+        """Refresh what is known to be empty; called before every training step."""
+        return

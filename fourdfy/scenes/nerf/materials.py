@@ -17,9 +17,10 @@ from fourdfy.bounds import number
 from fourdfy.config import inner_slot
 from fourdfy.ops.activations import get_activation
 from fourdfy.registry import register
-from fourdfy.scenes.nerf.base import Material
+from fourdfy.scenes.nerf.base import Material, ShadingPoints
 from fourdfy.scenes.nerf.encodings import CompositeEncoding, Encoding
 from fourdfy.scenes.nerf.mlp import VanillaMLP
+from fourdfy.types import FieldOutput, StepContext
 
 
 @register("no-material")
@@ -54,18 +55,9 @@ class NoMaterial(Material):
             self.network = cfg.mlp_network_config.build(cfg.input_feature_dims, cfg.n_output_dims)
 
     def forward(
-        self,
-        features: Float[Tensor, "N C"],
-        *,
-        positions: Float[Tensor, "N 3"],
-        normals: Float[Tensor, "N 3"] | None,
-        light_positions: Float[Tensor, "N 3"],
-        directions: Float[Tensor, "N 3"],
-        step: int,
-        generator: torch.Generator | None = None,
+        self, field: FieldOutput, points: ShadingPoints, context: StepContext
     ) -> Float[Tensor, "N 3"]:
-        """See ``Material.forward``."""
-        return self.color_activation(self.network(features) if self.network else features)
+        return self.color_activation(self.network(field.features) if self.network else field.features)
 
 
 @register("diffuse-with-point-light-material")
@@ -107,40 +99,34 @@ class DiffuseWithPointLight(Material):
         self.albedo_activation = get_activation(cfg.albedo_activation)
 
     def forward(
-        self,
-        features: Float[Tensor, "N C"],
-        *,
-        positions: Float[Tensor, "N 3"],
-        normals: Float[Tensor, "N 3"] | None,
-        light_positions: Float[Tensor, "N 3"],
-        directions: Float[Tensor, "N 3"],
-        step: int,
-        generator: torch.Generator | None = None,
+        self, field: FieldOutput, points: ShadingPoints, context: StepContext
     ) -> Float[Tensor, "N 3"]:
-        """See ``Material.forward``. Evaluation shades, once ``ambient_only_steps`` are over.
+        """Evaluation shades, once ``ambient_only_steps`` are over.
 
         Raises:
             ValueError: no normals.
         """
         cfg = self.cfg
-        albedo = self.albedo_activation(features[:, :3])
-        if step < cfg.ambient_only_steps:
+        albedo = self.albedo_activation(field.features[:, :3])
+        if context.step < cfg.ambient_only_steps:
             return albedo.clamp(0, 1)
-        if normals is None:
+        if field.normals is None:
             raise ValueError("shading needs normals; use geometry.normal_type=finite_difference")
 
         ambient, diffuse = (
             albedo.new_tensor(cfg.ambient_light_color),
             albedo.new_tensor(cfg.diffuse_light_color),
         )
-        if generator is None:
-            return (albedo * (ambient + diffuse * _lambert(normals, positions, light_positions))).clamp(0, 1)
+        lambert = _lambert(field.normals, points)
+        if context.generator is None:
+            return (albedo * (ambient + diffuse * lambert)).clamp(0, 1)
 
         # The draws stay on the device: reading one back would stop the host until the GPU caught up.
-        shaded, textureless, share = torch.rand(3, generator=generator, device=generator.device).to(albedo)
+        draws = torch.rand(3, generator=context.generator, device=context.generator.device)
+        shaded, textureless, share = draws.to(albedo)
         if cfg.soft_shading:
             ambient, diffuse = (1 - share).expand(3), share.expand(3)
-        light = ambient + diffuse * _lambert(normals, positions, light_positions)
+        light = ambient + diffuse * lambert
         alone = torch.where(textureless < cfg.textureless_prob, light, albedo * light)
         return torch.where(shaded > cfg.diffuse_prob, albedo, alone).clamp(0, 1)
 
@@ -177,20 +163,12 @@ class NeuralRadiance(Material):
         self.color_activation = get_activation(cfg.color_activation)
 
     def forward(
-        self,
-        features: Float[Tensor, "N C"],
-        *,
-        positions: Float[Tensor, "N 3"],
-        normals: Float[Tensor, "N 3"] | None,
-        light_positions: Float[Tensor, "N 3"],
-        directions: Float[Tensor, "N 3"],
-        step: int,
-        generator: torch.Generator | None = None,
+        self, field: FieldOutput, points: ShadingPoints, context: StepContext
     ) -> Float[Tensor, "N 3"]:
-        """See ``Material.forward``."""
+        features = field.features
         with torch.autocast(features.device.type, enabled=False):
-            unit_cube = (directions.to(features.dtype) + 1) / 2
-            seen_from = self.encoding(unit_cube, torch.zeros_like(unit_cube[:, :1]), step=step)
+            unit_cube = (points.directions.to(features.dtype) + 1) / 2
+            seen_from = self.encoding(unit_cube, torch.zeros_like(unit_cube[:, :1]), step=context.step)
             return self.color_activation(self.network(torch.cat([features, seen_from.features], dim=-1)))
 
 
@@ -202,8 +180,6 @@ def _expect_features(count: int, wanted: int) -> None:
         )
 
 
-def _lambert(
-    normals: Float[Tensor, "N 3"], positions: Float[Tensor, "N 3"], light_positions: Float[Tensor, "N 3"]
-) -> Float[Tensor, "N 1"]:
-    to_light = normalize(light_positions - positions, dim=-1)
+def _lambert(normals: Float[Tensor, "N 3"], points: ShadingPoints) -> Float[Tensor, "N 1"]:
+    to_light = normalize(points.light_positions - points.positions, dim=-1)
     return (normals * to_light).sum(dim=-1, keepdim=True).clamp(min=0)

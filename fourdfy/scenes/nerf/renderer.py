@@ -1,7 +1,8 @@
 """Volume rendering of a field over space and time: march, prune, ask the field, composite.
 
 F frames of H x W pixels, R rays of them (all, or those of one pass), N samples over these. A sample's time
-is that of its ray's frame, so all frames of a step are rendered at once.
+is that of its ray's frame, so all frames of a step are rendered at once. Where a cap bounds the samples
+with a graph, rays are shaded in passes that the backward pass computes anew, one at a time.
 """
 
 from __future__ import annotations
@@ -10,26 +11,30 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from fourdfy.bounds import number
-from fourdfy.config import alias
+from fourdfy.config import alias, slot
 from fourdfy.ops.compositing import accumulate, opacity_and_depth, weights_from_density, z_variance
 from fourdfy.ops.ray_marching import intersect_box, march, step_size, visible
+from fourdfy.ops.recomputation import recomputed
 from fourdfy.registry import register
+from fourdfy.scenes.nerf.base import Parts, Renderer, ShadingPoints
 from fourdfy.scenes.nerf.occupancy import OccupancyGrid
 from fourdfy.scenes.nerf.passes import FlatRays, cut, last_samples, split_rays
-from fourdfy.scenes.nerf.renderer_base import Parts, Renderer
-from fourdfy.types import Budget, FieldOutput, RayBundle, RenderOutput, Samples, TensorRecord
+from fourdfy.scenes.nerf.subset import Quotas, draw_subset, interleaved, whole_call
+from fourdfy.types import Budget, FieldOutput, RayBundle, RenderOutput, Samples, StepContext, TensorRecord
 
 # Steps along rays that are examined at once before pruning, and samples that an evaluation shades at
 # once: about 100 bytes each.
 MAX_SAMPLES = 1 << 22
+NO_CAP = 1 << 62
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +52,21 @@ class ShadedRays(TensorRecord):
     t_dirs: Float[Tensor, "N 3"] | None
 
 
-Shade = Callable[[FlatRays, Samples, int, torch.Generator], list[ShadedRays]]
-"""From rays, their samples, the step and a generator to the shaded rays, in order."""
-
+FieldAt = Callable[[Tensor, Tensor, int], FieldOutput]
+"""What asks the geometry: from positions, times and the step."""
 Record = TypeVar("Record", bound=TensorRecord)
 
 
 @register("nerf-volume-renderer")
 class NeRFVolumeRenderer(Renderer):
-    """Occupancy-grid guided volume renderer (nerfacc's scheme, as threestudio uses it)."""
+    """Occupancy-grid guided volume renderer (nerfacc's scheme, as threestudio uses it).
+
+    With a cap of the samples that have a graph, images and gradients are the same. Each ray is shaded twice,
+    and what is kept for the whole image are 20 bytes per sample (44 with normals).
+
+    Args:
+        share_out: deals the cap to groups of rays, with ``gradient: subset``.
+    """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Renderer.Config):
@@ -98,13 +109,26 @@ class NeRFVolumeRenderer(Renderer):
         occ_dilation: int = number(1, 0, 16)
         """Cells around an occupied one that count as occupied too, in dynamic scenes. Without it a
         few random moments miss the rim of what moves: 2 to 3 % of its samples."""
+        train_max_nums: int | None = number(None, 1)
+        """Samples of a video step that have a graph at once; null: all. A ray is never cut in two. Small
+        numbers take time: each pass makes and adds a gradient of the whole hash tables."""
+        train_max_nums_static: int | None = number(None, 1)
+        """The same, of all other steps."""
+        gradient: Literal["exact", "subset"] = "exact"
+        """``subset`` is the original's, for comparison: a random choice of ``train_max_nums`` samples
+        carries gradients, not rescaled, and the others none."""
 
         def __post_init__(self) -> None:
             if self.return_normal_perturb:
                 raise ValueError("return_normal_perturb is not supported: no loss here uses it; remove it")
 
         def samples_with_graph(self, rays: int, occupied: float, budget: Budget) -> float:
-            return rays * self.num_samples_per_ray * occupied
+            return float(min(rays * self.num_samples_per_ray * occupied, self.cap(budget)))
+
+        def cap(self, budget: Budget) -> int:
+            """The most samples that have a graph at once."""
+            cap = self.train_max_nums if budget == "video" else self.train_max_nums_static
+            return NO_CAP if cap is None else cap
 
         @property
         def wants_normals(self) -> bool:
@@ -113,43 +137,55 @@ class NeRFVolumeRenderer(Renderer):
     cfg: Config
     bbox: Float[Tensor, "2 3"]
 
-    def __init__(self, cfg: Config, scene: Parts) -> None:
-        super().__init__(cfg, scene)
-        if cfg.radius > scene.geometry.radius:
+    def __init__(
+        self, cfg: Config, parts: Parts, share_out: Callable[[RayBundle, int], Quotas] = whole_call
+    ) -> None:
+        super().__init__(cfg, parts)
+        if cfg.radius > parts.geometry.radius:
             raise ValueError(
-                f"renderer.radius={cfg.radius} exceeds geometry.radius={scene.geometry.radius}, "
-                f"where the field ends; use renderer.radius={scene.geometry.radius}"
+                f"renderer.radius={cfg.radius} exceeds geometry.radius={parts.geometry.radius}, "
+                f"where the field ends; use renderer.radius={parts.geometry.radius}"
             )
+        self.share_out = share_out
         self.step_size = step_size(cfg.radius, cfg.num_samples_per_ray)
         self.register_buffer("bbox", torch.tensor([[-cfg.radius] * 3, [cfg.radius] * 3]))
         self.estimator = OccupancyGrid(cfg.grid_resolution, cfg.radius)
 
-    def forward(
-        self,
-        rays: RayBundle,
-        *,
-        step: int,
-        generator: torch.Generator | None = None,
-        sample_budget: Budget = "video",
-    ) -> RenderOutput:
-        """See ``Renderer``. The graph holds all samples at once: there is no budget here."""
-        return self._render(rays, step, generator, self._shade_at_once)
+    def forward(self, rays: RayBundle, context: StepContext, budget: Budget = "image") -> RenderOutput:
+        """See ``Renderer``: march, prune, shade, put together."""
+        with nullcontext() if context.generator else torch.no_grad():
+            # In this order, so that no draw depends on how the samples are shaded.
+            jitter = self._jitter(rays, context.generator)
+            background = self.parts.background(rays.directions, generator=context.generator)
+            flat = FlatRays.of(rays)
+            samples = self._visible_samples(flat, jitter, context)
+            if context.generator is None:
+                passes = split_rays(last_samples(samples, len(flat)), MAX_SAMPLES)
+                shaded = [
+                    self._shade(*cut(flat, samples, part), context, self._field_in_chunks) for part in passes
+                ]
+            elif self.cfg.gradient == "exact":
+                shaded = self._shade_in_passes(flat, samples, context.copied(), self.cfg.cap(budget))
+            else:
+                quotas = self.share_out(rays, self.cfg.cap(budget))
+                shaded = [self._shade_with_subset(flat, samples, context.copied(), quotas)]
+            return _assemble(rays, background, samples, shaded)
 
     @torch.no_grad()
-    def update_occupancy(self, *, step: int, dynamic: bool, generator: torch.Generator) -> None:
-        """Refresh the grid where one is due at ``step``."""
-        cfg = self.cfg
+    def update_occupancy(self, context: StepContext, *, dynamic: bool) -> None:
+        """Refresh the grid where one is due at this step."""
+        cfg, step = self.cfg, context.step
         if not cfg.grid_prune or step % cfg.update_interval:
             return
         self.estimator.refresh(
-            lambda positions, times: self.scene.geometry.density(positions, times, step=step),
+            lambda positions, times: self.parts.geometry.density(positions, times, step=step),
             step_size=self.step_size,
             all_cells=step < cfg.warmup_steps,
             num_times=cfg.occ_times if dynamic else 0,
             threshold=cfg.occ_thre,
             dilation=cfg.occ_dilation if dynamic else 0,
             chunk_size=self._chunk_size,
-            generator=generator,
+            generator=context.generator,
         )
 
     @property
@@ -162,30 +198,6 @@ class NeRFVolumeRenderer(Renderer):
             return rays.origins.new_zeros(count)
         return torch.rand(count, generator=generator, device=generator.device).to(rays.origins)
 
-    def _render(
-        self, rays: RayBundle, step: int, generator: torch.Generator | None, shade: Shade
-    ) -> RenderOutput:
-        """March, prune, shade, put together. ``shade`` is for training; an evaluation builds no graph."""
-        with nullcontext() if generator else torch.no_grad():
-            # In this order, so that no draw depends on how the samples are shaded.
-            jitter = self._jitter(rays, generator)
-            background = self.scene.background(rays.directions, generator=generator)
-            flat = FlatRays.of(rays)
-            samples = self._visible_samples(flat, jitter, step, self._thin(training=generator is not None))
-            if generator:
-                parts = shade(flat, samples, step, generator.clone_state())
-            else:
-                parts = [
-                    self._shade(*cut(flat, samples, part), step, None, self._field_in_chunks)
-                    for part in split_rays(last_samples(samples, len(flat)), MAX_SAMPLES)
-                ]
-            return _assemble(rays, background, samples, parts)
-
-    def _shade_at_once(
-        self, rays: FlatRays, samples: Samples, step: int, generator: torch.Generator
-    ) -> list[ShadedRays]:
-        return [self._shade(rays, samples, step, generator, self._field)]
-
     def _thin(self, *, training: bool) -> Float[Tensor, ""]:
         """The share of light below which what a sample stops is too little to be shaded."""
         occs = self.estimator.occs
@@ -194,15 +206,14 @@ class NeRFVolumeRenderer(Renderer):
         return (occs.amax() / 10).clamp(max=self.cfg.eval_alpha_thre)
 
     @torch.no_grad()
-    def _visible_samples(
-        self, rays: FlatRays, jitter: Float[Tensor, "R"], step: int, thin: Float[Tensor, ""]
-    ) -> Samples:
+    def _visible_samples(self, rays: FlatRays, jitter: Float[Tensor, "R"], context: StepContext) -> Samples:
         """Where to look. In several passes, as most of what is marched is pruned."""
+        thin = self._thin(training=context.generator is not None)
         t_near, t_far = intersect_box(rays.origins, rays.directions, *self.bbox.to(rays.origins))
         steps = ((t_far - t_near).clamp(min=0) / self.step_size).ceil().long()
         return joined_records(
             [
-                self._march_and_prune(rays[part.rays], jitter[part.rays], part.rays.start, step, thin)
+                self._march_and_prune(rays[part.rays], jitter[part.rays], part.rays.start, context.step, thin)
                 for part in split_rays(steps.cumsum(0), MAX_SAMPLES)
             ]
         )
@@ -229,7 +240,7 @@ class NeRFVolumeRenderer(Renderer):
             positions, times = _midpoints(rays, samples)
             sigmas = _joined(
                 [
-                    self.scene.geometry.density(some_positions, some_times, step=step)
+                    self.parts.geometry.density(some_positions, some_times, step=step)
                     for some_positions, some_times in _chunks(positions, times, self._chunk_size)
                 ]
             )
@@ -237,29 +248,36 @@ class NeRFVolumeRenderer(Renderer):
             samples = samples.mapped(lambda value: value.index_select(0, kept))
         return dataclasses.replace(samples, ray_indices=samples.ray_indices + first_ray)
 
-    def _shade(
-        self,
-        rays: FlatRays,
-        samples: Samples,
-        step: int,
-        generator: torch.Generator | None,
-        field_at: Callable[[Tensor, Tensor, int], FieldOutput],
+    def _shade_in_passes(
+        self, rays: FlatRays, samples: Samples, context: StepContext, cap: int
+    ) -> list[ShadedRays]:
+        if len(samples) <= cap:
+            return [self._shade(rays, samples, context, self._field)]
+        parameters = *self.parts.geometry.parameters(), *self.parts.material.parameters()
+        return recomputed(
+            lambda part: self._shade(*cut(rays, samples, part), context, self._field),
+            split_rays(last_samples(samples, len(rays)), cap),
+            inputs=(*parameters, *rays.tensors().values()),
+        )
+
+    def _shade_with_subset(
+        self, rays: FlatRays, samples: Samples, context: StepContext, quotas: Quotas
     ) -> ShadedRays:
-        """What is there, and what it looks like; ``field_at`` asks the geometry."""
+        assert context.generator is not None
+        carries = draw_subset(samples, quotas, context.generator)
+        return self._shade(rays, samples, context, partial(self._field_of_subset, carries=carries))
+
+    def _shade(self, rays: FlatRays, samples: Samples, context: StepContext, field_at: FieldAt) -> ShadedRays:
+        """What is there, and what it looks like."""
         positions, times = _midpoints(rays, samples)
-        field = field_at(positions, times, step)
+        field = field_at(positions, times, context.step)
         ray_indices, n_rays = samples.ray_indices, len(rays)
         directions = rays.directions.index_select(0, ray_indices)
-        rgb = self.scene.material(
-            field.features,
-            positions=positions,
-            normals=field.normals,
-            light_positions=rays.light_positions[ray_indices],
-            directions=directions,
-            step=step,
-            # A copy: whoever shades other rays, or these again, sees the same draws.
-            generator=generator.clone_state() if generator else None,
+        points = ShadingPoints(
+            positions=positions, directions=directions, light_positions=rays.light_positions[ray_indices]
         )
+        # A copy: whoever shades other rays, or these again, sees the same draws.
+        rgb = self.parts.material(field, points, context.copied())
         weights = weights_from_density(field.sigmas, samples.t_starts, samples.t_ends, ray_indices, n_rays)
         t_mids = (samples.t_starts + samples.t_ends) / 2
         opacity, depth = opacity_and_depth(weights, t_mids, ray_indices, n_rays)
@@ -280,8 +298,25 @@ class NeRFVolumeRenderer(Renderer):
         )
 
     def _field(self, positions: Float[Tensor, "N 3"], times: Float[Tensor, "N 1"], step: int) -> FieldOutput:
-        want_normals = self.scene.material.requires_normal or self.cfg.return_comp_normal
-        return self.scene.geometry(positions, times, step=step, want_normals=want_normals)
+        want_normals = self.parts.material.requires_normal or self.cfg.return_comp_normal
+        return self.parts.geometry(positions, times, step=step, want_normals=want_normals)
+
+    def _field_of_subset(
+        self,
+        positions: Float[Tensor, "N 3"],
+        times: Float[Tensor, "N 1"],
+        step: int,
+        carries: Bool[Tensor, "N"],
+    ) -> FieldOutput:
+        """The field everywhere, with a graph where ``carries`` says so."""
+        trained, fixed = carries.nonzero().squeeze(1), (~carries).nonzero().squeeze(1)
+        with torch.no_grad():
+            without = self._field_in_chunks(
+                positions.index_select(0, fixed), times.index_select(0, fixed), step
+            )
+        field = self._field(positions.index_select(0, trained), times.index_select(0, trained), step)
+        both, order = joined_records([field, without]), torch.cat([trained, fixed]).argsort()
+        return both.mapped(lambda value: value.index_select(0, order))
 
     def _field_in_chunks(
         self, positions: Float[Tensor, "N 3"], times: Float[Tensor, "N 1"], step: int
@@ -290,6 +325,42 @@ class NeRFVolumeRenderer(Renderer):
         return joined_records(
             [self._field(*chunk, step) for chunk in _chunks(positions, times, self._chunk_size)]
         )
+
+
+@register("mask-nerf-volume-renderer")
+class MaskedVolumeRenderer(NeRFVolumeRenderer):
+    """``nerf-volume-renderer`` with the caps of the original, whose masks chose the samples with a graph."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(NeRFVolumeRenderer.Config):
+        train_max_nums: int = number(100_000, 1)
+        train_max_nums_static: int = number(2_000_000, 1)
+
+    cfg: Config
+
+
+@register("stable-nerf-volume-renderer")
+class StableVolumeRenderer(Renderer):
+    """The renderer that ``base_renderer`` describes, as the original's files for small cards nest it.
+
+    With ``gradient: subset`` the 3 x 3 interleaved sub-images of a frame share its cap.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Renderer.Config):
+        base_renderer_type: str = "mask-nerf-volume-renderer"
+        base_renderer: Any = slot(MaskedVolumeRenderer, "base_renderer_type")
+
+        def samples_with_graph(self, rays: int, occupied: float, budget: Budget) -> float:
+            return self.base_renderer.samples_with_graph(rays, occupied, budget)
+
+        @property
+        def wants_normals(self) -> bool:
+            return self.base_renderer.wants_normals
+
+        def build(self, parts: Parts) -> MaskedVolumeRenderer:
+            """The nested renderer, so that there is one kind alone."""
+            return self.base_renderer.build(parts, share_out=interleaved)
 
 
 def _midpoints(rays: FlatRays, samples: Samples) -> tuple[Float[Tensor, "N 3"], Float[Tensor, "N 1"]]:

@@ -10,8 +10,7 @@ from torch import nn
 from fourdfy.config import ConfigError, slot
 from fourdfy.ops.cameras import cast_rays
 from fourdfy.scenes.base import Scene
-from fourdfy.scenes.nerf.base import Background, Geometry, Material
-from fourdfy.scenes.nerf.renderer_base import Parts, Renderer
+from fourdfy.scenes.nerf.base import Background, Geometry, Material, Parts, Renderer
 from fourdfy.types import Budget, Cameras, RenderOutput, StepContext
 
 
@@ -82,9 +81,7 @@ class NeRFScene(Scene):
         self.renderer: Renderer = cfg.renderer.build(Parts(self.geometry, self.material, self.background))
 
     def render(self, cameras: Cameras, context: StepContext, budget: Budget = "image") -> RenderOutput:
-        return self.renderer(
-            cast_rays(cameras), step=context.step, generator=context.generator, sample_budget=budget
-        )
+        return self.renderer(cast_rays(cameras), context, budget)
 
     def halves(self) -> dict[str, list[nn.Parameter]]:
         dynamic = list(self.geometry.dynamic_parameters())
@@ -92,5 +89,4 @@ class NeRFScene(Scene):
         return {"static": [p for p in self.parameters() if id(p) not in moving], "dynamic": dynamic}
 
     def before_step(self, context: StepContext, *, dynamic: bool) -> None:
-        assert context.generator is not None
-        self.renderer.update_occupancy(step=context.step, dynamic=dynamic, generator=context.generator)
+        self.renderer.update_occupancy(context, dynamic=dynamic)

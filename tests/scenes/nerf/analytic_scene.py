@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 from fourdfy.ops.cameras import cast_rays, orbit_cameras
-from fourdfy.scenes.nerf.base import Background, Geometry, Material
+from fourdfy.scenes.nerf.base import Background, Geometry, Material, Parts
 from fourdfy.scenes.nerf.renderer import NeRFVolumeRenderer
-from fourdfy.scenes.nerf.renderer_base import Parts
-from fourdfy.types import FieldOutput
+from fourdfy.types import FieldOutput, StepContext
 
 
 class Ball(Geometry):
@@ -60,9 +59,10 @@ class Paint(Material):
         super().__init__()
         self.random = random
 
-    def forward(self, features, *, positions, normals, light_positions, directions, step, generator=None):
-        shade = torch.rand((), generator=generator) if self.random and generator is not None else 1.0
-        return torch.sigmoid(features) * shade
+    def forward(self, field, points, context):
+        draws = self.random and context.generator is not None
+        shade = torch.rand((), generator=context.generator) if draws else 1.0
+        return torch.sigmoid(field.features) * shade
 
 
 class Plain(Background):
@@ -93,9 +93,9 @@ def make_scene(*, kind=NeRFVolumeRenderer, random_material=False, refresh=True, 
 
 
 def refresh_occupancy(renderer, dynamic=True):
-    generator = torch.Generator().manual_seed(0)
+    draws = generator()
     for step in range(0, 160, 16):
-        renderer.update_occupancy(step=step, dynamic=dynamic, generator=generator)
+        renderer.update_occupancy(StepContext(step, draws), dynamic=dynamic)
 
 
 def frames(count=3, size=10, dtype=torch.float32):
@@ -114,3 +114,10 @@ def frames(count=3, size=10, dtype=torch.float32):
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def training(seed=0):
+    return StepContext(0, generator(seed))
+
+
+EVALUATION = StepContext(0)

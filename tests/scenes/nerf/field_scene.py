@@ -4,9 +4,9 @@ import torch
 
 from fourdfy.config import parse_config
 from fourdfy.scenes.backgrounds import NeuralEnvironmentMap
+from fourdfy.scenes.nerf.base import Parts
 from fourdfy.scenes.nerf.implicit_volume import ImplicitVolume
 from fourdfy.scenes.nerf.materials import DiffuseWithPointLight
-from fourdfy.scenes.nerf.renderer_base import Parts
 
 NETWORK = {"otype": "VanillaMLP", "n_neurons": 8, "n_hidden_layers": 1}
 GEOMETRY = {

@@ -4,13 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from analytic_scene import frames, generator, make_scene, refresh_occupancy
+from analytic_scene import EVALUATION, frames, make_scene, refresh_occupancy, training
 
 from fourdfy.config import ConfigError, parse_config
+from fourdfy.original.checkpoints import own_names
 from fourdfy.registry import find
-from fourdfy.scenes.nerf.interleaved import InterleavedVolumeRenderer, interleaved
-from fourdfy.scenes.nerf.masked import MaskedVolumeRenderer
-from fourdfy.scenes.nerf.renderer_base import Renderer
+from fourdfy.scenes.nerf.base import Renderer
+from fourdfy.scenes.nerf.renderer import MaskedVolumeRenderer, StableVolumeRenderer
+from fourdfy.scenes.nerf.subset import interleaved
 
 
 def make_interleaved(**base):
@@ -19,37 +20,36 @@ def make_interleaved(**base):
     base = {"num_samples_per_ray": 48, "grid_resolution": 16, **base}
     cls = find("stable-nerf-volume-renderer", Renderer)
     cfg = parse_config(cls.Config, {"base_renderer_type": "mask-nerf-volume-renderer", "base_renderer": base})
-    renderer = cls(cfg, scene)
+    renderer = cfg.build(scene)
     refresh_occupancy(renderer)
     return scene, renderer
 
 
-def test_the_state_has_the_names_of_the_original():
+def test_the_state_is_that_of_the_original_by_shorter_names():
     _, renderer = make_interleaved(grid_resolution=32)
-    state = {f"renderer.{name}": list(value.shape) for name, value in renderer.state_dict().items()}
-    assert state == {
-        "renderer.base_renderer.bbox": [2, 3],
-        "renderer.base_renderer.estimator.resolution": [3],
-        "renderer.base_renderer.estimator.aabbs": [1, 6],
-        "renderer.base_renderer.estimator.occs": [32768],
-        "renderer.base_renderer.estimator.binaries": [1, 32, 32, 32],
+    state = {f"renderer.{name}": value for name, value in renderer.state_dict().items()}
+    theirs = {
+        name.replace("renderer.", "renderer.base_renderer."): value + 1 for name, value in state.items()
     }
+    own = own_names(theirs, state)
+    assert own.keys() == state.keys() and len(own) == 5
+    assert all(torch.equal(own[name], state[name] + 1) for name in own)
 
 
 def test_a_refresh_happens_once():
     _, renderer = make_interleaved()
     alone = make_scene(kind=MaskedVolumeRenderer).renderer
-    assert torch.equal(renderer.base_renderer.estimator.occs, alone.estimator.occs)
+    assert torch.equal(renderer.estimator.occs, alone.estimator.occs)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_exact_gradients_are_its_bases(training):
+@pytest.mark.parametrize("trained", [True, False])
+def test_exact_gradients_are_its_bases(trained):
     scene, renderer = make_interleaved(train_max_nums=100)
     parts = make_scene(kind=MaskedVolumeRenderer, train_max_nums=100)
-    draws = {"generator": generator()} if training else {}
-    render = renderer(frames(), step=0, **draws)
-    draws = {"generator": generator()} if training else {}
-    assert torch.equal(render.comp_rgb, parts.renderer(frames(), step=0, **draws).comp_rgb)
+    render, alone = (
+        one(frames(), training() if trained else EVALUATION, "video") for one in (renderer, parts.renderer)
+    )
+    assert torch.equal(render.comp_rgb, alone.comp_rgb)
     assert scene.geometry.largest_trained_call <= 100
 
 
@@ -74,7 +74,7 @@ def test_cameras_of_one_time_share_its_budget():
 def test_exactly_the_shares_carry_gradients(size):
     scene, renderer = make_interleaved(gradient="subset", train_max_nums=180)
     rays = frames(size=size)
-    render = renderer(rays, step=0, generator=generator())
+    render = renderer(rays, training(), "video")
     held = interleaved(rays, 180).groups[render.samples.ray_indices].bincount(minlength=27)
     assert scene.geometry.trained == held.clamp(max=20).sum()
     assert size == 2 or held.max() > 20
@@ -84,14 +84,14 @@ def test_exactly_the_shares_carry_gradients(size):
 
 def test_other_steps_have_their_own_budget():
     scene, renderer = make_interleaved(gradient="subset", train_max_nums=90, train_max_nums_static=9)
-    renderer(frames(), step=0, generator=generator(), sample_budget="image")
+    renderer(frames(), training(), "image")
     assert scene.geometry.trained == 27
 
 
 def test_a_base_without_a_budget_is_refused():
     with pytest.raises(ConfigError, match=r"renderer\.base_renderer_type: .*not a MaskedVolumeRenderer"):
         parse_config(
-            InterleavedVolumeRenderer.Config,
+            StableVolumeRenderer.Config,
             {"base_renderer_type": "nerf-volume-renderer", "base_renderer": {}},
             "system.renderer",
         )

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from analytic_scene import Paint, frames, generator, make_scene, refresh_occupancy
+from analytic_scene import EVALUATION, Paint, frames, generator, make_scene, refresh_occupancy, training
 from field_scene import field_scene
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -13,8 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from fourdfy.config import ConfigError, parse_config
 from fourdfy.ops.ray_marching import march
 from fourdfy.ops.regularizers import REGULARIZERS
-from fourdfy.scenes.nerf.masked import MaskedVolumeRenderer, Quotas, draw_subset
-from fourdfy.scenes.nerf.renderer import NeRFVolumeRenderer
+from fourdfy.scenes.nerf.renderer import MaskedVolumeRenderer, NeRFVolumeRenderer
+from fourdfy.scenes.nerf.subset import Quotas, draw_subset
 from fourdfy.types import RenderOutput, Samples
 
 EVERYTHING = 10**9
@@ -64,7 +64,7 @@ def test_passes_change_neither_images_nor_gradients(budget, seed):
         renderer = kind(kind.Config(num_samples_per_ray=32, grid_resolution=8, **settings), scene)
         refresh_occupancy(renderer)
         rays = frames(count=2, size=5, dtype=torch.float64)
-        renders.append(renderer(rays, step=5, generator=generator(seed)))
+        renders.append(renderer(rays, training(seed), "video"))
         grads.append(gradients(scene, full_loss(renders[-1])))
     assert len(renders[0].samples) > 700
     assert torch.equal(renders[0].samples.ray_indices, renders[1].samples.ray_indices)
@@ -81,7 +81,7 @@ def test_single_precision_is_exact_to_its_rounding(budget):
     renders, grads = [], []
     for kind, settings in ((NeRFVolumeRenderer, {}), (MaskedVolumeRenderer, {"train_max_nums": budget})):
         parts = make_scene(kind=kind, random_material=True, extras=True, **settings)
-        renders.append(parts.renderer(frames(), step=0, generator=generator()))
+        renders.append(parts.renderer(frames(), training(), "video"))
         grads.append(gradients(parts.scene, renders[-1].comp_rgb.square().sum()))
     assert_equal(images(renders[1]), images(renders[0]), 1e-6)
     assert_equal(grads[1], grads[0], 1e-5)
@@ -94,7 +94,7 @@ def test_gradients_reach_the_cameras_too():
         shift = torch.zeros(3, requires_grad=True)
         rays = frames()
         rays = replace(rays, origins=rays.origins + shift)
-        image = parts.renderer(rays, step=0, generator=generator()).comp_rgb
+        image = parts.renderer(rays, training(), "video").comp_rgb
         grads.append(torch.autograd.grad((image * image.detach()).sum(), shift)[0])
     assert grads[0].abs().min() > 0
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-4, atol=1e-4)
@@ -108,9 +108,10 @@ class HalfPaint(Paint):
         self.layer = nn.Linear(3, 3, bias=False)
         nn.init.eye_(self.layer.weight)
 
-    def forward(self, features, **rest):
-        assert self.layer(features).dtype == torch.bfloat16, "autocast is off"
-        return super().forward(self.layer(features).float(), **rest)
+    def forward(self, field, points, context):
+        features = self.layer(field.features)
+        assert features.dtype == torch.bfloat16, "autocast is off"
+        return super().forward(replace(field, features=features.float()), points, context)
 
 
 def test_the_backward_pass_shades_in_the_precision_of_the_forward_pass():
@@ -119,7 +120,7 @@ def test_the_backward_pass_shades_in_the_precision_of_the_forward_pass():
         parts = make_scene(kind=MaskedVolumeRenderer, train_max_nums=budget)
         object.__setattr__(parts.scene, "material", HalfPaint())
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            render = parts.renderer(frames(), step=0, generator=generator())
+            render = parts.renderer(frames(), training(), "video")
         grads.append(gradients(parts.scene, render.comp_rgb.square().sum()))
     assert grads[0]["layer.weight"].any()
     assert_equal(grads[0], grads[1], 2**-7)  # sums of bfloat16 numbers, 8 bits each, in another order
@@ -129,7 +130,7 @@ def test_passes_remember_what_was_frozen_in_the_forward_pass():
     parts = make_scene(kind=MaskedVolumeRenderer, train_max_nums=100)
     geometry = parts.scene.geometry
     geometry.orbit.requires_grad_(False)
-    image = parts.renderer(frames(), step=0, generator=generator()).comp_rgb
+    image = parts.renderer(frames(), training(), "video").comp_rgb
     geometry.orbit.requires_grad_(True)
     image.sum().backward(retain_graph=True)
     image.sum().backward()
@@ -141,7 +142,7 @@ def test_a_step_names_its_budget():
     parts = make_scene(kind=MaskedVolumeRenderer, train_max_nums=60, train_max_nums_static=300)
     for name, budget in (("video", 60), ("image", 300)):
         parts.scene.geometry.largest_trained_call = 0
-        render = parts.renderer(frames(), step=0, generator=generator(), sample_budget=name)
+        render = parts.renderer(frames(), training(), name)
         assert parts.scene.geometry.largest_trained_call == 0, "the forward pass builds no graph"
         render.comp_rgb.sum().backward()
         assert len(render.samples) > 300
@@ -150,7 +151,7 @@ def test_a_step_names_its_budget():
 
 def test_few_samples_are_shaded_once():
     parts = make_scene(kind=MaskedVolumeRenderer, train_max_nums=EVERYTHING)
-    render = parts.renderer(frames(), step=0, generator=generator())
+    render = parts.renderer(frames(), training(), "video")
     render.comp_rgb.sum().backward()
     assert parts.scene.geometry.trained == len(render.samples)
 
@@ -160,7 +161,7 @@ def retained_bytes(kind, **settings):
     parts = make_scene(kind=kind, **settings)
     rays, before = frames(), live_storages()
     with saved_tensors_hooks(lambda tensor: tensor.detach(), lambda tensor: tensor):  # seen by Python
-        render = parts.renderer(rays, step=0, generator=generator())
+        render = parts.renderer(rays, training(), "video")
     gc.collect()
     after = live_storages()
     return len(render.samples), sum(size for at, size in after.items() if at not in before)
@@ -198,10 +199,10 @@ def test_marching_is_bounded_too(monkeypatch):
     monkeypatch.setattr("fourdfy.scenes.nerf.renderer.MAX_SAMPLES", 300)
     parts = make_scene(kind=MaskedVolumeRenderer, train_max_nums=100, eval_chunk_size=50)
     parts.scene.geometry.largest_call = 0
-    cut = parts.renderer(frames(), step=0, generator=generator())
+    cut = parts.renderer(frames(), training(), "video")
     assert sum(marched) > 3000 and max(marched) <= 300
     assert parts.scene.geometry.largest_call <= 100
-    whole = make_scene().renderer(frames(), step=0, generator=generator())
+    whole = make_scene().renderer(frames(), training(), "video")
     assert_equal(images(cut), images(whole), 1e-6)
 
 
@@ -211,7 +212,7 @@ def test_marching_is_bounded_too(monkeypatch):
 @pytest.mark.parametrize("gradient", ["exact", "subset"])
 def test_an_empty_scene_renders_the_background(gradient):
     parts = make_scene(kind=MaskedVolumeRenderer, refresh=False, gradient=gradient)
-    render = parts.renderer(frames(), step=0, generator=generator())
+    render = parts.renderer(frames(), training(), "video")
     assert len(render.samples) == 0
     assert torch.equal(render.comp_rgb, parts.scene.background(frames().directions))
     grads = gradients(parts.scene, render.comp_rgb.sum())
@@ -222,9 +223,9 @@ def test_an_empty_scene_renders_the_background(gradient):
 def test_evaluation_knows_no_budget(gradient):
     settings = {"extras": True, "return_comp_normal": True}
     small = {"kind": MaskedVolumeRenderer, "gradient": gradient, "train_max_nums": 5}
-    render = make_scene(**small, **settings).renderer(frames(), step=0)
+    render = make_scene(**small, **settings).renderer(frames(), EVALUATION)
     assert not render.comp_rgb.requires_grad
-    assert_equal(images(render), images(make_scene(**settings).renderer(frames(), step=0)), 1e-6)
+    assert_equal(images(render), images(make_scene(**settings).renderer(frames(), EVALUATION)), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +248,7 @@ def test_wrong_settings_are_named(given, message):
 @pytest.mark.parametrize("budget", [1, 150])
 def test_exactly_the_budget_carries_gradients(budget):
     parts = make_scene(kind=MaskedVolumeRenderer, gradient="subset", train_max_nums=budget)
-    render = parts.renderer(frames(), step=0, generator=generator())
+    render = parts.renderer(frames(), training(), "video")
     assert len(render.samples) > 300
     assert parts.scene.geometry.trained == parts.scene.geometry.largest_trained_call == budget
 
@@ -255,9 +256,7 @@ def test_exactly_the_budget_carries_gradients(budget):
 def test_subset_images_are_the_exact_ones():
     settings = {"kind": MaskedVolumeRenderer, "extras": True, "return_comp_normal": True}
     exact, subset = (
-        make_scene(**settings, gradient=gradient, train_max_nums=200).renderer(
-            frames(), step=0, generator=generator()
-        )
+        make_scene(**settings, gradient=gradient, train_max_nums=200).renderer(frames(), training(), "video")
         for gradient in ("exact", "subset")
     )
     assert_equal(images(subset), images(exact), 1e-6)
@@ -272,13 +271,13 @@ def test_gradients_of_a_subset_and_of_the_rest_are_the_whole(monkeypatch):
         drawn.append(draw_subset(*args) if not drawn else ~drawn[0])
         return drawn[-1]
 
-    monkeypatch.setattr("fourdfy.scenes.nerf.masked.draw_subset", draw)
+    monkeypatch.setattr("fourdfy.scenes.nerf.renderer.draw_subset", draw)
     some, rest, whole = (
         make_scene(**settings, gradient=gradient, train_max_nums=200)
         for gradient in ("subset", "subset", "exact")
     )
     some, rest, whole = (
-        gradients(p.scene, p.renderer(frames(), step=0, generator=generator()).comp_rgb_fg.sum())
+        gradients(p.scene, p.renderer(frames(), training(), "video").comp_rgb_fg.sum())
         for p in (some, rest, whole)
     )
     assert drawn[0].sum() == 200
@@ -290,7 +289,7 @@ def test_gradients_of_a_subset_and_of_the_rest_are_the_whole(monkeypatch):
 def test_a_subset_repeats_with_the_generator():
     parts = make_scene(kind=MaskedVolumeRenderer, gradient="subset", train_max_nums=50)
     first, second, other = (
-        gradients(parts.scene, parts.renderer(frames(), step=0, generator=generator(seed)).comp_rgb.sum())
+        gradients(parts.scene, parts.renderer(frames(), training(seed), "video").comp_rgb.sum())
         for seed in (0, 0, 1)
     )
     assert torch.equal(first["peak"], second["peak"]) and not torch.equal(first["peak"], other["peak"])

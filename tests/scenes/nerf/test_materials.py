@@ -6,7 +6,9 @@ from field_cases import make
 
 from fourdfy.config import ConfigError
 from fourdfy.ops.spherical_harmonics import spherical_harmonics
+from fourdfy.scenes.nerf.base import ShadingPoints
 from fourdfy.scenes.nerf.materials import DiffuseWithPointLight, NeuralRadiance, NoMaterial
+from fourdfy.types import FieldOutput, StepContext
 
 FEATURES = torch.tensor([[0.0, 1.0, -1.0], [2.0, 0.5, 0.0]])
 POSITIONS = torch.zeros(2, 3)
@@ -14,18 +16,16 @@ NORMALS = torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, -1.0]])
 DIRECTIONS = torch.tensor([[0.0, 0.6, -0.8], [1.0, 0.0, 0.0]])
 LIGHT = torch.tensor([[0.0, 0.0, 3.0]]).expand(2, 3)
 ALBEDO = FEATURES.sigmoid()
+POINTS = ShadingPoints(positions=POSITIONS, directions=DIRECTIONS, light_positions=LIGHT)
+
+
+def field(features=FEATURES, normals=NORMALS):
+    return FieldOutput(sigmas=torch.ones(2), features=features, normals=normals)
 
 
 def color(material, step: int = 5000, seed: int | None = None, normals=NORMALS, features=FEATURES):
-    return material(
-        features,
-        positions=POSITIONS,
-        normals=normals,
-        light_positions=LIGHT,
-        directions=DIRECTIONS,
-        step=step,
-        generator=None if seed is None else torch.Generator().manual_seed(seed),
-    )
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return material(field(features, normals), POINTS, StepContext(step, generator))
 
 
 def test_a_radiance_is_a_network_of_features_and_harmonics_of_the_direction():
@@ -84,16 +84,8 @@ def test_probabilities_choose_between_albedo_shaded_and_textureless(keys, expect
 
 def test_the_three_kinds_of_shading_come_with_their_probabilities():
     material = make(DiffuseWithPointLight)
-    generator = torch.Generator().manual_seed(0)
-    arguments = dict(
-        positions=POSITIONS,
-        normals=NORMALS,
-        light_positions=LIGHT,
-        directions=DIRECTIONS,
-        step=5000,
-        generator=generator,
-    )
-    draws = torch.stack([material(FEATURES, **arguments)[1] for _ in range(2000)])
+    context = StepContext(5000, torch.Generator().manual_seed(0))
+    draws = torch.stack([material(field(), POINTS, context)[1] for _ in range(2000)])
     expected = {"albedo": ALBEDO[1], "shaded": 0.1 * ALBEDO[1], "textureless": torch.full((3,), 0.1)}
     shares = {
         name: (draws - value).abs().amax(1).lt(1e-6).float().mean().item() for name, value in expected.items()

@@ -4,6 +4,8 @@ import pytest
 import torch
 from analytic_scene import make_scene
 
+from fourdfy.types import StepContext
+
 
 def lost_and_occupied(parts, moments=32, points=20_000):
     """Share of points with alpha above 0.01 in empty cells, over all moments; share of occupied cells."""
@@ -26,7 +28,7 @@ def test_no_sample_of_a_moving_object_is_lost_at_any_time(last_step):
     parts = make_scene(grid_resolution=32, size=0.2, sharpness=60, refresh=False, num_samples_per_ray=128)
     generator = torch.Generator().manual_seed(0)
     for step in range(0, last_step, 16):
-        parts.renderer.update_occupancy(step=step, dynamic=True, generator=generator)
+        parts.renderer.update_occupancy(StepContext(step, generator), dynamic=True)
     lost, occupied = lost_and_occupied(parts)
     assert lost == 0
     assert occupied < 0.3
@@ -50,7 +52,7 @@ def test_an_object_that_leaves_is_forgotten():
         parts.scene.geometry.size = 0.15
     generator = torch.Generator().manual_seed(1)
     for step in range(160, 160 + 16 * 150, 16):
-        parts.renderer.update_occupancy(step=step, dynamic=False, generator=generator)
+        parts.renderer.update_occupancy(StepContext(step, generator), dynamic=False)
     assert parts.renderer.estimator.occupied.sum() < 0.5 * before
 
 
@@ -58,9 +60,9 @@ def test_refreshes_come_every_update_interval():
     parts = make_scene(refresh=False, update_interval=5)
     generator = torch.Generator().manual_seed(0)
     for step in (1, 4, 6):
-        parts.renderer.update_occupancy(step=step, dynamic=False, generator=generator)
+        parts.renderer.update_occupancy(StepContext(step, generator), dynamic=False)
         assert not parts.renderer.estimator.occs.any()
-    parts.renderer.update_occupancy(step=5, dynamic=False, generator=generator)
+    parts.renderer.update_occupancy(StepContext(5, generator), dynamic=False)
     assert parts.renderer.estimator.occs.any()
 
 
