@@ -19,6 +19,9 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+PAIRS = "fourdfy.guidance.pairs"
+"""What makes a guidance of the name ``PRIOR+DISTILLATION``."""
+
 # Where the project's own components live; a name that is not here must register itself first.
 MODULES = {
     "HashGrid": "fourdfy.scenes.nerf.encodings",
@@ -41,11 +44,18 @@ MODULES = {
     "stable-diffusion-prompt-processor": "fourdfy.prompts.stable_diffusion",
     "zeroscope-prompt-processor": "fourdfy.prompts.zeroscope",
     "videocrafter-prompt-processor": "fourdfy.prompts.videocrafter",
-    "stable-diffusion-guidance": "fourdfy.guidance.stable_diffusion",
-    "stable-diffusion-vsd-guidance": "fourdfy.guidance.stable_diffusion_vsd",
-    "multiview-diffusion-guidance": "fourdfy.guidance.multiview",
-    "zeroscope-guidance": "fourdfy.guidance.zeroscope",
-    "videocrafter-guidance": "fourdfy.guidance.videocrafter",
+    "stable-diffusion": "fourdfy.priors.stable_diffusion",
+    "mvdream": "fourdfy.priors.mvdream",
+    "zeroscope": "fourdfy.priors.zeroscope",
+    "videocrafter": "fourdfy.priors.videocrafter",
+    "sds": "fourdfy.guidance.score",
+    "reconstruction": "fourdfy.guidance.reconstruction",
+    "vsd": "fourdfy.guidance.vsd",
+    "stable-diffusion-guidance": PAIRS,
+    "stable-diffusion-vsd-guidance": PAIRS,
+    "multiview-diffusion-guidance": PAIRS,
+    "zeroscope-guidance": PAIRS,
+    "videocrafter-guidance": PAIRS,
     "mesh-exporter": "fourdfy.exporters.mesh_exporter",
     "video-exporter": "fourdfy.exporters.video_exporter",
     "all-exporter": "fourdfy.exporters.all_exporter",
@@ -93,6 +103,8 @@ def find(name: str, kind: type) -> type:
     name = canonical(name)
     if name not in _CLASSES and name in MODULES:
         import_module(MODULES[name])
+    elif "+" in name and name not in _CLASSES:
+        register(name)(import_module(PAIRS).join(name))
     cls = _CLASSES.get(name)
     if cls is not None and issubclass(cls, kind):
         return cls

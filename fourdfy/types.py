@@ -167,8 +167,8 @@ class PerpNegDecays(NamedTuple):
     """Of the side, between side and back; r is the side's share."""
 
 
-class ViewTexts(NamedTuple):
-    """Text states that a prior is asked for B images (or videos) with."""
+class Conditions(NamedTuple):
+    """What a prior is asked for B latents (images or videos) with."""
 
     text: Float[Tensor, "B L C"]
     uncond: Float[Tensor, "B L C"]
@@ -176,11 +176,13 @@ class ViewTexts(NamedTuple):
     """What the image shall not show, without regard to what it has in common with ``text`` (Perp-Neg)."""
     weights: tuple[Float[Tensor, "B"], ...] = ()
     """Of each negative; negative numbers lead away from it."""
+    cameras: Float[Tensor, "B K"] | None = None
+    """What the network is told of the cameras, if it is told of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextEmbeddings(TensorRecord):
-    """A prompt's text states for each moment: plain, and one per view (side, front, back, overhead)."""
+    """A prompt's text embeddings for each moment: plain, and one per view (side, front, back, overhead)."""
 
     text: Float[Tensor, "M L C"]
     text_directions: Float[Tensor, "M D L C"]
@@ -188,66 +190,9 @@ class TextEmbeddings(TensorRecord):
     front_threshold: float
     back_threshold: float
     overhead_threshold: float
-    """Degrees; see ``direction_indices``."""
+    """Degrees; see ``prompts.views.direction_indices``."""
     perp_neg: PerpNegDecays | None = None
-    """If given, views between two others get a mixed text and negative ones; see ``perp_neg_texts``."""
-
-    def direction_indices(
-        self, elevation_deg: Float[Tensor, "B"], azimuth_deg: Float[Tensor, "B"]
-    ) -> Int[Tensor, "B"]:
-        """0 side, 1 front, 2 back, 3 overhead; a later match overrides, inequalities are strict."""
-        azimuth = _wrapped(azimuth_deg)
-        index = torch.zeros_like(azimuth, dtype=torch.long)
-        index = torch.where(azimuth.abs() < self.front_threshold, 1, index)
-        index = torch.where(azimuth.abs() > 180 - self.back_threshold, 2, index)
-        return torch.where(elevation_deg > self.overhead_threshold, 3, index)
-
-    def for_views(self, cameras: Cameras, view_dependent: bool) -> ViewTexts:
-        """The states for the views and times of B cameras.
-
-        The M moments are equal parts of the scene's time 0..1.
-        """
-        moment = (cameras.times * len(self.text)).long().clamp(max=len(self.text) - 1)
-        uncond = self.uncond.expand(len(cameras), -1, -1)
-        if not view_dependent:
-            return ViewTexts(self.text[moment], uncond)
-        if self.perp_neg is not None:
-            return self.perp_neg_texts(cameras, self.text_directions[moment])
-        index = self.direction_indices(cameras.elevation_deg, cameras.azimuth_deg)
-        return ViewTexts(self.text_directions[moment, index], uncond)
-
-    def perp_neg_texts(self, cameras: Cameras, directions: Float[Tensor, "B D L C"]) -> ViewTexts:
-        """Perp-Neg (Armandpour et al. 2023): texts mixed by azimuth, and away from front and side.
-
-        Between front (0 degrees), side (90) and back (180) the text is the linear mix of the two
-        nearest views', whatever the thresholds; overhead views have their own text, and their
-        negatives weigh nothing.
-
-        Args:
-            directions: the states of all views, at each camera's moment.
-        """
-        assert self.perp_neg is not None
-        side, front, back, overhead = directions.unbind(1)
-        turn = _wrapped(cameras.azimuth_deg).abs() / 90
-        in_front, above = turn < 1, cameras.elevation_deg > self.overhead_threshold
-        # The share of the view that is nearer to the front.
-        share = torch.where(in_front, 1 - turn, 2 - turn)
-        fs, sf, fsb, sb = (
-            a * torch.exp(-b * r) + c
-            for (a, b, c), r in zip(self.perp_neg, (share, 1 - share, share, share), strict=True)
-        )
-        away_from_front, away_from_side = (
-            -torch.where(above, 0, torch.where(in_front, *weights)) for weights in ((fs, fsb), (sf, sb))
-        )
-        share, in_front, above = (x[:, None, None] for x in (share, in_front, above))
-        near, far = torch.where(in_front, front, side), torch.where(in_front, side, back)
-        text = torch.where(above, overhead, share * near + (1 - share) * far)
-        return ViewTexts(text, self.uncond.expand_as(text), (front, side), (away_from_front, away_from_side))
-
-
-def _wrapped(azimuth_deg: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
-    """The same angles in [-180, 180)."""
-    return (azimuth_deg + 180) % 360 - 180
+    """If given, views between two others get a mixed text and negative ones (``prompts.views``)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,7 @@ from fourdfy.config import ConfigError
 from fourdfy.config_files import COMMAND_LINE
 from fourdfy.data.sampling import at_step
 from fourdfy.launching.experiment import Experiment, trial_of
-from fourdfy.priors.frozen import check_part
-from fourdfy.priors.hub import ModelNotFound, locate_model, resolve_model, stored_bytes, stored_folder
+from fourdfy.priors.hub import ModelNotFound, locate_model, resolve_model, stored_bytes
 from fourdfy.systems.checkpoint import checkpoint_file
 from fourdfy.systems.fourdfy import GUIDANCES
 from fourdfy.systems.optim import parameters_of
@@ -101,11 +100,7 @@ def check_priors(experiment: Experiment) -> None:
             getattr(system, step.prompt_cfg).build().check_texts()
         except ValueError as error:
             raise ConfigError(f"system.{step.prompt_cfg}: {error}") from error
-        guidance = getattr(system, step.guidance_cfg)
-        for name, parts in guidance.models():
-            if folder := stored_folder(name, parts):
-                for part in parts:
-                    check_part(folder, part, getattr(guidance.component, "unet_class", ""))
+        getattr(system, step.guidance_cfg).check_models()
 
 
 def check_groups(experiment: Experiment) -> None:

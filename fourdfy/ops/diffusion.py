@@ -2,8 +2,8 @@
 
 Noisy latents are ``x_t = a x_0 + s eps`` with the signal and noise scales (a, s) of the noise level:
 (sqrt(abar), sqrt(1 - abar)) for a DDPM (Ho et al. 2020), (1 - s, s) for a rectified flow (Liu et
-al. 2022). A network predicts eps, ``v = a eps - s x_0`` (Salimans & Ho 2022) or the flow ``eps - x_0``;
-each of them is an affine view of the same x_0, so guidance and losses need to know x_0 alone.
+al. 2022). A network predicts eps, ``v = a eps - s x_0`` (Salimans & Ho 2022), x_0 itself or the flow
+``eps - x_0``; each is an affine view of the same x_0, so guidance and losses need to know x_0 alone.
 
 B latents (images or videos), C channels, S the axes behind them: (H, W), or (F, H, W) for a video.
 """
@@ -17,9 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fourdfy.schedules import Schedule, schedule_value
-
-Prediction = Literal["epsilon", "v_prediction", "flow_prediction"]
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 """The names that scheduler files use for what a network predicts."""
 
 
@@ -30,27 +28,10 @@ class NoiseScales(NamedTuple):
     sigmas: Float[Tensor, "B *ones"]
 
 
-def scaled_linear_alphas_cumprod(
-    num_train_timesteps: int = 1000,
-    beta_start: float = 0.00085,
-    beta_end: float = 0.012,
-    dtype: torch.dtype = torch.float32,
-) -> Float[Tensor, "T"]:
-    """abar of latent diffusion (Rombach et al. 2022): betas are squares of a ramp of square roots."""
-    betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float64) ** 2
-    return torch.cumprod(1 - betas, dim=0).to(dtype)
-
-
 def noise_scales(alphas_cumprod: Float[Tensor, "T"], timesteps: Int[Tensor, "B"], ndim: int) -> NoiseScales:
     """A DDPM's scales at ``timesteps``, for latents of ``ndim`` axes."""
     abar = alphas_cumprod[timesteps].reshape(-1, *[1] * (ndim - 1))
     return NoiseScales(abar.sqrt(), (1 - abar).sqrt())
-
-
-def flow_scales(sigmas: Float[Tensor, "B"], ndim: int) -> NoiseScales:
-    """A rectified flow's scales where ``sigmas`` in 0..1 is the share of noise."""
-    sigmas = sigmas.reshape(-1, *[1] * (ndim - 1))
-    return NoiseScales(1 - sigmas, sigmas)
 
 
 def add_noise(
@@ -66,7 +47,7 @@ def x0_from_prediction(
     scales: NoiseScales,
     kind: str,
 ) -> Float[Tensor, "B C *S"]:
-    """The clean latents that a network means when it predicts eps, v or the flow.
+    """The clean latents that a network means by its prediction.
 
     Raises:
         ValueError: an unknown ``kind``.
@@ -76,6 +57,8 @@ def x0_from_prediction(
         return (noisy - sigmas * prediction) / alphas
     if kind == "v_prediction":
         return (alphas * noisy - sigmas * prediction) / (alphas**2 + sigmas**2)
+    if kind == "sample":
+        return prediction
     if kind == "flow_prediction":
         return (noisy - sigmas * prediction) / (alphas + sigmas)
     raise ValueError(f"prediction_type {kind!r} is not known; expected one of {Prediction.__args__}")
@@ -115,6 +98,8 @@ def prediction_target(
         return noise
     if kind == "v_prediction":
         return alphas * noise - sigmas * latents
+    if kind == "sample":
+        return latents
     if kind == "flow_prediction":
         return noise - latents
     raise ValueError(f"prediction_type {kind!r} is not known; expected one of {Prediction.__args__}")
@@ -151,25 +136,11 @@ def lead_away(
     return text
 
 
-def timestep_range(
-    min_step_percent: Schedule, max_step_percent: Schedule, step: int, num_train_timesteps: int = 1000
-) -> tuple[int, int]:
-    """The first and last timestep to draw at the global ``step``, both included.
-
-    Raises:
-        ValueError: the range is empty or leaves 0 .. ``num_train_timesteps`` - 1.
-    """
+def timestep_range(low: float | int, high: float | int, num_train_timesteps: int) -> tuple[int, int]:
+    """The first and last timestep, both included, between two shares 0 <= low <= high <= 1 of all."""
     # Truncated, not rounded: 0.92 of 1000 may be 919, and the published runs drew from that range.
-    low, high = (
-        int(num_train_timesteps * schedule_value(percent, step))
-        for percent in (min_step_percent, max_step_percent)
-    )
-    if not 0 <= low <= high < num_train_timesteps:
-        raise ValueError(
-            f"min_step_percent={min_step_percent} and max_step_percent={max_step_percent} give timesteps "
-            f"{low}..{high} at step {step}; expected 0 <= min <= max < {num_train_timesteps}"
-        )
-    return low, high
+    first, last = (min(int(num_train_timesteps * share), num_train_timesteps - 1) for share in (low, high))
+    return first, last
 
 
 def sample_timesteps(

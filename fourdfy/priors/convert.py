@@ -8,10 +8,11 @@ checkpoint is accounted for: it has a place in the diffusers network, or a reaso
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from fourdfy.files.safe_load import read_torch_file
-from fourdfy.priors.frozen import no_progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -282,7 +282,7 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], what: str) -> nn.Mod
 
 
 def save_network(network: nn.Module, folder: Path) -> None:
-    """Write a part, as ``frozen.load_part`` and ``videocrafter2.load_unet`` read it."""
+    """Write a part, as ``frozen.load_part`` and ``videocrafter.load_unet`` read it."""
     if hasattr(network, "save_pretrained"):
         with no_progress_bar():
             network.save_pretrained(folder)
@@ -292,6 +292,20 @@ def save_network(network: nn.Module, folder: Path) -> None:
     folder.mkdir(parents=True)
     save_file(network.state_dict(), folder / "diffusion_pytorch_model.safetensors")
     (folder / "config.json").write_text(json.dumps({"_class_name": type(network).__name__}), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """transformers draws one even for a local file; the run has its own."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def check_all_known(state: State) -> None:

@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fourdfy.config_files import ConfigError
-from fourdfy.ops.diffusion import NoiseScales, noise_scales, sample_noise
+from fourdfy.ops.diffusion import sample_noise
+from fourdfy.priors.base import DDPMSchedule
+from fourdfy.priors.convert import no_progress_bar
 from fourdfy.priors.hub import ModelNotFound, part_flaw, read_description, weight_files
 from fourdfy.priors.scheduler_file import read_scheduler
 
@@ -40,31 +42,6 @@ CLASSES = {
 
 Gradient = Literal["exact", "subset"]
 """How ``encode_images`` learns in parts."""
-
-
-class FrozenModels:
-    """A plain holder: networks put here are invisible to the ``nn.Module`` that has it."""
-
-    def __init__(self, **models: Any) -> None:
-        self.__dict__.update(models)
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"no frozen model is called {name!r}; there are {', '.join(self.__dict__)}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class NoiseSchedule:
-    """A model's noise levels, and what it predicts at them."""
-
-    alphas_cumprod: Float[Tensor, "T"]
-    prediction: str
-    """One of ``fourdfy.ops.diffusion.Prediction``."""
-
-    def __len__(self) -> int:
-        return len(self.alphas_cumprod)
-
-    def scales(self, timesteps: Int[Tensor, "B"], ndim: int) -> NoiseScales:
-        return noise_scales(self.alphas_cumprod, timesteps, ndim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +157,7 @@ def load_tokenizer(folder: Path) -> Any:
         return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
 
 
-def load_noise_schedule(folder: Path, device: torch.device) -> NoiseSchedule:
+def load_noise_schedule(folder: Path, device: torch.device) -> DDPMSchedule:
     """The schedule that ``folder/scheduler`` describes, whichever sampler it names.
 
     Raises:
@@ -192,7 +169,7 @@ def load_noise_schedule(folder: Path, device: torch.device) -> NoiseSchedule:
 
     levels, prediction = read_scheduler(folder)
     alphas_cumprod = DDPMScheduler(**levels).alphas_cumprod
-    return NoiseSchedule(alphas_cumprod=alphas_cumprod.to(device), prediction=prediction)
+    return DDPMSchedule(alphas_cumprod=alphas_cumprod.to(device), prediction=prediction)
 
 
 def freeze(network: nn.Module) -> nn.Module:
@@ -278,20 +255,6 @@ def _subset_posterior(
 def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     mean, std = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return mean, std
-
-
-@contextlib.contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """transformers draws one even for a local file; the run has its own."""
-    from transformers.utils import logging as transformers_logging
-
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()
 
 
 @cache

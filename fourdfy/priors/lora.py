@@ -1,34 +1,34 @@
-"""A low-rank adapter on a frozen U-Net, whose parameters another module owns (Hu et al. 2021)."""
+"""A low-rank adapter on a frozen network, whose parameters another module owns (Hu et al. 2021)."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-
 
 class LoRA(nn.Module):
-    """A peft adapter on every attention of ``unet``; its parameters are this module's, in float32.
+    """A peft adapter on every layer of ``network`` whose name ends as one of ``targets`` does; its parameters
+    are this module's, in float32.
 
-    It starts as the identity, and off: inside ``with lora.active():`` the U-Net runs with it.
-    Parameters keep the U-Net's own names below this module (``down_blocks.0. ... to_q.lora_A.weight``).
+    It starts as the identity, and off: inside ``with lora.active():`` the network runs with it.
+    Parameters keep the network's own names below this module (``down_blocks.0. ... to_q.lora_A.weight``).
     """
 
-    def __init__(self, unet: nn.Module, rank: int) -> None:
+    def __init__(self, network: nn.Module, rank: int, targets: Sequence[str]) -> None:
         super().__init__()
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
         # alpha = rank: W + B A, scaled by nothing. A ~ N(0, 1/rank), B = 0.
-        unet.add_adapter(
-            LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(TARGETS))
+        config = LoraConfig(
+            r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets)
         )
+        inject_adapter_in_model(config, network)
         # In a tuple: a list of modules is no submodule, so the frozen weights stay out of this one.
-        self._layers = tuple(module for module in unet.modules() if isinstance(module, LoraLayer))
-        for name, parameter in unet.named_parameters():
+        self._layers = tuple(module for module in network.modules() if isinstance(module, LoraLayer))
+        for name, parameter in network.named_parameters():
             if ".lora_" in name:
                 parameter.data = parameter.data.float()
                 _register(self, name.replace(".default.", "."), parameter)

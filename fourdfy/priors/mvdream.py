@@ -1,4 +1,4 @@
-"""MVDream as a diffusers model (Shi et al. 2023): SD 2.1's U-Net, camera vectors, views that attend.
+"""MVDream as a prior (Shi et al. 2023): SD 2.1's U-Net, camera vectors, views that attend.
 
 The U-Net is a plain ``UNet2DConditionModel`` with a projection class embedding of the camera; what
 is not in it is the attention over the views of a group, which ``enable_multi_view_attention`` adds.
@@ -9,10 +9,105 @@ B images = groups of V views, the views of a group neighbours in the batch; L to
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from fourdfy.bounds import number
+from fourdfy.config import file_path
+from fourdfy.priors.base import Denoiser
+from fourdfy.priors.hub import MODELS
+from fourdfy.priors.latent import LatentPrior
+from fourdfy.priors.mvdream_package import load_mvdream_package
+from fourdfy.registry import register
+from fourdfy.types import Cameras, Conditions
+
+PUBLISHED_VIEWS = 4
+"""Of MVDream's checkpoints, and of the model that this package brings."""
+
+
+@register("mvdream")
+class MVDream(LatentPrior):
+    """The views of a group are denoised together, and told their cameras."""
+
+    follows_autocast: ClassVar[bool] = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(LatentPrior.Config):
+        pretrained_model_name_or_path: str = file_path("MVDream/MVDream")
+        model_name: Literal["sd-v2.1-base-4view", "sd-v1.5-4view"] = "sd-v2.1-base-4view"
+        """The checkpoint's name in the original code; only the first is supported."""
+        ckpt_path: str | None = file_path()
+        """The original's checkpoint file, or a folder in diffusers layout, in the place of the hub's."""
+        backend: Literal["diffusers", "mvdream"] = "diffusers"
+        """The networks' code: ours on diffusers, or the authors' package, to compare with. The package
+        takes checkpoint files and float32 alone, and no options for memory."""
+        half_precision_weights: bool | str = False
+        """False unlike elsewhere: the published runs kept this prior in float32."""
+        image_size: int | None = number(None, 1, 8192)
+        """Height and width where they are not given."""
+        n_view: int = number(PUBLISHED_VIEWS, 2, 64)
+        """Views that see each other; the data must have as many in a group."""
+        camera_condition_type: Literal["rotation"] = "rotation"
+        """Rotation and direction of the position; the distance is not seen."""
+        view_dependent_prompting: bool = False
+        """False unlike elsewhere: this prior is told the camera itself."""
+
+        def models(self) -> list[tuple[str, tuple[str, ...]]]:
+            return [(self.ckpt_path or self.pretrained_model_name_or_path, self.parts)]
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.model_name == "sd-v1.5-4view":
+                raise ValueError(
+                    "model_name=sd-v1.5-4view is not supported: nothing here converts its networks, "
+                    "those of Stable Diffusion 1.5; set model_name=sd-v2.1-base-4view"
+                )
+            if self.backend == "mvdream" and self.token_merging:
+                raise ValueError("token_merging=true needs backend=diffusers; change one of the two")
+            if (
+                self.n_view != PUBLISHED_VIEWS
+                and not self.ckpt_path
+                and self.pretrained_model_name_or_path in MODELS
+            ):
+                raise ValueError(
+                    f"n_view={self.n_view}: {self.pretrained_model_name_or_path} denoises {PUBLISHED_VIEWS} "
+                    f"views together; set n_view={PUBLISHED_VIEWS}"
+                )
+            for side in ("height", "width"):
+                if getattr(self, side) is None:
+                    object.__setattr__(self, side, self.image_size)
+
+        def check_group_size(self, size: int, key: str) -> None:
+            if size != self.n_view:
+                raise ValueError(
+                    f"n_view={self.n_view} disagrees with {key}={size}; set {key}={self.n_view}, "
+                    f"or n_view={size} for a model that was trained on {size} views"
+                )
+
+    cfg: Config
+
+    def __init__(self, cfg: Config, *, device: torch.device) -> None:
+        super().__init__(cfg, device=device)
+        self.joint_latents = cfg.n_view
+
+    def load(self) -> tuple[Denoiser, nn.Module]:
+        if self.cfg.backend == "diffusers":
+            return super().load()
+        checkpoint, _ = self.cfg.models()[0]
+        return load_mvdream_package(self.cfg.model_name, checkpoint, self.cfg.n_view, self.dtype, self.device)
+
+    def load_unet(self, folder: Path) -> nn.Module:
+        unet = super().load_unet(folder)
+        enable_multi_view_attention(unet, self.cfg.n_view)
+        return unet
+
+    def condition(self, texts: Conditions, cameras: Cameras) -> Conditions:
+        return texts._replace(cameras=camera_vectors(cameras.c2w).to(self.dtype))
 
 
 def enable_multi_view_attention(unet: nn.Module, num_views: int = 4) -> None:

@@ -22,8 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from fourdfy.files.safe_load import read_torch_file
+from fourdfy.priors.base import DDPMSchedule, Denoiser
 from fourdfy.priors.convert import TEXT, unwrapped
-from fourdfy.priors.frozen import FrozenModels, NoiseSchedule, freeze
+from fourdfy.priors.frozen import freeze
 from fourdfy.priors.hub import resolve_file
 
 EXTERN = Path(__file__).parents[2] / "extern" / "MVDream"
@@ -41,8 +42,8 @@ def load_mvdream_package(
     num_views: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> FrozenModels:
-    """``unet``, ``vae`` and ``schedule``, called as those of ``LatentGuidance`` are.
+) -> tuple[Denoiser, nn.Module]:
+    """(denoiser, VAE), called as those of ``LatentPrior`` are.
 
     Args:
         model_name: one of ``CONFIGS``.
@@ -68,12 +69,13 @@ def load_mvdream_package(
         raise ValueError(f"{file} doesn't fit the mvdream package's {model_name}: {error}") from error
     freeze(model.to(device))
     parameters = config.params
-    return FrozenModels(
-        unet=PackageUNet(model, num_views, parameters.unet_config.params.image_size),
-        vae=PackageVAE(model, len(parameters.first_stage_config.params.ddconfig.ch_mult)),
-        schedule=NoiseSchedule(
-            alphas_cumprod=model.alphas_cumprod, prediction=PREDICTIONS[model.parameterization]
+    prediction = PREDICTIONS[model.parameterization]
+    return (
+        Denoiser(
+            PackageUNet(model, num_views, parameters.unet_config.params.image_size),
+            DDPMSchedule(alphas_cumprod=model.alphas_cumprod, prediction=prediction),
         ),
+        PackageVAE(model, len(parameters.first_stage_config.params.ddconfig.ch_mult)),
     )
 
 

@@ -45,7 +45,7 @@ ALLOWED: dict[str, Allowed] = {
     "beta_start": BETA,
     "beta_end": BETA,
     "beta_schedule": ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"),
-    "prediction_type": ("epsilon", "v_prediction"),
+    "prediction_type": ("epsilon", "v_prediction", "sample"),
     "rescale_betas_zero_snr": (False, True),
     "use_flow_sigmas": (False,),
     "use_dynamic_shifting": (False,),

@@ -27,23 +27,21 @@ from fourdfy.bounds import number
 from fourdfy.config import Component, file_path, ignored
 from fourdfy.files.atomic import whole_file
 from fourdfy.priors.hub import cache_root, knows_text, resolve_model, stored_folder
+from fourdfy.prompts.views import DIRECTIONS
 from fourdfy.types import PerpNegDecays, TextEmbeddings
 
 logger = logging.getLogger(__name__)
-
-DIRECTIONS = ("side", "front", "back", "overhead")
-"""In the order of ``TextEmbeddings.direction_indices``."""
 
 PARTS = ("tokenizer", "text_encoder")
 
 LIBRARY = Path(__file__).with_name("library.json")
 
 TextEncoder = Any
-"""Callable: texts (list of str) -> their states, [texts, L, C]."""
+"""Callable: texts (list of str) -> their embeddings, [texts, L, C]."""
 
 
 class PromptProcessor(Component, ABC):
-    """Gives the text states that a guidance is conditioned on."""
+    """Gives the text embeddings that a guidance is conditioned on."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Component.Config):
@@ -64,7 +62,7 @@ class PromptProcessor(Component, ABC):
         overhead_threshold: float = number(60.0, 0, 90)
         front_threshold: float = number(45.0, 0, 180)
         back_threshold: float = number(45.0, 0, 180)
-        """Degrees; see ``TextEmbeddings.direction_indices``."""
+        """Degrees; see ``prompts.views.direction_indices``."""
         view_dependent_prompt_front: bool = False
         """"front view of PROMPT" instead of "PROMPT, front view"."""
         use_cache: bool = True
@@ -72,7 +70,7 @@ class PromptProcessor(Component, ABC):
         spawn: bool = ignored("the text encoder is freed without a process of its own", True)
         use_perp_neg: bool = False
         """Texts mixed by azimuth, with the front and side views as negatives; see
-        ``TextEmbeddings.perp_neg_texts``. The guidance must have view_dependent_prompting=true."""
+        ``prompts.views.perp_neg_texts``. The guidance must have view_dependent_prompting=true."""
         perp_neg_f_sb: tuple[float, float, float] = number((1.0, 0.5, -0.606), -1000, 1000)
         perp_neg_f_fsb: tuple[float, float, float] = number((1.0, 0.5, 0.967), -1000, 1000)
         perp_neg_f_fs: tuple[float, float, float] = number((4.0, 0.5, -2.426), -1000, 1000)
@@ -140,7 +138,7 @@ class PromptProcessor(Component, ABC):
         return others
 
     def embeddings(self, device: torch.device | str) -> TextEmbeddings:
-        """The states of all texts, on ``device``, in float32.
+        """The embeddings of all texts, on ``device``, in float32.
 
         The text encoder is loaded only if a text is not in the cache, and freed before this returns.
 
@@ -151,12 +149,14 @@ class PromptProcessor(Component, ABC):
         self._others_than_learned()
         device = torch.device(device)
         views = [self.direction_texts(prompt) for prompt in self.prompts]
-        states = self._states(self.texts(), device)
+        embeddings = self._embeddings(self.texts(), device)
         decays = PerpNegDecays(*(tuple(getattr(self.cfg, f"perp_neg_f_{f}")) for f in PerpNegDecays._fields))
         return TextEmbeddings(
-            text=torch.stack([states[prompt] for prompt in self.prompts]),
-            text_directions=torch.stack([torch.stack([states[text] for text in texts]) for texts in views]),
-            uncond=states[self.cfg.negative_prompt],
+            text=torch.stack([embeddings[prompt] for prompt in self.prompts]),
+            text_directions=torch.stack(
+                [torch.stack([embeddings[text] for text in texts]) for texts in views]
+            ),
+            uncond=embeddings[self.cfg.negative_prompt],
             front_threshold=self.cfg.front_threshold,
             back_threshold=self.cfg.back_threshold,
             overhead_threshold=self.cfg.overhead_threshold,
@@ -169,12 +169,13 @@ class PromptProcessor(Component, ABC):
         view = "backside" if direction == "back" else direction
         return f"{view} view of {prompt}"
 
-    def _states(self, texts: set[str], device: torch.device) -> dict[str, Float[Tensor, "L C"]]:
+    def _embeddings(self, texts: set[str], device: torch.device) -> dict[str, Float[Tensor, "L C"]]:
         folder = resolve_model(self.cfg.pretrained_model_name_or_path, PARTS)
         identity = model_identity(folder)
         known = {}
         if self.cfg.use_cache:
-            known = {text: states for text in texts if (states := read_cached(identity, text)) is not None}
+            read = ((text, read_cached(identity, text)) for text in texts)
+            known = {text: embedding for text, embedding in read if embedding is not None}
         new = sorted(texts - known.keys())
         if new:
             encoder = self.load_encoder(folder, device)
@@ -185,7 +186,7 @@ class PromptProcessor(Component, ABC):
             if self.cfg.use_cache:
                 write_cached(identity, computed)
             known |= computed
-        return {text: states.to(device) for text, states in known.items()}
+        return {text: embedding.to(device) for text, embedding in known.items()}
 
 
 def resolve_prompt(prompt: str) -> str:
@@ -233,6 +234,9 @@ def tokenize(tokenizer: Any, text: str, max_length: int) -> list[int]:
 # ---------------------------------------------------------------------------------------------
 # The cache: one safetensors file for each (text encoder, text)
 
+KEY = "states"
+"""Of the tensor in a file of the cache."""
+
 
 def cache_folder() -> Path:
     """Of the embeddings, below the project's ``cache_root``."""
@@ -249,7 +253,7 @@ def model_identity(folder: Path) -> str:
 
 
 def read_cached(identity: str, text: str) -> Float[Tensor, "L C"] | None:
-    """The states of a text, or None if they are not there or can't be read."""
+    """The embedding of a text, or None if they are not there or can't be read."""
     from safetensors import SafetensorError, safe_open
 
     file = _cache_file(identity, text)
@@ -257,7 +261,7 @@ def read_cached(identity: str, text: str) -> Float[Tensor, "L C"] | None:
         with safe_open(file, framework="pt") as entry:
             if (entry.metadata() or {}) != _label(identity, text):
                 return None
-            return entry.get_tensor("states")
+            return entry.get_tensor(KEY)
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError) as error:
@@ -265,14 +269,14 @@ def read_cached(identity: str, text: str) -> Float[Tensor, "L C"] | None:
         return None
 
 
-def write_cached(identity: str, states: Mapping[str, Float[Tensor, "L C"]]) -> None:
-    """Keep the states of some texts; each file appears whole or not at all."""
+def write_cached(identity: str, embeddings: Mapping[str, Float[Tensor, "L C"]]) -> None:
+    """Keep the embeddings of some texts; each file appears whole or not at all."""
     from safetensors.torch import save
 
     try:
-        for text, tensor in states.items():
+        for text, tensor in embeddings.items():
             with whole_file(_cache_file(identity, text)) as part:
-                part.write_bytes(save({"states": tensor.contiguous()}, metadata=_label(identity, text)))
+                part.write_bytes(save({KEY: tensor.contiguous()}, metadata=_label(identity, text)))
     except OSError as error:
         logger.warning("text embeddings are not cached: %s", error)
 

@@ -1,4 +1,4 @@
-"""Prompts for Stable Diffusion and MVDream: the states of a CLIP text encoder."""
+"""Prompts for Stable Diffusion and MVDream: the embeddings of a CLIP text encoder."""
 
 from __future__ import annotations
 

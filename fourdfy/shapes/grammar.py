@@ -16,7 +16,7 @@ SHAPES = ("ball", "cube", "cone", "cylinder", "diamond")
 MOTIONS = ("standing still", "spinning", "bouncing", "sliding", "pulsing")
 
 VIEWS = ("side view", "front view", "back view", "overhead view")
-"""In the order of ``TextEmbeddings.direction_indices``."""
+"""In the order of ``prompts.views.DIRECTIONS``."""
 
 START = "at the start"
 """Says that t is exactly 0."""

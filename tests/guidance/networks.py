@@ -6,7 +6,7 @@ import torch
 
 from fourdfy.config import parse_config
 from fourdfy.guidance.base import Guidance
-from fourdfy.guidance.stable_diffusion_vsd import StableDiffusionVSDGuidance
+from fourdfy.guidance.vsd import VariationalScoreDistillation
 from fourdfy.registry import find
 from fourdfy.types import StepContext
 from tests.guidance.reference import CPU, cameras, embeddings
@@ -21,7 +21,7 @@ def make(name: str, folder, **config) -> Guidance:
     return cls(parse_config(cls.Config, config), device=CPU)
 
 
-def make_vsd(tiny, lora="sd", **config) -> StableDiffusionVSDGuidance:
+def make_vsd(tiny, lora="sd", **config) -> VariationalScoreDistillation:
     return make(
         "stable-diffusion-vsd-guidance",
         tiny["sd"],

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from fourdfy.config import parse_config
-from fourdfy.guidance.latent import LatentGuidance
-from fourdfy.priors.frozen import FrozenModels, NoiseSchedule
-from fourdfy.types import Cameras, TextEmbeddings, ViewTexts
+from fourdfy.guidance.base import Guidance
+from fourdfy.guidance.distillation import Distillation, NoisyLatents
+from fourdfy.priors.base import DDPMSchedule, Denoiser
+from fourdfy.registry import find
+from fourdfy.types import Cameras, Conditions, StepContext, TextEmbeddings
 
 ARRAYS = np.load(Path(__file__).parents[1] / "data" / "sds_reference.npz")
 CPU = torch.device("cpu")
@@ -38,8 +40,8 @@ def assert_matches(given: torch.Tensor, wanted: torch.Tensor) -> None:
     torch.testing.assert_close(given.detach(), wanted, rtol=1e-5, atol=1e-5 * scale)
 
 
-def schedule(prediction: str = "epsilon") -> NoiseSchedule:
-    return NoiseSchedule(
+def schedule(prediction: str = "epsilon") -> DDPMSchedule:
+    return DDPMSchedule(
         alphas_cumprod=torch.from_numpy(ARRAYS["schedule/alphas_cumprod"]), prediction=prediction
     )
 
@@ -54,36 +56,64 @@ class RecordedUNet(nn.Module):
         self.prediction = prediction
 
     def forward(self, noisy, timesteps, encoder_hidden_states, return_dict, class_labels=None):
-        self.noisy, self.timesteps, self.states = noisy, timesteps, encoder_hidden_states
+        self.noisy, self.timesteps, self.texts = noisy, timesteps, encoder_hidden_states
         self.class_labels = class_labels
         return (self.prediction,)
 
 
-def recorded(guidance_class: type[LatentGuidance], prediction: torch.Tensor, **config: Any):
+def recorded(name: str, prediction: torch.Tensor, **config: Any):
     """(guidance whose U-Net is a RecordedUNet, that U-Net)."""
+    guidance_class = find(name, Guidance)
     unet = RecordedUNet(prediction)
     vae = nn.Module()
     vae.config = SimpleNamespace(block_out_channels=(1, 1, 1, 1))
 
+    class RecordedPrior(guidance_class.prior_class):
+        def load(self):
+            return Denoiser(unet, schedule()), vae
+
     class Recorded(guidance_class):
-        def load_models(self) -> FrozenModels:
-            return FrozenModels(unet=unet, vae=vae, schedule=schedule())
+        prior_class = RecordedPrior
 
     cfg = parse_config(guidance_class.Config, config | {"half_precision_weights": False})
     return Recorded(cfg, device=CPU), unet
 
 
-def states(count: int, fill: float, tokens: int = 3, channels: int = 2) -> torch.Tensor:
+def span(guidance: Distillation, step: int) -> tuple[float, float]:
+    """The first and last timestep to draw at a step."""
+    return guidance.prior.denoiser.schedule.span(*guidance.cfg.noise_range(step))
+
+
+def distil(
+    guidance: Distillation, latents, timesteps, noise, texts: Conditions, views: Cameras | None = None
+):
+    """(losses, gradient) at given noise levels and noise."""
+    views = cameras([0.0] * len(latents)) if views is None else views
+    scales = guidance.prior.denoiser.schedule.scales(timesteps, latents.ndim)
+    step = NoisyLatents(
+        latents=latents,
+        timesteps=timesteps,
+        noise=noise,
+        scales=scales,
+        conditions=guidance.prior.condition(texts, views),
+        text=embeddings(),
+        cameras=views,
+    )
+    return guidance.distil(step, StepContext(0, torch.Generator().manual_seed(0)))
+
+
+def filled(count: int, fill: float, tokens: int = 3, channels: int = 2) -> torch.Tensor:
+    """Text embeddings of one number."""
     return torch.full((count, tokens, channels), fill)
 
 
-def texts(count: int) -> ViewTexts:
+def texts(count: int) -> Conditions:
     """Texts whose two halves are told apart: ones with the text, zeros without."""
-    return ViewTexts(states(count, 1.0), states(count, 0.0))
+    return Conditions(filled(count, 1.0), filled(count, 0.0))
 
 
 def embeddings(channels: int = 16, tokens: int = 77, **more: Any) -> TextEmbeddings:
-    """Random states, different for every view."""
+    """Random embeddings, different for every view."""
     generator = torch.Generator().manual_seed(0)
     text, uncond = torch.randn(2, tokens, channels, generator=generator)
     return TextEmbeddings(

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fourdfy.config import ConfigError
-from fourdfy.guidance import latent, multiview
+from fourdfy.priors import latent, mvdream
 from fourdfy.priors.frozen import MemoryOptions, encode_images
 from tests.guidance.networks import ALL, TEXT, context, generator, images, make, make_any, make_vsd, run
 from tests.guidance.reference import CPU, cameras
@@ -34,7 +34,7 @@ def test_every_guidance_gives_finite_losses_and_a_gradient_for_every_image(tiny,
 def test_networks_in_half_precision_still_give_float32_losses(tiny, kind, monkeypatch):
     monkeypatch.setattr(MemoryOptions, "dtype", lambda *_: torch.bfloat16)
     guidance = make_any(tiny, kind)
-    assert guidance.models.unet.conv_in.weight.dtype == torch.bfloat16
+    assert guidance.prior.denoiser.network.conv_in.weight.dtype == torch.bfloat16
     assert all(p.dtype == torch.float32 for p in guidance.parameters())
     rgb, out = run(guidance)
     sum(out.losses.values()).backward()
@@ -57,7 +57,7 @@ def test_frozen_networks_are_invisible_and_untouched(tiny, kind):
     _, out = run(guidance)
     sum(out.losses.values()).backward()
     assert not list(guidance.parameters()) and not guidance.state_dict()
-    for network in (guidance.models.unet, guidance.models.vae):
+    for network in (guidance.prior.denoiser.network, guidance.prior.vae):
         assert not network.training
         assert all(p.grad is None and not p.requires_grad for p in network.parameters())
 
@@ -73,21 +73,24 @@ def test_slicing_changes_no_result(tiny):
 
 
 def test_images_are_resized_to_the_size_of_the_model_or_of_the_config(tiny):
-    assert make("stable-diffusion-guidance", tiny["sd"]).image_size == (32, 32)
-    assert make("multiview-diffusion-guidance", tiny["multi_view"], image_size=16).image_size == (16, 16)
-    assert make("zeroscope-guidance", tiny["zeroscope"]).image_size == (320, 576)
+    assert make("stable-diffusion-guidance", tiny["sd"]).prior.image_size == (32, 32)
+    assert make("multiview-diffusion-guidance", tiny["multi_view"], image_size=16).prior.image_size == (
+        16,
+        16,
+    )
+    assert make("zeroscope-guidance", tiny["zeroscope"]).prior.image_size == (320, 576)
     guidance = make("stable-diffusion-guidance", tiny["sd"], height=16, width=24)
     rgb = images(2)
-    latents = guidance.encode(rgb, 1, generator())
+    latents = guidance.prior.encode(rgb, 1, generator())
     assert latents.shape == (2, 4, 4, 6)
     resized = F.interpolate(rgb.movedim(-1, 1), (16, 24), mode="bilinear", align_corners=False)
-    torch.testing.assert_close(latents, encode_images(guidance.models.vae, resized, generator()))
+    torch.testing.assert_close(latents, encode_images(guidance.prior.vae, resized, generator()))
     with pytest.raises(ValueError, match="multiples of 4 pixels"):
         make("stable-diffusion-guidance", tiny["sd"], height=18)
 
 
 def test_latents_are_scaled_samples_of_the_posterior(tiny):
-    vae = make("stable-diffusion-guidance", tiny["sd"]).models.vae
+    vae = make("stable-diffusion-guidance", tiny["sd"]).prior.vae
     pictures = images(2, 32).movedim(-1, 1)
     latents = encode_images(vae, pictures, generator())
     posterior = vae.encode(pictures * 2 - 1).latent_dist
@@ -114,10 +117,14 @@ def test_the_views_of_a_group_see_each_other_and_no_other_group(tiny):
     guidance = make_any(tiny, "multi_view", n_view=2)
     g = generator()
     shapes = ((4, 4, 8, 8), (4, 77, 16), (4, 16))
-    noisy, states, cameras = (torch.randn(s, generator=g) for s in shapes)
+    noisy, *told = (torch.randn(s, generator=g) for s in shapes)
     changed = noisy.clone()
     changed[0] += 1
-    before, after = (guidance.run_unet(x, torch.full((4,), 500), states, cameras) for x in (noisy, changed))
+    network = guidance.prior.denoiser.network
+    with torch.no_grad():
+        before, after = (
+            guidance.prior.predict(network, x, torch.full((4,), 500), *told) for x in (noisy, changed)
+        )
     moved = (after - before).abs().amax(dim=(1, 2, 3))
     assert (moved[:2] > 1e-3).all() and (moved[2:] < 1e-5).all()
 
@@ -135,11 +142,11 @@ def test_mixed_precision_reaches_the_priors_that_the_original_ran_in_it(tiny, ki
     torch.testing.assert_close(*losses, rtol=0.2, atol=0)
 
 
-def test_all_views_of_a_step_share_one_noise_level(tiny, monkeypatch):
+def test_all_views_of_a_step_share_one_noise_level(tiny):
     guidance = make_any(tiny, "multi_view")
     seen = {}
-    inner = guidance.run_unet
-    monkeypatch.setattr(guidance, "run_unet", lambda x, t, *rest: seen.update(t=t) or inner(x, t, *rest))
+    inner = guidance.prior.predict
+    guidance.prior.predict = lambda network, x, t, *rest: seen.update(t=t) or inner(network, x, t, *rest)
     run(guidance, count=8)
     assert len(seen["t"]) == 16
     assert len(set(seen["t"].tolist())) == 1
@@ -159,9 +166,9 @@ def test_the_authors_package_takes_the_place_of_our_multi_view_network(tiny, mon
 
     def load(model_name, checkpoint, num_views, dtype, device):
         asked.update(name=model_name, checkpoint=checkpoint, views=num_views, dtype=dtype, device=device)
-        return ours.models
+        return ours.prior.denoiser, ours.prior.vae
 
-    monkeypatch.setattr(multiview, "load_mvdream_package", load)
+    monkeypatch.setattr(mvdream, "load_mvdream_package", load)
     theirs = make_any(tiny, "multi_view", backend="mvdream", ckpt_path="theirs.pt", n_view=2)
     assert asked == {
         "name": "sd-v2.1-base-4view",
@@ -170,7 +177,7 @@ def test_the_authors_package_takes_the_place_of_our_multi_view_network(tiny, mon
         "dtype": torch.float32,
         "device": CPU,
     }
-    assert theirs.models is ours.models
+    assert theirs.prior.denoiser is ours.prior.denoiser and theirs.prior.vae is ours.prior.vae
     make_any(tiny, "multi_view", backend="mvdream")
     assert asked["checkpoint"] == str(tiny["multi_view"]) and asked["views"] == 4
     with pytest.raises(ConfigError, match="needs backend=diffusers"):
@@ -196,12 +203,14 @@ def test_tokens_are_merged_by_tomesd(tiny, tomesd):
     make_any(tiny, "sds")
     assert not tomesd
     guidance = make_any(tiny, "sds", token_merging=True)
-    assert tomesd == [(guidance.models.unet, {"use_rand": False})], "no randomness but the generator's"
+    assert tomesd == [(guidance.prior.denoiser.network, {"use_rand": False})], (
+        "no randomness but the generator's"
+    )
     params = {"ratio": 0.3, "use_rand": True}
     make_any(tiny, "multi_view", token_merging=True, token_merging_params=params)
     assert tomesd[1][1] == params
     two = make_vsd(tiny, lora="sd_v", token_merging=True)
-    assert [unet for unet, _ in tomesd[2:]] == [two.models.unet, two.models.unet_lora]
+    assert [unet for unet, _ in tomesd[2:]] == [two.prior.denoiser.network, two.renderings.network]
     with pytest.raises(ConfigError, match="is for image models; set token_merging=false"):
         make_any(tiny, "video", token_merging=True)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fourdfy.ops.diffusion import classifier_free_guidance, lead_away, x0_from_prediction
+from fourdfy.prompts.views import for_views
 from fourdfy.types import PerpNegDecays
 from tests.guidance.networks import TEXT, context, generator, images, make_any
 from tests.guidance.reference import cameras, embeddings
@@ -22,18 +23,20 @@ def test_negative_views_are_asked_for_in_the_same_call(tiny, kind):
     """The guided x_0 is the definition, from calls of the network for one text each."""
     guidance = make_any(tiny, kind, view_dependent_prompting=True)
     views = cameras([0.0, 60.0, 135.0, 180.0])
-    texts = PERP_NEG.for_views(views, True)
+    texts = for_views(PERP_NEG, views, True)
     shape = (4, 4, 2, 8, 8) if kind == "two_videos" else (4, 4, 8, 8)
     noisy, timesteps = torch.randn(shape, generator=generator()), torch.full((4,), 400)
-    vectors = views.c2w.flatten(1) if kind == "multi_view" else None
-    guided, text_alone = guidance.guided_x0(noisy, timesteps, texts, 3.0, vectors)
+    texts = guidance.prior.condition(texts, views)
+    assert (texts.cameras is not None) == (kind == "multi_view")
+    guided, text_alone = guidance.prior.guided_x0(noisy, timesteps, texts, 3.0)
 
-    models = guidance.models
-    scales = models.schedule.scales(timesteps, noisy.ndim)
+    network, schedule = guidance.prior.denoiser
+    scales = schedule.scales(timesteps, noisy.ndim)
 
-    def alone(states):
-        prediction = guidance.run_unet(noisy, timesteps, states, vectors)
-        return x0_from_prediction(prediction, noisy, scales, models.schedule.prediction)
+    @torch.no_grad()
+    def alone(embeddings):
+        prediction = guidance.prior.predict(network, noisy, timesteps, embeddings, texts.cameras)
+        return x0_from_prediction(prediction, noisy, scales, schedule.prediction)
 
     text, uncond, *negatives = (alone(s) for s in (texts.text, texts.uncond, *texts.negatives))
     wanted = classifier_free_guidance(lead_away(text, uncond, negatives, texts.weights), uncond, 3.0)

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import fourdfy.guidance.stable_diffusion_vsd as vsd_module
+import fourdfy.guidance.vsd as vsd_module
 from fourdfy.config import parse_config
-from fourdfy.guidance.multiview import MultiViewGuidance
-from fourdfy.guidance.stable_diffusion import StableDiffusionGuidance
-from fourdfy.guidance.stable_diffusion_vsd import StableDiffusionVSDGuidance
-from fourdfy.guidance.videocrafter import VideoCrafterGuidance
-from fourdfy.guidance.zeroscope import ZeroScopeGuidance
+from fourdfy.guidance.base import Guidance
 from fourdfy.ops.cameras import orbit_cameras
-from fourdfy.types import ViewTexts
+from fourdfy.priors.base import Denoiser
+from fourdfy.registry import find
+from fourdfy.types import Conditions
 from tests.guidance.networks import context
 from tests.guidance.reference import (
     ARRAYS,
@@ -24,10 +23,12 @@ from tests.guidance.reference import (
     assert_matches,
     cameras,
     case,
+    distil,
     embeddings,
+    filled,
     recorded,
     schedule,
-    states,
+    span,
     texts,
 )
 from tests.renders import images_of
@@ -41,13 +42,13 @@ ZEROSCOPE = {
 }
 
 
-def check(out, loss_name: str, known, unet=None) -> None:
-    (loss,) = out.losses.values()
-    assert list(out.losses) == [loss_name]
+def check(losses, grad, loss_name: str, known, unet) -> None:
+    (loss,) = losses.values()
+    assert list(losses) == [loss_name]
     loss.backward()
     assert_matches(loss, known.loss)
     assert_matches(known.latents.grad, known.dloss_dlatents)
-    assert_matches(out.metrics["grad_norm"], known.grad_norm)
+    assert_matches(grad.norm(), known.grad_norm)
     assert_matches(unet.noisy, known.model_input)
 
 
@@ -55,36 +56,36 @@ def check(out, loss_name: str, known, unet=None) -> None:
 def test_zeroscope(name):
     known = case(f"zeroscope_{name}")
     config = ZEROSCOPE[name] | {"guidance_scale": known.guidance_scale.item()}
-    guidance, unet = recorded(ZeroScopeGuidance, known.noise_pred, **config)
-    out = guidance.distill(known.latents, known.t, known.noise, texts(1), step=0)
-    check(out, "sds_video", known, unet)
+    guidance, unet = recorded("zeroscope-guidance", known.noise_pred, **config)
+    losses, grad = distil(guidance, known.latents, known.t, known.noise, texts(1))
+    check(losses, grad, "sds_video", known, unet)
     assert torch.equal(unet.timesteps, known.model_t)
-    assert torch.equal(unet.states, torch.cat([states(1, 1.0), states(1, 0.0)])), "text half first"
+    assert torch.equal(unet.texts, torch.cat([filled(1, 1.0), filled(1, 0.0)])), "text half first"
 
 
-@pytest.mark.parametrize("guidance_class", [VideoCrafterGuidance, ZeroScopeGuidance])
+@pytest.mark.parametrize("guidance_name", ["videocrafter-guidance", "zeroscope-guidance"])
 @pytest.mark.parametrize("name", ["amp30", "amp1"])
-def test_videocrafter(name, guidance_class):
+def test_videocrafter(name, guidance_name):
     known = case(f"videocrafter_{name}")
     guidance, unet = recorded(
-        guidance_class,
+        guidance_name,
         known.noise_pred,
         guidance_scale=known.guidance_scale.item(),
         motion_amp_scale=known.motion_amp_scale.item(),
     )
-    out = guidance.distill(known.latents, known.t, known.noise, texts(1), step=0)
-    check(out, "sds_video", known, unet)
-    assert torch.equal(unet.states, torch.cat([states(1, 1.0), states(1, 0.0)])), "text half first"
+    losses, grad = distil(guidance, known.latents, known.t, known.noise, texts(1))
+    check(losses, grad, "sds_video", known, unet)
+    assert torch.equal(unet.texts, torch.cat([filled(1, 1.0), filled(1, 0.0)])), "text half first"
 
 
 def test_videocrafter_step_range_closes_in():
     guidance, _ = recorded(
-        VideoCrafterGuidance,
+        "videocrafter-guidance",
         torch.zeros(1),
         min_step_percent=[0, 0.02, 0.02, 5000],
         max_step_percent=[0, 0.98, 0.5, 5000],
     )
-    assert [guidance.timestep_range(step) for step in (0, 2500, 5000, 9000)] == [
+    assert [span(guidance, step) for step in (0, 2500, 5000, 9000)] == [
         (20, 980),
         (20, 740),
         (20, 500),
@@ -100,25 +101,27 @@ def test_several_videos_are_distilled_each_by_its_own_noise_level():
         (other.latents.detach(), torch.tensor([20]), other.noise), strict=True,
     )]  # fmt: skip
     (text_1, uncond_1), (text_2, uncond_2) = one.noise_pred.chunk(2), other.noise_pred.chunk(2)
-    guidance, _ = recorded(ZeroScopeGuidance, torch.cat([text_1, text_2, uncond_1, uncond_2]))
+    guidance, _ = recorded("zeroscope-guidance", torch.cat([text_1, text_2, uncond_1, uncond_2]))
     latents = both[0].requires_grad_()
-    out = guidance.distill(*both, texts(2), step=0)
-    (gradient,) = torch.autograd.grad(out.losses["sds_video"], latents)
+    losses, _ = distil(guidance, *both, texts(2))
+    (gradient,) = torch.autograd.grad(losses["sds_video"], latents)
     assert_matches(2 * gradient[:1], one.dloss_dlatents)
 
 
 def test_stable_diffusion():
     known = case("stable_diffusion_sds")
     guidance, _ = recorded(
-        StableDiffusionGuidance, known.noise_pred, guidance_scale=known.guidance_scale.item()
+        "stable-diffusion-guidance", known.noise_pred, guidance_scale=known.guidance_scale.item()
     )
-    out = guidance.distill(known.latents, known.t, known.noise, texts(2), step=0)
-    out.losses["sds"].backward()
+    losses, _ = distil(guidance, known.latents, known.t, known.noise, texts(2))
+    losses["sds"].backward()
     assert_matches(2 * known.latents.grad, known.grad)
 
 
 def recorded_multi_view(known, **config):
-    return recorded(MultiViewGuidance, known.noise_pred, guidance_scale=known.guidance_scale.item(), **config)
+    return recorded(
+        "multiview-diffusion-guidance", known.noise_pred, guidance_scale=known.guidance_scale.item(), **config
+    )
 
 
 @pytest.mark.parametrize("name", ["t300", "t980", "t20_norescale", "one_group"])
@@ -128,15 +131,9 @@ def test_multi_view(name):
         known, recon_std_rescale=known.recon_std_rescale.item(), n_view=known.n_view.item()
     )
     count = len(known.latents)
-    out = guidance.distill(
-        known.latents,
-        known.t.expand(count),
-        known.noise,
-        texts(count),
-        known.c2w,
-        step=0,
-    )
-    check(out, "sds", known, unet)
+    views = replace(cameras([0.0] * count), c2w=known.c2w)
+    losses, grad = distil(guidance, known.latents, known.t.expand(count), known.noise, texts(count), views)
+    check(losses, grad, "sds", known, unet)
     assert torch.equal(unet.timesteps, known.model_t)
     assert_matches(unet.class_labels, known.camera)
 
@@ -144,8 +141,8 @@ def test_multi_view(name):
 def test_multi_view_without_reconstruction_is_plain_score_distillation():
     known = case("mvdream_recon_t300")
     guidance, _ = recorded_multi_view(known, recon_loss=False)
-    out = guidance.distill(known.latents, known.t.expand(8), known.noise, texts(8), known.c2w, step=0)
-    out.losses["sds"].backward()
+    losses, _ = distil(guidance, known.latents, known.t.expand(8), known.noise, texts(8))
+    losses["sds"].backward()
     text, uncond = known.noise_pred.chunk(2)
     abar = schedule().alphas_cumprod[300]
     wanted = (1 - abar) * (uncond + 50 * (text - uncond) - known.noise)
@@ -159,7 +156,7 @@ def test_multi_view_step_range_is_the_recorded_one():
         max_step_percent=[0, 0.98, 0.5, 8000],
     )
     for step, low, high in ARRAYS["mvdream_step_range_stage1/table"]:
-        assert guidance.timestep_range(int(step)) == (low, high)
+        assert span(guidance, int(step)) == (low, high)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -170,39 +167,49 @@ def test_multi_view_step_range_is_the_recorded_one():
 def vsd(tiny):
     """A VSD guidance on tiny networks, which the tests replace by recorded predictions."""
 
-    class RecordedVSD(StableDiffusionVSDGuidance):
-        def run_unet(self, noisy, timesteps, states, cameras=None):
-            self.asked_prior = (noisy, timesteps, states, cameras)
+    cls = find("stable-diffusion-vsd-guidance", Guidance)
+
+    class RecordedVSD(cls):
+        def __init__(self, cfg, *, device):
+            super().__init__(cfg, device=device)
+            self.prior.predict = self.predict_prior
+
+        def predict_prior(self, network, noisy, timesteps, text_embeddings, cameras=None):
+            self.asked_prior = (noisy, timesteps, text_embeddings, cameras)
             return self.prior_prediction
 
-        def run_lora_unet(self, noisy, timesteps, states, c2w):
-            self.asked_lora = (noisy, timesteps, states, c2w)
+        def predict_renderings(self, noisy, timesteps, text_embeddings, camera, told=None):
+            assert told is None
+            self.asked_lora = (noisy, timesteps, text_embeddings, camera)
             return self.lora_prediction[: len(noisy)]
 
     def build(**config):
         config = {"pretrained_model_name_or_path": str(tiny["sd"])} | config
         config = {"pretrained_model_name_or_path_lora": str(tiny["sd"])} | config
-        return RecordedVSD(parse_config(StableDiffusionVSDGuidance.Config, config), device=CPU)
+        return RecordedVSD(parse_config(cls.Config, config), device=CPU)
 
     return build
 
 
 def with_lora_kind(guidance, name: str):
-    guidance.models.schedule = schedule()
-    guidance.models.schedule_lora = schedule("v_prediction" if "_v_" in name else "epsilon")
+    network, _ = guidance.prior.denoiser
+    guidance.prior.denoiser = Denoiser(network, schedule())
+    guidance.renderings = Denoiser(network, schedule("v_prediction" if "_v_" in name else "epsilon"))
     return guidance
 
 
 @pytest.mark.parametrize("name", ["vsd_v_lora", "vsd_eps_lora"])
-def test_vsd_gradient(vsd, name):
+def test_vsd_gradient(vsd, monkeypatch, name):
     known = case(name)
     guidance = with_lora_kind(vsd(guidance_scale_lora=known.guidance_scale_lora.item()), name)
     guidance.prior_prediction, guidance.lora_prediction = known.noise_pred_base, known.pred_lora
-    view_text = ViewTexts(states(2, 1.0), states(2, 0.0))
-    plain_text = ViewTexts(states(2, 2.0), states(2, 0.0))
-    grad = guidance.vsd_gradient(
-        known.latents.detach(), known.t, known.noise, view_text, plain_text, known.c2w.flatten(1)
-    )
+    view_text = Conditions(filled(2, 1.0), filled(2, 0.0))
+    plain_text = Conditions(filled(2, 2.0), filled(2, 0.0))
+    monkeypatch.setattr(vsd_module, "for_views", lambda *_, view_dependent: plain_text)
+    views = replace(cameras([0.0, 0.0]), c2w=known.c2w)
+    guidance.requires_grad_(False)
+    losses, grad = distil(guidance, known.latents, known.t, known.noise, view_text, views)
+    assert list(losses) == ["vsd"], "nothing of the LoRA learns"
     assert_matches(grad, known.grad)
     noisy, timesteps, seen, labels = guidance.asked_prior
     assert_matches(noisy, known.model_input)
@@ -218,7 +225,7 @@ def test_vsd_guides_the_lora_away_from_no_camera(vsd):
     known = case("vsd_v_lora")
     guidance = with_lora_kind(vsd(guidance_scale_lora=3.0), "vsd_v_lora")
     guidance.lora_prediction = known.pred_lora
-    plain_text = ViewTexts(states(2, 2.0), states(2, 0.0))
+    plain_text = Conditions(filled(2, 2.0), filled(2, 0.0))
     noisy = known.model_input[:2]
     x0 = guidance.predict_x0_of_renderings(noisy, known.t, plain_text, known.c2w.flatten(1))
     assert torch.equal(guidance.asked_lora[3], known.class_labels_seen), "zeros for the uncond half"
@@ -236,19 +243,22 @@ def test_lora_loss(vsd, monkeypatch, name, which):
     guidance.lora_prediction = known.pred_lora
     monkeypatch.setattr(vsd_module, "CAMERA_DROP", 1.0 if which == "drop" else 0.0)
     drawn_from = {}
-    monkeypatch.setattr(
-        vsd_module, "sample_timesteps", lambda *args: drawn_from.update(range=args[:3]) or known.t
-    )
+
+    def draw(schedule, low, high, count, generator):
+        drawn_from["range"] = (*schedule.span(low, high), count)
+        return known.t
+
+    guidance.prior.draw_timesteps = draw
     monkeypatch.setattr(vsd_module, "sample_noise", lambda *_: known.noise)
-    c2w = case(name).c2w.flatten(1)
-    loss = guidance.lora_loss(known.latents.detach(), states(2, 2.0), c2w, torch.Generator())
+    c2w, plain = case(name).c2w.flatten(1), Conditions(filled(2, 2.0), filled(2, 0.0))
+    loss = guidance.lora_loss(known.latents.detach(), plain, c2w, torch.Generator())
     assert_matches(loss, known.loss)
     assert drawn_from["range"] == (0, 999, 2), "all noise levels, whatever the prior's range"
     noisy, timesteps, seen, labels = guidance.asked_lora
     assert_matches(noisy, known.model_input)
     assert torch.equal(timesteps, known.t)
     assert torch.equal(labels, known.class_labels_seen)
-    assert torch.equal(seen, states(2, 2.0)) == bool(known.text_is_cond_half)
+    assert torch.equal(seen, filled(2, 2.0)) == bool(known.text_is_cond_half)
 
 
 def test_a_tenth_of_the_batches_is_learned_without_cameras(vsd):
@@ -256,15 +266,15 @@ def test_a_tenth_of_the_batches_is_learned_without_cameras(vsd):
     guidance.lora_prediction = torch.zeros(1, 4, 4, 4)
     generator, dropped = torch.Generator().manual_seed(0), 0
     for _ in range(300):
-        guidance.lora_loss(torch.zeros(1, 4, 4, 4), states(1, 0.0), torch.ones(1, 16), generator)
+        guidance.lora_loss(torch.zeros(1, 4, 4, 4), texts(1), torch.ones(1, 16), generator)
         dropped += not guidance.asked_lora[3].any()
     assert 15 <= dropped <= 45
 
 
 def test_vsd_noise_level_is_halved_after_the_annealing_step(vsd):
     guidance = vsd()
-    assert guidance.timestep_range(5000) == (20, 980)
-    assert guidance.timestep_range(5001) == (20, 500)
+    assert span(guidance, 5000) == (20, 980)
+    assert span(guidance, 5001) == (20, 500)
 
 
 def test_vsd_tells_the_view_to_the_prior_in_words_and_to_the_lora_as_a_camera(vsd):
@@ -299,7 +309,7 @@ def test_vsd_tells_the_lora_the_original_s_matrices(vsd, kind, array):
     guidance.prior_prediction = torch.zeros(2 * len(views), 4, 8, 8)
     guidance.lora_prediction = torch.zeros(len(views), 4, 8, 8)
     asked = []
-    guidance.lora_loss = lambda latents, states, camera, generator: asked.append(camera) or torch.zeros(())
+    guidance.lora_loss = lambda latents, texts, camera, generator: asked.append(camera) or torch.zeros(())
     images = torch.rand(len(views), 32, 32, 3)
     guidance(images_of(images), embeddings(), views, context())
     torch.testing.assert_close(asked[0], known[array].flatten(1), rtol=1e-4, atol=1e-5)

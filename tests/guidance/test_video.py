@@ -6,15 +6,16 @@ import pytest
 import torch
 
 from fourdfy.priors.frozen import encode_images
-from fourdfy.types import ViewTexts
+from fourdfy.prompts.views import for_views
+from fourdfy.types import Conditions
 from tests.guidance.networks import TEXT, context, generator, images, make, make_any, run
-from tests.guidance.reference import cameras
+from tests.guidance.reference import cameras, distil
 from tests.renders import images_of
 
 
 @pytest.fixture(scope="module")
 def vae(tiny):
-    return make("stable-diffusion-guidance", tiny["sd"]).models.vae
+    return make("stable-diffusion-guidance", tiny["sd"]).prior.vae
 
 
 def encoded(vae, count: int, *args, source: torch.Generator | None = None):
@@ -76,13 +77,13 @@ def test_the_loss_of_two_videos_is_the_mean_of_theirs(tiny, kind):
     g = generator()
     latents, noise = (torch.randn(2, 4, 3, 8, 8, generator=g) for _ in range(2))
     timesteps = torch.tensor([30, 800])
-    texts = TEXT.for_views(cameras([0.0, 90.0]), True)
+    texts = for_views(TEXT, cameras([0.0, 90.0]), True)
 
     def gradient_of(videos: slice):
         x = latents[videos].clone().requires_grad_()
-        some = ViewTexts(texts.text[videos], texts.uncond[videos])
-        out = guidance.distill(x, timesteps[videos], noise[videos], some, step=0)
-        loss = out.losses["sds_video"]
+        some = Conditions(texts.text[videos], texts.uncond[videos])
+        losses, _ = distil(guidance, x, timesteps[videos], noise[videos], some)
+        loss = losses["sds_video"]
         return loss.detach(), torch.autograd.grad(loss, x)[0]
 
     both, gradient = gradient_of(slice(0, 2))
@@ -95,10 +96,15 @@ def test_the_loss_of_two_videos_is_the_mean_of_theirs(tiny, kind):
 def test_videocrafter_is_told_the_frame_rate(tiny):
     g = generator()
     shapes = ((1, 4, 3, 8, 8), (1, 77, 16))
-    noisy, states = (torch.randn(s, generator=g) for s in shapes)
-    asked = (noisy, torch.tensor([500]), states)
-    default, slow = (make_any(tiny, "videocrafter", **fps).run_unet(*asked) for fps in ({}, {"fps": 8}))
-    assert torch.equal(default, make_any(tiny, "videocrafter", fps=28).run_unet(*asked))
+    noisy, text = (torch.randn(s, generator=g) for s in shapes)
+
+    @torch.no_grad()
+    def predicted(**fps):
+        prior = make_any(tiny, "videocrafter", **fps).prior
+        return prior.predict(prior.denoiser.network, noisy, torch.tensor([500]), text)
+
+    default, slow = predicted(), predicted(fps=8)
+    assert torch.equal(default, predicted(fps=28))
     assert (default - slow).abs().max() > 1e-4
 
 
@@ -111,11 +117,11 @@ def test_a_video_is_conditioned_on_the_view_of_its_first_frame(tiny, monkeypatch
     guidance = make_any(tiny, "two_videos")
     seen = {}
 
-    def keep(latents, timesteps, noise, texts, *, step):
-        seen["text"] = texts.text
-        return guidance.output({}, latents, step)
+    def keep(x, context):
+        seen["text"] = x.conditions.text
+        return {}, x.latents
 
-    monkeypatch.setattr(guidance, "distill", keep)
+    monkeypatch.setattr(guidance, "distil", keep)
     views = cameras([0.0, 90.0, 180.0, 0.0], group_size=2)
     guidance(images_of(images(4)), TEXT, views, context())
     assert torch.equal(seen["text"], TEXT.text_directions[0, [1, 2]]), "front, back"
@@ -124,8 +130,8 @@ def test_a_video_is_conditioned_on_the_view_of_its_first_frame(tiny, monkeypatch
 def test_frames_of_a_video_stay_in_order(tiny):
     guidance = make_any(tiny, "two_videos")
     rgb = images(4)
-    videos = guidance.encode(rgb, 2, generator())
-    frames = guidance.encode_images(rgb, generator())
+    videos = guidance.prior.encode(rgb, 2, generator())
+    frames = guidance.prior.encode_images(rgb, generator())
     assert videos.shape == (2, 4, 2, 4, 8)
     for video in range(2):
         for frame in range(2):

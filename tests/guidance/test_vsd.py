@@ -24,10 +24,8 @@ def test_vsd_trains_the_adapter_and_the_camera_embedding_alone(tiny):
     moved = {n for n, p in names.items() if p.grad is not None and p.grad.any()}
     # A moves once B has: B starts at zero.
     assert {n for n in names if n.endswith("lora_B.weight") or n.startswith("camera")} <= moved
-    networks = (guidance.models.unet, guidance.models.vae, guidance.models.unet_lora)
-    frozen = [
-        p for net in networks for n, p in net.named_parameters() if "lora_" not in n and "class_emb" not in n
-    ]
+    networks = (guidance.prior.denoiser.network, guidance.prior.vae, guidance.renderings.network)
+    frozen = [p for net in networks for n, p in net.named_parameters() if "lora_" not in n]
     assert all(p.grad is None and not p.requires_grad for p in frozen)
 
 
@@ -46,8 +44,14 @@ def test_the_vsd_loss_moves_the_images_and_not_the_adapter(tiny):
 def lora_inputs():
     g = generator()
     shapes = ((2, 4, 8, 8), (2, 77, 16), (2, 16))
-    noisy, states, c2w = (torch.randn(s, generator=g) for s in shapes)
-    return noisy, torch.tensor([100, 700]), states, c2w
+    noisy, text, c2w = (torch.randn(s, generator=g) for s in shapes)
+    return noisy, torch.tensor([100, 700]), text, c2w
+
+
+@torch.no_grad()
+def predicted(guidance, noisy, timesteps, text):
+    """By the prior's own network."""
+    return guidance.prior.predict(guidance.prior.denoiser.network, noisy, timesteps, text)
 
 
 def set_adapter(guidance) -> None:
@@ -59,29 +63,28 @@ def set_adapter(guidance) -> None:
 
 
 def test_the_adapter_starts_as_the_identity(tiny, lora_inputs):
-    noisy, timesteps, states, c2w = lora_inputs
     guidance = make_vsd(tiny)
     for parameter in guidance.camera_embedding.parameters():
         torch.nn.init.zeros_(parameter)
-    with_adapter = guidance.run_lora_unet(noisy, timesteps, states, c2w)
-    torch.testing.assert_close(with_adapter, guidance.run_unet(noisy, timesteps, states))
+    with_adapter = guidance.predict_renderings(*lora_inputs)
+    torch.testing.assert_close(with_adapter, predicted(guidance, *lora_inputs[:3]))
 
 
 def test_one_shared_network_does_what_two_do(tiny, lora_inputs, tmp_path):
     """Adapter and cameras are on for the LoRA's calls, and leave no trace in the prior's."""
     copy = shutil.copytree(tiny["sd"], tmp_path / "copy")
     shared, twofold = make_vsd(tiny), make_vsd({"sd": tiny["sd"], "copy": copy}, lora="copy")
-    assert shared.models.unet is shared.models.unet_lora
-    assert twofold.models.unet is not twofold.models.unet_lora
+    assert shared.prior.denoiser is shared.renderings
+    assert twofold.prior.denoiser.network is not twofold.renderings.network
     separate = make("stable-diffusion-guidance", tiny["sd"])
     set_adapter(shared)
-    before = shared.run_lora_unet(*lora_inputs)
-    prior = shared.run_unet(*lora_inputs[:3])
-    torch.testing.assert_close(prior, separate.run_unet(*lora_inputs[:3]), rtol=0, atol=0)
-    torch.testing.assert_close(shared.run_lora_unet(*lora_inputs), before, rtol=0, atol=0)
+    before = shared.predict_renderings(*lora_inputs)
+    prior = predicted(shared, *lora_inputs[:3])
+    torch.testing.assert_close(prior, predicted(separate, *lora_inputs[:3]), rtol=0, atol=0)
+    torch.testing.assert_close(shared.predict_renderings(*lora_inputs), before, rtol=0, atol=0)
     assert (before - prior).abs().max() > 1e-3
     twofold.load_state_dict(shared.state_dict())
-    torch.testing.assert_close(twofold.run_lora_unet(*lora_inputs), before, rtol=0, atol=0)
+    torch.testing.assert_close(twofold.predict_renderings(*lora_inputs), before, rtol=0, atol=0)
 
 
 def test_the_adapter_adds_its_product_unscaled(tiny, lora_inputs):
@@ -89,15 +92,15 @@ def test_the_adapter_adds_its_product_unscaled(tiny, lora_inputs):
     guidance = make_vsd(tiny)
     set_adapter(guidance)
     merged = make("stable-diffusion-guidance", tiny["sd"])
-    unet = merged.models.unet
+    unet = merged.prior.denoiser.network
     adapter = dict(guidance.lora.named_parameters())
     for name in {name.rpartition(".lora_")[0] for name in adapter}:
         update = adapter[f"{name}.lora_B.weight"] @ adapter[f"{name}.lora_A.weight"]
         unet.get_submodule(name).weight.data += update.detach()
     unet.class_embedding = guidance.camera_embedding
-    torch.testing.assert_close(
-        guidance.run_lora_unet(*lora_inputs), merged.run_unet(*lora_inputs), rtol=1e-4, atol=1e-5
-    )
+    with torch.no_grad():
+        wanted = merged.prior.predict(unet, *lora_inputs)
+    torch.testing.assert_close(guidance.predict_renderings(*lora_inputs), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_switching_the_adapter_leaves_freezing_to_the_system(tiny):
@@ -111,6 +114,6 @@ def test_switching_the_adapter_leaves_freezing_to_the_system(tiny):
 
 def test_a_lora_with_its_own_model_reads_its_prediction_type(tiny):
     guidance = make_vsd(tiny, lora="sd_v")
-    assert guidance.models.unet is not guidance.models.unet_lora
-    assert guidance.models.schedule.prediction == "epsilon"
-    assert guidance.models.schedule_lora.prediction == "v_prediction"
+    assert guidance.prior.denoiser.network is not guidance.renderings.network
+    assert guidance.prior.denoiser.schedule.prediction == "epsilon"
+    assert guidance.renderings.schedule.prediction == "v_prediction"

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from fourdfy.guidance import latent
-from fourdfy.guidance.latent import LatentGuidance
 from fourdfy.launching.cli import main
 from fourdfy.launching.experiment import Experiment
 from fourdfy.launching.recipe import load_recipe
+from fourdfy.priors import latent
+from fourdfy.priors.latent import LatentPrior
 from fourdfy.scenes.nerf.implicit_volume import ImplicitVolume
 from fourdfy.systems.checkpoint import read_checkpoint
 from fourdfy.systems.fourdfy import FourdfySystem
@@ -189,10 +189,10 @@ class Watch:
     def __init__(self, monkeypatch) -> None:
         self.batches, self.points, self.autocast, self.options = [], [], [], []
         apply = latent.apply_memory_options
-        training_step, forward, call_unet = (
+        training_step, forward, predict = (
             FourdfySystem.training_step,
             ImplicitVolume.forward,
-            LatentGuidance.call_unet,
+            LatentPrior.predict,
         )
 
         def watched_step(system, batch):
@@ -205,9 +205,9 @@ class Watch:
                 self.points.append(len(positions))
             return forward(geometry, positions, times, **options)
 
-        def watched_unet(guidance, *args):
+        def watched_predict(prior, *args):
             self.autocast.append(torch.is_autocast_enabled("cpu"))
-            return call_unet(guidance, *args)
+            return predict(prior, *args)
 
         def watched_options(network, options, device):
             self.options.append((type(network).__name__, options))
@@ -216,7 +216,7 @@ class Watch:
         monkeypatch.setattr(latent, "apply_memory_options", watched_options)
         monkeypatch.setattr(FourdfySystem, "training_step", watched_step)
         monkeypatch.setattr(ImplicitVolume, "forward", watched_forward)
-        monkeypatch.setattr(LatentGuidance, "call_unet", watched_unet)
+        monkeypatch.setattr(LatentPrior, "predict", watched_predict)
 
 
 def weight_of_video(watch: Watch) -> float:

@@ -15,7 +15,6 @@ from fourdfy.ops.diffusion import (
     noise_scales,
     sample_noise,
     sample_timesteps,
-    scaled_linear_alphas_cumprod,
     x0_from_prediction,
 )
 from fourdfy.ops.distillation import (
@@ -29,7 +28,7 @@ from fourdfy.ops.distillation import (
     vsd_gradient,
     weight,
 )
-from fourdfy.priors.analytic import GaussianMixturePrior
+from tests.priors.analytic import GaussianMixturePrior
 
 REFERENCE = np.load(Path(__file__).parents[1] / "data" / "sds_reference.npz")
 ABAR = torch.from_numpy(REFERENCE["schedule/alphas_cumprod"])
@@ -155,9 +154,7 @@ def random_case(batch=3, shape=(4, 2, 3, 3)):
     x, noise, epsilon = (
         torch.randn(batch, *shape, generator=generator, dtype=torch.float64) for _ in range(3)
     )
-    scales = noise_scales(
-        scaled_linear_alphas_cumprod(dtype=torch.float64), torch.tensor([20, 400, 980]), x.ndim
-    )
+    scales = noise_scales(ABAR.double(), torch.tensor([20, 400, 980]), x.ndim)
     return x, noise, epsilon, scales
 
 
@@ -237,11 +234,10 @@ def descend(loss_of, steps=250, lr=0.1, count=4):
     generator = torch.Generator().manual_seed(0)
     x = 0.3 * torch.randn(count, 2, generator=generator, dtype=torch.float64)
     x.requires_grad_()
-    abar = scaled_linear_alphas_cumprod(dtype=torch.float64)
     for step in range(steps):
         high = int(980 - 780 * step / steps)
         timesteps = sample_timesteps(20, high, count, generator, CPU)
-        scales = noise_scales(abar, timesteps, x.ndim)
+        scales = noise_scales(ABAR.double(), timesteps, x.ndim)
         noise = sample_noise(x.shape, generator, CPU, torch.float64)
         noisy = add_noise(x.detach(), noise, scales)
         (grad,) = torch.autograd.grad(loss_of(x, noise, noisy, scales), x)

@@ -13,7 +13,7 @@ from transformers import CLIPTextModel
 
 from fourdfy.priors import convert
 from fourdfy.priors.convert import convert_checkpoint, convert_text, convert_unet, convert_vae
-from fourdfy.priors.videocrafter2 import PARTS, load_unet
+from fourdfy.priors.videocrafter import VideoCrafter, load_unet
 from tests.priors.twins import HEAD_WIDTH, original_keys, recorded, twin_state
 from tests.tiny_models import save_mvdream_checkpoint, save_videocrafter2_checkpoint
 
@@ -120,7 +120,7 @@ def test_a_videocrafter2_file_becomes_all_that_its_guidance_needs(tmp_path):
     given = save_videocrafter2_checkpoint(tmp_path / "model.ckpt")
     out = tmp_path / "out"
     convert_checkpoint(tmp_path / "model.ckpt", out)
-    assert {*PARTS, "text_encoder"} == {place.name for place in out.iterdir()}
+    assert {*VideoCrafter.Config.parts, "text_encoder"} == {place.name for place in out.iterdir()}
     unet = UNet3DConditionModel.from_pretrained(out / "unet")
     assert_same_weights(unet, given["unet"])
     assert unet.config.sample_size == [40, 64]

@@ -91,23 +91,23 @@ def write_checkpoint(file: Path, **more) -> Path:
 
 @pytest.mark.skipif(find_spec("mvdream") is not None, reason="the real package goes before the tree")
 def test_the_packages_network_is_called_as_ours_is(fake):
-    models = load_mvdream_package(NAME, fake, 4, torch.float32, CPU)
+    (unet, schedule), _ = load_mvdream_package(NAME, fake, 4, torch.float32, CPU)
     x, t = torch.randn(8, 4, 2, 2), torch.full((8,), 7)
     context, camera = torch.randn(8, 3, 5), torch.randn(8, 16)
     given = {"encoder_hidden_states": context, "class_labels": camera}
-    (prediction,) = models.unet(x, t, **given, return_dict=False)
+    (prediction,) = unet(x, t, **given, return_dict=False)
     scalars = 7 + context.sum((1, 2)) + camera.sum(1) + 4000
     torch.testing.assert_close(prediction, 2 * x + scalars[:, None, None, None])
-    assert torch.equal(models.unet(x, t, **given).sample, prediction)
-    assert models.unet.config.sample_size == 16
-    assert not any(p.requires_grad for p in models.unet.parameters())
-    assert (models.schedule.prediction, len(models.schedule)) == ("epsilon", 1000)
-    assert torch.equal(models.schedule.alphas_cumprod, torch.linspace(1, 0, 1000))
+    assert torch.equal(unet(x, t, **given).sample, prediction)
+    assert unet.config.sample_size == 16
+    assert not any(p.requires_grad for p in unet.parameters())
+    assert (schedule.prediction, len(schedule)) == ("epsilon", 1000)
+    assert torch.equal(schedule.alphas_cumprod, torch.linspace(1, 0, 1000))
 
 
 @pytest.mark.skipif(find_spec("mvdream") is not None, reason="the real package goes before the tree")
 def test_the_packages_autoencoder_encodes_as_ours_does(fake):
-    vae = load_mvdream_package(NAME, str(fake), 4, torch.float32, CPU).vae
+    _, vae = load_mvdream_package(NAME, str(fake), 4, torch.float32, CPU)
     assert vae_factor(vae) == 4
     images = torch.rand(2, 3, 8, 8)
     latents = encode_images(vae, images, torch.Generator().manual_seed(0))
@@ -151,7 +151,7 @@ def test_the_package_and_ours_agree(tmp_path, monkeypatch):
     state = instantiate_from_config(config).state_dict()
     state |= twin_state("mvdream", "unet") | twin_state("mvdream", "vae")
     torch.save(state, tmp_path / "twin.pt")
-    theirs = load_mvdream_package(NAME, tmp_path / "twin.pt", 4, torch.float32, CPU)
+    theirs, their_vae = load_mvdream_package(NAME, tmp_path / "twin.pt", 4, torch.float32, CPU)
     unet = convert_unet(state, "MVDream", HEAD_WIDTH["unet"])["unet"].eval()
     enable_multi_view_attention(unet, 4)
     vae = convert_vae(state).eval()
@@ -162,9 +162,9 @@ def test_the_package_and_ours_agree(tmp_path, monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(
             unet(sample, timesteps, **given).sample,
-            theirs.unet(sample, timesteps, **given).sample,
+            theirs.network(sample, timesteps, **given).sample,
             atol=5e-5,
             rtol=0,
         )
-        ours, other = (network.encode(facts["vae/image"]).latent_dist for network in (vae, theirs.vae))
+        ours, other = (network.encode(facts["vae/image"]).latent_dist for network in (vae, their_vae))
         torch.testing.assert_close(ours.mean, other.mean, atol=5e-5, rtol=0)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fourdfy.priors.convert import convert_unet, save_network
 from fourdfy.priors.frozen import load_part
-from fourdfy.priors.videocrafter2 import load_unet
+from fourdfy.priors.videocrafter import load_unet
 from tests.priors.twins import HEAD_WIDTH, recorded, twin_state
 from tests.tiny_models import save_videocrafter2
 

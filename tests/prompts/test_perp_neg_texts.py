@@ -10,6 +10,7 @@ import torch
 from fourdfy.config import parse_config
 from fourdfy.ops.cameras import orbit_cameras
 from fourdfy.prompts.base import PromptProcessor
+from fourdfy.prompts.views import for_views
 from fourdfy.registry import find
 from fourdfy.types import PerpNegDecays, TextEmbeddings
 from tests.tiny_models import save_clip_text
@@ -43,7 +44,7 @@ def texts_at(azimuth: float, given: TextEmbeddings, elevation: float = 0.0, time
         height=1,
         width=1,
     )
-    return given.for_views(views, view_dependent=True)
+    return for_views(given, views, view_dependent=True)
 
 
 def decay(name: str, r: float) -> float:
@@ -96,7 +97,7 @@ def test_a_text_that_says_nothing_of_the_view_has_no_negatives():
         height=1,
         width=1,
     )
-    assert given.for_views(views, view_dependent=False).negatives == ()
+    assert for_views(given, views, view_dependent=False).negatives == ()
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import torch
 from fourdfy.config import ConfigError, parse_config
 from fourdfy.ops.cameras import orbit_cameras
 from fourdfy.prompts import base
-from fourdfy.prompts.base import DIRECTIONS, PromptProcessor, resolve_prompt
+from fourdfy.prompts.base import PromptProcessor, resolve_prompt
+from fourdfy.prompts.views import DIRECTIONS, for_views
 from fourdfy.registry import find
 from tests.tiny_models import MAX_TOKENS, TEXT_WIDTH, save_clip_text
 
@@ -164,12 +165,12 @@ def test_views_choose_their_texts_by_strict_thresholds(model):
     azimuth = torch.tensor([0.0, 29.9, 30.0, 150.0, 150.1, -180.0, 330.1, 90.0])
     elevation = torch.tensor([0.0] * 7 + [60.1])
     views = cameras(elevation, azimuth)
-    text, uncond, *_ = given.for_views(views, view_dependent=True)
+    text, uncond, *_ = for_views(given, views, view_dependent=True)
     expected = [1, 1, 0, 0, 2, 2, 1, 3]
     assert torch.equal(text, given.text_directions[0, expected])
-    assert all(torch.equal(states, given.uncond) for states in uncond)
-    plain = given.for_views(views, view_dependent=False)
-    assert all(torch.equal(states, given.text[0]) for states in plain.text)
+    assert all(torch.equal(embedding, given.uncond) for embedding in uncond)
+    plain = for_views(given, views, view_dependent=False)
+    assert all(torch.equal(embedding, given.text[0]) for embedding in plain.text)
 
 
 def test_moments_are_equal_parts_of_the_scenes_time(model):
@@ -178,8 +179,8 @@ def test_moments_are_equal_parts_of_the_scenes_time(model):
     times = torch.tensor([0.0, 0.24, 0.25, 0.5, 0.99, 1.0])
     views = cameras(torch.zeros(6), torch.zeros(6), times)
     index = [0, 0, 1, 2, 3, 3]
-    assert torch.equal(given.for_views(views, view_dependent=False).text, given.text[index])
-    assert torch.equal(given.for_views(views, view_dependent=True).text, given.text_directions[index, 1])
+    assert torch.equal(for_views(given, views, view_dependent=False).text, given.text[index])
+    assert torch.equal(for_views(given, views, view_dependent=True).text, given.text_directions[index, 1])
     assert not torch.equal(given.text[0], given.text[1])
 
 

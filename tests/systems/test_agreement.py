@@ -28,11 +28,11 @@ def asked_of_the_prior(this, kind: str, guidance_key: str):
     """(batch of a step of ``kind``, noisy latents with the text, their texts, guidance)."""
     data, guidance, seen = this.build_data(), getattr(this.cfg.system, guidance_key).build(device=CPU), {}
 
-    def record(noisy, timesteps, states, cameras=None):
-        seen.update(noisy=noisy.chunk(2)[0], texts=states.chunk(2)[0])
+    def record(network, noisy, timesteps, text_embeddings, cameras=None):
+        seen.update(noisy=noisy.chunk(2)[0], texts=text_embeddings.chunk(2)[0])
         return torch.zeros_like(noisy)
 
-    guidance.run_unet = record
+    guidance.prior.predict = record
     step = next(n for n in range(200) if this.plan.choose(this.cfg.seed, n).name == kind)
     batch = data.batch(step)
     rgb = torch.rand(len(batch.cameras), batch.cameras.height, batch.cameras.width, 3)
@@ -58,7 +58,9 @@ def test_eight_views_are_two_groups_of_four_for_the_multi_view_prior():
     turns = batch.cameras.azimuth_deg.view(2, 4).diff()
     torch.testing.assert_close(turns, torch.full((2, 3), 90.0))
     attention = [
-        module.processor for _, module in guidance.models.unet.named_modules() if hasattr(module, "processor")
+        module.processor
+        for module in guidance.prior.denoiser.network.modules()
+        if hasattr(module, "processor")
     ]
     groups = {one.num_views for one in attention if isinstance(one, MultiViewAttention)}
     assert groups == {4} == {batch.cameras.group_size}

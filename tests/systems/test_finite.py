@@ -23,11 +23,11 @@ def prepared():
 
 
 def plant_in_vae(system):
-    return next(system.guidance_multi_view.models.vae.encoder.parameters())
+    return next(system.guidance_multi_view.prior.vae.encoder.parameters())
 
 
 def plant_in_noise_levels(system):
-    return system.guidance_multi_view.models.schedule.alphas_cumprod
+    return system.guidance_multi_view.prior.denoiser.schedule.alphas_cumprod
 
 
 def plant_in_text_embeddings(system):

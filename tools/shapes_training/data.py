@@ -15,9 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fourdfy.priors.mvdream import camera_vectors
+from fourdfy.prompts.views import direction_indices
 from fourdfy.shapes.grammar import MOMENTS, VIEWS, all_prompts, full_text, is_held_out
 from fourdfy.shapes.world import BACKGROUNDS, ELEVATION_RANGE_DEG, encode_prompts, orbit, render_codes
-from fourdfy.types import Cameras, TensorRecord, TextEmbeddings
+from fourdfy.types import Cameras, TensorRecord
 from tools.shapes_training import store
 from tools.shapes_training.models import LATENT_SIZE, NUM_FRAMES, NUM_VIEWS, build_tokenizer
 
@@ -125,17 +126,8 @@ def view_index(
     part: str, elevation_deg: Float[Tensor, "*G"], azimuth_deg: Float[Tensor, "*G"]
 ) -> Int[Tensor, "*G"]:
     """Index into VIEWS, by the very rule of the prompt processors."""
-    front, back, overhead = VIEW_THRESHOLDS_DEG[part]
-    rule = TextEmbeddings(
-        text=torch.empty(1, 0, 0),
-        text_directions=torch.empty(1, 4, 0, 0),
-        uncond=torch.empty(0, 0),
-        front_threshold=front,
-        back_threshold=back,
-        overhead_threshold=overhead,
-    )
     elevation_deg, azimuth_deg = torch.broadcast_tensors(elevation_deg, azimuth_deg)
-    index = rule.direction_indices(elevation_deg.flatten(), azimuth_deg.flatten())
+    index = direction_indices(elevation_deg.flatten(), azimuth_deg.flatten(), *VIEW_THRESHOLDS_DEG[part])
     return index.view(azimuth_deg.shape)
 
 

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from fourdfy.bounds import number
 from fourdfy.config import file_path
-from fourdfy.guidance.video import VideoGuidance
+from fourdfy.priors.video import VideoPrior
 from fourdfy.registry import register
 
 
-@register("zeroscope-guidance")
-class ZeroScopeGuidance(VideoGuidance):
+@register("zeroscope")
+class ZeroScope(VideoPrior):
     @dataclass(frozen=True, kw_only=True)
-    class Config(VideoGuidance.Config):
+    class Config(VideoPrior.Config):
         pretrained_model_name_or_path: str = file_path("cerspense/zeroscope_v2_576w")
         height: int | None = number(320, 1, 8192)
         width: int | None = number(576, 1, 8192)

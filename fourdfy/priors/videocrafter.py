@@ -1,4 +1,4 @@
-"""VideoCrafter2 as a diffusers model (Chen et al. 2024): ZeroScope's U-Net, told the frame rate.
+"""VideoCrafter2 (Chen et al. 2024) as a prior: ZeroScope's U-Net, told the frame rate.
 
 The only thing that a plain ``UNet3DConditionModel`` lacks is a second time embedding, of the frames per
 second, whose output is added to the first one's. A run has one frame rate, so what is added is one
@@ -7,18 +7,55 @@ vector, and it is kept in a bias that is there already.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fourdfy.priors.frozen import freeze, load_part
+from fourdfy.bounds import number
+from fourdfy.config import file_path, ignored
+from fourdfy.priors.frozen import apply_memory_options, freeze, load_part
 from fourdfy.priors.hub import ModelNotFound, part_flaw, weight_files
+from fourdfy.priors.video import VideoPrior
+from fourdfy.registry import register
 
-PARTS = ("unet", "fps_embedding", "vae", "scheduler")
-"""What a folder must hold for the guidance."""
+
+@register("videocrafter")
+class VideoCrafter(VideoPrior):
+    follows_autocast: ClassVar[bool] = True
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(VideoPrior.Config):
+        parts: ClassVar[tuple[str, ...]] = ("unet", "fps_embedding", "vae", "scheduler")
+
+        pretrained_model_name_or_path: str = file_path("VideoCrafter/VideoCrafter2")
+        config: str | None = ignored("the model's description comes with its checkpoint")
+        half_precision_weights: bool | str = False
+        """False unlike elsewhere: the published runs left precision to the trainer."""
+        height: int | None = number(320, 1, 8192)
+        width: int | None = number(512, 1, 8192)
+        width_vid: int | None = ignored("width is the prior's, data.single_view.width_vid the rendering's")
+        height_vid: int | None = ignored("height is the prior's, data.single_view.height_vid the rendering's")
+        fps: int = number(28, 1, 1000)
+        """Frames per second that the model is told: the higher, the less moves between two of them."""
+        use_hifa: bool = False
+        """Accepted as false alone: the original's HiFA loss called a decoder that raises."""
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.use_hifa:
+                raise ValueError("use_hifa=true never worked with this prior; set use_hifa=false")
+
+    cfg: Config
+
+    def load_unet(self, folder: Path) -> nn.Module:
+        unet = load_unet(folder, self.cfg.fps, dtype=self.dtype, device=self.device)
+        apply_memory_options(unet, self.cfg, self.device)
+        return unet
 
 
 def load_unet(folder: Path, fps: int, *, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -1,6 +1,6 @@
-"""Score distillation from text-to-video models: whole clips at once.
+"""What the text-to-video priors share: whole clips at once.
 
-N = B F rendered frames, the F frames of a video neighbours in the batch.
+N = B F rendered frames, the F frames of a clip neighbours in the batch.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fourdfy.bounds import number
-from fourdfy.guidance.latent import ScoreDistillationGuidance
 from fourdfy.ops.distillation import amplify_motion
 from fourdfy.priors.frozen import Gradient
+from fourdfy.priors.latent import LatentPrior
 
 
-class VideoGuidance(ScoreDistillationGuidance):
-    """Loss ``sds_video``, averaged over videos, not over frames."""
+class VideoPrior(LatentPrior):
+    """Losses are averaged over clips, not over frames."""
 
-    unet_class: ClassVar[str] = "UNet3DConditionModel"
-    loss_name: ClassVar[str] = "sds_video"
+    is_video: ClassVar[bool] = True
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(ScoreDistillationGuidance.Config):
+    class Config(LatentPrior.Config):
+        unet_class: ClassVar[str] = "UNet3DConditionModel"
+
         num_frames: int | None = number(None, 2, 1024)
         """Frames per video; null, or the data's."""
         motion_amp_scale: float = number(1.0, 0, 1000)
@@ -61,7 +62,7 @@ class VideoGuidance(ScoreDistillationGuidance):
     def encode(
         self, rgb: Float[Tensor, "N H W 3"], group_size: int, generator: torch.Generator
     ) -> Float[Tensor, "B C F h w"]:
-        """Latents of videos of ``group_size`` frames; gradients reach ``rgb``, as ``cfg.gradient`` says."""
+        """Latents of clips of ``group_size`` frames; gradients reach ``rgb``, as ``cfg.gradient`` says."""
         latents = self.encode_images(rgb, generator, self.cfg.low_ram_vae, self.cfg.gradient)
         return latents.unflatten(0, (-1, group_size)).movedim(1, 2)
 

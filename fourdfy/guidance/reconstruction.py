@@ -1,0 +1,43 @@
+"""The distance to what the prior takes for clean, its contrast rescaled (Shi et al. 2023, MVDream)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from fourdfy.bounds import number
+from fourdfy.guidance.distillation import Distillation, NoisyLatents
+from fourdfy.ops.distillation import reconstruction_loss, rescale_guided_x0, score_loss, sds_gradient
+from fourdfy.registry import register
+from fourdfy.types import StepContext
+
+
+@register("reconstruction")
+class Reconstruction(Distillation):
+    losses: ClassVar[tuple[str, ...]] = ("sds",)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Distillation.Config):
+        guidance_scale: float = number(50.0, 0, 10_000)
+        """Counted from the unconditional prediction: uncond + scale (text - uncond)."""
+        recon_loss: bool = True
+        """Distance to the prior's x_0; false: score distillation weighted by 1 - abar."""
+        recon_std_rescale: float = number(0.5, 0, 1)
+        """Share of the guided x_0's excess contrast that is taken back, 0..1."""
+
+    cfg: Config
+
+    def distil(
+        self, x: NoisyLatents, context: StepContext
+    ) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "B C *S"]]:
+        x0, with_text = self.prior.guided_x0(x.noisy, x.timesteps, x.conditions, self.cfg.guidance_scale)
+        if not self.cfg.recon_loss:
+            grad = self.bound(self.prior.adjust(sds_gradient(x.clean, x0, x.scales, "sds")), context)
+            return {self.losses[0]: score_loss(x.latents, grad)}, grad
+        x0 = rescale_guided_x0(x0, with_text, self.prior.joint_latents, self.cfg.recon_std_rescale)
+        if self.prior.is_video:  # not always: the difference and the sum round
+            x0 = x.clean - self.prior.adjust(x.clean - x0)
+        return {self.losses[0]: reconstruction_loss(x.latents, x0)}, (x.clean - x0) / len(x.clean)

@@ -1,0 +1,195 @@
+"""Variational score distillation (Wang et al. 2023, ProlificDreamer).
+
+A LoRA learns what the renderings look like from each camera; the update is the difference between the
+frozen prior's score and the LoRA's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Real
+from torch import Tensor, nn
+
+from fourdfy.bounds import number
+from fourdfy.config import file_path
+from fourdfy.guidance.distillation import Distillation, NoisyLatents
+from fourdfy.ops.cameras import projection_matrix
+from fourdfy.ops.diffusion import (
+    add_noise,
+    classifier_free_guidance,
+    prediction_target,
+    sample_noise,
+    x0_from_prediction,
+)
+from fourdfy.ops.distillation import score_loss, vsd_gradient
+from fourdfy.priors.lora import LoRA
+from fourdfy.prompts.views import for_views
+from fourdfy.registry import register
+from fourdfy.types import Cameras, Conditions, StepContext
+
+CAMERA_DROP = 0.1
+"""How often the LoRA learns a batch without its cameras, for guidance on them."""
+
+
+@register("vsd")
+class VariationalScoreDistillation(Distillation):
+    """Losses ``vsd`` (moves the scene) and ``lora`` (trains the adapter and the camera embedding, where
+    the optimizer has them).
+
+    The adapter sits on a network of its own, or, where both paths name one model, on the prior's,
+    switched on only for its own calls.
+    """
+
+    losses: ClassVar[tuple[str, ...]] = ("vsd", "lora")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Distillation.Config):
+        pretrained_model_name_or_path_lora: str | None = file_path()
+        """The model that the adapter sits on: ``unet`` and ``scheduler``; null: the prior's own."""
+        guidance_scale: float = number(7.5, 0, 10_000)
+        """Counted from the unconditional prediction: uncond + scale (text - uncond)."""
+        guidance_scale_lora: float = number(1.0, 0, 10_000)
+        """Of the LoRA, counted from its prediction without text and camera; 1 is no guidance."""
+        anneal_start_step: int | None = number(5000, 0)
+        lora_rank: int = number(4, 1, 1024)
+        lora_cfg_training: bool = True
+        """Drop the cameras of some batches, so that the LoRA also knows its images without them."""
+        lora_n_timestamp_samples: int = number(1, 1, 64)
+        """Noise levels per latent in the LoRA's own loss."""
+        camera_condition_type: Literal["extrinsics", "mvp"] = "extrinsics"
+        """The LoRA sees the camera-to-world matrix as it is, distance included, or the projection with it,
+        which tells the angle of view too."""
+
+        def models(self) -> list[tuple[str, tuple[str, ...]]]:
+            own, second = super().models(), self.pretrained_model_name_or_path_lora
+            if second is None:
+                return own
+            parts = tuple(part for part in own[0][1] if part != "vae") if own else ()
+            return [*own, (second, parts)]
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if getattr(self, "enable_sequential_cpu_offload", False):
+                raise ValueError(
+                    "enable_sequential_cpu_offload=true would move the LoRA that is being trained; "
+                    "set it to false for this guidance"
+                )
+
+    cfg: Config
+
+    def __init__(self, cfg: Config, *, device: torch.device) -> None:
+        super().__init__(cfg, device=device)
+        from diffusers.models.embeddings import TimestepEmbedding
+
+        second = cfg.pretrained_model_name_or_path_lora
+        self.renderings = self.prior.load_denoiser(second) if second else self.prior.denoiser
+        network = self.renderings.network
+        layers = self.prior.time_embedding(network).modules()
+        *_, last = (layer for layer in layers if isinstance(layer, nn.Linear))
+        self.camera_embedding = TimestepEmbedding(16, last.out_features).to(self.device)
+        self.lora = LoRA(network, cfg.lora_rank, self.prior.lora_targets)
+
+    def distil(
+        self, x: NoisyLatents, context: StepContext
+    ) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "B C *S"]]:
+        # The LoRA is told the camera itself, so its text says nothing of the view.
+        texts = self.prior.condition(for_views(x.text, x.cameras, view_dependent=False), x.cameras)
+        camera = self.camera_matrices(x.cameras).flatten(1)
+        guided, _ = self.prior.guided_x0(x.noisy, x.timesteps, x.conditions, self.cfg.guidance_scale)
+        renderings = self.predict_x0_of_renderings(x.noisy, x.timesteps, texts, camera)
+        grad = self.bound(self.prior.adjust(vsd_gradient(guided, renderings, x.scales)), context)
+        losses = {"vsd": score_loss(x.latents, grad)}
+        if any(parameter.requires_grad for parameter in self.parameters()):
+            losses["lora"] = self.lora_loss(x.clean, texts, camera, context.generator)
+        return losses, grad
+
+    def camera_matrices(self, cameras: Cameras) -> Float[Tensor, "B 4 4"]:
+        """What the LoRA is told of each camera."""
+        if self.cfg.camera_condition_type == "extrinsics":
+            return cameras.c2w
+        projection = projection_matrix(cameras.fovy_deg, cameras.width / cameras.height)
+        return projection @ torch.linalg.inv(cameras.c2w)
+
+    @torch.no_grad()
+    def predict_x0_of_renderings(
+        self,
+        noisy: Float[Tensor, "B C *S"],
+        timesteps: Real[Tensor, "B"],
+        texts: Conditions,
+        camera: Float[Tensor, "B 16"],
+    ) -> Float[Tensor, "B C *S"]:
+        """What the LoRA takes for clean: its guided x_0, without a graph."""
+        schedule = self.renderings.schedule
+        scales = schedule.scales(timesteps, noisy.ndim)
+        scale = self.cfg.guidance_scale_lora
+        # At 1 the unconditional half would be multiplied by zero.
+        halves = ((texts.text, camera), (texts.uncond, torch.zeros_like(camera)))[: 1 if scale == 1 else 2]
+        prediction = self.predict_renderings(
+            *(torch.cat([x] * len(halves)) for x in (noisy, timesteps)),
+            *(torch.cat(x) for x in zip(*halves, strict=True)),
+            None if texts.cameras is None else torch.cat([texts.cameras] * len(halves)),
+        )
+        x0, *uncond = (
+            x0_from_prediction(part, noisy, scales, schedule.prediction)
+            for part in prediction.chunk(len(halves))
+        )
+        return classifier_free_guidance(x0, *uncond, scale) if uncond else x0
+
+    def lora_loss(
+        self,
+        latents: Float[Tensor, "B C *S"],
+        texts: Conditions,
+        camera: Float[Tensor, "B 16"],
+        generator: torch.Generator,
+    ) -> Float[Tensor, ""]:
+        """The diffusion loss of the LoRA on the renderings, at all noise levels."""
+        repeat = self.cfg.lora_n_timestamp_samples
+        latents, text, camera = (torch.cat([x] * repeat) for x in (latents, texts.text, camera))
+        told = None if texts.cameras is None else torch.cat([texts.cameras] * repeat)
+        schedule = self.renderings.schedule
+        timesteps = self.prior.draw_timesteps(schedule, 0, 1, len(latents), generator)
+        noise = sample_noise(latents.shape, generator, self.device)
+        if self.cfg.lora_cfg_training:
+            chance = torch.rand((), generator=generator, device=generator.device).to(self.device)
+            camera = torch.where(chance < CAMERA_DROP, torch.zeros_like(camera), camera)
+        scales = schedule.scales(timesteps, latents.ndim)
+        noisy = add_noise(latents, noise, scales)
+        prediction = self.predict_renderings(noisy, timesteps, text, camera, told)
+        return F.mse_loss(prediction, prediction_target(latents, noise, scales, schedule.prediction))
+
+    def predict_renderings(
+        self,
+        noisy: Float[Tensor, "B C *S"],
+        timesteps: Real[Tensor, "B"],
+        text_embeddings: Float[Tensor, "B L E"],
+        camera: Float[Tensor, "B 16"],
+        told: Float[Tensor, "B K"] | None = None,
+    ) -> Float[Tensor, "B C *S"]:
+        """The raw prediction of the network with adapter and camera; carries their graph.
+
+        Args:
+            told: what the network is told of the cameras without the adapter.
+        """
+        network = self.renderings.network
+        with self.lora.active(), self._told(network, camera):
+            return self.prior.predict(network, noisy, timesteps, text_embeddings, told)
+
+    @contextlib.contextmanager
+    def _told(self, network: nn.Module, camera: Float[Tensor, "B 16"]) -> Iterator[None]:
+        """The camera's embedding is added to the noise level's; not left in place: the prior's network, which
+        may be the same, takes no cameras."""
+
+        def add_camera(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+            return output + self.camera_embedding(camera).to(output.dtype)
+
+        hook = self.prior.time_embedding(network).register_forward_hook(add_camera)
+        try:
+            yield
+        finally:
+            hook.remove()

@@ -1,0 +1,216 @@
+"""What a prior is to a distillation: frames to latents, noise levels, and what it takes for clean.
+
+N rendered frames of H x W pixels, B latents of them (images, or clips of several frames) with C channels
+and the axes S behind these; L tokens, E text channels, K numbers of a camera.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float, Real
+from torch import Tensor, nn
+
+from fourdfy.config import Component
+from fourdfy.ops.diffusion import (
+    NoiseScales,
+    classifier_free_guidance,
+    lead_away,
+    noise_scales,
+    sample_timesteps,
+    timestep_range,
+    x0_from_prediction,
+)
+from fourdfy.types import Cameras, Conditions
+
+
+class NoiseSchedule(ABC):
+    """The noise levels that a network was trained at, and what it predicts at them.
+
+    A level is told to the network as its ``timesteps``: whole numbers of a DDPM, floats of a flow.
+    """
+
+    prediction: str
+    """One of ``fourdfy.ops.diffusion.Prediction``."""
+
+    @abstractmethod
+    def span(self, low: float | int, high: float | int) -> tuple[float, float]:
+        """The timesteps at two shares, 0..1, of all noise."""
+
+    @abstractmethod
+    def draw(
+        self, low: float | int, high: float | int, count: int, generator: torch.Generator
+    ) -> Real[Tensor, "{count}"]:
+        """``count`` timesteps, uniform between two shares of all noise, on the network's device."""
+
+    @abstractmethod
+    def scales(self, timesteps: Real[Tensor, "B"], ndim: int) -> NoiseScales:
+        """The scales of noisy latents of ``ndim`` axes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DDPMSchedule(NoiseSchedule):
+    alphas_cumprod: Float[Tensor, "T"]
+    prediction: str
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def span(self, low: float | int, high: float | int) -> tuple[int, int]:
+        return timestep_range(low, high, len(self))
+
+    def draw(
+        self, low: float | int, high: float | int, count: int, generator: torch.Generator
+    ) -> Real[Tensor, "{count}"]:
+        return sample_timesteps(*self.span(low, high), count, generator, self.alphas_cumprod.device)
+
+    def scales(self, timesteps: Real[Tensor, "B"], ndim: int) -> NoiseScales:
+        return noise_scales(self.alphas_cumprod, timesteps, ndim)
+
+
+class Denoiser(NamedTuple):
+    """A frozen network, and what its predictions mean."""
+
+    network: nn.Module
+    schedule: NoiseSchedule
+
+
+class Prior(Component, ABC):
+    """A frozen diffusion model of images or clips. It is no ``nn.Module``: nothing of it is saved,
+    moved or counted with what holds it."""
+
+    is_video: ClassVar[bool] = False
+    """Whether a latent is a clip, and the score loss is called ``sds_video``."""
+    lora_targets: ClassVar[tuple[str, ...]] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Ends of the names of the network's linear layers that an adapter sits on."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Component.Config):
+        # No fields: a pair's config is made of a distillation's and a prior's, and the former's would win.
+        def models(self) -> list[tuple[str, tuple[str, ...]]]:
+            """Every model that is needed, by its name or path, with the parts that are."""
+            return []
+
+        def activation_bytes(self, frames: int, height: int, width: int) -> int:
+            """About what a step of so many rendered frames keeps for the backward pass; 0 where unknown."""
+            return 0
+
+        def check_models(self) -> None:
+            """Refuse models of another kind, as far as they are on this disk; loads no weights.
+
+            Raises:
+                ConfigError: names the model's file.
+            """
+
+        def check_group_size(self, size: int, key: str) -> None:
+            """Refuse steps in which other numbers of frames belong together than the prior takes as one.
+
+            Args:
+                size: ``Cameras.group_size`` of the steps.
+                key: what sets it, for the message.
+
+            Raises:
+                ValueError: begins with the key of this config that speaks against it.
+            """
+
+        def check_text_encoder(self, name: str) -> None:
+            """Refuse the model ``name`` for texts, as far as both it and the prior's are on this disk.
+
+            Raises:
+                ValueError: begins with the key of this config that speaks against it.
+            """
+
+        def __post_init__(self) -> None:
+            pass
+
+    cfg: Config
+    denoiser: Denoiser
+    view_dependent: bool = True
+    """Whether it is asked with the text of each latent's view, not with the plain prompt."""
+    joint_latents: int = 1
+    """Neighbours in a batch that the network denoises together: with one noise level and one spread."""
+
+    def __init__(self, cfg: Config, *, device: torch.device) -> None:
+        self.cfg = cfg
+        self.device = torch.device(device)
+
+    @abstractmethod
+    def encode(
+        self, rgb: Float[Tensor, "N H W 3"], group_size: int, generator: torch.Generator
+    ) -> Float[Tensor, "B C *S"]:
+        """Latents of images in 0..1; gradients reach ``rgb``.
+
+        Args:
+            group_size: neighbours that belong together: the frames of a clip, the views of an object.
+        """
+
+    @abstractmethod
+    def predict(
+        self,
+        network: nn.Module,
+        noisy: Float[Tensor, "B C *S"],
+        timesteps: Real[Tensor, "B"],
+        text_embeddings: Float[Tensor, "B L E"],
+        cameras: Float[Tensor, "B K"] | None = None,
+    ) -> Float[Tensor, "B C *S"]:
+        """The raw prediction, in float32, of the prior's network or one like it; carries its graph."""
+
+    def condition(self, texts: Conditions, cameras: Cameras) -> Conditions:
+        """``texts`` and what else the network is told of B latents; ``cameras`` are of their first frames."""
+        return texts
+
+    def draw_timesteps(
+        self,
+        schedule: NoiseSchedule,
+        low: float | int,
+        high: float | int,
+        count: int,
+        generator: torch.Generator,
+    ) -> Real[Tensor, "{count}"]:
+        """Noise levels of ``count`` latents, between two shares of all noise."""
+        timesteps = schedule.draw(low, high, count, generator)
+        # A network that attends over latents has only seen equal levels.
+        return timesteps if self.joint_latents == 1 else timesteps[:1].expand(count)
+
+    @torch.no_grad()
+    def guided_x0(
+        self,
+        noisy: Float[Tensor, "B C *S"],
+        timesteps: Real[Tensor, "B"],
+        conditions: Conditions,
+        scale: float,
+    ) -> tuple[Float[Tensor, "B C *S"], Float[Tensor, "B C *S"]]:
+        """What the prior takes for clean, from one network call: (guided by ``scale``, by the text alone).
+
+        Args:
+            scale: counted from the unconditional prediction: uncond + scale (text - uncond).
+        """
+        texts = (conditions.text, conditions.uncond, *conditions.negatives)
+        inputs = [noisy, timesteps] if conditions.cameras is None else [noisy, timesteps, conditions.cameras]
+        noisy_all, timesteps_all, *cameras_all = (torch.cat([x] * len(texts)) for x in inputs)
+        network, schedule = self.denoiser
+        prediction = self.predict(network, noisy_all, timesteps_all, torch.cat(texts), *cameras_all)
+        scales = schedule.scales(timesteps, noisy.ndim)
+        with_text, without, *with_negatives = (
+            x0_from_prediction(part, noisy, scales, schedule.prediction)
+            for part in prediction.chunk(len(texts))
+        )
+        led = lead_away(with_text, without, with_negatives, conditions.weights)
+        return classifier_free_guidance(led, without, scale), with_text
+
+    def adjust(self, score: Float[Tensor, "B C *S"]) -> Float[Tensor, "B C *S"]:
+        """What becomes of the weighted score before it is bounded."""
+        return score
+
+    def load_denoiser(self, name: str) -> Denoiser:
+        """The denoiser of the model ``name``, of the prior's kind; the prior's own where it is the same."""
+        raise ValueError(
+            f"pretrained_model_name_or_path_lora={name}: this prior loads no second model; set it to null"
+        )
+
+    def time_embedding(self, network: nn.Module) -> nn.Module:
+        """The layers of ``network`` whose output [B E] tells it the noise level."""
+        return network.time_embedding

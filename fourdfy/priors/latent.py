@@ -1,0 +1,181 @@
+"""Priors that are a diffusers U-Net on the latents of an image VAE: settings, loading, calls.
+
+N rendered frames of H x W pixels, B latents of h x w (images, or clips with a frame axis behind the
+channels), C channels, L tokens, E text channels, K numbers of a camera.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Real
+from torch import Tensor, nn
+
+from fourdfy.bounds import number
+from fourdfy.config import file_path, ignored
+from fourdfy.priors.base import Denoiser, Prior
+from fourdfy.priors.frozen import (
+    Gradient,
+    MemoryOptions,
+    apply_memory_options,
+    check_part,
+    encode_images,
+    load_noise_schedule,
+    load_part,
+    vae_factor,
+)
+from fourdfy.priors.hub import resolve_model, stored_description, stored_folder
+
+VAE_BYTES_PER_PIXEL = 11_000
+"""Activations of Stable Diffusion's VAE encoder in 16 bits, per pixel of its input."""
+
+
+class LatentPrior(Prior):
+    """A latent diffusion model in diffusers layout."""
+
+    follows_autocast: ClassVar[bool] = False
+    """Whether the networks run in the trainer's mixed precision, or in the type of their weights."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(MemoryOptions, Prior.Config):
+        unet_class: ClassVar[str] = "UNet2DConditionModel"
+        parts: ClassVar[tuple[str, ...]] = ("unet", "vae", "scheduler")
+
+        pretrained_model_name_or_path: str = file_path("stabilityai/stable-diffusion-2-1-base")
+        """Folder, embedded name or hub id with ``unet``, ``vae`` and ``scheduler``."""
+        height: int | None = number(None, 1, 8192)
+        width: int | None = number(None, 1, 8192)
+        """Pixels that images are resized to before the VAE; null: the model's own size."""
+        view_dependent_prompting: bool = True
+        """Ask with the text of each frame's view (of a video's first frame), not with the plain prompt."""
+        cache_dir: str | None = ignored("HF_HOME says where hub models are kept")
+        token_merging: bool = False
+        """Fewer tokens in the self-attention of image models, by the package tomesd (Bolya & Hoffman
+        2023): faster, and not quite the same prior."""
+        token_merging_params: dict[str, Any] | None = None
+        """Arguments of ``tomesd.apply_patch``; ``use_rand`` is false unless it stands here."""
+
+        def models(self) -> list[tuple[str, tuple[str, ...]]]:
+            return [(self.pretrained_model_name_or_path, self.parts)]
+
+        def activation_bytes(self, frames: int, height: int, width: int) -> int:
+            return frames * (self.height or height) * (self.width or width) * VAE_BYTES_PER_PIXEL
+
+        def check_models(self) -> None:
+            for name, parts in self.models():
+                if folder := stored_folder(name, parts):
+                    for part in parts:
+                        check_part(folder, part, self.unet_class)
+
+        def check_text_encoder(self, name: str) -> None:
+            given = stored_description(name, "text_encoder").get("hidden_size")
+            for model in [model for model, parts in self.models() if "unet" in parts]:
+                read = stored_description(model, "unet").get("cross_attention_dim")
+                if given and isinstance(read, int) and read != given:
+                    raise ValueError(
+                        f"pretrained_model_name_or_path: {model} reads texts of {read} channels, and the "
+                        f"prompt processor's pretrained_model_name_or_path={name} gives {given}; set the "
+                        f"latter to the model whose text encoder this prior was trained with"
+                    )
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.half_precision_weights not in (True, False, "bf16"):
+                raise ValueError(
+                    f'half_precision_weights={self.half_precision_weights!r}; expected true, false or "bf16"'
+                )
+            if self.token_merging and find_spec("tomesd") is None:
+                raise ValueError("token_merging=true needs tomesd: pip install tomesd, or set it to false")
+
+    cfg: Config
+
+    def __init__(self, cfg: Config, *, device: torch.device) -> None:
+        super().__init__(cfg, device=device)
+        self.view_dependent = cfg.view_dependent_prompting
+        self.dtype = cfg.dtype(self.device)
+        self.denoiser, self.vae = self.load()
+        self.image_size = self._image_size()
+
+    def load(self) -> tuple[Denoiser, nn.Module]:
+        """The frozen networks: (denoiser, VAE)."""
+        folder = resolve_model(*self.cfg.models()[0])
+        unet, vae = self.load_unet(folder), self.load_network(folder, "vae", "AutoencoderKL")
+        return Denoiser(unet, load_noise_schedule(folder, self.device)), vae
+
+    def load_denoiser(self, name: str) -> Denoiser:
+        (own, parts), *_ = self.cfg.models()
+        parts = tuple(part for part in parts if part != "vae")
+        folder = resolve_model(name, parts)
+        if folder.resolve() == resolve_model(own, parts).resolve():
+            return self.denoiser
+        return Denoiser(self.load_unet(folder), load_noise_schedule(folder, self.device))
+
+    def load_unet(self, folder: Path) -> nn.Module:
+        unet = self.load_network(folder, "unet", self.cfg.unet_class)
+        if self.cfg.token_merging:
+            import tomesd
+
+            # Its random choices come from a generator of its own, which no checkpoint would hold.
+            tomesd.apply_patch(unet, **{"use_rand": False} | (self.cfg.token_merging_params or {}))
+        return unet
+
+    def load_network(self, folder: Path, part: str, class_name: str) -> nn.Module:
+        network = load_part(folder, part, class_name, dtype=self.dtype, device=self.device)
+        apply_memory_options(network, self.cfg, self.device)
+        return network
+
+    def encode(
+        self, rgb: Float[Tensor, "N H W 3"], group_size: int, generator: torch.Generator
+    ) -> Float[Tensor, "B C *S"]:
+        return self.encode_images(rgb, generator)
+
+    def encode_images(
+        self,
+        rgb: Float[Tensor, "N H W 3"],
+        generator: torch.Generator,
+        chunk: int = 0,
+        gradient: Gradient = "exact",
+    ) -> Float[Tensor, "N C h w"]:
+        """Each image's latents, at the size that the model works at; see ``frozen.encode_images``."""
+        images = rgb.movedim(-1, 1)
+        if images.shape[-2:] != self.image_size:
+            images = F.interpolate(images, self.image_size, mode="bilinear", align_corners=False)
+        with self._precision():
+            return encode_images(self.vae, images, generator, chunk, gradient)
+
+    def predict(
+        self,
+        network: nn.Module,
+        noisy: Float[Tensor, "B C *S"],
+        timesteps: Real[Tensor, "B"],
+        text_embeddings: Float[Tensor, "B L E"],
+        cameras: Float[Tensor, "B K"] | None = None,
+    ) -> Float[Tensor, "B C *S"]:
+        """One call of a diffusers U-Net; ``cameras`` go where it takes class labels."""
+        told = {} if cameras is None else {"class_labels": cameras}
+        texts = text_embeddings.to(self.dtype)
+        with self._precision():
+            (prediction,) = network(
+                noisy.to(self.dtype), timesteps, encoder_hidden_states=texts, return_dict=False, **told
+            )
+        return prediction.float()
+
+    def _precision(self) -> contextlib.AbstractContextManager:
+        if self.follows_autocast:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, enabled=False)
+
+    def _image_size(self) -> tuple[int, int]:
+        factor = vae_factor(self.vae)
+        own = self.denoiser.network.config.sample_size
+        own_height, own_width = (own, own) if isinstance(own, int) else own
+        size = (self.cfg.height or own_height * factor, self.cfg.width or own_width * factor)
+        if any(pixels % factor for pixels in size):
+            raise ValueError(f"height, width = {size}: this VAE wants multiples of {factor} pixels")
+        return size
