@@ -132,8 +132,8 @@ class Stopwatch(pl.Callback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated()
-        size = f" {batch.cameras.height}" if batch.step == "multi_view" else ""
-        self.steps[batch.step + size].append((1000 * (time.perf_counter() - self.began), peak))
+        size = f" {batch.cameras.height}" if batch.kind == "multi_view" else ""
+        self.steps[batch.kind + size].append((1000 * (time.perf_counter() - self.began), peak))
 
     def summary(self) -> dict[str, dict[str, float]]:
         return {
@@ -149,11 +149,11 @@ class Stopwatch(pl.Callback):
 def mixture(experiment: Experiment, kinds: dict[str, dict[str, float]]) -> float | None:
     """Return the mean ms of a step, weighted as in the plan, with multi-view steps at full size."""
     total = 0.0
-    for step in experiment.plan.steps:
-        measured = [kinds[kind]["ms"] for kind in (step.name, f"{step.name} 256") if kind in kinds]
+    for kind in experiment.plan.kinds:
+        measured = [kinds[name]["ms"] for name in (kind.name, f"{kind.name} 256") if name in kinds]
         if not measured:
             return None
-        total += step.probability * measured[0]
+        total += kind.probability * measured[0]
     return total
 
 

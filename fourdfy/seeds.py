@@ -29,7 +29,8 @@ def step_generator(
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """What is built inside on the CPU draws from ``seed``; the global generator is then as it was before."""
-    with torch.random.fork_rng(devices=()):
-        torch.default_generator.manual_seed(seed)
+    """What is built inside draws from ``seed``; the global generators are then as they were before."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
         yield

@@ -207,12 +207,11 @@ class GuidanceOutput:
 
 @dataclass(frozen=True, kw_only=True)
 class StepBatch(TensorRecord):
-    """One training step's frames."""
+    """The frames of one training step, or of one of the parts in which its gradients are accumulated."""
 
-    step: str
-    """Name of the supervision step: multi_view, single_view, video, or a plugin's own."""
+    kind: str
+    """Name of the kind of step: multi_view, single_view, video, or a plugin's own."""
     cameras: Cameras
-    global_step: int
+    step: int
+    """The global step that the batch was drawn for; batches are a pure function of (seed, step, part)."""
     part: int = 0
-    """Which one of the batches that make up a step, where gradients are accumulated."""
-    """The step this batch was drawn for; batches are a pure function of (seed, step)."""

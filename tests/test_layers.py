@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "data": {"ops"},
     "exporters": {"ops", "files", "scenes"},
     "original": {"files"},
-    "systems": {"ops", "files", "scenes", "prompts", "guidance", "data", "exporters", "original"},
+    "systems": {"ops", "files", "scenes", "priors", "prompts", "guidance", "data", "exporters", "original"},
     "shapes": {"ops"},
     "evaluation": {"ops", "files", "data", "systems", "shapes", "launching"},
     "callbacks": {"ops", "files", "data", "systems", "launching"},

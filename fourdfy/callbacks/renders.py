@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fourdfy.callbacks.curves import Curves
 from fourdfy.config import ConfigError
-from fourdfy.data.datamodule import EvalBatch
+from fourdfy.data.base import EvalBatch
 from fourdfy.files import atomic, images
 from fourdfy.ops.compositing import expected_depth
 from fourdfy.types import RenderOutput

@@ -4,42 +4,22 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from fourdfy.bounds import number
+from fourdfy.config import ConfigError
 from fourdfy.data import trajectories
-from fourdfy.data.base import DataModule
-from fourdfy.data.sampling import (
-    MultiViewConfig,
-    SingleViewConfig,
-    sample_multi_view,
-    sample_single_view,
-    sample_video,
-)
+from fourdfy.data.base import CameraSampler, DataModule, EvalBatch
+from fourdfy.data.sampling import MultiViewConfig, MultiViews, SingleViewConfig, SingleViews, Videos
 from fourdfy.registry import register
 from fourdfy.seeds import step_generator
-from fourdfy.types import Cameras, StepBatch, TensorRecord
+from fourdfy.types import Cameras, StepBatch, StepContext
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalBatch(TensorRecord):
-    """Some consecutive frames of an evaluation sequence."""
-
-    split: str
-    """``val`` (stills), ``val_video``, ``test`` or ``test_static``."""
-    indices: Int[Tensor, "F"]
-    """Positions of the frames in the sequence."""
-    total: int
-    """Frames of the whole sequence."""
-    cameras: Cameras
 
 
 @register("single-multiview-combined-camera-datamodule")
@@ -64,16 +44,56 @@ class CombinedCameraDataModule(DataModule):
                         f"steps see the moments of one clip; set data.multi_view.{key}=null"
                     )
 
+        @property
+        def static(self) -> bool:
+            return self.single_view.static
+
+        def probabilities(self) -> dict[str, float]:
+            groups = self.prob_multi_view or 0.0
+            videos = (self.single_view.prob_single_view_video or 0.0) if self.single_view.simultan else 0.0
+            return {
+                "multi_view": groups,
+                "single_view": (1 - groups) * (1 - videos),
+                "video": (1 - groups) * videos,
+            }
+
+        def samplers(self) -> dict[str, CameraSampler]:
+            return {
+                "multi_view": MultiViews(self.multi_view, self.single_view),
+                "single_view": SingleViews(self.single_view),
+                "video": Videos(self.single_view),
+            }
+
+        def check(self) -> None:
+            view = self.single_view
+            if view.simultan and view.prob_single_view_video is None:
+                raise ConfigError(
+                    "data.single_view.simultan=true needs the share of its video steps; set "
+                    "data.single_view.prob_single_view_video=0.5, or simultan to false"
+                )
+            if not view.simultan and view.prob_single_view_video:
+                logger.warning(
+                    "data.single_view.prob_single_view_video=%s: no effect, data.single_view.simultan is "
+                    "false",
+                    view.prob_single_view_video,
+                )
+            if view.static and self.probabilities()["video"] > 0:
+                raise ConfigError(
+                    "data.single_view.static=true leaves video steps nothing to teach; set "
+                    "data.single_view.simultan=false or data.single_view.static=false"
+                )
+
     cfg: Config
 
-    def __init__(self, cfg: Config, *, seed: int, choose_step: Callable[[int], str]) -> None:
-        """``choose_step`` names the kind of a global step, purely: multi_view, single_view or video."""
-        self.cfg, self.seed, self.choose_step = cfg, seed, choose_step
-        self.samplers = {
-            "multi_view": lambda **at: sample_multi_view(cfg.multi_view, cfg.single_view, **at),
-            "single_view": lambda **at: sample_single_view(cfg.single_view, **at),
-            "video": lambda **at: sample_video(cfg.single_view, **at),
-        }
+    def __init__(
+        self,
+        cfg: Config,
+        *,
+        seed: int,
+        choose_kind: Callable[[int], str],
+        samplers: Mapping[str, CameraSampler],
+    ) -> None:
+        self.cfg, self.seed, self.choose_kind, self.samplers = cfg, seed, choose_kind, samplers
         for name, view in (("single_view", cfg.single_view), ("multi_view", cfg.multi_view)):
             if view.resolution_milestones and all(
                 isinstance(value, int) for value in (view.height, view.width, view.batch_size)
@@ -81,21 +101,11 @@ class CombinedCameraDataModule(DataModule):
                 logger.warning("data.%s.resolution_milestones: no effect, nothing changes there", name)
 
     def batch(self, step: int, part: int = 0) -> StepBatch:
-        """The frames of a (part of a) global step, whatever came before it.
-
-        Raises:
-            ValueError: the plan names a step that there is no sampler for.
-        """
-        name = self.choose_step(step)
-        if name not in self.samplers:
-            raise ValueError(
-                f"no cameras for a step named {name!r}; known: {', '.join(sorted(self.samplers))}. "
-                f"A plugin adds its own to the data module's `samplers`"
-            )
-        cameras = self.samplers[name](
-            step=step, generator=step_generator(self.seed, step, "camera", part=part)
-        )
-        return StepBatch(step=name, cameras=cameras, global_step=step, part=part)
+        """The frames of a (part of a) global step, whatever came before it."""
+        kind = self.choose_kind(step)
+        generator = step_generator(self.seed, step, "camera", part=part)
+        cameras = self.samplers[kind].sample(StepContext(step, generator))
+        return StepBatch(kind=kind, cameras=cameras, step=step, part=part)
 
     def val_cameras(self, dynamic: bool) -> dict[str, Cameras]:
         """``val``: stills at time 0; dynamic scenes also have ``val_video``, a clip from the front."""
@@ -128,9 +138,8 @@ class CombinedCameraDataModule(DataModule):
 
 def chunks(split: str, cameras: Cameras, size: int) -> Iterator[EvalBatch]:
     """The sequence in pieces of ``size`` frames."""
-    for indices in torch.arange(len(cameras)).split(size):
-        some = cameras[int(indices[0]) : int(indices[-1]) + 1]
-        yield EvalBatch(split=split, indices=indices, total=len(cameras), cameras=some)
+    for start in range(0, len(cameras), size):
+        yield EvalBatch(split=split, cameras=cameras[start : start + size])
 
 
 def at_rest(cameras: Cameras) -> Cameras:

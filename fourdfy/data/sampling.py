@@ -19,8 +19,9 @@ from torch.nn.functional import normalize
 
 from fourdfy.bounds import number
 from fourdfy.config import ignored
+from fourdfy.data.base import CameraSampler
 from fourdfy.ops.cameras import look_at, spherical_positions
-from fourdfy.types import Cameras
+from fourdfy.types import Cameras, StepContext
 
 EVALUATED = "evaluation views are data.single_view's"
 
@@ -69,6 +70,17 @@ class CameraConfig:
             low, high = getattr(self, key)
             if low > high:
                 raise ValueError(f"{key}=[{low}, {high}]: the lower bound comes first")
+
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """(batch_size, height, width) of each stretch between milestones, without repetitions."""
+        stretches = [
+            tuple(
+                at_step(values, self.resolution_milestones, start)
+                for values in (self.batch_size, self.height, self.width)
+            )
+            for start in (0, *self.resolution_milestones)
+        ]
+        return list(dict.fromkeys(stretches))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +172,54 @@ class MultiViewConfig(CameraConfig):
 
 # ---------------------------------------------------------------------------------------------
 # Samplers
+
+
+class SingleViews(CameraSampler):
+    """Single views of one moment."""
+
+    cfg: SingleViewConfig
+
+    def sample(self, context: StepContext) -> Cameras:
+        return sample_single_view(self.cfg, step=context.step, generator=context.generator)
+
+    def sizes(self) -> list[tuple[int, int, int]]:
+        return self.cfg.sizes()
+
+
+class MultiViews(CameraSampler):
+    """Groups of ``n_view`` cameras around one moment of ``clip``."""
+
+    cfg: MultiViewConfig
+    group_key = "data.multi_view.n_view"
+
+    def __init__(self, cfg: MultiViewConfig, clip: SingleViewConfig) -> None:
+        super().__init__(cfg)
+        self.clip, self.group_size = clip, cfg.n_view
+
+    def sample(self, context: StepContext) -> Cameras:
+        return sample_multi_view(self.cfg, self.clip, step=context.step, generator=context.generator)
+
+    def sizes(self) -> list[tuple[int, int, int]]:
+        return self.cfg.sizes()
+
+
+class Videos(CameraSampler):
+    """Whole clips."""
+
+    cfg: SingleViewConfig
+    group_key = "data.single_view.num_frames"
+
+    def __init__(self, cfg: SingleViewConfig) -> None:
+        super().__init__(cfg)
+        self.group_size = cfg.num_frames
+
+    def sample(self, context: StepContext) -> Cameras:
+        return sample_video(self.cfg, step=context.step, generator=context.generator)
+
+    def sizes(self) -> list[tuple[int, int, int]]:
+        cfg = self.cfg
+        frames = [videos * cfg.num_frames for videos, _, _ in cfg.sizes()]
+        return list(dict.fromkeys((count, cfg.height_vid, cfg.width_vid) for count in frames))
 
 
 def sample_single_view(cfg: SingleViewConfig, *, step: int, generator: torch.Generator) -> Cameras:

@@ -21,8 +21,8 @@ class Guidance(Component, nn.Module, ABC):
 
     Config = Prior.Config
     """The launcher asks of either: its models, its memory, its frames, its text encoder."""
-    losses: ClassVar[tuple[str, ...]] = ("sds", "vsd", "lora", "sds_video")
-    """Names of the losses that it may give."""
+    losses: ClassVar[tuple[str, ...]] = ()
+    """Names of the losses that it may give: ``system.loss.lambda_sds`` weighs ``sds``."""
 
     cfg: Prior.Config
 

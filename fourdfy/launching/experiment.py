@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fourdfy.bounds import number
-from fourdfy.config import config_error, file_path, ignored, parse_config, slot, warn_of_ignored
+from fourdfy.config import config_error, file_path, ignored, named, parse_config, slot, warn_of_ignored
 from fourdfy.config_files import COMMAND_LINE, ConfigError, literal_override
 from fourdfy.config_layers import LoadedConfig, load_config
 from fourdfy.data.base import DataModule
@@ -19,7 +19,7 @@ from fourdfy.files.names import sanitize_tag
 from fourdfy.systems.agreement import check_agreement
 from fourdfy.systems.base import System
 from fourdfy.systems.checkpoint import LAST, read_checkpoint
-from fourdfy.systems.supervision import SupervisionPlan, plan_supervision
+from fourdfy.systems.supervision import StepConfig, SupervisionPlan
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +144,8 @@ class ExperimentConfig:
     data: Any = slot(DataModule, "data_type")
     system_type: str = "fourdfy-system"
     system: Any = slot(System, "system_type")
+    steps: dict[str, Any] = named(StepConfig)
+    """Further kinds of training step by name, see ``StepConfig``; null switches one off."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
@@ -190,7 +192,8 @@ class Experiment:
     def build_data(self) -> DataModule:
         return self.cfg.data.build(
             seed=self.cfg.seed,
-            choose_step=lambda step: self.plan.choose(self.cfg.seed, step).name,
+            choose_kind=lambda step: self.plan.choose(self.cfg.seed, step).name,
+            samplers={kind.name: kind.cameras for kind in self.plan.kinds},
         )
 
 
@@ -224,13 +227,7 @@ def parse_experiment(loaded: LoadedConfig) -> Experiment:
         values["resume"] = None  # where the trial began; by now it has a checkpoint of its own
     cfg = parse_config(ExperimentConfig, values, sources=loaded.sources)
     warn_of_ignored(cfg)
-    plan = plan_supervision(
-        prob_multi_view=cfg.data.prob_multi_view,
-        prob_single_view_video=cfg.data.single_view.prob_single_view_video,
-        simultan=cfg.data.single_view.simultan,
-        static=cfg.data.single_view.static,
-        freeze_static_modules=cfg.system.freeze_static_modules,
-    )
+    plan = cfg.system.plan(cfg.data, cfg.steps)
     check_agreement(cfg, plan)
     return Experiment(
         cfg,

@@ -11,11 +11,9 @@ from rich.text import Text
 
 from fourdfy.config import ConfigError
 from fourdfy.config_files import COMMAND_LINE
-from fourdfy.data.sampling import at_step
 from fourdfy.launching.experiment import Experiment, trial_of
 from fourdfy.priors.hub import ModelNotFound, locate_model, resolve_model, stored_bytes
 from fourdfy.systems.checkpoint import checkpoint_file
-from fourdfy.systems.fourdfy import GUIDANCES
 from fourdfy.systems.optim import parameters_of
 
 logger = logging.getLogger(__name__)
@@ -51,11 +49,11 @@ def _stage_lines(experiment: Experiment) -> Iterator[str]:
     yield f"{cfg.trainer.max_steps} steps"
     yield prompt_line(experiment)
     yield f"folder: {experiment.trial_dir}"
-    for step in experiment.plan.steps:
-        frames = ", then ".join("{} frames of {} x {}".format(*x) for x in _frames(experiment, step.name))
-        trains = " + ".join(sorted(step.trains))
-        yield f"{step.name:<12} probability {step.probability:<5.3g} {frames}, trains {trains}"
-        yield f"{'':<12} {getattr(cfg.system, _type_key(step.guidance_cfg))}"
+    for kind in experiment.plan.kinds:
+        frames = ", then ".join("{} frames of {} x {}".format(*size) for size in kind.cameras.sizes())
+        trains = " + ".join(sorted(kind.trains))
+        yield f"{kind.name:<12} probability {kind.probability:<5.3g} {frames}, trains {trains}"
+        yield f"{'':<12} {kind.guidance_type}"
     models = needed_models([experiment]).items()
     for name, parts in models:
         yield f"model: {locate_model(name, parts)}, for its {', '.join(parts)}"
@@ -66,7 +64,7 @@ def _stage_lines(experiment: Experiment) -> Iterator[str]:
 
 def prompt_line(experiment: Experiment) -> str:
     """The prompt, and how another is given where a file has chosen it that is no trial's."""
-    line, source = f"prompt: {experiment.cfg.system.prompt_processor.prompt!r}", experiment.prompt_source
+    line, source = f"prompt: {experiment.cfg.system.prompt!r}", experiment.prompt_source
     is_fixed = source == COMMAND_LINE or trial_of(Path(source))
     return line if is_fixed else f"{line}, from {source}; for another one: --prompt TEXT"
 
@@ -94,13 +92,13 @@ def check_priors(experiment: Experiment) -> None:
     Raises:
         ConfigError: names the key, or the model's file.
     """
-    system = experiment.cfg.system
-    for step in experiment.plan.steps:
-        try:
-            getattr(system, step.prompt_cfg).build().check_texts()
-        except ValueError as error:
-            raise ConfigError(f"system.{step.prompt_cfg}: {error}") from error
-        getattr(system, step.guidance_cfg).check_models()
+    for kind in experiment.plan.kinds:
+        if kind.prompts is not None:
+            try:
+                kind.prompts.build().check_texts()
+            except ValueError as error:
+                raise ConfigError(f"{kind.prompts_key}: {error}") from error
+        kind.guidance.check_models()
 
 
 def check_groups(experiment: Experiment) -> None:
@@ -109,8 +107,11 @@ def check_groups(experiment: Experiment) -> None:
     Raises:
         ConfigError: names the part, and what there is.
     """
+    plan, params = experiment.plan, experiment.cfg.system.optimizer.params
     system = experiment.build_system()
-    parameters_of(system, experiment.cfg.system.optimizer.params, absent=GUIDANCES | system.cfg.absent_parts)
+    parameters_of(
+        system, params, plan.absent | system.cfg.absent_parts | {kind.module for kind in plan.kinds}
+    )
 
 
 def fetch_models(experiments: Sequence[Experiment]) -> None:
@@ -144,9 +145,9 @@ def needed_models(experiments: Sequence[Experiment]) -> dict[str, tuple[str, ...
     """Model name -> the parts that the priors and prompts of the stages take from it."""
     needed: dict[str, tuple[str, ...]] = {}
     for experiment in experiments:
-        for step in experiment.plan.steps:
-            for key in (step.guidance_cfg, step.prompt_cfg):
-                for name, parts in getattr(experiment.cfg.system, key).models():
+        for kind in experiment.plan.kinds:
+            for part in (kind.guidance, kind.prompts):
+                for name, parts in part.models() if part else ():
                     needed[name] = tuple(dict.fromkeys((*needed.get(name, ()), *parts)))
     return needed
 
@@ -154,22 +155,6 @@ def needed_models(experiments: Sequence[Experiment]) -> dict[str, tuple[str, ...
 def printable(text: str) -> str:
     """``text`` with its control characters written out, so that a terminal shows them and obeys none."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def _frames(experiment: Experiment, step: str) -> list[tuple[int, int, int]]:
-    """(frames, height, width) of a step kind, one for each stretch between resolution milestones."""
-    data = experiment.cfg.data
-    view = data.multi_view if step == "multi_view" else data.single_view
-    stretches = []
-    for start in (0, *view.resolution_milestones):
-        batch, height, width = (
-            at_step(values, view.resolution_milestones, start)
-            for values in (view.batch_size, view.height, view.width)
-        )
-        if step == "video":
-            batch, height, width = batch * view.num_frames, view.height_vid, view.width_vid
-        stretches.append((batch, height, width))
-    return list(dict.fromkeys(stretches))
 
 
 def _memory_estimate(experiment: Experiment) -> float:
@@ -185,16 +170,11 @@ def _memory_estimate(experiment: Experiment) -> float:
         for name, parts in needed_models([experiment]).items()
     )
     graphs = []
-    for step in experiment.plan.steps:
-        guidance = getattr(cfg, step.guidance_cfg)
-        for frames, height, width in _frames(experiment, step.name):
+    for kind in experiment.plan.kinds:
+        for frames, height, width in kind.cameras.sizes():
             # The object fits the shorter side.
             rays = frames * min(height, width) ** 2
-            samples = cfg.scene_cfg.samples_with_graph(rays, OCCUPIED, step.sample_budget)
-            prior = guidance.activation_bytes(frames, height, width)
+            samples = cfg.scene_cfg.samples_with_graph(rays, OCCUPIED, kind.budget)
+            prior = kind.guidance.activation_bytes(frames, height, width)
             graphs.append(max(samples * BYTES_KEPT + prior, samples * BYTES_AT_PEAK))
     return scene + stored + max(graphs)
-
-
-def _type_key(guidance_cfg: str) -> str:
-    return guidance_cfg.replace("guidance", "guidance_type", 1)

@@ -90,6 +90,11 @@ class Prior(Component, ABC):
     @dataclass(frozen=True, kw_only=True)
     class Config(Component.Config):
         # No fields: a pair's config is made of a distillation's and a prior's, and the former's would win.
+        reads_text = True
+        """Whether a step needs a prompt processor."""
+        view_dependent_prompting = True
+        """Whether the text says which view is seen."""
+
         def models(self) -> list[tuple[str, tuple[str, ...]]]:
             """Every model that is needed, by its name or path, with the parts that are."""
             return []

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from fourdfy.config import Component
+from fourdfy.config import Component, file_path
+from fourdfy.data.base import DataModule
+from fourdfy.systems.supervision import StepConfig, SupervisionPlan, plan_supervision
 from fourdfy.types import Cameras, RenderOutput, StepBatch
 
 
@@ -24,8 +26,8 @@ class StepOutput:
     """The weighted sum that is minimized; carries the graph."""
     losses: Mapping[str, Tensor]
     """Every loss of the step by name, before its weight, without a graph."""
-    weights: Mapping[str, float]
-    """The weights, by loss name, of the losses that are on."""
+    loss_weights: Mapping[str, float]
+    """The weights, by name, of the losses that are on."""
     metrics: Mapping[str, Tensor | float]
     """What else is worth a curve."""
 
@@ -35,6 +37,27 @@ class System(Component, nn.Module):
 
     Its ``state_dict`` is what a checkpoint holds.
     """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Component.Config):
+        weights: str | None = file_path()
+        """A checkpoint to start from: its scene, occupancy and LoRA, not its step or optimizer."""
+
+        @property
+        def prompt(self) -> str | None:
+            """What the scene shall show, in words."""
+            return None
+
+        def plan(self, data: DataModule.Config, steps: Mapping[str, StepConfig]) -> SupervisionPlan:
+            """What supervises the scene; see ``plan_supervision``."""
+            return plan_supervision(self, data, steps)
+
+        def check(self, data: DataModule.Config, plan: SupervisionPlan) -> None:
+            """Refuse parts that contradict each other, or the frames that ``data`` gives.
+
+            Raises:
+                ConfigError: names both keys and what to type.
+            """
 
     step: int
     """How many global steps the scene has learned; evaluation anneals as at this step."""
@@ -62,7 +85,7 @@ class System(Component, nn.Module):
 
     @abstractmethod
     def training_step(self, batch: StepBatch) -> StepOutput:
-        """The losses of a batch at ``batch.global_step``."""
+        """The losses of a batch at ``batch.step``."""
 
     @abstractmethod
     def after_backward(self, batch: StepBatch, optimizer: torch.optim.Optimizer) -> None:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from fourdfy import registry
 from fourdfy.bounds import scheduled
-from fourdfy.config import ConfigError, file_path, ignored, slot
+from fourdfy.config import ConfigError, ignored, slot
+from fourdfy.data.base import DataModule
 from fourdfy.exporters.base import Exporter, Subject
 from fourdfy.guidance.base import Guidance
 from fourdfy.ops.regularizers import REGULARIZERS
@@ -23,20 +25,16 @@ from fourdfy.prompts.base import PromptProcessor
 from fourdfy.registry import register
 from fourdfy.scenes.base import Scene
 from fourdfy.scenes.nerf.scene import NeRFScene
-from fourdfy.schedules import Schedule, schedule_max, schedule_value
+from fourdfy.schedules import Schedule, schedule_max
 from fourdfy.seeds import seeded, step_generator, step_seed
 from fourdfy.systems.base import StepOutput, System
 from fourdfy.systems.checkpoint import read_checkpoint
 from fourdfy.systems.learning_rates import SchedulerConfig
 from fourdfy.systems.optim import GradientAudit, OptimizerConfig, build_optimizer, frozen
-from fourdfy.systems.supervision import SupervisionPlan
+from fourdfy.systems.supervision import Half, SupervisionPlan
 from fourdfy.types import Cameras, RenderOutput, StepBatch, StepContext, TextEmbeddings
 
 logger = logging.getLogger(__name__)
-
-GUIDANCES = {"guidance", "guidance_multi_view", "guidance_single_view", "guidance_video"}
-"""What an optimizer group may name although the stage builds no such guidance, or never ("guidance")."""
-GUIDANCE_LOSSES = ("sds", "vsd", "lora", "sds_video")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +66,7 @@ class FourdfySystem(System):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(NeRFScene.Config):
+    class Config(System.Config, NeRFScene.Config):
         scene_type: str | None = None
         scene: Any = slot(Scene, "scene_type")
         """A scene of another kind, in place of the NeRF that ``geometry``, ``material``, ``background`` and
@@ -100,8 +98,6 @@ class FourdfySystem(System):
         """How the learning rates move; null: they stay."""
         freeze_static_modules: bool = False
         """In dynamic stages, train the moving part of the scene alone."""
-        weights: str | None = file_path()
-        """A checkpoint to start from: its scene, occupancy and LoRA, not its step or optimizer."""
         weights_ignore_modules: list[str] | None = None
         """Prefixes of parameters not to take from ``weights``."""
 
@@ -112,20 +108,41 @@ class FourdfySystem(System):
         loggers: LoggersConfig = field(default_factory=LoggersConfig)
 
         def __post_init__(self) -> None:
-            known = (*GUIDANCE_LOSSES, *REGULARIZERS)
-            for key, value in self.loss.items():
-                if key.removeprefix("lambda_") not in known and schedule_max(value) != 0:
-                    choices = ", ".join(f"lambda_{name}" for name in known)
-                    raise ValueError(f"loss.{key}={value}: there is no such loss; known: {choices}")
             if self.scene is None:
-                super().__post_init__()
-            for name, regularizer in REGULARIZERS.items():
-                weight = self.loss.get(f"lambda_{name}", 0)
-                missing = [field for field in regularizer.needs if field not in self.scene_cfg.renders]
-                if schedule_max(weight) != 0 and missing:
+                NeRFScene.Config.__post_init__(self)
+
+        @property
+        def prompt(self) -> str | None:
+            return self.prompt_processor and self.prompt_processor.prompt
+
+        def check(self, data: DataModule.Config, plan: SupervisionPlan) -> None:
+            if data.static and self.freeze_static_modules:
+                raise ConfigError(
+                    "system.freeze_static_modules=true leaves nothing to train where "
+                    "data.single_view.static=true; set one of the two to false"
+                )
+            self.scene_cfg.check_scene(dynamic=not data.static)
+            self._check_losses(self.loss, "system.loss", plan)
+            for kind in plan.kinds:
+                self._check_losses(kind.own_loss, f"steps.{kind.name}.loss", plan)
+
+        def _check_losses(self, loss: Mapping[str, Schedule], where: str, plan: SupervisionPlan) -> None:
+            """Every weight has its loss: of a guidance, in this stage or another, or of what is rendered."""
+            of_stage = {name for kind in plan.kinds for name in kind.guidance.component.losses}
+            for key, value in loss.items():
+                name = key.removeprefix("lambda_")
+                if schedule_max(value) == 0 or name in of_stage:
+                    continue
+                if (regularizer := REGULARIZERS.get(name)) is None:
+                    known = [f"lambda_{name}" for name in (*_guidance_losses(), *REGULARIZERS)]
+                    if key not in known:
+                        raise ConfigError(
+                            f"{where}.{key}={value}: there is no such loss; known: {', '.join(known)}"
+                        )
+                elif missing := [field for field in regularizer.needs if field not in self.scene_cfg.renders]:
                     advice = f", or use {regularizer.advice}" if regularizer.advice else ""
-                    raise ValueError(
-                        f"loss.lambda_{name}={weight}: needs {missing[0]}, which this scene does not render; "
+                    raise ConfigError(
+                        f"{where}.{key}={value}: needs {missing[0]}, which this scene does not render; "
                         f"set it to 0{advice}"
                     )
 
@@ -147,7 +164,7 @@ class FourdfySystem(System):
         with seeded(step_seed(seed, 0, "parameters")):
             self.scene: Scene = NeRFScene(cfg) if cfg.scene is None else cfg.scene.build()
         self.texts: dict[str, TextEmbeddings] = {}
-        self.audit = GradientAudit(frozenset(step.name for step in plan.steps))
+        self.audit = GradientAudit(frozenset(kind.name for kind in plan.kinds))
         self.step = 0
 
     # -- set-up ---------------------------------------------------------------------------------
@@ -155,29 +172,29 @@ class FourdfySystem(System):
     def prepare(self, device: torch.device, *, resumed: bool) -> None:
         weights = {} if resumed else self.read_weights()
         self.load_weights(weights)  # before the models are: a misfit shows at once
-        torch.manual_seed(step_seed(self.seed, 0, "guidance parameters"))
-        for step in self.plan.steps:
-            with _errors_of(f"system.{step.prompt_cfg}"):
-                prompts: PromptProcessor = getattr(self.cfg, step.prompt_cfg).build()
-                self.texts[step.name] = prompts.embeddings(device)
-            with _errors_of(f"system.{step.guidance_cfg}"):
-                guidance: Guidance = getattr(self.cfg, step.guidance_cfg).build(device=device)
-                guidance.cfg.check_text_encoder(prompts.cfg.pretrained_model_name_or_path)
-                setattr(self, step.guidance, guidance)
+        with seeded(step_seed(self.seed, 0, "guidance parameters")):
+            for kind in self.plan.kinds:
+                if kind.prompts is not None:
+                    with _errors_of(kind.prompts_key):
+                        self.texts[kind.name] = kind.prompts.build().embeddings(device)
+                with _errors_of(kind.guidance_key):
+                    guidance: Guidance = kind.guidance.build(device=device)
+                    if kind.prompts is not None:
+                        guidance.cfg.check_text_encoder(kind.prompts.pretrained_model_name_or_path)
+                    setattr(self, kind.module, guidance)
         if weights:  # again, now that there is a LoRA to take its own
             logger.info("system.weights: %d tensors from %s", self.load_weights(weights), self.cfg.weights)
 
     def configure_optimizer(self) -> torch.optim.Optimizer:
-        built = {step.guidance for step in self.plan.steps}
-        trains = frozenset[str]().union(*(step.trains for step in self.plan.steps))
+        trains = frozenset[Half]().union(*(kind.trains for kind in self.plan.kinds))
         optimizer = build_optimizer(
             self.cfg.optimizer,
             self,
-            absent=(GUIDANCES - built) | self.cfg.absent_parts,
+            absent=self.plan.absent | self.cfg.absent_parts,
             untrained=self.parameters_outside(trains),
         )
         # Only what is in a group still wants gradients; a group that is null is meant so.
-        for name in sorted(built - self.cfg.optimizer.params.keys()):
+        for name in sorted({kind.module for kind in self.plan.kinds} - self.cfg.optimizer.params.keys()):
             adapter = list(getattr(self, name).parameters())
             if adapter and not any(p.requires_grad for p in adapter):
                 logger.info("system.optimizer.params: no group holds the LoRA of %s; it stays as it is", name)
@@ -193,28 +210,27 @@ class FourdfySystem(System):
         self.scene.before_step(self._context(batch, "occupancy"), dynamic=self.plan.dynamic)
 
     def training_step(self, batch: StepBatch) -> StepOutput:
-        step = self.plan[batch.step]
-        torch.manual_seed(self._context(batch, "global").generator.initial_seed())  # for plugins that use it
-        weights = self.active_losses(batch.global_step)
-        with frozen(self.parameters_outside(step.trains)):
-            render = self.scene.render(batch.cameras, self._context(batch, "render"), step.sample_budget)
+        kind = self.plan[batch.kind]
+        weights = kind.loss_weights(batch.step)
+        with frozen(self.parameters_outside(kind.trains)):
+            render = self.scene.render(batch.cameras, self._context(batch, "render"), kind.budget)
             render = replace(render, group_size=batch.cameras.group_size)
-            guidance: Guidance = getattr(self, step.guidance)
-            context = self._context(batch, "guidance")
-            out = guidance(render, self.texts[step.name], batch.cameras, context)
+            guidance: Guidance = getattr(self, kind.module)
+            text, context = self.texts.get(kind.name), self._context(batch, "guidance")
+            out = guidance(render, text, batch.cameras, context)
             losses = out.losses | {
                 name: REGULARIZERS[name](render) for name in weights if name in REGULARIZERS
             }
         weighted = [weights[name] * value for name, value in losses.items() if name in weights]
         if not weighted:
             raise ConfigError(
-                f"system.loss: no loss of the {step.name} steps is on at step {batch.global_step}; "
+                f"system.loss: no loss of the {kind.name} steps is on at step {batch.step}; "
                 f"set one of {', '.join(f'lambda_{name}' for name in losses)}"
             )
         return StepOutput(
             loss=torch.stack(weighted).sum(),
             losses={name: value.detach() for name, value in losses.items()},
-            weights={name: weight for name, weight in weights.items() if name in losses},
+            loss_weights={name: weight for name, weight in weights.items() if name in losses},
             metrics={
                 **out.metrics,
                 **({} if render.samples is None else {"samples": float(len(render.samples))}),
@@ -224,29 +240,18 @@ class FourdfySystem(System):
 
     def after_backward(self, batch: StepBatch, optimizer: torch.optim.Optimizer) -> None:
         self.scene.after_backward(self._context(batch, "after backward"), optimizer)
-        if self.audit.is_new(batch.step):
-            logger.debug("%s", self.audit.record(batch.step, optimizer.param_groups))
+        if self.audit.is_new(batch.kind):
+            logger.debug("%s", self.audit.record(batch.kind, optimizer.param_groups))
 
-    def active_losses(self, global_step: int) -> dict[str, float]:
-        """The weights that are not 0 at this step, by loss name."""
-        weights = {
-            key.removeprefix("lambda_"): schedule_value(value, global_step)
-            for key, value in self.cfg.loss.items()
-        }
-        return {name: weight for name, weight in weights.items() if weight != 0}
-
-    def parameters_outside(self, trains: frozenset[str]) -> Iterator[nn.Parameter]:
-        """What must not learn from a step: the halves of the system that ``trains`` does not name."""
+    def parameters_outside(self, trains: frozenset[Half]) -> Iterator[nn.Parameter]:
+        """The scene's parameters that are in none of the halves in ``trains``."""
         for half, parameters in self.scene.halves().items():
             if half not in trains:
                 yield from parameters
-        if "guidance" not in trains:
-            for step in self.plan.steps:
-                yield from getattr(self, step.guidance).parameters()
 
     def _context(self, batch: StepBatch, stream: str) -> StepContext:
-        generator = step_generator(self.seed, batch.global_step, stream, self.device, batch.part)
-        return StepContext(batch.global_step, generator)
+        generator = step_generator(self.seed, batch.step, stream, self.device, batch.part)
+        return StepContext(batch.step, generator)
 
     # -- evaluation -----------------------------------------------------------------------------
 
@@ -259,7 +264,7 @@ class FourdfySystem(System):
         subject = Subject(
             scene=self.scene,
             render=self.render,
-            prompt=self.cfg.prompt_processor.prompt if self.cfg.prompt_processor else "scene",
+            prompt=self.cfg.prompt or "scene",
             cameras=cameras,
             dynamic=self.plan.dynamic,
             step=self.step,
@@ -332,6 +337,12 @@ def _check_shapes(given: Mapping[str, Tensor], own: Mapping[str, Tensor], source
             raise ConfigError(
                 f"{source}: {key} has shape {list(value.shape)}, this config wants {wanted}; {hint}"
             )
+
+
+def _guidance_losses() -> list[str]:
+    """The losses of every guidance that is registered."""
+    guidances = [registry.find(name, Guidance) for name in registry.names(Guidance)]
+    return list(dict.fromkeys(loss for guidance in guidances for loss in guidance.losses))
 
 
 @contextmanager

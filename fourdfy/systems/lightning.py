@@ -12,8 +12,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from fourdfy.data.base import DataModule
-from fourdfy.data.datamodule import EvalBatch
+from fourdfy.data.base import DataModule, EvalBatch
 from fourdfy.systems.base import System
 from fourdfy.systems.checkpoint import read_checkpoint, write_checkpoint
 from fourdfy.systems.finite import check_step
@@ -105,16 +104,16 @@ class LightningSystem(pl.LightningModule):
         for name, loss in out.losses.items():  # of all parts of the step
             self._losses[name] = self._losses.get(name, 0) + loss
         losses = {**out.losses, "total": out.loss.detach()}
-        self.means.add({f"loss/{batch.step}/{name}": value for name, value in losses.items()})
-        self.means.add({f"weight/{batch.step}/{name}": value for name, value in out.weights.items()})
-        self.means.add({f"{batch.step}/{name}": value for name, value in out.metrics.items()})
+        self.means.add({f"loss/{batch.kind}/{name}": value for name, value in losses.items()})
+        self.means.add({f"weight/{batch.kind}/{name}": value for name, value in out.loss_weights.items()})
+        self.means.add({f"{batch.kind}/{name}": value for name, value in out.metrics.items()})
         return out.loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         check_step(
             self._losses,
             optimizer.param_groups,
-            f"global step {self._batch.global_step}, a {self._batch.step} step",
+            f"global step {self._batch.step}, a {self._batch.kind} step",
             scaled=getattr(self.trainer.precision_plugin, "scaler", None) is not None,
         )
         self.system.after_backward(self._batch, optimizer)

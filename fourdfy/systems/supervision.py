@@ -1,119 +1,215 @@
-"""What supervises a step, computed once from the config: the only reader of its probabilities.
+"""What supervises a scene: one row for each kind of training step, made once from the config.
 
-| step | probability | frames | trains: static scene / dynamic / dynamic, static part frozen |
+Three rows come from the original's keys, the others from ``steps`` (``StepConfig``):
+
+| kind | probability | frames | trains: static scene / dynamic / dynamic, static part frozen |
 | --- | --- | --- | --- |
 | multi_view | pm | groups of n_view cameras, one time | static / static / dynamic |
 | single_view | (1 - pm)(1 - pv) | batch_size cameras, one time | static / static / dynamic |
 | video | (1 - pm) pv | one camera, num_frames times | - / both / dynamic |
-
-A renderer of bounded memory reads train_max_nums in video steps, train_max_nums_static in the others.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
-from fourdfy.config import ConfigError
+from fourdfy.bounds import number, scheduled
+from fourdfy.config import ConfigError, Schema, slot
+from fourdfy.data.base import CameraSampler, DataModule
+from fourdfy.guidance.base import Guidance
+from fourdfy.priors.base import Prior
+from fourdfy.prompts.base import PromptProcessor
+from fourdfy.schedules import Schedule, schedule_value
 from fourdfy.seeds import step_generator
 from fourdfy.types import Budget
 
+Half = Literal["static", "dynamic"]
+"""Of a scene's parameters: what stands still, and what makes it move."""
 
-@dataclass(frozen=True)
-class SupervisionStep:
-    """One kind of training step."""
+ORIGINAL_KINDS: dict[str, tuple[Budget, str, str]] = {
+    "multi_view": ("image", "guidance_multi_view", "_multi_view"),
+    "single_view": ("image", "guidance_single_view", ""),
+    "video": ("video", "guidance_video", "_video"),
+}
+"""Kind -> the renderer's budget, the guidance's name in checkpoints, and what the keys ``guidance``,
+``guidance_type`` and ``prompt_processor`` of ``system`` end in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig(Schema):
+    """``steps.NAME``: a kind of training step besides the original's three."""
+
+    probability: float = number(0.0, 0, 1)
+    """Share of all training steps. The original's kinds divide what the others leave."""
+    cameras_type: str | None = None
+    cameras: Any = slot(CameraSampler, "cameras_type")
+    """What is rendered in such a step."""
+    prompt_processor_type: str | None = None
+    prompt_processor: Any = slot(PromptProcessor, "prompt_processor_type")
+    """Gives the text; null for a guidance that reads none."""
+    guidance_type: str | None = None
+    guidance: Any = slot(Guidance, "guidance_type")
+    """What judges the frames."""
+    trains: list[Half] | None = None
+    """Halves of the scene that learn from it; null: those of the image steps."""
+    budget: Budget = "image"
+    """Whose bound on the renderer's memory holds: ``train_max_nums_static`` for image, ``train_max_nums``
+    for video."""
+    loss: dict[str, Schedule] = scheduled({}, 0, 1e6)
+    """``lambda_NAME``: weights that differ from ``system.loss`` in these steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepKind:
+    """One kind of training step: all that the plan says of it."""
 
     name: str
-    """multi_view, single_view, video; also the batch's ``step``."""
     probability: float
-    trains: frozenset[str]
-    """Which of "static", "dynamic" (halves of the scene) and "guidance" (a LoRA) learn from it."""
-    sample_budget: Budget
-    """Whose bound on the scene's memory holds."""
-    guidance: str
-    """The system's attribute and config key of the guidance, without its prefix's type key."""
-    guidance_cfg: str
-    """Config key of the guidance; its type is named by the key with ``_type`` put in."""
-    prompt_cfg: str
-    """Config key of the prompt processor."""
+    cameras: CameraSampler
+    prompts: PromptProcessor.Config | None
+    guidance: Prior.Config
+    guidance_type: str
+    """The name it was asked for by."""
+    trains: frozenset[Half]
+    """What of the scene learns from it. A guidance's own parameters always do."""
+    budget: Budget
+    loss: Mapping[str, Schedule]
+    """``lambda_NAME`` -> scheduled weight of the loss NAME."""
+    own_loss: Mapping[str, Schedule] = field(default_factory=dict)
+    """What of it is not ``system.loss``."""
+    module: str
+    """The system's attribute that holds the guidance: its name in checkpoints and optimizer groups."""
+    guidance_key: str
+    prompts_key: str
+    """Where the config has them, for messages."""
+
+    def loss_weights(self, step: int) -> dict[str, float]:
+        """Loss -> weight, of those whose weight is not 0 at the global ``step``."""
+        values = {key: float(schedule_value(value, step)) for key, value in self.loss.items()}
+        return {key.removeprefix("lambda_"): value for key, value in values.items() if value != 0}
 
 
 @dataclass(frozen=True)
 class SupervisionPlan:
-    """The step kinds of positive probability, in a fixed order."""
+    """The kinds of step of positive probability, in a fixed order."""
 
-    steps: tuple[SupervisionStep, ...]
+    kinds: tuple[StepKind, ...]
     dynamic: bool
     """Whether the scene moves in this stage; static scenes live at time 0."""
+    absent: frozenset[str] = frozenset()
+    """Guidances that other stages have: optimizer groups may name them."""
 
-    def choose(self, seed: int, global_step: int) -> SupervisionStep:
-        """The kind of step number ``global_step``: a pure function, equal on every rank."""
-        draw = torch.rand((), generator=step_generator(seed, global_step, "kind")).item()
-        for step in self.steps:
-            draw -= step.probability
+    def choose(self, seed: int, step: int) -> StepKind:
+        """The kind of the global ``step``: a pure function, equal on every rank."""
+        draw = torch.rand((), generator=step_generator(seed, step, "kind")).item()
+        for kind in self.kinds:
+            draw -= kind.probability
             if draw < 0:
-                return step
-        return self.steps[-1]
+                return kind
+        return self.kinds[-1]
 
-    def __getitem__(self, name: str) -> SupervisionStep:
-        return next(step for step in self.steps if step.name == name)
+    def __getitem__(self, name: str) -> StepKind:
+        """The kind of this name.
+
+        Raises:
+            KeyError: the plan has no such kind; says which it has.
+        """
+        for kind in self.kinds:
+            if kind.name == name:
+                return kind
+        raise KeyError(f"no kind of step {name!r}; the plan has {', '.join(k.name for k in self.kinds)}")
 
 
 def plan_supervision(
-    *,
-    prob_multi_view: float | None,
-    prob_single_view_video: float | None,
-    simultan: bool,
-    static: bool,
-    freeze_static_modules: bool,
+    system: Any, data: DataModule.Config, steps: Mapping[str, StepConfig] | None = None
 ) -> SupervisionPlan:
     """The plan of a stage.
 
     Args:
-        prob_multi_view: pm; None means 0.
-        prob_single_view_video: pv, read only if ``simultan``; None means 0.
-        static: the scene does not move; video steps would have nothing to teach.
-        freeze_static_modules: in dynamic stages, every step trains the moving part alone.
+        system: the parsed ``system`` section, with the original's keys.
+        data: the parsed ``data`` section.
+        steps: further kinds, by name.
 
     Raises:
-        ConfigError: a probability outside [0, 1], or video steps in a static stage.
+        ConfigError: shares that exceed 1, or a kind that has a share and lacks what it needs.
     """
-    pm = prob_multi_view or 0.0
-    pv = (prob_single_view_video or 0.0) if simultan else 0.0
-    for key, value in (("data.prob_multi_view", pm), ("data.single_view.prob_single_view_video", pv)):
-        if not 0 <= value <= 1:
-            raise ConfigError(f"{key}={value}: a probability lies between 0 and 1")
-    if static and (1 - pm) * pv > 0:
-        raise ConfigError(
-            "data.single_view.static=true leaves video steps nothing to teach; set "
-            "data.single_view.simultan=false or data.single_view.static=false"
-        )
-    if static:
-        still, moving = {"static", "guidance"}, set()
-    elif freeze_static_modules:
-        still = moving = {"dynamic", "guidance"}  # the LoRA keeps up with what it sees
+    further = {name: cfg for name, cfg in (steps or {}).items() if cfg is not None}
+    if double := further.keys() & ORIGINAL_KINDS.keys():
+        raise ConfigError(f"steps.{min(double)}: the original's keys describe this kind; choose another name")
+    left = 1 - sum(cfg.probability for cfg in further.values())
+    if left < 0:
+        raise ConfigError(f"steps: the probabilities of {', '.join(further)} exceed 1 by {-left:g}")
+    if data.static:
+        image: frozenset[Half] = frozenset({"static"})
+        video: frozenset[Half] = frozenset()
+    elif system.freeze_static_modules:
+        image = video = frozenset({"dynamic"})
     else:
-        still, moving = {"static", "guidance"}, {"static", "dynamic", "guidance"}
-    images, video = "image", "video"
-    rows = (
-        ("multi_view", pm, still, images, "guidance_multi_view", "guidance_multi_view", "_multi_view"),
-        ("single_view", (1 - pm) * (1 - pv), still, images, "guidance_single_view", "guidance", ""),
-        ("video", (1 - pm) * pv, moving, video, "guidance_video", "guidance_video", "_video"),
-    )
+        image, video = frozenset({"static"}), frozenset({"static", "dynamic"})
+    samplers, shares = data.samplers(), data.probabilities()
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "probability": left * shares[name],
+            "cameras": samplers[name],
+            "prompts": getattr(system, f"prompt_processor{suffix}"),
+            "guidance": getattr(system, f"guidance{suffix}"),
+            "guidance_type": getattr(system, f"guidance_type{suffix}"),
+            "trains": video if budget == "video" else image,
+            "budget": budget,
+            "loss": system.loss,
+            "module": module,
+            "guidance_key": f"system.guidance{suffix}",
+            "prompts_key": f"system.prompt_processor{suffix}",
+        }
+        for name, (budget, module, suffix) in ORIGINAL_KINDS.items()
+        if name in samplers
+    ] + [
+        {
+            "name": name,
+            "probability": cfg.probability,
+            "cameras": cfg.cameras and cfg.cameras.build(),
+            "prompts": cfg.prompt_processor,
+            "guidance": cfg.guidance,
+            "guidance_type": cfg.guidance_type,
+            "trains": image if cfg.trains is None else frozenset(cfg.trains),
+            "budget": cfg.budget,
+            "loss": {**system.loss, **cfg.loss},
+            "own_loss": cfg.loss,
+            "module": f"guidance_{name}",
+            "guidance_key": f"steps.{name}.guidance",
+            "prompts_key": f"steps.{name}.prompt_processor",
+        }
+        for name, cfg in further.items()
+    ]
+    kinds = tuple(_complete(row) for row in rows if row["probability"] > 0)
+    present = {kind.module for kind in kinds}
     return SupervisionPlan(
-        steps=tuple(
-            SupervisionStep(
-                name=name,
-                probability=probability,
-                trains=frozenset(trains),
-                sample_budget=budget,
-                guidance=attribute,
-                guidance_cfg=key,
-                prompt_cfg=f"prompt_processor{suffix}",
-            )
-            for name, probability, trains, budget, attribute, key, suffix in rows
-            if probability > 0
-        ),
-        dynamic=not static,
+        kinds=kinds,
+        dynamic=not data.static,
+        # The original has "guidance" too, a second name of the image prior.
+        absent=frozenset({"guidance", *(row["module"] for row in rows)} - present),
     )
+
+
+def _complete(row: Mapping[str, Any]) -> StepKind:
+    """The row as a kind of step.
+
+    Raises:
+        ConfigError: it lacks what a step of positive probability needs; names the key.
+    """
+    needed = {row["guidance_key"]: row["guidance"]}
+    if row["guidance"] is None or row["guidance"].reads_text:
+        needed[row["prompts_key"]] = row["prompts"]
+    needed[f"steps.{row['name']}.cameras"] = row["cameras"]
+    for key, part in needed.items():
+        if part is None:
+            raise ConfigError(
+                f"{key}: missing, and {row['name']} steps have probability {row['probability']:g}; "
+                f"set it and its type key, or the probability to 0"
+            )
+    return StepKind(**row)

@@ -52,12 +52,13 @@ STAGE_3 = {
         "sample_rand_frames": "t0",
     },
 }
-STEPS = ("multi_view", "single_view", "video")
+KINDS = ("multi_view", "single_view", "video")
 
 
-def make(given=STAGE_3, seed=0, choose_step=lambda step: STEPS[step % 3]):
+def make(given=STAGE_3, seed=0, choose_kind=lambda step: KINDS[step % 3]):
     cls = find("single-multiview-combined-camera-datamodule", DataModule)
-    return cls(parse_config(cls.Config, given, "data"), seed=seed, choose_step=choose_step)
+    cfg = parse_config(cls.Config, given, "data")
+    return cls(cfg, seed=seed, choose_kind=choose_kind, samplers=cfg.samplers())
 
 
 def static(**single_view):
@@ -79,23 +80,23 @@ def test_batches_are_a_pure_function_of_seed_and_step():
     straight = [make().batch(step) for step in range(8)]
     torch.manual_seed(2)
     resumed = list(itertools.islice(make().train_dataloader(start_step=5), 3))
-    assert [batch.global_step for batch in resumed] == [5, 6, 7]
+    assert [batch.step for batch in resumed] == [5, 6, 7]
     for late, early in zip(resumed, straight[5:], strict=True):
-        assert late.step == early.step and equal(late.cameras, early.cameras)
+        assert late.kind == early.kind and equal(late.cameras, early.cameras)
     assert not equal(straight[0].cameras, make(seed=1).batch(0).cameras)
     assert not equal(straight[0].cameras, straight[3].cameras)
 
 
 def test_the_parts_of_a_step_are_of_one_kind_with_cameras_of_their_own():
     batches = list(itertools.islice(make().train_dataloader(start_step=2, parts=2), 4))
-    assert [(batch.global_step, batch.part) for batch in batches] == [(2, 0), (2, 1), (3, 0), (3, 1)]
+    assert [(batch.step, batch.part) for batch in batches] == [(2, 0), (2, 1), (3, 0), (3, 1)]
     first, second = batches[:2]
-    assert first.step == second.step and not equal(first.cameras, second.cameras)
+    assert first.kind == second.kind and not equal(first.cameras, second.cameras)
     assert equal(first.cameras, make().batch(2).cameras)
 
 
 def test_the_step_names_its_cameras():
-    frames = {batch.step: batch.cameras for batch in map(make().batch, range(3))}
+    frames = {batch.kind: batch.cameras for batch in map(make().batch, range(3))}
     assert {name: (len(c), c.height, c.width) for name, c in frames.items()} == {
         "multi_view": (8, 6, 8),
         "single_view": (2, 6, 8),
@@ -105,12 +106,14 @@ def test_the_step_names_its_cameras():
     assert (len(later), later.height, later.width) == (4, 7, 9)
 
 
-def test_an_unknown_step_is_named_and_a_plugin_may_add_it():
-    data = make(choose_step=lambda step: "panorama")
-    with pytest.raises(ValueError, match=r"'panorama'; known: multi_view, single_view, video"):
-        data.batch(0)
-    data.samplers["panorama"] = data.samplers["single_view"]
-    assert data.batch(0).step == "panorama"
+def test_what_the_memory_plan_reads_is_what_is_drawn():
+    data = make()
+    for kind, sampler in data.samplers.items():
+        step = KINDS.index(kind)
+        drawn = [data.batch(at).cameras for at in (step, step + 60_000)]
+        sizes = list(dict.fromkeys((len(c), c.height, c.width) for c in drawn))
+        assert sampler.sizes() == sizes
+        assert {c.group_size for c in drawn} == {sampler.group_size}
 
 
 def test_evaluation_sequences_of_a_dynamic_stage():
@@ -141,10 +144,8 @@ def test_evaluation_comes_in_chunks_that_cover_each_sequence():
         assert max(len(batch.cameras) for batch in batches) == 3
         for split, cameras in sequences.items():
             own = [batch for batch in batches if batch.split == split]
-            indices = torch.cat([batch.indices for batch in own])
-            assert torch.equal(indices, torch.arange(len(cameras)))
-            assert {batch.total for batch in own} == {len(cameras)}
-            assert torch.equal(torch.cat([batch.cameras.times for batch in own]), cameras.times)
+            for name, values in cameras.tensors().items():
+                assert torch.equal(torch.cat([getattr(batch.cameras, name) for batch in own]), values)
 
 
 def test_batches_move_to_a_device():
@@ -180,4 +181,5 @@ def test_wrong_settings_are_named(path, value, message):
 
 def test_the_parsed_config_builds_its_module():
     cfg = parse_config(CombinedCameraDataModule.Config, STAGE_3, "data")
-    assert cfg.build(seed=0, choose_step=lambda step: "video").batch(0).step == "video"
+    data = cfg.build(seed=0, choose_kind=lambda step: "video", samplers=cfg.samplers())
+    assert data.batch(0).kind == "video"

@@ -100,7 +100,7 @@ def experiment(name: str, overrides: list[str]) -> Experiment:
 
 def seed_of_all_kinds(this: Experiment) -> int:
     """A seed whose first steps are of different kinds, the video's among them."""
-    wanted = min(STEPS, len(this.plan.steps))
+    wanted = min(STEPS, len(this.plan.kinds))
     moving = {"video"} if this.plan.dynamic else set()
     for seed in count():
         kinds = {this.plan.choose(seed, step).name for step in range(STEPS)}
@@ -197,7 +197,7 @@ class Watch:
 
         def watched_step(system, batch):
             self.system = system
-            self.batches += [batch] if batch.step == "video" else []
+            self.batches += [batch] if batch.kind == "video" else []
             return training_step(system, batch)
 
         def watched_forward(geometry, positions, times, **options):
@@ -220,7 +220,7 @@ class Watch:
 
 
 def weight_of_video(watch: Watch) -> float:
-    return watch.system.active_losses(0)["sds_video"]
+    return watch.system.plan["video"].loss_weights(0)["sds_video"]
 
 
 def grid_levels(watch: Watch) -> int:

@@ -68,7 +68,7 @@ def test_eight_views_are_two_groups_of_four_for_the_multi_view_prior():
 
 def test_images_of_a_step_are_single():
     this = parsed(STAGE_3, "data.single_view.batch_size=3")
-    batch = next(b for b in map(this.build_data().batch, range(200)) if b.step == "single_view")
+    batch = next(b for b in map(this.build_data().batch, range(200)) if b.kind == "single_view")
     assert (len(batch.cameras), batch.cameras.group_size) == (3, 1)
 
 
@@ -170,5 +170,5 @@ def test_settings_that_the_stage_does_not_read_are_said(caplog):
 
 def test_the_stills_of_a_moving_scene_take_the_moments_of_its_clips():
     this = parsed(STAGE_3, "data.multi_view={num_frames: null, sample_rand_frames: null}")
-    batches = [b for b in map(this.build_data().batch, range(60)) if b.step == "multi_view"]
+    batches = [b for b in map(this.build_data().batch, range(60)) if b.kind == "multi_view"]
     assert len({round(float(batch.cameras.times[0]), 6) for batch in batches}) > 8, "t0, not 8 fixed moments"

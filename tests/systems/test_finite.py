@@ -103,7 +103,7 @@ def test_a_scene_that_breaks_ends_the_run_and_keeps_the_last_checkpoint(tmp_path
     training_step = FourdfySystem.training_step
 
     def broken_at_step_1(system, batch):
-        if batch.global_step == 1:
+        if batch.step == 1:
             system.scene.geometry.density_network.layers[0].weight.data.fill_(NAN)
         return training_step(system, batch)
 

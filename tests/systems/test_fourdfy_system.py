@@ -9,7 +9,6 @@ from fourdfy.config import ConfigError
 from fourdfy.launching.experiment import load_experiment
 from fourdfy.seeds import step_generator
 from fourdfy.systems.checkpoint import write_checkpoint
-from fourdfy.systems.optim import frozen
 from fourdfy.types import StepContext
 from tests.commands import CONFIGS, TINY
 
@@ -25,61 +24,10 @@ def built():
     return this, this.build_system(), this.build_data()
 
 
-def batch_of(this, data, kind):
-    return data.batch(next(n for n in range(100) if this.plan.choose(this.cfg.seed, n).name == kind))
-
-
-def gradients(this, system, data, kind):
-    """Which halves of the scene a step of ``kind`` reaches."""
-    batch = batch_of(this, data, kind)
-    context = StepContext(0, step_generator(0, 0, "render"))
-    system.scene.before_step(context, dynamic=True)
-    trains = this.plan[kind].trains | {"guidance"}  # there is none here
-    with frozen(system.parameters_outside(trains)):
-        render = system.scene.render(batch.cameras, context)
-    render.comp_rgb.square().sum().backward()
-    halves = system.scene.halves()
-    return {name for name, half in halves.items() if any(p.grad is not None for p in half)}
-
-
-@pytest.mark.parametrize(
-    ("kind", "halves"),
-    [("multi_view", {"static"}), ("single_view", {"static"}), ("video", {"static", "dynamic"})],
-)
-def test_each_step_trains_its_halves_of_the_scene(built, kind, halves):
-    assert gradients(*built, kind) == halves
-
-
-@pytest.mark.parametrize("kind", ["multi_view", "single_view", "video"])
-def test_frozen_static_modules_leave_the_moving_half(kind):
-    this = experiment("system.freeze_static_modules=true")
-    assert gradients(this, this.build_system(), this.build_data(), kind) == {"dynamic"}
-
-
 def start_from_weights(this):
     system = this.build_system()
     system.load_weights(system.read_weights())
     return system
-
-
-class Rendered(Exception):
-    """Stops a step where it has called the renderer."""
-
-
-@pytest.mark.parametrize("kind", ["multi_view", "video"])
-def test_a_step_tells_the_scene_its_budget(built, kind, monkeypatch):
-    this, system, data = built
-    seen = {}
-
-    def render(cameras, context, budget):
-        seen.update(budget=budget)
-        raise Rendered
-
-    monkeypatch.setattr(system.scene, "render", render)
-    monkeypatch.setattr(system, "parameters_outside", lambda trains: iter(()))  # there is no guidance here
-    with pytest.raises(Rendered):
-        system.training_step(batch_of(this, data, kind))
-    assert seen["budget"] == this.plan[kind].sample_budget
 
 
 SHADING = "system.material_type=diffuse-with-point-light-material"
@@ -130,10 +78,10 @@ def test_a_deformation_is_there_where_the_scene_moves():
 
 
 def test_a_loss_is_on_when_its_weight_is_not_0_at_the_step():
-    system = experiment("system.loss.lambda_opaque=[10,0.0,3.0,11]").build_system()
-    assert "opaque" not in system.active_losses(10)
-    assert system.active_losses(11)["opaque"] == 3.0
-    assert "orient" not in system.active_losses(0)
+    kind = experiment("system.loss.lambda_opaque=[10,0.0,3.0,11]").plan["video"]
+    assert "opaque" not in kind.loss_weights(10)
+    assert kind.loss_weights(11)["opaque"] == 3.0
+    assert "orient" not in kind.loss_weights(0)
 
 
 def test_a_weight_without_a_loss_must_be_0():
@@ -189,9 +137,9 @@ def test_an_adapter_in_no_optimizer_group_is_named_unless_it_is_meant(meant, bui
     _, system, _ = built
     if not meant:
         monkeypatch.delitem(system.cfg.optimizer.params, "guidance_single_view")
-    for step in system.plan.steps:
-        adapter = torch.nn.Linear(1, 1) if step.name == "single_view" else torch.nn.Identity()
-        setattr(system, step.guidance, adapter)
+    for kind in system.plan.kinds:
+        adapter = torch.nn.Linear(1, 1) if kind.name == "single_view" else torch.nn.Identity()
+        setattr(system, kind.module, adapter)
     with caplog.at_level("INFO"):
         system.configure_optimizer()
     told = "no group holds the LoRA of guidance_single_view; it stays as it is" in caplog.text

@@ -1,21 +1,52 @@
 """The plan of a stage: the table of the paper's configs, and which step comes next."""
 
 from collections import Counter
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 
-from fourdfy.config import ConfigError
-from fourdfy.systems.supervision import plan_supervision
+from fourdfy.config import Component, ConfigError, parse_config
+from fourdfy.data.base import CameraSampler
+from fourdfy.data.datamodule import CombinedCameraDataModule
+from fourdfy.guidance.base import Guidance
+from fourdfy.systems.supervision import StepConfig, plan_supervision
 
 
-def plan(pm, pv, *, simultan=True, static=False, freeze=False):
-    return plan_supervision(
-        prob_multi_view=pm,
-        prob_single_view_video=pv,
-        simultan=simultan,
-        static=static,
-        freeze_static_modules=freeze,
+class Textless(Guidance):
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Guidance.Config):
+        reads_text = False
+
+
+class Front(CameraSampler):
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Component.Config):
+        pass
+
+    def sample(self, context):
+        raise NotImplementedError
+
+    def sizes(self):
+        return [(1, 4, 4)]
+
+
+TEXTLESS, FRONT = Textless.Config(), Front.Config()
+
+
+def plan(pm, pv, *, simultan=True, static=False, freeze=False, steps=None):
+    single = {"static": static, "simultan": simultan, "prob_single_view_video": pv, "num_frames": 2}
+    data = parse_config(
+        CombinedCameraDataModule.Config, {"prob_multi_view": pm, "single_view": single}, "data"
     )
+    data.check()
+    parts = {
+        f"{key}{suffix}": part
+        for suffix in ("", "_multi_view", "_video")
+        for key, part in {"guidance": TEXTLESS, "guidance_type": "a", "prompt_processor": None}.items()
+    }
+    system = SimpleNamespace(freeze_static_modules=freeze, loss={}, **parts)
+    return plan_supervision(system, data, steps)
 
 
 @pytest.mark.parametrize(
@@ -30,32 +61,32 @@ def plan(pm, pv, *, simultan=True, static=False, freeze=False):
     ],
 )
 def test_probabilities_of_the_papers_stages(pm, pv, static, expected):
-    steps = plan(pm, pv, simultan=not static, static=static).steps
-    assert {step.name: step.probability for step in steps} == expected
+    kinds = plan(pm, pv, simultan=not static, static=static).kinds
+    assert {kind.name: kind.probability for kind in kinds} == expected
 
 
 def test_video_steps_need_simultan():
-    assert [s.name for s in plan(0.5, 0.5, simultan=False).steps] == ["multi_view", "single_view"]
+    assert [s.name for s in plan(0.5, 0.5, simultan=False).kinds] == ["multi_view", "single_view"]
 
 
 @pytest.mark.parametrize(
     ("static", "freeze", "kind", "trains"),
     [
-        (True, False, "multi_view", {"static", "guidance"}),
-        (True, True, "single_view", {"static", "guidance"}),
-        (False, False, "multi_view", {"static", "guidance"}),
-        (False, False, "single_view", {"static", "guidance"}),
-        (False, False, "video", {"static", "dynamic", "guidance"}),
-        (False, True, "multi_view", {"dynamic", "guidance"}),
-        (False, True, "video", {"dynamic", "guidance"}),
+        (True, False, "multi_view", {"static"}),
+        (True, True, "single_view", {"static"}),
+        (False, False, "multi_view", {"static"}),
+        (False, False, "single_view", {"static"}),
+        (False, False, "video", {"static", "dynamic"}),
+        (False, True, "multi_view", {"dynamic"}),
+        (False, True, "video", {"dynamic"}),
     ],
 )
 def test_which_half_learns(static, freeze, kind, trains):
     assert plan(0.5, 0.0 if static else 0.5, static=static, freeze=freeze)[kind].trains == trains
 
 
-def test_video_steps_have_a_sample_budget_of_their_own():
-    assert {step.name: step.sample_budget for step in plan(0.5, 0.5).steps} == {
+def test_video_steps_have_a_budget_of_their_own():
+    assert {kind.name: kind.budget for kind in plan(0.5, 0.5).kinds} == {
         "multi_view": "image",
         "single_view": "image",
         "video": "video",
@@ -81,6 +112,39 @@ def test_video_steps_in_a_static_stage_are_refused():
         plan(0.5, 0.5, static=True)
 
 
-def test_a_probability_above_1_is_refused():
-    with pytest.raises(ConfigError, match=r"data\.prob_multi_view=1\.5"):
-        plan(1.5, 0.0)
+def step(probability, **given):
+    return StepConfig(
+        probability=probability, cameras=FRONT, guidance_type="textless", guidance=TEXTLESS, **given
+    )
+
+
+def test_further_kinds_take_their_share_and_the_others_divide_the_rest():
+    chosen = plan(0.5, 0.5, steps={"reference": step(0.2), "unused": step(0.0), "off": None})
+    shares = {kind.name: kind.probability for kind in chosen.kinds}
+    assert shares == pytest.approx({"multi_view": 0.4, "single_view": 0.2, "video": 0.2, "reference": 0.2})
+    counts = Counter(chosen.choose(0, n).name for n in range(2000))
+    assert abs(counts["reference"] - 400) < 54  # three standard deviations
+
+
+def test_a_further_kind_says_what_it_trains_or_trains_what_images_do():
+    steps = {"a": step(0.1), "b": step(0.1, trains=["static", "dynamic"])}
+    assert plan(0.5, 0.5, steps=steps)["a"].trains == {"static"}
+    assert plan(0.5, 0.5, steps=steps)["b"].trains == {"static", "dynamic"}
+    assert plan(0.5, 0.5, freeze=True, steps=steps)["a"].trains == {"dynamic"}
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ({"a": step(0.7), "b": step(0.4)}, r"steps: the probabilities of a, b exceed 1 by 0\.1"),
+        ({"video": step(0.1)}, r"steps\.video: the original's keys describe this kind"),
+    ],
+)
+def test_shares_that_exceed_1_and_names_that_are_taken_are_refused(steps, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(0.5, 0.5, steps=steps)
+
+
+def test_an_unknown_kind_is_named():
+    with pytest.raises(KeyError, match="no kind of step 'panorama'; the plan has multi_view, single_view"):
+        plan(0.5, 0.0)["panorama"]
