@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fourdfy.config import slot
-from fourdfy.exporters.base import Exporter, Subject
+from fourdfy.exporters.base import Exporter, TrainedScene
 from fourdfy.registry import register
 
 
@@ -24,10 +24,10 @@ class AllExporter(Exporter):
 
     cfg: Config
 
-    def export(self, subject: Subject, folder: Path) -> list[Path]:
+    def export(self, trained: TrainedScene, folder: Path) -> list[Path]:
         files: list[Path] = []
         for inner in (self.cfg.video, self.cfg.mesh):  # meshes last: they can be refused
             if inner is not None:
                 cfg = replace(inner, clip_seconds=inner.clip_seconds or self.cfg.clip_seconds)
-                files = cfg.build().export(subject, folder) + files
+                files = cfg.build().export(trained, folder) + files
         return files

@@ -20,7 +20,7 @@ from numpy import ndarray
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fourdfy.exporters.base import Subject
+from fourdfy.exporters.base import TrainedScene
 from fourdfy.exporters.gltf import ARRAY_BUFFER, Glb
 from fourdfy.exporters.mesh_files import ColoredMesh, ImageFormat, add_material, add_primitive, y_up
 from fourdfy.ops.isosurface import in_chunks, invert_warp, vertex_normals
@@ -42,13 +42,13 @@ class Tracks:
 
 
 @torch.no_grad()
-def deforms(subject: Subject) -> bool:
-    """Whether the geometry moves its points by a deformation."""
-    point, time = torch.zeros(1, 3, device=subject.device), torch.zeros(1, 1, device=subject.device)
-    return subject.scene.geometry(point, time, step=subject.step).deformation is not None
+def deforms(trained: TrainedScene) -> bool:
+    """Whether the scene moves its points by a deformation."""
+    point, time = torch.zeros(1, 3, device=trained.device), torch.zeros(1, 1, device=trained.device)
+    return trained.volume.displacement(point, time, step=trained.step) is not None
 
 
-def follow(subject: Subject, positions: Float[Tensor, "V 3"], times: Sequence[float]) -> Tracks:
+def follow(trained: TrainedScene, positions: Float[Tensor, "V 3"], times: Sequence[float]) -> Tracks:
     """The paths of points that lie on the surface at ``times[0]``.
 
     The field maps backwards: the point x of time t is the canonical point x + dx(x, t). A vertex
@@ -57,12 +57,13 @@ def follow(subject: Subject, positions: Float[Tensor, "V 3"], times: Sequence[fl
     before. Density biases are functions of x itself and do not move along, so the surface of a later
     moment is only nearly this one.
     """
-    radius = subject.scene.geometry.radius
+    volume, radius = trained.volume, trained.volume.radius
 
     def displacement(points: Float[Tensor, "N 3"], time: float) -> Float[Tensor, "N 3"]:
         def of_some(some: Float[Tensor, "n 3"]) -> Float[Tensor, "n 3"]:
-            field = subject.scene.geometry(some, torch.full_like(some[:, :1], time), step=subject.step)
-            return 2 * radius * field.deformation  # the cube of side 1, in scene units
+            moved = volume.displacement(some, torch.full_like(some[:, :1], time), step=trained.step)
+            assert moved is not None
+            return moved
 
         return in_chunks(of_some, points, CHUNK)
 

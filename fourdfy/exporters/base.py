@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fourdfy.bounds import number
-from fourdfy.config import Component
+from fourdfy.config import Component, ConfigError
 from fourdfy.files.images import VALIDATION_FPS
 from fourdfy.files.names import sanitize_tag
-from fourdfy.types import Cameras, RenderOutput
+from fourdfy.scenes.base import Scene, VolumeScene
+from fourdfy.types import Cameras, RenderOutput, StepContext
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """The trained scene that is exported."""
+class TrainedScene:
+    """A scene as a checkpoint holds it, and what its names and lengths come from."""
 
-    scene: Any
-    render: Callable[[Cameras], RenderOutput]
-    """Frames as they are evaluated."""
+    scene: Scene
     prompt: str
     cameras: Mapping[str, Cameras]
     """The evaluation sequences by name (see the data module): ``test``, ``val_video``, ..."""
@@ -32,6 +30,25 @@ class Subject:
     step: int
     """The global step of the checkpoint."""
     device: torch.device
+
+    @torch.no_grad()
+    def render(self, cameras: Cameras) -> RenderOutput:
+        """Frames as they are evaluated."""
+        return self.scene.render(cameras.to(self.device), StepContext(self.step))
+
+    @property
+    def volume(self) -> VolumeScene:
+        """The scene, if it has a density.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        if not isinstance(self.scene, VolumeScene):
+            raise ConfigError(
+                f"system.exporter_type: a {type(self.scene).__name__} has no density to make a mesh of; use "
+                "system.exporter_type=video-exporter"
+            )
+        return self.scene
 
     @property
     def name(self) -> str:
@@ -57,7 +74,7 @@ class Exporter(Component, ABC):
         self.cfg = cfg
 
     @abstractmethod
-    def export(self, subject: Subject, folder: Path) -> list[Path]:
+    def export(self, trained: TrainedScene, folder: Path) -> list[Path]:
         """Write into ``folder`` (made if missing); gives the files, the most useful first.
 
         Raises:

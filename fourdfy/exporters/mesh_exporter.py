@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,11 +11,10 @@ from typing import Any
 from fourdfy.bounds import number
 from fourdfy.config import ignored
 from fourdfy.exporters.animation import deforms, follow, morphing_glb, switching_glb
-from fourdfy.exporters.base import Exporter, Subject
+from fourdfy.exporters.base import Exporter, TrainedScene
 from fourdfy.exporters.gltf import Glb
 from fourdfy.exporters.mesh_files import ColoredMesh, Format, ImageFormat, write_mesh
 from fourdfy.exporters.surface import (
-    IsosurfaceSettings,
     NoSurfaceError,
     extract_surface,
     simplified,
@@ -75,18 +73,17 @@ class MeshExporter(Exporter):
 
     cfg: Config
 
-    def export(self, subject: Subject, folder: Path) -> list[Path]:
+    def export(self, trained: TrainedScene, folder: Path) -> list[Path]:
         """``{save_name}_animated.glb`` of a moving scene, and the ``times``: ``{save_name}_t0.5.glb``."""
         cfg = self.cfg
-        settings = IsosurfaceSettings.of(subject.scene.geometry)
         files = []
-        if subject.dynamic and cfg.animation_frames:
+        if trained.dynamic and cfg.animation_frames:
             files.append(folder / f"{cfg.save_name}_animated.glb")
-            content = self._animation(subject, settings)
+            content = self._animation(trained)
             with whole_file(files[0]) as half_written:
                 half_written.write_bytes(content)
         try:
-            meshes = self._meshes(subject, cfg.times, settings, textured=cfg.fmt in ("glb", "obj-mtl"))
+            meshes = self._meshes(trained, cfg.times, textured=cfg.fmt in ("glb", "obj-mtl"))
         except NoSurfaceError:
             if not files:
                 raise
@@ -98,35 +95,31 @@ class MeshExporter(Exporter):
                     f"{cfg.save_name}_t{time:.10g}" if time else cfg.save_name,
                     mesh,
                     cfg.fmt,
-                    title=subject.name,
+                    title=trained.name,
                     normals=cfg.save_normal,
                     lit=cfg.lit,
                     image_format=cfg.texture_format,
                 )
         return files
 
-    def _animation(self, subject: Subject, settings: IsosurfaceSettings) -> bytes:
+    def _animation(self, trained: TrainedScene) -> bytes:
         """A loop: the moment after the last is the first."""
         cfg = self.cfg
-        glb = Glb(subject.name, lit=cfg.lit)
-        seconds = cfg.clip_seconds or subject.clip_seconds
-        if cfg.animation_resolution is not None:
-            settings = dataclasses.replace(settings, resolution=cfg.animation_resolution)
+        glb = Glb(trained.name, lit=cfg.lit)
+        seconds = cfg.clip_seconds or trained.clip_seconds
         times = [index / cfg.animation_frames for index in range(cfg.animation_frames)]
-        if deforms(subject):
+        if deforms(trained):
             try:
-                mesh = self._mesh(subject, 0.0, settings, textured=True, animated=True)
+                mesh = self._mesh(trained, 0.0, textured=True, animated=True)
             except NoSurfaceError:
                 logger.info("nothing to follow from time 0, so every moment gets a mesh of its own")
             else:
-                tracks = follow(subject, mesh.surface.positions, [*times, 1.0])
+                tracks = follow(trained, mesh.surface.positions, [*times, 1.0])
                 return morphing_glb(glb, mesh, tracks, seconds=seconds, image_format=cfg.texture_format)
-        meshes = self._meshes(subject, times, settings, textured=False, animated=True)
+        meshes = self._meshes(trained, times, textured=False, animated=True)
         return switching_glb(glb, meshes, seconds=seconds)
 
-    def _meshes(
-        self, subject: Subject, times: Sequence[float], settings: IsosurfaceSettings, **how: bool
-    ) -> list[ColoredMesh | None]:
+    def _meshes(self, trained: TrainedScene, times: Sequence[float], **how: bool) -> list[ColoredMesh | None]:
         """A mesh for each moment; None, with a warning, for those that show nothing.
 
         Raises:
@@ -136,7 +129,7 @@ class MeshExporter(Exporter):
         nothing: NoSurfaceError | None = None
         for time in times:
             try:
-                meshes.append(self._mesh(subject, time, settings, **how))
+                meshes.append(self._mesh(trained, time, **how))
             except NoSurfaceError as error:
                 logger.warning("nothing to see at time %.3g", time)
                 meshes.append(None)
@@ -146,28 +139,23 @@ class MeshExporter(Exporter):
         return meshes
 
     def _mesh(
-        self,
-        subject: Subject,
-        time: float,
-        settings: IsosurfaceSettings,
-        *,
-        textured: bool,
-        animated: bool = False,
+        self, trained: TrainedScene, time: float, *, textured: bool, animated: bool = False
     ) -> ColoredMesh:
         cfg = self.cfg
         most = cfg.animation_max_faces if animated else cfg.max_faces
-        surface = extract_surface(subject, time, settings, smoothing=cfg.smoothing)
+        resolution = cfg.animation_resolution if animated else None
+        surface = extract_surface(trained, time, resolution=resolution, smoothing=cfg.smoothing)
         if not (textured and cfg.save_uv and cfg.save_texture and can_unwrap()):
-            colors = surface_colors(subject, surface.positions, surface.normals, time)
+            colors = surface_colors(trained, surface.positions, surface.normals, time)
             if len(surface.faces) > most:
                 surface = simplified(surface, most, colors)
-                colors = surface_colors(subject, surface.positions, surface.normals, time)
+                colors = surface_colors(trained, surface.positions, surface.normals, time)
             return ColoredMesh(surface=surface, colors=colors)
         surface = simplified(surface, most)
         unwrapped = unwrap(surface, cfg.texture_size, cfg.xatlas_chart_options, cfg.xatlas_pack_options)
         texture = bake(
             unwrapped,
-            lambda positions, normals: surface_colors(subject, positions, normals, time),
+            lambda positions, normals: surface_colors(trained, positions, normals, time),
             cfg.texture_size,
         )
         return ColoredMesh(surface=unwrapped.surface, uvs=unwrapped.uvs, texture=texture)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fourdfy.config import ConfigError
-from fourdfy.exporters.base import Subject
+from fourdfy.exporters.base import TrainedScene
 from fourdfy.ops.compositing import accumulate, weights_from_density
 from fourdfy.ops.isosurface import (
     decimated,
@@ -28,8 +28,7 @@ from fourdfy.ops.isosurface import (
     without_ripples,
     without_small_parts,
 )
-from fourdfy.scenes.nerf.base import Geometry, ShadingPoints
-from fourdfy.types import StepContext
+from fourdfy.scenes.base import IsosurfaceConfig
 
 logger = logging.getLogger(__name__)
 
@@ -51,30 +50,13 @@ class Surface:
     """Unit, outward."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class IsosurfaceSettings:
-    """A geometry's ``isosurface_*`` keys; these defaults where it has none."""
-
-    resolution: int = 128
-    threshold: float | int | str = "auto"
-    chunk: int = 0
-    remove_outliers: bool = True
-    outlier_n_faces_threshold: float = 0.01
-
-    @classmethod
-    def of(cls, geometry: Geometry) -> IsosurfaceSettings:
-        given = getattr(geometry, "cfg", None)
-        names = [f.name for f in fields(cls) if hasattr(given, f"isosurface_{f.name}")]
-        return cls(**{name: getattr(given, f"isosurface_{name}") for name in names})
-
-
 class NoSurfaceError(ConfigError):
     """There is nothing to see at this moment."""
 
 
 @torch.no_grad()
 def extract_surface(
-    subject: Subject, time: float, settings: IsosurfaceSettings, *, smoothing: int = 0
+    trained: TrainedScene, time: float, *, resolution: int | None = None, smoothing: int = 0
 ) -> Surface:
     """The isosurface at scene time ``time``.
 
@@ -82,22 +64,24 @@ def extract_surface(
     behind it, such as a dark pupil, would be holes otherwise, and the hollow a surface of its own.
 
     Args:
+        resolution: takes the place of ``isosurface_resolution``.
         smoothing: iterations of ``without_ripples``.
 
     Raises:
         NoSurfaceError: no density reaches the threshold; says how dense the scene is.
     """
-    geometry, radius = subject.scene.geometry, subject.scene.geometry.radius
+    volume = trained.volume
+    settings, radius = volume.isosurface, volume.radius
 
     def density(positions: Float[Tensor, "n 3"]) -> Float[Tensor, "n"]:
-        return geometry.density(positions, torch.full_like(positions[:, :1], time), step=subject.step)
+        return volume.density(positions, torch.full_like(positions[:, :1], time), step=trained.step)
 
     grid = sample_grid(
         density,
         radius=radius,
-        resolution=settings.resolution,
-        chunk_size=settings.chunk or 1 << 17,
-        device=subject.device,
+        resolution=resolution or settings.isosurface_resolution,
+        chunk_size=settings.isosurface_chunk or 1 << 17,
+        device=trained.device,
     )
     level = _level(grid, grid, settings, radius, time)
     # Light enters a fog of density s to a depth of about 1 / s. What is finer there is noise to a camera,
@@ -105,11 +89,13 @@ def extract_surface(
     fog = smoothed(grid, radius, FOG_SMOOTHING / level)
     level = _level(fog, grid, settings, radius, time)
     solid = fog / level
-    if settings.threshold == "auto":
+    if settings.isosurface_threshold == "auto":
         solid = solid.maximum(optical_depth(grid, radius) / math.log(2))
     positions, faces = marching_cubes(solid, 1.0, radius)
-    if settings.remove_outliers:
-        positions, faces = without_small_parts(positions, faces, settings.outlier_n_faces_threshold)
+    if settings.isosurface_remove_outliers:
+        positions, faces = without_small_parts(
+            positions, faces, settings.isosurface_outlier_n_faces_threshold
+        )
     positions = without_ripples(positions, faces, smoothing).clamp(-radius, radius)
     logger.info("surface at time %.3g: density %.3g, %d triangles", time, level, len(faces))
     return Surface(positions=positions, faces=faces, normals=vertex_normals(positions, faces))
@@ -118,18 +104,18 @@ def extract_surface(
 def _level(
     grid: Float[Tensor, "R R R"],
     seen: Float[Tensor, "R R R"],
-    settings: IsosurfaceSettings,
+    settings: IsosurfaceConfig,
     radius: float,
     time: float,
 ) -> float:
-    auto = settings.threshold == "auto"
-    level = silhouette_level(grid, radius, seen) if auto else float(settings.threshold)
+    auto = settings.isosurface_threshold == "auto"
+    level = silhouette_level(grid, radius, seen) if auto else float(settings.isosurface_threshold)
     low, high = float(grid.min()), float(grid.max())
     if level is None or not low < level < high:
         raise NoSurfaceError(
-            f"system.geometry.isosurface_threshold={settings.threshold}: no surface at time {time:g}, where "
-            f"the density runs from {low:.3g} to {high:.3g}; give a number between, or auto for what a "
-            f"camera sees"
+            f"system.geometry.isosurface_threshold={settings.isosurface_threshold}: no surface at time "
+            f"{time:g}, where the density runs from {low:.3g} to {high:.3g}; give a number between, "
+            f"or auto for what a camera sees"
         )
     return level
 
@@ -150,37 +136,30 @@ def simplified(surface: Surface, most: int, colors: Float[Tensor, "V 3"] | None 
 
 @torch.no_grad()
 def surface_colors(
-    subject: Subject, positions: Float[Tensor, "N 3"], normals: Float[Tensor, "N 3"], time: float
+    trained: TrainedScene, positions: Float[Tensor, "N 3"], normals: Float[Tensor, "N 3"], time: float
 ) -> Float[Tensor, "N 3"]:
     """Displayed colours, 0..1, of a camera that looks at each point from where its normal points.
 
     The point's own colour would not do: a soft surface shows what lies a little deeper. Materials that
     shade are lit from the camera, so that what is left is the albedo under full light.
     """
-    reach = COLOR_REACH * subject.scene.geometry.radius
+    reach = COLOR_REACH * trained.volume.radius
     rays = torch.cat([positions, normals], dim=-1)
-    return in_chunks(lambda some: _colors_from_above(subject, some, reach, time), rays, 1 << 14)
+    return in_chunks(lambda some: _colors_from_above(trained, some, reach, time), rays, 1 << 14)
 
 
 def _colors_from_above(
-    subject: Subject, rays: Float[Tensor, "n 6"], reach: float, time: float
+    trained: TrainedScene, rays: Float[Tensor, "n 6"], reach: float, time: float
 ) -> Float[Tensor, "n 3"]:
-    geometry, material = subject.scene.geometry, subject.scene.material
     points, normals = rays.split(3, dim=-1)
     edges = torch.linspace(-reach, reach, COLOR_SAMPLES + 1, device=rays.device)
     starts, ends = edges[:-1].repeat(len(rays)), edges[1:].repeat(len(rays))
     ray_indices = torch.arange(len(rays), device=rays.device).repeat_interleave(COLOR_SAMPLES)
     samples = points[ray_indices] - (starts + ends)[:, None] / 2 * normals[ray_indices]
-    field = geometry(
-        samples,
-        torch.full_like(samples[:, :1], time),
-        step=subject.step,
-        want_normals=material.requires_normal,
+    sigmas, colors = trained.volume.radiance(
+        samples, torch.full_like(samples[:, :1], time), -normals[ray_indices], step=trained.step
     )
-    directions = -normals[ray_indices]
-    seen = ShadingPoints(positions=samples, directions=directions, light_positions=samples - directions)
-    colors = material(field, seen, StepContext(subject.step))
-    weights = weights_from_density(field.sigmas, starts, ends, ray_indices, len(rays))
+    weights = weights_from_density(sigmas, starts, ends, ray_indices, len(rays))
     total = accumulate(weights, torch.ones_like(weights)[:, None], ray_indices, len(rays))
     mixed = accumulate(weights, colors, ray_indices, len(rays)) / total.clamp(min=1e-6)
     return mixed.clamp(0, 1)

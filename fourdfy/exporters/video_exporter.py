@@ -13,7 +13,7 @@ from numpy import ndarray
 
 from fourdfy.bounds import number
 from fourdfy.config import ConfigError, file_path
-from fourdfy.exporters.base import Exporter, Subject
+from fourdfy.exporters.base import Exporter, TrainedScene
 from fourdfy.exporters.camera_path import load_cameras, save_cameras
 from fourdfy.files import atomic, images
 from fourdfy.ops.compositing import expected_depth
@@ -47,18 +47,23 @@ class VideoExporter(Exporter):
 
     cfg: Config
 
-    def export(self, subject: Subject, folder: Path) -> list[Path]:
+    def export(self, trained: TrainedScene, folder: Path) -> list[Path]:
         """``{trajectory}.mp4`` and so on, ``{trajectory}_depth.mp4`` and ``.npz``,
         ``{trajectory}_transforms.json``."""
         cfg = self.cfg
-        name, cameras, fps = choose_cameras(cfg.trajectory, subject.cameras)
-        fps = cfg.fps or self._clips_fps(subject, cameras, fps)
+        name, cameras, fps = choose_cameras(cfg.trajectory, trained.cameras)
+        fps = cfg.fps or self._clips_fps(trained, cameras, fps)
         colors, cutouts, depths = [], [], []
         for some in torch.arange(len(cameras)).split(cfg.frames_at_once):
-            out = subject.render(cameras[some])
+            out = trained.render(cameras[some])
             colors.append(images.to_pixels(out.comp_rgb))
             depths.append(expected_depth(out.opacity, out.depth).cpu())
             if cfg.alpha:
+                if out.comp_rgb_fg is None:
+                    raise ConfigError(
+                        f"system.exporter.alpha=true: a {type(trained.scene).__name__} renders no foreground "
+                        "without its background; set it to false"
+                    )
                 straight = out.comp_rgb_fg / out.opacity.clamp(min=1e-6)
                 cutouts.append(images.to_pixels(torch.cat([straight, out.opacity], dim=-1)))
 
@@ -80,12 +85,12 @@ class VideoExporter(Exporter):
         save_cameras(files[-1], cameras, fps=fps, image_pattern=pattern)
         return files
 
-    def _clips_fps(self, subject: Subject, cameras: Cameras, of_file: float | None) -> float:
+    def _clips_fps(self, trained: TrainedScene, cameras: Cameras, of_file: float | None) -> float:
         """What shows a clip in its time, where the frames go through it at one speed."""
         steps = cameras.times.diff() % 1
         even = len(steps) > 0 and float(steps.min()) > 1e-6 and float(steps.max() - steps.min()) < 1e-4
-        if even and subject.dynamic and (self.cfg.clip_seconds or not of_file):
-            return 1 / float(steps.mean()) / (self.cfg.clip_seconds or subject.clip_seconds)
+        if even and trained.dynamic and (self.cfg.clip_seconds or not of_file):
+            return 1 / float(steps.mean()) / (self.cfg.clip_seconds or trained.clip_seconds)
         return of_file or images.TEST_FPS
 
 

@@ -1,6 +1,6 @@
 """What a scene is to the rest of the system.
 
-F frames of H x W pixels.
+F frames of H x W pixels, N points.
 """
 
 from __future__ import annotations
@@ -10,9 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from fourdfy.config import Component
+from fourdfy.bounds import number
+from fourdfy.config import Component, Schema
 from fourdfy.types import Budget, Cameras, RenderOutput, StepContext
 
 
@@ -65,3 +67,63 @@ class Scene(Component, nn.Module, ABC):
         What then has another shape in ``state`` is refused by name.
         """
         return
+
+
+@dataclass(frozen=True, kw_only=True)
+class IsosurfaceConfig(Schema):
+    """How a mesh is extracted from a density."""
+
+    isosurface_resolution: int = number(128, 2, 1024)
+    """Of exported meshes: samples of the density along each axis."""
+    isosurface_threshold: float | int | str = number("auto", above=0)
+    """Density of the surface (25 in threestudio), or ``auto``: the one with the silhouettes of the
+    rendered scene."""
+    isosurface_chunk: int = number(0, 0, 1 << 26)
+    """Points per call of the field; 0 for 131072."""
+    isosurface_remove_outliers: bool = True
+    """Drop small parts that hang together with nothing else."""
+    isosurface_outlier_n_faces_threshold: float = number(0.01, 0, 1)
+    """Small: fewer triangles than this share of the largest part's."""
+
+    def __post_init__(self) -> None:
+        if isinstance(given := self.isosurface_threshold, str) and given != "auto":
+            raise ValueError(f"isosurface_threshold={given!r}: expected a number above 0 or 'auto'")
+
+
+class VolumeScene(Scene):
+    """A scene with a density in a cube around the origin, from which a mesh can be extracted.
+
+    Positions are in scene units, times in 0..1; ``step`` is the global step that schedules are at.
+    """
+
+    @property
+    @abstractmethod
+    def radius(self) -> float:
+        """Half side of the cube, in scene units."""
+
+    @property
+    def isosurface(self) -> IsosurfaceConfig:
+        return IsosurfaceConfig()
+
+    @abstractmethod
+    def density(
+        self, positions: Float[Tensor, "N 3"], times: Float[Tensor, "N 1"], *, step: int
+    ) -> Float[Tensor, "N"]:
+        """Volume density per scene unit."""
+
+    @abstractmethod
+    def radiance(
+        self,
+        positions: Float[Tensor, "N 3"],
+        times: Float[Tensor, "N 1"],
+        directions: Float[Tensor, "N 3"],
+        *,
+        step: int,
+    ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N 3"]]:
+        """The density, and colours as evaluation sees them along unit ``directions``, lit from the eye."""
+
+    def displacement(
+        self, positions: Float[Tensor, "N 3"], times: Float[Tensor, "N 1"], *, step: int
+    ) -> Float[Tensor, "N 3"] | None:
+        """From each point to its place in the canonical scene; None where nothing is deformed."""
+        return None

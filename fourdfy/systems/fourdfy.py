@@ -17,7 +17,7 @@ from fourdfy import registry
 from fourdfy.bounds import scheduled
 from fourdfy.config import ConfigError, ignored, slot
 from fourdfy.data.base import DataModule
-from fourdfy.exporters.base import Exporter, Subject
+from fourdfy.exporters.base import Exporter, TrainedScene
 from fourdfy.guidance.base import Guidance
 from fourdfy.ops.regularizers import REGULARIZERS
 from fourdfy.original.checkpoints import own_names
@@ -261,16 +261,15 @@ class FourdfySystem(System):
         return self.scene.render(cameras.to(self.device), StepContext(self.step))
 
     def export(self, folder: Path, cameras: Mapping[str, Cameras]) -> list[Path]:
-        subject = Subject(
+        trained = TrainedScene(
             scene=self.scene,
-            render=self.render,
             prompt=self.cfg.prompt or "scene",
             cameras=cameras,
             dynamic=self.plan.dynamic,
             step=self.step,
             device=self.device,
         )
-        return self.cfg.exporter.build().export(subject, folder)
+        return self.cfg.exporter.build().export(trained, folder)
 
     # -- checkpoints ----------------------------------------------------------------------------
 

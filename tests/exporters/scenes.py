@@ -1,14 +1,14 @@
 """A coloured ball that is moved about, by a deformation or without one; all in closed form."""
 
 import math
-from types import SimpleNamespace
 
 import torch
 
-from fourdfy.exporters.base import Subject
+from fourdfy.exporters.base import TrainedScene
 from fourdfy.ops.cameras import orbit_cameras
-from fourdfy.scenes.nerf.base import Background, Geometry, Material, Parts
-from fourdfy.types import FieldOutput
+from fourdfy.scenes.nerf.base import Geometry, Material
+from fourdfy.scenes.nerf.scene import NeRFScene
+from fourdfy.types import FieldOutput, RenderOutput
 
 RADIUS, SIZE = 2.0, 0.8
 GREY, RED = (0.5, 0.5, 0.5), (0.8, 0.2, 0.1)
@@ -39,7 +39,7 @@ class MovedBall(Geometry):
         super().__init__()
         self.deforms, self.peak = deforms, peak
         # The surface is where the radius is SIZE.
-        self.cfg = SimpleNamespace(isosurface_resolution=40, isosurface_threshold=30.0)
+        self.cfg = MovedBall.Config(isosurface_resolution=40, isosurface_threshold=30.0)
 
     @property
     def radius(self):
@@ -60,6 +60,13 @@ class MovedBall(Geometry):
         )
 
 
+def auto(kind, deforms=False):
+    """A geometry whose surface is the one that is seen."""
+    geometry = kind(deforms=deforms)
+    geometry.cfg = kind.Config(isosurface_resolution=40)
+    return geometry
+
+
 class Painted(Material):
     """Grey in front, red elsewhere."""
 
@@ -67,28 +74,30 @@ class Painted(Material):
         return torch.lerp(torch.tensor(RED), torch.tensor(GREY), field.features)
 
 
-class Nothing(Background):
-    def forward(self, directions, *, generator=None):
-        return torch.zeros_like(directions)
+class PlainPictures(NeRFScene):
+    """Its pictures are brighter with time, with one depth for each pixel column."""
+
+    def __init__(self, geometry, material):
+        torch.nn.Module.__init__(self)
+        self.geometry, self.material = geometry, material
+
+    def render(self, cameras, context, budget="image"):
+        shape = (len(cameras), cameras.height, cameras.width)
+        rgb = cameras.times[:, None, None, None].expand(*shape, 3)
+        depth = torch.linspace(2, 4, cameras.width)[:, None].expand(*shape, 1)
+        opacity = torch.full_like(depth, 0.8)
+        return RenderOutput(comp_rgb=rgb, comp_rgb_fg=0.8 * rgb, depth=0.8 * depth, opacity=opacity)
 
 
-def make_subject(*, deforms=False, dynamic=True, peak=60.0):
-    """Its ``render`` gives plain pictures, brighter with time, and one depth for each pixel column."""
-    scene = Parts(MovedBall(deforms=deforms, peak=peak), Painted(), Nothing())
+def make_trained(*, deforms=False, dynamic=True, peak=60.0, geometry=None, material=None):
+    geometry = geometry or MovedBall(deforms=deforms, peak=peak)
     azimuth = torch.linspace(0, 90, 6)
     path = orbit_cameras(
         torch.full((6,), 15.0), azimuth, distance=3.0, fovy_deg=40.0,
         times=torch.linspace(0, 1, 6), height=12, width=16,
     )  # fmt: skip
 
-    def render(cameras):
-        shape = (len(cameras), cameras.height, cameras.width)
-        rgb = cameras.times[:, None, None, None].expand(*shape, 3)
-        depth = torch.linspace(2, 4, cameras.width)[:, None].expand(*shape, 1)
-        rest = {"comp_rgb_fg": 0.8 * rgb, "opacity": torch.full_like(depth, 0.8)}
-        return SimpleNamespace(comp_rgb=rgb, depth=0.8 * depth, **rest)
-
-    return Subject(
-        scene=scene, render=render, prompt="a ball", cameras={"test": path, "val_video": path},
-        dynamic=dynamic, step=7, device=torch.device("cpu"),
+    return TrainedScene(
+        scene=PlainPictures(geometry, material or Painted()), prompt="a ball",
+        cameras={"test": path, "val_video": path}, dynamic=dynamic, step=7, device=torch.device("cpu"),
     )  # fmt: skip

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import numpy as np
 import pygltflib
 import pytest
@@ -10,9 +8,9 @@ from fourdfy.config import parse_config
 from fourdfy.exporters.animation import deforms, follow
 from fourdfy.exporters.mesh_exporter import MeshExporter
 from fourdfy.exporters.mesh_files import y_up
-from fourdfy.exporters.surface import IsosurfaceSettings, extract_surface
+from fourdfy.exporters.surface import extract_surface
 from tests.exporters.readers import accessor
-from tests.exporters.scenes import MovedBall, make_subject, moved
+from tests.exporters.scenes import MovedBall, auto, make_trained, moved
 
 torch.set_num_threads(1)
 
@@ -34,7 +32,7 @@ def exported(request, tmp_path_factory):
         },
     )
     folder = tmp_path_factory.mktemp("export")
-    (file,) = MeshExporter(cfg).export(make_subject(deforms=request.param), folder)
+    (file,) = MeshExporter(cfg).export(make_trained(deforms=request.param), folder)
     return request.param, pygltflib.GLTF2().load(file), file
 
 
@@ -134,10 +132,9 @@ class Passing(MovedBall):
 
 @pytest.mark.parametrize("deformed", [False, True])
 def test_a_moment_with_nothing_to_see_is_an_empty_key(tmp_path, caplog, deformed):
-    subject = make_subject(deforms=deformed)
-    subject = replace(subject, scene=replace(subject.scene, geometry=Passing(deforms=deformed)))
+    trained = make_trained(geometry=Passing(deforms=deformed))
     keys = {"animation_frames": 4, "animation_resolution": 16, "save_texture": False}
-    files = MeshExporter(parse_config(MeshExporter.Config, keys)).export(subject, tmp_path)
+    files = MeshExporter(parse_config(MeshExporter.Config, keys)).export(trained, tmp_path)
     assert [file.name for file in files] == ["model_animated.glb"]  # time 0 has no mesh
     gltf = pygltflib.GLTF2().load(files[0])
     (channel,) = gltf.animations[0].channels  # of the moment at 0.5
@@ -151,7 +148,7 @@ def test_a_moment_with_nothing_to_see_is_an_empty_key(tmp_path, caplog, deformed
 def test_a_lit_clip_has_normals_at_every_moment(tmp_path, deformed):
     keys = {"animation_frames": 2, "animation_resolution": 24, "save_texture": False, "times": []}
     cfg = parse_config(MeshExporter.Config, {**keys, "lit": True})
-    (file,) = MeshExporter(cfg).export(make_subject(deforms=deformed), tmp_path)
+    (file,) = MeshExporter(cfg).export(make_trained(deforms=deformed), tmp_path)
     gltf = pygltflib.GLTF2().load(file)
     assert not gltf.extensionsUsed and not gltf.materials[0].extensions
     for mesh in gltf.meshes:
@@ -166,11 +163,11 @@ def test_a_lit_clip_has_normals_at_every_moment(tmp_path, deformed):
 
 
 def test_vertices_are_followed_through_a_known_deformation():
-    subject = make_subject(deforms=True)
-    assert deforms(subject) and not deforms(make_subject(deforms=False))
-    surface = extract_surface(subject, 0.0, IsosurfaceSettings(resolution=24))
+    trained = make_trained(geometry=auto(MovedBall, deforms=True))
+    assert deforms(trained) and not deforms(make_trained(deforms=False))
+    surface = extract_surface(trained, 0.0, resolution=24)
     times = torch.linspace(0, 1, 5).tolist()
-    tracks = follow(subject, surface.positions, times)
+    tracks = follow(trained, surface.positions, times)
     assert tracks.residuals.max() <= 2e-4  # the tolerance, at this radius
     for time, places in zip(times, tracks.positions, strict=True):
         wanted = moved(surface.positions, torch.full_like(surface.positions[:, :1], time))

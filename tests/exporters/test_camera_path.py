@@ -7,11 +7,11 @@ import torch
 from fourdfy.config import ConfigError
 from fourdfy.exporters.camera_path import load_cameras, save_cameras
 from fourdfy.ops.cameras import cast_rays
-from tests.exporters.scenes import make_subject
+from tests.exporters.scenes import make_trained
 
 
 def test_a_path_is_read_as_it_was_written(tmp_path):
-    cameras = make_subject().cameras["test"]
+    cameras = make_trained().cameras["test"]
     path = tmp_path / "path.json"
     save_cameras(path, cameras, fps=15, image_pattern="clip/{}.png")
     read, fps = load_cameras(path)
@@ -24,7 +24,7 @@ def test_a_path_is_read_as_it_was_written(tmp_path):
 
 
 def test_the_intrinsics_are_those_of_the_rays(tmp_path):
-    cameras = make_subject().cameras["test"]
+    cameras = make_trained().cameras["test"]
     save_cameras(tmp_path / "path.json", cameras, fps=15)
     content = json.loads((tmp_path / "path.json").read_text())
     frame = content["frames"][2]
@@ -82,7 +82,7 @@ def viewer_path(path, cameras, **changes):
 
 
 def test_a_path_of_nerfstudios_viewer_is_read(tmp_path):
-    given = make_subject().cameras["test"]
+    given = make_trained().cameras["test"]
     cameras, fps = load_cameras(viewer_path(tmp_path / "camera_path.json", given))
     assert torch.allclose(cameras.c2w, given.c2w) and torch.allclose(cameras.fovy_deg, given.fovy_deg)
     assert (cameras.width, cameras.height, fps) == (40, 20, 24)
@@ -91,7 +91,7 @@ def test_a_path_of_nerfstudios_viewer_is_read(tmp_path):
 
 
 def test_a_viewers_path_may_say_its_times_and_only_how_long_it_lasts(tmp_path):
-    given = make_subject().cameras["test"]
+    given = make_trained().cameras["test"]
     path = viewer_path(tmp_path / "camera_path.json", given)
     content = json.loads(path.read_text())
     del content["fps"]
@@ -111,6 +111,6 @@ def test_a_viewers_path_may_say_its_times_and_only_how_long_it_lasts(tmp_path):
      ({"camera_path": [{"camera_to_world": [1] * 12, "fov": 20}]}, "camera_path.json: not a camera path")],
 )  # fmt: skip
 def test_a_viewers_path_that_can_not_be_rendered_says_why(tmp_path, changes, message):
-    path = viewer_path(tmp_path / "camera_path.json", make_subject().cameras["test"], **changes)
+    path = viewer_path(tmp_path / "camera_path.json", make_trained().cameras["test"], **changes)
     with pytest.raises(ConfigError, match=message):
         load_cameras(path)

@@ -15,14 +15,14 @@ from fourdfy.exporters.mesh_exporter import MeshExporter
 from fourdfy.exporters.surface import Surface
 from fourdfy.exporters.texture import rasterize
 from tests.exporters.readers import accessor
-from tests.exporters.scenes import GREY, RED, SIZE, make_subject
+from tests.exporters.scenes import GREY, RED, SIZE, make_trained
 
 torch.set_num_threads(1)
 
 
-def export(folder, subject=None, **keys):
+def export(folder, trained=None, **keys):
     cfg = parse_config(MeshExporter.Config, {"animation_frames": 0, "texture_size": 128, **keys})
-    return MeshExporter(cfg).export(subject or make_subject(), folder)
+    return MeshExporter(cfg).export(trained or make_trained(), folder)
 
 
 def vertex_colors(mesh):
@@ -90,14 +90,14 @@ def test_without_xatlas_there_are_vertex_colours_and_one_warning(tmp_path, monke
 
 def test_a_threshold_that_nothing_reaches_is_answered_with_the_densities_and_the_key(tmp_path):
     with pytest.raises(ConfigError, match=r"isosurface_threshold=30.0: no surface .* to 8;.* auto") as error:
-        export(tmp_path, make_subject(peak=8.0))
+        export(tmp_path, make_trained(peak=8.0))
     assert "system.geometry." in str(error.value)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_scene_that_does_not_move_has_no_animation(tmp_path):
     frames = {"animation_frames": 2, "animation_resolution": 20, "save_texture": False}
-    still = export(tmp_path, make_subject(dynamic=False), **frames)
+    still = export(tmp_path, make_trained(dynamic=False), **frames)
     assert [file.name for file in still] == ["model.glb"]
     moving = export(tmp_path, **frames)
     assert [file.name for file in moving] == ["model_animated.glb", "model.glb"]

@@ -5,12 +5,10 @@ import pytest
 import torch
 import trimesh
 
-from fourdfy.config import parse_config
-from fourdfy.exporters.surface import IsosurfaceSettings, extract_surface, surface_colors
+from fourdfy.exporters.surface import extract_surface, surface_colors
 from fourdfy.ops.isosurface import optical_depth, without_ripples
 from fourdfy.scenes.nerf.base import Material
-from fourdfy.scenes.nerf.implicit_volume import ImplicitVolume
-from tests.exporters.scenes import GREY, SIZE, MovedBall, make_subject
+from tests.exporters.scenes import GREY, SIZE, MovedBall, auto, make_trained
 
 torch.set_num_threads(1)
 
@@ -33,32 +31,19 @@ class Lit(Material):
         return (up * (points.light_positions - points.positions)).sum(-1, keepdim=True).expand(-1, 3)
 
 
-def with_parts(**parts):
-    subject = make_subject()
-    return dataclasses.replace(subject, scene=dataclasses.replace(subject.scene, **parts))
-
-
 def some_points():
     up = torch.nn.functional.normalize(torch.randn(50, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
     return SIZE * up, up
 
 
 def test_colours_are_those_seen_from_outside():
-    colors = surface_colors(with_parts(geometry=Coated(deforms=False)), *some_points(), 0.0)
+    colors = surface_colors(make_trained(geometry=Coated(deforms=False)), *some_points(), 0.0)
     assert (colors - torch.tensor(GREY)).abs().max() < 0.03
 
 
 def test_materials_that_shade_are_lit_from_the_camera():
-    colors = surface_colors(with_parts(material=Lit()), *some_points(), 0.0)
+    colors = surface_colors(make_trained(material=Lit()), *some_points(), 0.0)
     assert torch.allclose(colors, torch.ones(50, 3), atol=1e-4)
-
-
-def test_a_geometrys_own_keys_are_read():
-    keys = {"isosurface_resolution": 31, "isosurface_threshold": 3, "isosurface_remove_outliers": False}
-    geometry = ImplicitVolume(parse_config(ImplicitVolume.Config, keys))
-    assert IsosurfaceSettings.of(geometry) == IsosurfaceSettings(
-        resolution=31, threshold=3, remove_outliers=False
-    )
 
 
 class Hollow(MovedBall):
@@ -74,8 +59,7 @@ class Hollow(MovedBall):
 
 @pytest.mark.parametrize("resolution", [40, 64])
 def test_a_thin_part_of_a_skin_is_no_hole_and_the_hollow_has_no_surface(resolution):
-    settings = IsosurfaceSettings(resolution=resolution)
-    surface = extract_surface(with_parts(geometry=Hollow(deforms=False)), 0.0, settings)
+    surface = extract_surface(make_trained(geometry=auto(Hollow)), 0.0, resolution=resolution)
     mesh = trimesh.Trimesh(surface.positions.numpy(), surface.faces.numpy(), process=False)
     assert mesh.is_watertight and mesh.euler_number == 2 and mesh.body_count == 1
     assert mesh.volume == pytest.approx(4 / 3 * math.pi * SIZE**3, rel=0.2)
@@ -90,9 +74,7 @@ def test_what_is_seen_through_stays_open():
             across = positions[:, 1:].norm(dim=-1) - SIZE
             return 40 * torch.sigmoid(40 * (0.25 - torch.hypot(across, positions[:, 0])))
 
-    surface = extract_surface(
-        with_parts(geometry=Ring(deforms=False)), 0.0, IsosurfaceSettings(resolution=40)
-    )
+    surface = extract_surface(make_trained(geometry=auto(Ring)), 0.0)
     assert trimesh.Trimesh(surface.positions.numpy(), surface.faces.numpy(), process=False).euler_number == 0
 
 
@@ -120,11 +102,11 @@ def test_smoothing_takes_out_ripples_and_keeps_the_shape():
 
 @pytest.mark.parametrize("time", [0.0, 0.5])
 def test_the_automatic_surface_is_as_high_as_the_scene_is_seen(time):
-    subject, y = make_subject(), torch.linspace(-2, 2, 401)
+    trained, y = make_trained(geometry=auto(MovedBall)), torch.linspace(-2, 2, 401)
     heights = torch.linspace(0.5, 2, 151)
     rays = torch.stack([torch.zeros(151, 401), y.expand(151, 401), heights[:, None].expand(151, 401)], dim=-1)
     times = torch.full((151 * 401, 1), time)
-    sigmas = subject.scene.geometry.density(rays.view(-1, 3), times, step=0).view(151, 401)
+    sigmas = trained.scene.geometry.density(rays.view(-1, 3), times, step=0).view(151, 401)
     seen = heights[1 - torch.exp(-sigmas.sum(1) * (y[1] - y[0])) > 0.5].max()
-    surface = extract_surface(subject, time, IsosurfaceSettings(resolution=40))
+    surface = extract_surface(trained, time)
     assert float(surface.positions[:, 2].max()) == pytest.approx(float(seen), abs=0.1)  # a cell

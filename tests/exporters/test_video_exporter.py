@@ -13,11 +13,11 @@ from fourdfy.exporters.all_exporter import AllExporter
 from fourdfy.exporters.camera_path import save_cameras
 from fourdfy.exporters.video_exporter import VideoExporter
 from fourdfy.ops.cameras import orbit_cameras
-from tests.exporters.scenes import make_subject
+from tests.exporters.scenes import make_trained
 
 
 def export(folder, **keys):
-    return VideoExporter(parse_config(VideoExporter.Config, keys)).export(make_subject(), folder)
+    return VideoExporter(parse_config(VideoExporter.Config, keys)).export(make_trained(), folder)
 
 
 def test_all_formats_hold_all_frames_in_order(tmp_path):
@@ -47,7 +47,7 @@ def test_depth_is_near_red_and_far_blue(tmp_path):
 
 
 def test_a_path_of_the_users_is_followed(tmp_path):
-    save_cameras(tmp_path / "mine.json", make_subject().cameras["test"][2:4], fps=3)
+    save_cameras(tmp_path / "mine.json", make_trained().cameras["test"][2:4], fps=3)
     (video, _) = export(
         tmp_path / "out", trajectory=str(tmp_path / "mine.json"), formats=["gif"], depth=False
     )
@@ -81,12 +81,12 @@ def looped(frames):
 @pytest.mark.parametrize("clip", ["val_video", "test"])
 def test_a_clip_lasts_as_long_in_every_file(tmp_path, given, clip):
     """The test sequence shows it twice, in fewer frames than the validation video."""
-    subject = make_subject()
+    trained = make_trained()
     cameras = {"val_video": looped(16), "test": looped(14)[torch.arange(28) % 14]}
-    subject = replace(subject, cameras=cameras)
+    trained = replace(trained, cameras=cameras)
     mesh = {"times": [], "animation_frames": 3, "animation_resolution": 16, "save_texture": False}
     keys = {"mesh": mesh, "video": {"trajectory": clip, "depth": False}, **given}
-    files = AllExporter(parse_config(AllExporter.Config, keys)).export(subject, tmp_path)
+    files = AllExporter(parse_config(AllExporter.Config, keys)).export(trained, tmp_path)
     assert [file.name for file in files] == [
         "model_animated.glb", f"{clip}.mp4", f"{clip}.gif", f"{clip}.webp", f"{clip}_transforms.json",
     ]  # fmt: skip

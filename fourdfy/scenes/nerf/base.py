@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fourdfy.config import Component
+from fourdfy.scenes.base import IsosurfaceConfig
 from fourdfy.types import Budget, FieldOutput, RayBundle, RenderOutput, StepContext, TensorRecord
 
 
@@ -21,7 +22,7 @@ class Geometry(Component, nn.Module, ABC):
     """A volume density and features over space and time."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Component.Config):
+    class Config(IsosurfaceConfig, Component.Config):
         @property
         def num_features(self) -> int | None:
             """How many features ``forward`` gives; None where the config does not say."""

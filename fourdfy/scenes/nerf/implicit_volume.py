@@ -75,32 +75,21 @@ class ImplicitVolume(Geometry):
         """In scene units; ``progressive``: one cell of the encoding's finest level in use."""
         isosurface: bool = ignored("a mesh is made when one is exported", True)
         isosurface_method: str = ignored("meshes are made by marching cubes", "mt")
-        isosurface_resolution: int = number(128, 2, 1024)
-        """Of exported meshes: samples of the density along each axis."""
-        isosurface_threshold: float | int | str = number("auto", above=0)
-        """Density of the surface (25 in threestudio), or ``auto``: the one with the silhouettes of the
-        rendered scene."""
-        isosurface_chunk: int = number(0, 0, 1 << 26)
-        """Points per call of the field; 0 for 131072."""
         isosurface_coarse_to_fine: bool = ignored("the whole grid is sampled", True)
         isosurface_deformable_grid: bool = ignored("the grid is regular", False)
-        isosurface_remove_outliers: bool = True
-        """Drop small parts that hang together with nothing else."""
-        isosurface_outlier_n_faces_threshold: float = number(0.01, 0, 1)
-        """Small: fewer triangles than this share of the largest part's."""
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             get_activation(self.density_activation)
             if isinstance(self.density_bias, str) and self.density_bias not in BLOBS:
                 raise ValueError(
                     f"density_bias={self.density_bias!r}: expected a number, {' or '.join(BLOBS)}"
                 )
-            for name, word in (
-                ("finite_difference_normal_eps", "progressive"),
-                ("isosurface_threshold", "auto"),
-            ):
-                if isinstance(value := getattr(self, name), str) and value != word:
-                    raise ValueError(f"{name}={value!r}: expected a number above 0 or {word!r}")
+            eps = self.finite_difference_normal_eps
+            if isinstance(eps, str) and eps != "progressive":
+                raise ValueError(
+                    f"finite_difference_normal_eps={eps!r}: expected a number above 0 or 'progressive'"
+                )
             ramp = self.anneal_density_blob_std_config
             if ramp and ramp.min_anneal_step >= ramp.max_anneal_step:
                 raise ValueError(

@@ -5,20 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from fourdfy.config import ConfigError, slot
 from fourdfy.ops.cameras import cast_rays
-from fourdfy.scenes.base import Scene
-from fourdfy.scenes.nerf.base import Background, Geometry, Material, Parts, Renderer
+from fourdfy.scenes.base import IsosurfaceConfig, VolumeScene
+from fourdfy.scenes.nerf.base import Background, Geometry, Material, Parts, Renderer, ShadingPoints
 from fourdfy.types import Budget, Cameras, RenderOutput, StepContext
 
 
-class NeRFScene(Scene):
+class NeRFScene(VolumeScene):
     """Its parts have the names that they have in 4D-fy's checkpoints."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(Scene.Config):
+    class Config(VolumeScene.Config):
         geometry_type: str = "implicit-volume"
         geometry: Any = slot(Geometry, "geometry_type")
         material_type: str = "no-material"
@@ -90,3 +91,37 @@ class NeRFScene(Scene):
 
     def before_step(self, context: StepContext, *, dynamic: bool) -> None:
         self.renderer.update_occupancy(context, dynamic=dynamic)
+
+    # -- as a volume ----------------------------------------------------------------------------
+
+    @property
+    def radius(self) -> float:
+        return self.geometry.radius
+
+    @property
+    def isosurface(self) -> IsosurfaceConfig:
+        return self.geometry.cfg
+
+    def density(
+        self, positions: Float[Tensor, "N 3"], times: Float[Tensor, "N 1"], *, step: int
+    ) -> Float[Tensor, "N"]:
+        return self.geometry.density(positions, times, step=step)
+
+    def radiance(
+        self,
+        positions: Float[Tensor, "N 3"],
+        times: Float[Tensor, "N 1"],
+        directions: Float[Tensor, "N 3"],
+        *,
+        step: int,
+    ) -> tuple[Float[Tensor, "N"], Float[Tensor, "N 3"]]:
+        field = self.geometry(positions, times, step=step, want_normals=self.material.requires_normal)
+        eyes = positions - directions
+        points = ShadingPoints(positions=positions, directions=directions, light_positions=eyes)
+        return field.sigmas, self.material(field, points, StepContext(step))
+
+    def displacement(
+        self, positions: Float[Tensor, "N 3"], times: Float[Tensor, "N 1"], *, step: int
+    ) -> Float[Tensor, "N 3"] | None:
+        moved = self.geometry(positions, times, step=step).deformation
+        return None if moved is None else 2 * self.radius * moved  # the cube of side 1, in scene units
