@@ -239,9 +239,9 @@ class FourdfySystem(System):
         )
 
     def after_backward(self, batch: StepBatch, optimizer: torch.optim.Optimizer) -> None:
-        self.scene.after_backward(self._context(batch, "after backward"), optimizer)
         if self.audit.is_new(batch.kind):
             logger.debug("%s", self.audit.record(batch.kind, optimizer.param_groups))
+        self.scene.after_backward(self._context(batch, "after backward"), optimizer)
 
     def parameters_outside(self, trains: frozenset[Half]) -> Iterator[nn.Parameter]:
         """The scene's parameters that are in none of the halves in ``trains``."""

@@ -160,9 +160,9 @@ def _parameters_at(system: nn.Module, path: str) -> list[nn.Parameter]:
     node: Any = scene if hasattr(scene, path.split(".")[0]) else system
     for name in path.split("."):
         if not hasattr(node, name):
-            parts = (scene, system) if node is system else (node,)
-            modules = [part for part in parts if isinstance(part, nn.Module)]
-            children = [key for module in modules for key, _ in module.named_children()]
+            places = (scene, system) if node is system else (node,)
+            modules = [place for place in places if isinstance(place, nn.Module)]
+            children = [key for module in modules for key in (*module._modules, *module._parameters)]
             guess = difflib.get_close_matches(name, children, n=1)
             groups = f"groups could be: {', '.join(_groups_of(system))}"
             hint = f"did you mean {guess[0]!r}?" if guess else groups
