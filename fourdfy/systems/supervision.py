@@ -151,38 +151,30 @@ def plan_supervision(
     else:
         image, video = frozenset({"static"}), frozenset({"static", "dynamic"})
     samplers, shares = data.samplers(), data.probabilities()
-    rows: list[dict[str, Any]] = [
-        {
+    rows = [
+        _row(system, "system", suffix)
+        | {
             "name": name,
             "probability": left * shares[name],
             "cameras": samplers[name],
-            "prompts": getattr(system, f"prompt_processor{suffix}"),
-            "guidance": getattr(system, f"guidance{suffix}"),
-            "guidance_type": getattr(system, f"guidance_type{suffix}"),
             "trains": video if budget == "video" else image,
             "budget": budget,
             "loss": system.loss,
             "module": module,
-            "guidance_key": f"system.guidance{suffix}",
-            "prompts_key": f"system.prompt_processor{suffix}",
         }
         for name, (budget, module, suffix) in ORIGINAL_KINDS.items()
         if name in samplers
     ] + [
-        {
+        _row(cfg, f"steps.{name}")
+        | {
             "name": name,
             "probability": cfg.probability,
             "cameras": cfg.cameras and cfg.cameras.build(),
-            "prompts": cfg.prompt_processor,
-            "guidance": cfg.guidance,
-            "guidance_type": cfg.guidance_type,
             "trains": image if cfg.trains is None else frozenset(cfg.trains),
             "budget": cfg.budget,
             "loss": {**system.loss, **cfg.loss},
             "own_loss": cfg.loss,
             "module": f"guidance_{name}",
-            "guidance_key": f"steps.{name}.guidance",
-            "prompts_key": f"steps.{name}.prompt_processor",
         }
         for name, cfg in further.items()
     ]
@@ -194,6 +186,17 @@ def plan_supervision(
         # The original has "guidance" too, a second name of the image prior.
         absent=frozenset({"guidance", *(row["module"] for row in rows)} - present),
     )
+
+
+def _row(cfg: Any, where: str, suffix: str = "") -> dict[str, Any]:
+    """What a section of the config says of a kind's guidance and text, in the keys with this ``suffix``."""
+    return {
+        "prompts": getattr(cfg, f"prompt_processor{suffix}"),
+        "guidance": getattr(cfg, f"guidance{suffix}"),
+        "guidance_type": getattr(cfg, f"guidance_type{suffix}"),
+        "guidance_key": f"{where}.guidance{suffix}",
+        "prompts_key": f"{where}.prompt_processor{suffix}",
+    }
 
 
 def _complete(row: Mapping[str, Any]) -> StepKind:
