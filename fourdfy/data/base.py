@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 from torch.utils.data import DataLoader
 
@@ -24,13 +24,16 @@ class EvalBatch(TensorRecord):
 class CameraSampler(Component, ABC):
     """Draws the frames of one kind of training step."""
 
-    group_size: int = 1
-    """``Cameras.group_size`` of its frames."""
-    group_key: str | None = None
+    group_key: ClassVar[str | None] = None
     """The key of the config that sets ``group_size``; None where frames are single."""
 
-    def __init__(self, cfg: Any) -> None:
+    def __init__(self, cfg: Component.Config) -> None:
         self.cfg = cfg
+
+    @property
+    def group_size(self) -> int:
+        """``Cameras.group_size`` of its frames."""
+        return 1
 
     @abstractmethod
     def sample(self, context: StepContext) -> Cameras:

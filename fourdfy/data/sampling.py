@@ -174,6 +174,7 @@ class MultiViewConfig(CameraConfig):
 # Samplers
 
 
+@dataclass(frozen=True)
 class SingleViews(CameraSampler):
     """Single views of one moment."""
 
@@ -186,15 +187,17 @@ class SingleViews(CameraSampler):
         return self.cfg.sizes()
 
 
+@dataclass(frozen=True)
 class MultiViews(CameraSampler):
     """Groups of ``n_view`` cameras around one moment of ``clip``."""
 
     cfg: MultiViewConfig
+    clip: SingleViewConfig
     group_key = "data.multi_view.n_view"
 
-    def __init__(self, cfg: MultiViewConfig, clip: SingleViewConfig) -> None:
-        super().__init__(cfg)
-        self.clip, self.group_size = clip, cfg.n_view
+    @property
+    def group_size(self) -> int:
+        return self.cfg.n_view
 
     def sample(self, context: StepContext) -> Cameras:
         return sample_multi_view(self.cfg, self.clip, step=context.step, generator=context.generator)
@@ -203,15 +206,16 @@ class MultiViews(CameraSampler):
         return self.cfg.sizes()
 
 
+@dataclass(frozen=True)
 class Videos(CameraSampler):
     """Whole clips."""
 
     cfg: SingleViewConfig
     group_key = "data.single_view.num_frames"
 
-    def __init__(self, cfg: SingleViewConfig) -> None:
-        super().__init__(cfg)
-        self.group_size = cfg.num_frames
+    @property
+    def group_size(self) -> int:
+        return self.cfg.num_frames
 
     def sample(self, context: StepContext) -> Cameras:
         return sample_video(self.cfg, step=context.step, generator=context.generator)
