@@ -123,11 +123,11 @@ def test_the_original_s_own_file_loads_and_plans_the_same_steps(name, tmp_path, 
     with caplog.at_level(logging.WARNING, "fourdfy.config"):
         theirs = load_recipe([write_original(name, tmp_path)], [PROMPT])[0].experiment
     ours = load_recipe([CONFIGS / f"{name}.yaml"], [PROMPT])[0].experiment
-    theirs, ours = (
+    plans = [
         [(kind.name, kind.probability, kind.trains, kind.budget) for kind in this.plan.kinds]
         for this in (theirs, ours)
-    )
-    assert theirs == ours
+    ]
+    assert plans[0] == plans[1]
     assert theirs.cfg.system.geometry == ours.cfg.system.geometry or "pos_encoding_config" in caplog.text
     assert theirs.cfg.system.renderer == ours.cfg.system.renderer
     (warning,) = (record.message for record in caplog.records)
