@@ -12,7 +12,8 @@ from rich.text import Text
 from fourdfy.config import ConfigError
 from fourdfy.config_files import COMMAND_LINE
 from fourdfy.launching.experiment import Experiment, trial_of
-from fourdfy.priors.hub import ModelNotFound, locate_model, resolve_model, stored_bytes
+from fourdfy.priors.hub import locate_model, resolve_model, stored_bytes
+from fourdfy.priors.model_folder import ModelNotFound
 from fourdfy.systems.checkpoint import checkpoint_file
 from fourdfy.systems.optim import parameters_of
 

@@ -27,7 +27,7 @@ from fourdfy.config_files import ConfigError
 from fourdfy.ops.diffusion import sample_noise
 from fourdfy.priors.base import DDPMSchedule
 from fourdfy.priors.convert import no_progress_bar
-from fourdfy.priors.hub import ModelNotFound, part_flaw, read_description, weight_files
+from fourdfy.priors.model_folder import ModelNotFound, part_flaw, read_description, weight_files
 from fourdfy.priors.scheduler_file import read_scheduler
 
 logger = logging.getLogger(__name__)

@@ -1,20 +1,17 @@
 """Where models come from: a local folder or file, the models of this package, or the hub.
 
-A model is a folder in diffusers layout: its parts (``unet``, ``vae``, ``scheduler``, ``tokenizer``,
-``text_encoder``) are subfolders. An original checkpoint file is converted into such a folder once. What
-is on this disk comes first, mirrors included; only then, and only if HF_HUB_OFFLINE is not set, a socket
-is opened.
+A model is a folder in diffusers layout (``priors.model_folder``). An original checkpoint file is converted
+into such a folder once. What is on this disk comes first, mirrors included; only then, and only if
+HF_HUB_OFFLINE is not set, a socket is opened.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib import import_module
@@ -22,12 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from fourdfy.config_files import ConfigError, expand_path
+from fourdfy.priors.model_folder import (
+    DESCRIPTIONS,
+    ModelNotFound,
+    file_flaw,
+    model_flaw,
+    part_flaw,
+    read_description,
+    wanted_files,
+    weight_files,
+)
 
 logger = logging.getLogger(__name__)
-
-
-class ModelNotFound(ConfigError, FileNotFoundError):
-    """A model, or a part of it, is not here and not to be fetched; the message says what was tried."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +95,6 @@ only source."""
 BORROWED = {"tokenizer": "stabilityai/stable-diffusion-2-1-base"}
 """Parts that an original checkpoint lacks, and the model that has them."""
 
-DESCRIPTIONS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
-"""The file that tells what a part is; ``config.json`` for all others."""
-
-VARIANTS = ("", ".fp16")
-"""What names of weight files have before their suffix; full precision goes first."""
-
 LAYOUT = 1
 """Counts changes of what a conversion writes, so that an older one is not taken for it."""
 
@@ -147,8 +144,8 @@ def locate_model(name_or_path: str | Path, parts: Sequence[str] = ()) -> str:
     if stored.is_file():
         folder = converted_folder(stored)
         state = f"converted in {folder}" if folder.is_dir() else "to be converted"
-        loans = _loans(folder, parts)
-        return ", ".join((f"{stored} ({state})", *(f"{p} of {locate_model(*loans[p])}" for p in loans)))
+        borrowed = _borrowed(folder, parts)
+        return ", ".join((f"{stored} ({state})", *(f"{p} of {locate_model(*borrowed[p])}" for p in borrowed)))
     if _local(name) == stored:
         return str(stored)
     source = next(source for source in _sources(name) if _place(source, parts) == stored)
@@ -174,7 +171,7 @@ def stored_folder(name_or_path: str | Path, parts: Sequence[str]) -> Path | None
     """The folder with the model's ``parts`` if it is here as it is needed: nothing to fetch or convert."""
     stored = _stored(str(name_or_path), parts, [])
     folder = converted_folder(stored) if stored and stored.is_file() else stored
-    return folder if folder and not _lacking(folder, parts) else None
+    return folder if folder and not model_flaw(folder, parts) else None
 
 
 def knows_text(name_or_path: str | Path, text: str) -> bool:
@@ -207,58 +204,6 @@ def is_offline() -> bool:
     )
 
 
-def part_flaw(folder: Path, part: str) -> str:
-    """What keeps a loader from reading ``part`` of a model folder; "" if all that it opens is there."""
-    place = folder / part
-    if not place.is_dir():
-        return "no such folder"
-    files = [place / DESCRIPTIONS.get(part, "config.json")]
-    if part == "tokenizer" and not (place / "tokenizer.json").is_file():
-        files += [place / "vocab.json", place / "merges.txt"]
-    if part not in DESCRIPTIONS:
-        files += weight_files(folder, part).paths
-    return next((f"{file.name} {flaw}" for file in files if (flaw := _flaw(file))), "")
-
-
-def read_description(folder: Path, part: str) -> dict[str, Any]:
-    """The mapping in the file that tells what a part is.
-
-    Raises:
-        ConfigError: it is no JSON, or no mapping.
-    """
-    return _read_mapping(folder / part / DESCRIPTIONS.get(part, "config.json"))
-
-
-@dataclass(frozen=True, kw_only=True)
-class WeightFiles:
-    """A network's weights, under the names that diffusers and transformers look for."""
-
-    paths: tuple[Path, ...]
-    """Every file that is opened; of a network in shards, the index first."""
-    variant: str | None
-    """``fp16``, or None for full precision."""
-    use_safetensors: bool
-
-    @property
-    def is_whole(self) -> bool:
-        return not any(map(_flaw, self.paths))
-
-
-def weight_files(folder: Path, part: str) -> WeightFiles:
-    """The weights that a loader of ``part`` is to take; see ``_weight_names`` for the order.
-
-    Without a whole set, the one that has at least a file, or the one that is usual.
-    """
-    place, sets = folder / part, []
-    for variant, file, index in _weight_names(part):
-        paths: tuple[Path, ...] = (place / file,)
-        if (place / index).is_file():
-            paths = (place / index, *_shards(place / index))
-        sets.append(WeightFiles(paths=paths, variant=variant, use_safetensors=file.endswith(".safetensors")))
-    begun = (files for files in sets if files.paths[0].exists())
-    return next((files for files in sets if files.is_whole), next(begun, sets[0]))
-
-
 def cache_root() -> Path:
     """Where this project keeps what it can make again: $FOURDFY_CACHE, or ~/.cache/fourdfy."""
     try:
@@ -282,13 +227,13 @@ def converted_folder(file: Path) -> Path:
 def _stored(name: str, parts: Sequence[str], tried: list[str]) -> Path | None:
     """A folder with all ``parts``, or a checkpoint file; adds to ``tried`` what does not serve, and why."""
     if local := _local(name):
-        if flaw := _model_flaw(local, parts):
+        if flaw := model_flaw(local, parts):
             tried.append(f"local {'file' if local.is_file() else 'folder'} {local}: {flaw}")
         return None if flaw else local
     tried.append(f"local file or folder {Path(name)}: not there")
     for source in _sources(name):
         place = _place(source, parts)
-        flaw = _model_flaw(place, parts) if place else "not there"
+        flaw = model_flaw(place, parts) if place else "not there"
         if not flaw:
             return place
         tried.append(f"{'in this package' if source.asset else 'hub cache'}, {source}: {flaw}")
@@ -325,67 +270,6 @@ def _in_hub_cache(source: Source, file: str) -> Path | None:
         if isinstance(found, str):
             return Path(found)
     return None
-
-
-def _model_flaw(place: Path, parts: Sequence[str]) -> str:
-    """What keeps a checkpoint file, or the ``parts`` of a folder, from being read; "" if nothing does."""
-    return _flaw(place) if place.is_file() else _lacking(place, parts)
-
-
-def _lacking(folder: Path, parts: Sequence[str]) -> str:
-    flaws = {part: flaw for part in parts if (flaw := part_flaw(folder, part))}
-    return "lacks " + ", ".join(f"{part} ({flaw})" for part, flaw in flaws.items()) if flaws else ""
-
-
-def _flaw(file: Path) -> str:
-    """Why a file is not what its name says; "" if it may be."""
-    if not file.is_file():
-        return "is missing"
-    size = file.stat().st_size
-    if not size:
-        return "is empty"
-    if size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer; git lfs pull fetches what it stands for"
-    if ".index" in file.suffixes and not _shards(file):
-        return "names no shards"
-    if file.suffix == ".safetensors":
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(file, "np"):
-                pass
-        except SafetensorError as error:
-            return f"is cut short, or no safetensors file ({error})"
-    return ""
-
-
-def _weight_names(part: str) -> Iterator[tuple[str | None, str, str]]:
-    """(variant, file, index of shards) of every set of weights, in the order of preference."""
-    stems = ("model.safetensors", "pytorch_model.bin")
-    if part != "text_encoder":
-        stems = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-    for variant in VARIANTS:
-        for name, _, suffix in (stem.partition(".") for stem in stems):
-            index = f"{name}.{suffix}.index{variant}.json"
-            yield variant.removeprefix(".") or None, f"{name}{variant}.{suffix}", index
-
-
-def _shards(index: Path) -> tuple[Path, ...]:
-    """The files that an index names; none if it can't be read."""
-    try:
-        return tuple(index.with_name(name) for name in sorted({*_read_mapping(index)["weight_map"].values()}))
-    except (ConfigError, KeyError, AttributeError, TypeError):
-        return ()
-
-
-def _read_mapping(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} can't be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file}: expected a JSON object, got {str(content)[:60]!r}")
-    return content
 
 
 # ---------------------------------------------------------------------------------------------
@@ -438,35 +322,15 @@ def _fetch(source: Source, parts: Sequence[str]) -> Path:
         cached = _in_hub_cache(source, source.file)  # it is here only if it is broken
         force = cached is not None
         return Path(hf_hub_download(source.repo, source.file, revision=source.revision, force_download=force))
-    wanted = _wanted_files(HfApi().list_repo_files(source.repo, revision=source.revision), parts)
+    wanted = wanted_files(HfApi().list_repo_files(source.repo, revision=source.revision), parts)
     logger.info("fetching %s: %d files from the hub", source, len(wanted))
     folder = Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=wanted))
     for file in wanted:
-        if _flaw(folder / file):  # the cache's own test is whether a file exists
+        if file_flaw(folder / file):  # the cache's own test is whether a file exists
             hf_hub_download(source.repo, file, revision=source.revision, force_download=True)
-    if lacking := _lacking(folder, parts):
-        raise FileNotFoundError(lacking)
+    if flaw := model_flaw(folder, parts):
+        raise FileNotFoundError(flaw)
     return folder
-
-
-def _wanted_files(files: Sequence[str], parts: Sequence[str]) -> list[str]:
-    """The parts' descriptions, and of their weights the set that ``_weight_names`` prefers."""
-    wanted = [file for file in files if file == "model_index.json"]
-    for part in parts:
-        inside = [Path(file).name for file in files if file.startswith(f"{part}/") and file.count("/") == 1]
-        chosen = [f for f in inside if len(Path(f).suffixes) == 1 and f.endswith((".json", ".txt", ".model"))]
-        for variant, file, index in () if part in DESCRIPTIONS else _weight_names(part):
-            shards = [
-                f
-                for f in inside
-                if re.fullmatch(rf"{file.partition('.')[0]}\b.*-\d+-of-\d+\b.*{Path(file).suffix}", f)
-                and (".fp16" in f) == bool(variant)
-            ]
-            if weights := [index, *shards] if index in inside else [file] if file in inside else []:
-                chosen += weights
-                break
-        wanted += [f"{part}/{name}" for name in chosen]
-    return wanted
 
 
 def _missing(name: str, parts: Sequence[str], tried: Sequence[str]) -> ModelNotFound:
@@ -501,7 +365,7 @@ def _converted(file: Path, parts: Sequence[str]) -> Path:
 
     folder = converted_folder(file)
     unfinished, lock = (folder.with_name(f"{folder.name}.{end}") for end in ("part", "lock"))
-    loans = {part: resolve_model(*loan) for part, loan in _loans(folder, parts).items()}
+    borrowed = {part: resolve_model(*lender) for part, lender in _borrowed(folder, parts).items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):
         if not folder.is_dir():
@@ -511,20 +375,20 @@ def _converted(file: Path, parts: Sequence[str]) -> Path:
             shutil.rmtree(unfinished, ignore_errors=True)
             convert_checkpoint(file, unfinished)
             unfinished.rename(folder)
-        for part in _loans(folder, parts):
+        for part in _borrowed(folder, parts):
             shutil.rmtree(unfinished, ignore_errors=True)
             shutil.rmtree(folder / part, ignore_errors=True)
-            shutil.copytree(loans[part] / part, unfinished)
+            shutil.copytree(borrowed[part] / part, unfinished)
             unfinished.rename(folder / part)
-    if lacking := _lacking(folder, parts):
+    if flaw := model_flaw(folder, parts):
         raise ModelNotFound(
-            f"{file} {lacking}: it is another kind of model, or its conversion in {folder} is damaged "
+            f"{file} {flaw}: it is another kind of model, or its conversion in {folder} is damaged "
             "(delete that folder)"
         )
     return folder
 
 
-def _loans(folder: Path, parts: Sequence[str]) -> dict[str, tuple[str, tuple[str]]]:
+def _borrowed(folder: Path, parts: Sequence[str]) -> dict[str, tuple[str, tuple[str]]]:
     """Those of the ``parts`` that another model has to give yet: what to ask for."""
     missing = (part for part in parts if part in BORROWED and part_flaw(folder, part))
     return {part: (BORROWED[part], (part,)) for part in missing}

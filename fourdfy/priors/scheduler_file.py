@@ -11,7 +11,7 @@ from typing import Any
 
 from fourdfy.bounds import Bounds
 from fourdfy.config_files import ConfigError
-from fourdfy.priors.hub import DESCRIPTIONS, read_description
+from fourdfy.priors.model_folder import DESCRIPTIONS, read_description
 
 CLASSES = {
     "DDIMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMScheduler",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fourdfy.bounds import number
 from fourdfy.config import file_path, ignored
 from fourdfy.priors.frozen import apply_memory_options, freeze, load_part
-from fourdfy.priors.hub import ModelNotFound, part_flaw, weight_files
+from fourdfy.priors.model_folder import ModelNotFound, part_flaw, weight_files
 from fourdfy.priors.video import VideoPrior
 from fourdfy.registry import register
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fourdfy.config_files import ConfigError
 from fourdfy.priors.frozen import load_text_encoder, load_tokenizer
-from fourdfy.priors.hub import read_description
+from fourdfy.priors.model_folder import read_description
 from fourdfy.prompts.base import PromptProcessor, TextEncoder, tokenize
 from fourdfy.registry import register
 

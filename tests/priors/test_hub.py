@@ -26,6 +26,7 @@ from fourdfy.priors.hub import (
     resolve_model,
     stored_bytes,
 )
+from fourdfy.priors.model_folder import DESCRIPTIONS, wanted_files, weight_files
 from tests.tiny_models import save_clip_text, save_mvdream_checkpoint
 
 SD = "stabilityai/stable-diffusion-2-1-base"
@@ -44,7 +45,7 @@ UNET = "diffusion_pytorch_model"
 def make_parts(folder: Path, parts=PARTS) -> Path:
     for part in parts:
         (folder / part).mkdir(parents=True)
-        (folder / part / hub.DESCRIPTIONS.get(part, "config.json")).write_text("{}")
+        (folder / part / DESCRIPTIONS.get(part, "config.json")).write_text("{}")
         if part == "tokenizer":
             (folder / part / "tokenizer.json").write_text("{}")
         elif part != "scheduler":
@@ -171,7 +172,7 @@ def test_the_weights_that_serve_are_taken(tmp_path, files, taken, variant):
     folder = make_parts(tmp_path / "model")
     put(folder / "unet", files)
     assert resolve_model(folder, PARTS) == folder
-    weights = hub.weight_files(folder, "unet")
+    weights = weight_files(folder, "unet")
     assert ([path.name for path in weights.paths], weights.variant) == (taken, variant)
     assert stored_bytes(folder, PARTS) == sum(len(files[name]) for name in taken)
 
@@ -290,7 +291,7 @@ def test_only_the_wanted_files_are_fetched_and_pickles_only_where_nothing_is_saf
         "text_encoder/config.json", "text_encoder/pytorch_model.bin",
         "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer/tokenizer_config.json",
     ]  # fmt: skip
-    assert hub._wanted_files(files, ("unet", "text_encoder", "tokenizer")) == [
+    assert wanted_files(files, ("unet", "text_encoder", "tokenizer")) == [
         "model_index.json",
         "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",
@@ -322,7 +323,7 @@ def test_only_the_wanted_files_are_fetched_and_pickles_only_where_nothing_is_saf
 )
 def test_shards_variants_and_sentencepiece_models_are_fetched(part, files, wanted):
     inside = [f"{part}/{name}" for name in files.split()]
-    assert hub._wanted_files(inside, (part,)) == [f"{part}/{name}" for name in wanted.split()]
+    assert wanted_files(inside, (part,)) == [f"{part}/{name}" for name in wanted.split()]
 
 
 def test_what_is_partial_is_completed_and_what_is_broken_fetched_again(empty_cache, monkeypatch):

@@ -1,0 +1,157 @@
+"""A model folder in diffusers layout, read without loading it.
+
+Its parts (``unet``, ``vae``, ``scheduler``, ``tokenizer``, ``text_encoder``) are subfolders, each with a
+description and, of networks, weights.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fourdfy.config_files import ConfigError
+
+DESCRIPTIONS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+"""The file that tells what a part is; ``config.json`` for all others."""
+
+VARIANTS = ("", ".fp16")
+"""What names of weight files have before their suffix; full precision goes first."""
+
+
+class ModelNotFound(ConfigError, FileNotFoundError):
+    """A model, or a part of it, is not here and not to be fetched; the message says what was tried."""
+
+
+def part_flaw(folder: Path, part: str) -> str:
+    """What keeps a loader from reading ``part`` of a model folder; "" if all that it opens is there."""
+    place = folder / part
+    if not place.is_dir():
+        return "no such folder"
+    files = [place / DESCRIPTIONS.get(part, "config.json")]
+    if part == "tokenizer" and not (place / "tokenizer.json").is_file():
+        files += [place / "vocab.json", place / "merges.txt"]
+    if part not in DESCRIPTIONS:
+        files += weight_files(folder, part).paths
+    return next((f"{file.name} {flaw}" for file in files if (flaw := file_flaw(file))), "")
+
+
+def read_description(folder: Path, part: str) -> dict[str, Any]:
+    """The mapping in the file that tells what a part is.
+
+    Raises:
+        ConfigError: it is no JSON, or no mapping.
+    """
+    return _read_mapping(folder / part / DESCRIPTIONS.get(part, "config.json"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFiles:
+    """A network's weights, under the names that diffusers and transformers look for."""
+
+    paths: tuple[Path, ...]
+    """Every file that is opened; of a network in shards, the index first."""
+    variant: str | None
+    """``fp16``, or None for full precision."""
+    use_safetensors: bool
+
+    @property
+    def is_whole(self) -> bool:
+        return not any(map(file_flaw, self.paths))
+
+
+def weight_files(folder: Path, part: str) -> WeightFiles:
+    """The weights that a loader of ``part`` is to take; see ``_weight_names`` for the order.
+
+    Without a whole set, the one that has at least a file, or the one that is usual.
+    """
+    place, sets = folder / part, []
+    for variant, file, index in _weight_names(part):
+        paths: tuple[Path, ...] = (place / file,)
+        if (place / index).is_file():
+            paths = (place / index, *_shards(place / index))
+        sets.append(WeightFiles(paths=paths, variant=variant, use_safetensors=file.endswith(".safetensors")))
+    begun = (files for files in sets if files.paths[0].exists())
+    return next((files for files in sets if files.is_whole), next(begun, sets[0]))
+
+
+def model_flaw(place: Path, parts: Sequence[str]) -> str:
+    """What keeps a checkpoint file, or the ``parts`` of a folder, from being read; "" if nothing does."""
+    if place.is_file():
+        return file_flaw(place)
+    flaws = {part: flaw for part in parts if (flaw := part_flaw(place, part))}
+    return "lacks " + ", ".join(f"{part} ({flaw})" for part, flaw in flaws.items()) if flaws else ""
+
+
+def file_flaw(file: Path) -> str:
+    """Why a file is not what its name says; "" if it may be."""
+    if not file.is_file():
+        return "is missing"
+    size = file.stat().st_size
+    if not size:
+        return "is empty"
+    if size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer; git lfs pull fetches what it stands for"
+    if ".index" in file.suffixes and not _shards(file):
+        return "names no shards"
+    if file.suffix == ".safetensors":
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, "np"):
+                pass
+        except SafetensorError as error:
+            return f"is cut short, or no safetensors file ({error})"
+    return ""
+
+
+def _weight_names(part: str) -> Iterator[tuple[str | None, str, str]]:
+    """(variant, file, index of shards) of every set of weights, in the order of preference."""
+    stems = ("model.safetensors", "pytorch_model.bin")
+    if part != "text_encoder":
+        stems = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+    for variant in VARIANTS:
+        for name, _, suffix in (stem.partition(".") for stem in stems):
+            index = f"{name}.{suffix}.index{variant}.json"
+            yield variant.removeprefix(".") or None, f"{name}{variant}.{suffix}", index
+
+
+def wanted_files(files: Sequence[str], parts: Sequence[str]) -> list[str]:
+    """The parts' descriptions, and of their weights the set that ``_weight_names`` prefers."""
+    wanted = [file for file in files if file == "model_index.json"]
+    for part in parts:
+        inside = [Path(file).name for file in files if file.startswith(f"{part}/") and file.count("/") == 1]
+        chosen = [f for f in inside if len(Path(f).suffixes) == 1 and f.endswith((".json", ".txt", ".model"))]
+        for variant, file, index in () if part in DESCRIPTIONS else _weight_names(part):
+            shards = [
+                f
+                for f in inside
+                if re.fullmatch(rf"{file.partition('.')[0]}\b.*-\d+-of-\d+\b.*{Path(file).suffix}", f)
+                and (".fp16" in f) == bool(variant)
+            ]
+            if weights := [index, *shards] if index in inside else [file] if file in inside else []:
+                chosen += weights
+                break
+        wanted += [f"{part}/{name}" for name in chosen]
+    return wanted
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    """The files that an index names; none if it can't be read."""
+    try:
+        return tuple(index.with_name(name) for name in sorted({*_read_mapping(index)["weight_map"].values()}))
+    except (ConfigError, KeyError, AttributeError, TypeError):
+        return ()
+
+
+def _read_mapping(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} can't be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: expected a JSON object, got {str(content)[:60]!r}")
+    return content
