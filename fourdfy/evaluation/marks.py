@@ -45,14 +45,14 @@ less can not make ``wrap`` miss a turn, as the truth moves 30 degrees between mo
 def foreground_colour(
     rgb: Float[Tensor, "F H W 3"], opacity: Float[Tensor, "F H W 1"], background: Float[Tensor, "3"]
 ) -> Float[Tensor, "F H W 3"]:
-    """What was composited over ``background``, 0..1; meaningless where opacity is near 0."""
+    """The colour that was composited over ``background``, 0..1; meaningless where opacity is near 0."""
     return ((rgb - (1 - opacity) * background) / opacity.clamp_min(1e-3)).clamp(0, 1)
 
 
 def body_colour(colours: Float[Tensor, "F H W 3"], inside: Bool[Tensor, "F H W"]) -> Float[Tensor, "3"]:
     """Median colour of the silhouette's coloured pixels, which leaves white and dark marks out.
 
-    Of all its pixels where fewer than a tenth are coloured; black where the silhouette is empty.
+    The median is over all its pixels if fewer than a tenth are coloured; an empty silhouette is black.
     """
     pixels = colours[inside]
     coloured = pixels[chroma(pixels) > MIN_CHROMA]
@@ -70,7 +70,7 @@ def visible_mark(
     colours: Float[Tensor, "F H W 3"], inside: Bool[Tensor, "F H W"], body: Float[Tensor, "3"]
 ) -> Float[Tensor, "F 2"]:
     """White and dark pixels in the silhouette's middle, as shares of the silhouette."""
-    if chroma(body) < MIN_CHROMA:  # a grey body has no pixels that a mark could be told from
+    if chroma(body) < MIN_CHROMA:  # on a grey body no mark could be recognised
         return colours.new_zeros(len(colours), 2)
     # Nearer to the greys than to the shades of the body (0.6 to 1.4 of the median, as in the world).
     shade = ((colours @ body) / body.square().sum()).clamp(0.6, 1.4)[..., None]
@@ -83,7 +83,7 @@ def visible_mark(
 
 
 def front_scores(visible: Float[Tensor, "F 2"], straight_ahead: Float[Tensor, "2"]) -> Float[Tensor, "F"]:
-    """0..1: how much of the mark each frame shows; white without dark, or dark without white, is 0."""
+    """How much of the mark each frame shows, 0..1; white without dark, or dark without white, is 0."""
     return (visible / straight_ahead.clamp_min(1e-6)).clamp(max=1).amin(dim=-1)
 
 
@@ -122,7 +122,7 @@ def angle_track(candidates: Sequence[Sequence[float]]) -> Float[Tensor, "T"]:
     would add a whole turn to all that follows, is left out.
 
     Args:
-        candidates: for each moment the fronts' azimuths, as ``fronts`` gives them.
+        candidates: for each moment the fronts' azimuths, as returned by ``fronts``.
     """
     seen = [(moment, angles) for moment, angles in enumerate(candidates) if angles]
     nodes = [(place, moment, angle) for place, (moment, angles) in enumerate(seen) for angle in angles]

@@ -1,4 +1,4 @@
-"""What is measured on a scene of the shapes world, and how a terminal shows it."""
+"""Measurements on a scene of the shapes world, and their display on a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fourdfy.files.atomic import whole_file
 
 @dataclass(frozen=True, kw_only=True)
 class Moment:
-    """What was measured at one scene time."""
+    """The measurements at one scene time."""
 
     time: float
     iou: float
@@ -41,15 +41,15 @@ class ShapesReport:
     colour_error: float
     """Root mean square difference of the median body colours, 0..1."""
     colour_ok: bool
-    """Of the palette's six colours the prompt's is the nearest, and the body is not grey."""
+    """Whether the prompt's colour is the nearest of the palette's six, and the body is not grey."""
     motion_corr: float | None
-    """Correlation of the track with the true one; 0 when frozen or lost, None when still is right."""
+    """Correlation of the track with the true one; 0 if frozen or lost, None if nothing should move."""
     motion_gain: float | None
-    """How far the track moves for each unit of the true one; 1 is right, None when still is right."""
+    """How far the track moves for each unit of the true one; 1 is right, None if nothing should move."""
     motion_right: bool | None
-    """``motion_corr >= RIGHT_MOTION``; None when still is right."""
+    """``motion_corr >= RIGHT_MOTION``; None if nothing should move."""
     still_drift: float | None
-    """Largest mean colour change of the object since t = 0, 0..1; only when still is right."""
+    """Largest mean colour change of the object since t = 0, 0..1; only if nothing should move."""
     fronts: int
     """Marks seen around the object at t = 0; 1 is right, 2 or more is the Janus problem."""
     front_scores: tuple[float, ...]

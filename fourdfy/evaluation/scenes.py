@@ -30,7 +30,7 @@ Render = Callable[[Cameras], tuple[Tensor, Tensor]]
 BACKGROUND = world.BACKGROUNDS[0]
 ELEVATION_DEG = 15.0
 TIMES = tuple(k / 12 for k in range(12))
-"""Without t = 1, which training never reaches and which repeats t = 0."""
+"""Times in [0, 1); t = 1 is left out, since training never reaches it and it repeats t = 0."""
 VIEWS_DEG = tuple(45.0 * k for k in range(8))
 """Azimuths of the frames that IoU, PSNR, colour and the centroid tracks are measured on."""
 AROUND_DEG = tuple(15.0 * k for k in range(24))
@@ -51,7 +51,7 @@ def evaluate_scene(
             ``FRAMES_PER_CALL`` at once. Values that are not finite count as 0.
 
     Raises:
-        ValueError: ``prompt`` is not of the grammar, or ``render`` gives other shapes.
+        ValueError: ``prompt`` is not of the grammar, or ``render`` returns other shapes.
     """
     prompt = parse_prompt(prompt) if isinstance(prompt, str) else prompt
     truth = ground_truth(prompt)

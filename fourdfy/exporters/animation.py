@@ -1,8 +1,8 @@
 """A whole clip as one GLB that plays in a loop.
 
-Where a deformation moves the scene: one mesh whose vertices follow it (morph targets). Where the
-scene changes by added features there is nothing to follow, so every moment has a mesh of its own,
-and only one is shown at a time (scale 1, the others 0).
+If a deformation moves the scene, one mesh has vertices that follow it (morph targets). If the scene
+changes by added features, there is nothing to follow, so every moment has its own mesh, and only one
+is shown at a time (scale 1, the others 0).
 
 M moments, V vertices, N points. Positions are in scene units.
 """
@@ -34,11 +34,11 @@ TRACKING_TOLERANCE = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class Tracks:
-    """Where the vertices of the first moment's mesh are at every moment."""
+    """The positions of the first mesh's vertices at every moment."""
 
     positions: Float[Tensor, "M V 3"]
     residuals: Float[Tensor, "M V"]
-    """Distance in canonical space from the point that the vertex should be; 0 is exact."""
+    """Distance in canonical space from the vertex's canonical point; 0 is exact."""
 
 
 @torch.no_grad()
@@ -120,10 +120,10 @@ def morphing_glb(
 
 def switching_glb(glb: Glb, meshes: Sequence[ColoredMesh | None], *, seconds: float) -> bytes:
     """A mesh with vertex colours for each moment, each shown for an equal part of the time; None for a
-    moment that has nothing to show."""
+    moment at which nothing is visible."""
     material = glb.add_material()
     there = {moment: mesh for moment, mesh in enumerate(meshes) if mesh is not None}
-    at_rest = min(there)  # what a viewer shows where nothing is played
+    at_rest = min(there)  # what a viewer shows if it plays no animation
     there[at_rest] = _reaching(there[at_rest], torch.cat([mesh.surface.positions for mesh in there.values()]))
     key_times = np.linspace(0, seconds, len(meshes) + 1, dtype=np.float32)
     shown = np.eye(len(meshes), len(meshes) + 1, dtype=np.float32)
@@ -140,7 +140,7 @@ def switching_glb(glb: Glb, meshes: Sequence[ColoredMesh | None], *, seconds: fl
 
 
 def _normals(positions: Float[Tensor, "M V 3"], faces: Int[Tensor, "T 3"]) -> list[Float[Tensor, "V 3"]]:
-    """Of every moment; vertices that lie in one place at the first, on two sides of a seam, share theirs."""
+    """Normals at every moment; vertices that coincide at the first, on two sides of a seam, share them."""
     _, joined = positions[0].unique(dim=0, return_inverse=True)
     one_of = torch.empty_like(joined).scatter_(0, joined, torch.arange(len(joined), device=joined.device))
     representative = one_of[joined]
@@ -150,7 +150,7 @@ def _normals(positions: Float[Tensor, "M V 3"], faces: Int[Tensor, "T 3"]) -> li
 def _reaching(mesh: ColoredMesh, everything: Float[Tensor, "N 3"]) -> ColoredMesh:
     """The mesh with two more vertices, of no triangle, at the corners of the box around ``everything``.
 
-    A viewer frames what it sees at rest, the first moment alone; what moves on would leave the picture.
+    A viewer frames what it sees at rest, the first moment alone; what moves later would leave the picture.
     """
 
     def padded(values: Tensor | None) -> Tensor | None:

@@ -58,9 +58,9 @@ def save_cameras(path: Path, cameras: Cameras, *, fps: float | int, image_patter
 
 
 def load_cameras(path: Path) -> tuple[Cameras, float | None]:
-    """A path, whoever wrote it, and its frames in a second, if it says so.
+    """A path of any origin, and its frames per second if it states them.
 
-    A frame without ``time`` (``render_time``) has its share of the clip.
+    Frames without ``time`` (``render_time``) are spread evenly over the clip.
 
     Raises:
         ConfigError: no such file, or it is no camera path of square, centred pixels.
@@ -129,7 +129,7 @@ def _focal_length(frame: dict[str, Any], content: dict[str, Any], height: int) -
 def _cameras(
     matrices: list[Any], fovy_deg: Float[Tensor, "F"], times: list[Any], height: int, width: int
 ) -> Cameras:
-    """With the record's other fields from the positions; the light is at the camera."""
+    """Cameras whose other fields follow from the poses; the light is at the camera."""
     c2w = torch.tensor(matrices, dtype=torch.float32).reshape(len(matrices), 4, 4)
     shares = torch.linspace(0, 1, len(matrices)).tolist()
     given = [share if time is None else float(time) for time, share in zip(times, shares, strict=True)]

@@ -20,10 +20,10 @@ CLAMP_TO_EDGE = 33071
 
 
 class Glb:
-    """A file under construction. What is added is referred to by the index that ``add`` gives.
+    """A file under construction. What is added is referred to by the index that ``add`` returns.
 
     Args:
-        name: of its scene and root node; whatever else is in it begins its name with that.
+        name: name of the scene and root node; all other names start with it.
         lit: the viewer's lights shade the materials.
     """
 
@@ -66,7 +66,7 @@ class Glb:
         return self.add("accessors", **entry)
 
     def add_material(self, image: bytes | None = None, mime_type: str = "image/png") -> int:
-        """A matt material: white, to be multiplied by the vertex colours, or an image."""
+        """A matte material: white, to be multiplied by the vertex colours, or an image."""
         surface: dict[str, Any] = {"metallicFactor": 0.0, "roughnessFactor": 1.0}
         if image is not None:
             source = self.add("images", bufferView=self._add_view(image), mimeType=mime_type)
@@ -99,5 +99,5 @@ def _chunk(kind: bytes, data: bytes, padding: bytes) -> bytes:
 
 
 def linear_from_srgb(values: ndarray) -> ndarray:
-    """IEC 61966-2-1: displayed values 0..1 to light 0..1."""
+    """IEC 61966-2-1: from displayed values 0..1 to linear light 0..1."""
     return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)

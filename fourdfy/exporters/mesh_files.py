@@ -1,7 +1,7 @@
 """One coloured mesh as a file: GLB, OBJ (with MTL and image) or PLY.
 
-The scene is z-up with its front at +x. GLB and OBJ are read as y-up with the front at +z, and written
-so; PLY says nothing of axes and keeps the scene's.
+The scene is z-up with its front at +x. GLB and OBJ are written as y-up with the front at +z,
+as programs read them; PLY does not define axes and keeps the scene's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class ColoredMesh:
     colors: Float[Tensor, "V 3"] | None = None
     """As displayed (sRGB), 0..1."""
     uvs: Float[Tensor, "V 2"] | None = None
-    """From the image's upper left corner."""
+    """Texture coordinates, from the image's upper left corner."""
     texture: UInt8[ndarray, "S S 3"] | None = None
 
 
@@ -74,7 +74,7 @@ def mesh_glb(glb: Glb, mesh: ColoredMesh, *, normals: bool, image_format: ImageF
 
 
 def add_material(glb: Glb, mesh: ColoredMesh, image_format: ImageFormat) -> int:
-    """What ``add_primitive`` of this mesh needs; meshes with vertex colours can share one."""
+    """The material that ``add_primitive`` of this mesh needs; meshes with vertex colours can share one."""
     if mesh.texture is None:
         return glb.add_material()
     mime_type = {"jpg": "image/jpeg", "png": "image/png"}[image_format]
@@ -109,12 +109,12 @@ def add_primitive(glb: Glb, mesh: ColoredMesh, material: int, *, normals: bool =
 
 
 def y_up(values: Float[Tensor, "V 3"]) -> ndarray:
-    """From the scene's axes (z up, front +x) to glTF's (y up, front +z); also for displacements."""
+    """Convert the scene's axes (z up, front +x) to glTF's (y up, front +z); also for displacements."""
     return _array(values[:, [1, 2, 0]])
 
 
 def encode_image(pixels: UInt8[ndarray, "S S 3"], image_format: ImageFormat) -> bytes:
-    """PNG, or JPEG at a quality that shows no blocks."""
+    """PNG, or JPEG at a quality without visible blocks."""
     from PIL import Image
 
     encoded = io.BytesIO()

@@ -1,4 +1,4 @@
-"""From colours in space to an image on a surface.
+"""Textures: from colours in space to an image on a surface.
 
 V vertices, T triangles, S x S texels, P covered texels. (u, v) run from the image's upper left corner.
 """
@@ -31,9 +31,11 @@ FACES_AT_ONCE = 1 << 14
 
 @cache
 def can_unwrap() -> bool:
-    """Whether xatlas is there; says so once if not."""
+    """Whether xatlas is installed; warns once if not."""
     if find_spec("xatlas") is None:
-        logger.warning("xatlas is missing, so vertex colours take the place of textures; pip install xatlas")
+        logger.warning(
+            "xatlas is missing, so meshes get vertex colours instead of textures; pip install xatlas"
+        )
         return False
     return True
 

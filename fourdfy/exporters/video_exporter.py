@@ -36,14 +36,14 @@ class VideoExporter(Exporter):
         formats: list[VideoFormat] = field(default_factory=lambda: ["mp4", "gif", "webp"])
         """``png``: all frames, in a folder. Without ffmpeg, mp4 and webm are frames as well."""
         alpha: bool = False
-        """WebM, WebP and PNG without the background; mp4 and GIF have no opacity and show it."""
+        """Write WebM, WebP and PNG without the background; mp4 and GIF have no opacity and show it."""
         depth: bool = True
         """Also depths: as numbers (``.npz``), and near red, far blue, the background black."""
         fps: float | None = number(None, 0.1, 240)
         """null: that of a camera file, else what shows one clip in ``clip_seconds``; where the scene's time
         stands still, 15."""
         frames_at_once: int = number(8, 1, 4096)
-        """Bounds memory."""
+        """Number of frames rendered at once; bounds the memory."""
 
     cfg: Config
 
@@ -86,7 +86,7 @@ class VideoExporter(Exporter):
         return files
 
     def _clips_fps(self, trained: TrainedScene, cameras: Cameras, of_file: float | None) -> float:
-        """What shows a clip in its time, where the frames go through it at one speed."""
+        """The frame rate that shows one clip in its duration, if the frames pass through it at one speed."""
         steps = cameras.times.diff() % 1
         even = len(steps) > 0 and float(steps.min()) > 1e-6 and float(steps.max() - steps.min()) < 1e-4
         if even and trained.dynamic and (self.cfg.clip_seconds or not of_file):
@@ -95,7 +95,7 @@ class VideoExporter(Exporter):
 
 
 def choose_cameras(trajectory: str, sequences: Mapping[str, Cameras]) -> tuple[str, Cameras, float | None]:
-    """A name for the files, the cameras, and the frames in a second, where a file says them."""
+    """(name for the files, cameras, frames per second if a file states them)."""
     if trajectory in sequences:
         return trajectory, sequences[trajectory], None
     if trajectory.endswith(".json"):

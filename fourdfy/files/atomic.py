@@ -35,11 +35,11 @@ def whole_file(path: Path, *, sync: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def by_product(what: str) -> Iterator[None]:
-    """Writing that a run can do without: where it fails, one warning says why, and the run goes on."""
+    """A context for optional writing: if it fails, one warning says why, and the run continues."""
     try:
         yield
-    except Exception as error:  # whatever it is, hours of training are worth more
-        warn_once(f"{what} could not be written; the run goes on ({type(error).__name__}: {error})")
+    except Exception as error:  # of any kind: hours of training are worth more
+        warn_once(f"{what} could not be written; the run continues ({type(error).__name__}: {error})")
 
 
 warn_once = cache(logger.warning)

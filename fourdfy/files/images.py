@@ -3,9 +3,9 @@
 ``it{step}-{i}.png``, ``it{step}-{i}_video.png`` and ``.mp4`` (validation);
 ``it{step}-test/{i}.png`` and ``it{step}-test.mp4``, likewise ``-test_static``, ``-test-normal``,
 ``-test-normal_static`` and ``-test-depth-jet``; ``it{step}-test-depth/{i}.png``, depth in 16 bit.
-A file appears under its name when it is whole, never before.
+A file appears under its name only when it is complete.
 
-F frames, H x W pixels. Values are 0..1 floats; pixels are 8 bit where nothing else is said. A depth is
+F frames, H x W pixels. Values are 0..1 floats; pixels are 8 bit unless stated otherwise. A depth is
 ``ops.compositing.expected_depth``: a distance from the camera in scene units, 0 where there is nothing.
 """
 
@@ -30,23 +30,23 @@ VALIDATION_FPS = 16
 TEST_FPS = 15
 DEPTH_PERCENTILES = (10.0, 99.0)
 DEPTH_SCALE = 1000
-"""Of a 16-bit depth image: its value for one scene unit."""
+"""The value of a 16-bit depth image that stands for one scene unit."""
 
 BT709 = (
     "scale=out_color_matrix=bt709:out_range=tv,"
     "setparams=color_primaries=bt709:color_trc=bt709:colorspace=bt709:range=tv"
 )
-"""Without it ffmpeg converts by BT.601 and says nothing, and players take HD for BT.709."""
+"""Without these, ffmpeg silently converts by BT.601, while players assume BT.709 for HD."""
 ENCODERS = {
     ".mp4": ["-c:v", "libx264", "-crf", "10", "-movflags", "+faststart"],
     ".webm": ["-c:v", "libvpx-vp9", "-crf", "15", "-b:v", "0"],
 }
 SIGNATURES = {".mp4": (4, b"ftyp"), ".webm": (0, b"\x1aE\xdf\xa3")}
-"""Where such a file says what it is, and how."""
+"""The offset and bytes by which such a file is recognised."""
 ENCODER_SECONDS, ENCODER_SECONDS_PER_FRAME = 30.0, 1.0
-"""An encoder that takes longer is taken to hang; a hundred times what a video needs."""
+"""Seconds after which an encoder counts as hung; a hundred times what a video needs."""
 MAX_GIF_FPS = 50.0
-"""Browsers slow down what is faster."""
+"""Browsers slow down GIFs that are faster."""
 
 Pixels = UInt8[ndarray, "_ _ C"]
 Clip = UInt8[ndarray, "_ _ _ C"]
@@ -68,7 +68,7 @@ def save_validation_video(
     save_dir: Path, step: int, index: int, clips: Sequence[Float[Tensor, "F H W _"]]
 ) -> Path:
     """``it{step}-{index}_video.png``: all RGB frames, then all of the next clip, in one wide image; and
-    the RGB frames as ``.mp4``. Gives the path of the image."""
+    the RGB frames as ``.mp4``. Returns the path of the image."""
     path = save_dir / f"it{step}-{index}_video.png"
     pixels = [to_pixels(clip) for clip in clips]
     save_image(path, side_by_side([frame for clip in pixels for frame in clip]))
@@ -81,7 +81,7 @@ def save_test(
 ) -> Path | None:
     """``it{step}-{kind}/{i}.png`` and ``it{step}-{kind}.mp4``; ``kind`` is "test", "test-normal", ...
 
-    Gives the video's path; None, with a warning, where it can't be encoded.
+    Returns the video's path, or None, with a warning, if it can't be encoded.
     """
     return _save_frames_and_video(save_dir / f"it{step}-{kind}", to_pixels(torch.stack([*images])))
 
@@ -109,7 +109,7 @@ def _save_frames_and_video(folder: Path, frames: Clip) -> Path | None:
 
 
 def to_pixels(values: Float[Tensor, "*F H W C"]) -> UInt8[ndarray, "*F H W _"]:
-    """``value * 255`` truncated to 8 bit, one channel repeated to grey; not finite is black."""
+    """``value * 255`` truncated to 8 bit; one channel becomes grey, and non-finite values black."""
     scaled = values.detach().float().nan_to_num(0, 0, 0).clamp(0, 1) * 255
     pixels = scaled.to(torch.uint8).cpu().numpy()
     return np.repeat(pixels, 3, axis=-1) if pixels.shape[-1] == 1 else pixels
@@ -167,8 +167,8 @@ def save_image(path: Path, pixels: Pixels | UInt16[ndarray, "_ _"]) -> None:
 def save_clip(path: Path, frames: Clip, *, fps: float | int) -> Path:
     """Write frames as the suffix of ``path`` says: mp4, webm, gif, webp, or png for a folder of them.
 
-    Every one of them lasts ``len(frames) / fps`` seconds, to the nearest tick of its clock. Gives the
-    file or the folder; for a video that can't be encoded the folder, see ``save_video``.
+    Every one of them lasts ``len(frames) / fps`` seconds, to the nearest tick of its clock. Returns the
+    file or the folder; for a video that can't be encoded, the folder (see ``save_video``).
     """
     if path.suffix == ".png":
         return save_frames(path.with_suffix(""), frames)
@@ -179,7 +179,7 @@ def save_clip(path: Path, frames: Clip, *, fps: float | int) -> Path:
 
 
 def save_frames(folder: Path, frames: Clip) -> Path:
-    """Write ``{i}.png`` and give the folder."""
+    """Write ``{i}.png`` and return the folder."""
     for index, frame in enumerate(frames):
         save_image(folder / f"{index}.png", frame)
     return folder
@@ -207,7 +207,7 @@ def save_animated_image(path: Path, frames: Clip, *, fps: float | int) -> None:
 
 
 def _resampled(frames: Clip, fps: float | int, most: float) -> Clip:
-    """The frames that are on at the ticks of a clock of ``most`` Hz, where ``fps`` is above that."""
+    """The frames shown at the ticks of a clock of ``most`` Hz, if ``fps`` is above that; else all."""
     if fps <= most:
         return frames
     return frames[(np.arange(round(len(frames) * most / fps)) * fps / most).astype(int)]
@@ -223,10 +223,10 @@ class EncoderError(RuntimeError):
 
 
 def save_video(path: Path, frames: Clip, *, fps: float | int) -> Path | None:
-    """Write an mp4 or webm and give its path.
+    """Write an mp4 or webm and return its path.
 
-    Where it can't be encoded: None, one warning, and the frames as ``{i}.png`` in a folder of the video's
-    name.
+    If it can't be encoded, return None, warn once, and write the frames as ``{i}.png`` into a folder of the
+    video's name.
     """
     if _encoded(path, frames, fps):
         return path
@@ -245,12 +245,12 @@ def _encoded(path: Path, frames: Clip, fps: float | int) -> bool:
 
 def write_video(path: Path, frames: Clip, *, fps: float | int) -> None:
     """``.mp4``: H.264, yuv420p, its index in front, which every player knows. ``.webm``: VP9 with opacity,
-    where the frames have it. Both are converted to BT.709 and say so.
+    where the frames have it. Both are converted to BT.709 and tagged as such.
 
-    yuv420p wants even sizes: an odd image repeats its last row or column. Nothing is resized.
+    yuv420p requires even sizes: an odd image repeats its last row or column. Nothing is resized.
 
     Raises:
-        EncoderError: there is no such file afterwards.
+        EncoderError: the encoder wrote no such file.
     """
     height, width, channels = frames.shape[1:]
     even = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
@@ -268,14 +268,14 @@ def write_video(path: Path, frames: Clip, *, fps: float | int) -> None:
                 command, input=memoryview(even).cast("B"), capture_output=True, timeout=seconds
             )
         except subprocess.TimeoutExpired as error:
-            raise EncoderError(f"ffmpeg was not done after {seconds:g} s") from error
+            raise EncoderError(f"ffmpeg did not finish within {seconds:g} s") from error
         except OSError as error:
             raise EncoderError(f"ffmpeg does not start: {error}") from error
         if done.returncode:
             said = done.stderr.decode(errors="replace").strip().splitlines() or ["it did not say why"]
             raise EncoderError(f"ffmpeg failed with status {done.returncode}: {said[0]}")
         if not half_written.is_file() or not half_written.read_bytes().startswith(signature, at):
-            raise EncoderError(f"what ffmpeg wrote is no {path.suffix[1:]} file")
+            raise EncoderError(f"what ffmpeg wrote is not a valid {path.suffix[1:]} file")
 
 
 def _ffmpeg() -> str:

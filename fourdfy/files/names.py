@@ -11,8 +11,8 @@ MAX_TAG_BYTES = 100
 def sanitize_tag(text: str) -> str:
     """A folder name made from a prompt: at most 100 bytes, no separators, no leading dots.
 
-    Spaces become underscores; that alone is no other name, as threestudio's configs do it too. Where
-    anything else changes, a hash of the text keeps two prompts from sharing a folder.
+    Spaces become underscores, as in threestudio's configs. If anything else changes, a hash of the text
+    keeps two prompts from sharing a folder.
     """
     plain = text.replace(" ", "_")
     safe = "".join(

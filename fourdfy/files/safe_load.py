@@ -1,7 +1,7 @@
-"""Reading torch files from strangers: tensors and plain values come out, nothing in them is run.
+"""Safe reading of torch files: tensors and plain values come out, and no code in them is run.
 
-A pickle is a program that may call anything by name. Here the names are answered by us: a handful that
-build tensors and containers, and an inert ``Placeholder`` for every other one.
+A pickle is a program that may call anything by name. Here only a handful of names that build tensors and
+containers are allowed; every other one becomes an inert ``Placeholder``.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ CONTAINERS = {
     ("builtins", "set"): set,
     ("builtins", "frozenset"): frozenset,
 }
-"""Classes that are built as they are; none of them can be changed by a pickle."""
+"""Classes that may be built; a pickle can change none of them."""
 
 
 def read_torch_file(path: str | Path) -> dict[str, Any]:
-    """What ``torch.save`` wrote into ``path``, a dict, with its tensors on the CPU.
+    """The dict that ``torch.save`` wrote into ``path``, with its tensors on the CPU.
 
     torch's own ``weights_only`` reader comes first; files that it refuses, such as Lightning checkpoints
     with pickled settings and callbacks, are read with their foreign objects as ``Placeholder``. Files of
-    the zip format are mapped into memory: what isn't looked at is never read.
+    the zip format are mapped into memory: what isn't used is never read.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a torch file, not a dict, or a kind that can't be read without running it.
+        ValueError: not a torch file, not a dict, or a file that can't be read without running code in it.
     """
     path = Path(path)
     with path.open("rb"):
@@ -49,7 +49,7 @@ def read_torch_file(path: str | Path) -> dict[str, Any]:
         try:
             content = torch.load(path, weights_only=True, **settings)
         except pickle.UnpicklingError:
-            # Not torch's unpickler but ours, which looks nothing up.
+            # Our own unpickler, which looks nothing up, instead of torch's.
             content = torch.load(path, weights_only=False, pickle_module=InertPickle, **settings)
     except Exception as error:  # a broken pickle may fail in any way
         reason = str(error).strip().partition("\n")[0]
@@ -102,7 +102,7 @@ class InertUnpickler(pickle.Unpickler):
 
 
 class InertPickle:
-    """What ``torch.load`` needs of a pickle module."""
+    """The interface that ``torch.load`` needs of a pickle module."""
 
     Unpickler = InertUnpickler
 

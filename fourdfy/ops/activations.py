@@ -28,7 +28,7 @@ def get_activation(name: str | None) -> Activation:
 
 
 def trunc_exp(x: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
-    """exp, whose gradient stops growing at x = 15 (as in instant-ngp): one far point ruins no step."""
+    """exp whose gradient stops growing at x = 15 (as in instant-ngp), so that no outlier ruins a step."""
     return _TruncExp.apply(x)
 
 
@@ -54,7 +54,7 @@ TORCH = (
     "celu", "elu", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "logsigmoid", "mish", "relu",
     "relu6", "selu", "silu", "softplus", "softsign",
 )  # fmt: skip
-"""Those of ``torch.nn.functional``, with its defaults."""
+"""Activations of ``torch.nn.functional``, with its defaults."""
 
 ACTIVATIONS: dict[str, Activation] = {
     **{name: getattr(functional, name) for name in TORCH},

@@ -45,7 +45,7 @@ def weights_from_density(
     ray_indices: Int[Tensor, "N"],
     n_rays: int,
 ) -> Float[Tensor, "N"]:
-    """What each interval adds to its pixel: alpha times transmittance."""
+    """The weight of each interval in its pixel: alpha times transmittance."""
     transmittance = transmittance_from_density(sigmas, t_starts, t_ends, ray_indices, n_rays)
     return alphas_from_density(sigmas, t_starts, t_ends) * transmittance
 
@@ -57,7 +57,7 @@ def accumulate(
     n_rays: int,
 ) -> Float[Tensor, "R C"]:
     """Sum ``w_i v_i`` over the samples of each ray; rays without samples give 0."""
-    # Channel by channel: on the CPU twice as fast as rows, forward and backward.
+    # Summing channel by channel is twice as fast on the CPU as summing rows, forward and backward.
     sums = [_sum_per_ray(weights * value, ray_indices, n_rays) for value in values.unbind(-1)]
     return torch.stack(sums, dim=-1)
 
@@ -70,7 +70,7 @@ def opacity_and_depth(
 ) -> tuple[Float[Tensor, "R 1"], Float[Tensor, "R 1"]]:
     """``(sum w, sum w t)``: the depth is in scene units and not divided by the opacity.
 
-    Losses read this sum, as in threestudio; what is shown and saved is ``expected_depth``.
+    Losses use this sum, as in threestudio; images and files show ``expected_depth``.
     """
     opacity = _sum_per_ray(weights, ray_indices, n_rays)
     return opacity[:, None], accumulate(weights, t_mids[:, None], ray_indices, n_rays)
@@ -101,7 +101,7 @@ def z_variance(
 def running_sum(values: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
     """``values.cumsum(0)``, always in the same order under ``torch.use_deterministic_algorithms``.
 
-    CUDA's own adds in whatever order its blocks come, and is then refused.
+    CUDA's own implementation adds in no fixed order and is then refused.
     """
     if not torch.are_deterministic_algorithms_enabled():
         return values.cumsum(0)

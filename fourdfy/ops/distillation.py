@@ -1,4 +1,4 @@
-"""From what a prior says is clean to a loss on what was rendered.
+"""Distillation losses: from a prior's prediction of x_0 to a loss on the rendered latents.
 
 All losses here are functions of the rendered latents x and of a prior's prediction of x_0, guided by
 the text. With a = sqrt(abar), s = sqrt(1 - abar), a difference of two noise predictions is a
@@ -130,9 +130,9 @@ def weight(scales: NoiseScales, weighting: str) -> Float[Tensor, "B *ones"]:
 
 
 def amplify_motion(score: Float[Tensor, "B C F H W"], scale: float) -> Float[Tensor, "B C F H W"]:
-    """A video's score with what differs between its F frames times ``scale``; their mean stays.
+    """A video's score with the differences between its F frames multiplied by ``scale``; their mean stays.
 
-    As 4D-fy's VideoCrafter prior has it, on the whole score ``eps_prior - eps``; the idea is that of
+    As in 4D-fy's VideoCrafter prior, it acts on the whole score ``eps_prior - eps``; the idea is that of
     Align Your Gaussians (Ling et al. 2023).
     """
     if scale == 1:
@@ -142,8 +142,8 @@ def amplify_motion(score: Float[Tensor, "B C F H W"], scale: float) -> Float[Ten
 
 
 def bounded(grad: Float[Tensor, "B C *S"], clip: float | None = None) -> Float[Tensor, "B C *S"]:
-    """``grad``, each entry within ``[-clip, clip]``. What is not finite stays so: clipping an infinity would
-    hide from the loss that the prior has failed."""
+    """``grad`` with each entry clipped to ``[-clip, clip]``. Non-finite entries stay as they are: clipping an
+    infinity would hide that the prior has failed."""
     return grad if clip is None else torch.where(grad.isfinite(), grad.clamp(-clip, clip), grad)
 
 
@@ -153,12 +153,12 @@ def rescale_guided_x0(
     group_size: int,
     strength: float,
 ) -> Float[Tensor, "B C *S"]:
-    """The guided x_0 with part of its excess contrast taken back (Lin et al. 2023, section 3.4).
+    """The guided x_0 with part of its excess contrast removed (Lin et al. 2023, section 3.4).
 
     Args:
         guided: the x_0 of classifier-free guidance, whose spread grows with the guidance scale.
         text: the x_0 of the text alone, whose spread is right.
-        group_size: neighbours in the batch that share one spread: the views of an object.
+        group_size: number of neighbours in the batch that share one spread, i.e. the views of an object.
         strength: 0 keeps ``guided``, 1 gives each group the spread of ``text``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""From a density to triangles (Lorensen & Cline 1987), and back through a deformation.
+"""Isosurfaces: from a density to triangles (Lorensen & Cline 1987), and back through a deformation.
 
 R samples along each axis of the cube [-radius, radius]^3, both ends included; V vertices, T
 triangles, N points. Positions are in scene units.
@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 
 @torch.no_grad()
 def in_chunks(function: Callable[[Tensor], Tensor], rows: Float[Tensor, "N C"], size: int) -> Tensor:
-    """``function(rows)``, asked for at most ``size`` rows at once; no graph."""
+    """``function(rows)``, called on at most ``size`` rows at once, without a graph."""
     return torch.cat([function(some) for some in rows.split(size)])
 
 
@@ -56,7 +56,7 @@ def silhouette_level(
     peaks, order = torch.cat([grid.amax(axis) for axis in range(3)]).flatten().sort(descending=True)
     hits = covered[order].cumsum(0)
     above = torch.arange(1, len(peaks) + 1, device=grid.device)
-    # A level lies between two peaks; equal ones cannot be told apart.
+    # A level lies between two peaks; equal ones cannot be distinguished.
     apart = torch.cat([peaks[:-1] > peaks[1:], peaks[-1:] > 0])
     overlap = torch.where(apart, hits / (above + covered.sum() - hits), -1.0)
     last = int(overlap.argmax())
@@ -65,9 +65,9 @@ def silhouette_level(
 
 
 def optical_depth(grid: Float[Tensor, "R R R"], radius: float) -> Float[Tensor, "R R R"]:
-    """Of the matter between a point and the outside, along the least covered of the grid's 26 directions.
+    """Optical depth between a point and the outside, along the least covered of the grid's 26 directions.
 
-    Where it is above log 2, no camera in these directions gets half of the point's light.
+    If it is above log 2, no camera in these directions receives half of the point's light.
     """
     spacing = 2 * radius / (len(grid) - 1)
     least = torch.full_like(grid, torch.inf)
@@ -92,7 +92,7 @@ def _sums_from_outside(grid: Float[Tensor, "R R R"], direction: tuple[int, int, 
 
 
 def _shifted(plane: Float[Tensor, "R R"], steps: tuple[int, ...]) -> Float[Tensor, "R R"]:
-    """Moved by whole cells; zeros come in."""
+    """The grid shifted by whole cells, filled up with zeros."""
     for axis, step in enumerate(steps):
         if step:
             plane = plane.roll(step, axis)
@@ -112,8 +112,8 @@ def marching_cubes(
     grid: Float[Tensor, "R R R"], level: float, radius: float
 ) -> tuple[Float[Tensor, "V 3"], Int[Tensor, "T 3"]]:
     """The surface where the density is ``level``: vertices inside the cube, and triangles wound
-    counter-clockwise as seen from outside. Closed: where the density reaches the cube's side, the
-    side is the surface.
+    counter-clockwise as seen from outside. The surface is closed: where the density reaches the
+    cube's side, the side is the surface.
 
     Raises:
         ValueError: ``level`` is not between the grid's extremes, so there is no surface.
@@ -156,7 +156,7 @@ def decimated(
 ) -> tuple[Float[Tensor, "v 3"], Int[Tensor, "t 3"]]:
     """The mesh with about ``most`` triangles, by quadric error (Garland & Heckbert 1997).
 
-    Triangles to ``keep`` stay as they are, also where they are more than that.
+    Triangles to ``keep`` stay as they are, even if they are more than that.
     """
     from fast_simplification import simplify
 
@@ -179,8 +179,8 @@ def decimated(
 def without_ripples(
     positions: Float[Tensor, "V 3"], faces: Int[Tensor, "T 3"], iterations: int
 ) -> Float[Tensor, "V 3"]:
-    """The vertices after Taubin's smoothing (1995), which takes out what is as fine as the triangles and
-    lets the shape neither shrink nor grow."""
+    """The vertices after Taubin's smoothing (1995), which removes detail as fine as the triangles without
+    shrinking or growing the shape."""
     neighbours = torch.cat([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
     neighbours = torch.cat([neighbours, neighbours.flip(1)]).unique(dim=0)
     here, there = neighbours.unbind(1)
@@ -211,12 +211,12 @@ def invert_warp(
     tolerance: float,
     max_iterations: int = 30,
 ) -> tuple[Float[Tensor, "N 3"], Float[Tensor, "N"]]:
-    """Points p with ``p + displacement(p) = targets``, and how far each is from being one.
+    """Points p with ``p + displacement(p) = targets``, and their residuals.
 
     A deformation field maps backwards: from a point seen at some time to the canonical scene. Where a
     canonical point is seen is the root of that map, found here by Broyden's method (Broyden 1965) for
-    all points at once, beginning at ``guess`` with the identity as the Jacobian, so that the first
-    step is the fixed-point one. A point that does not converge gets the best that was seen of it.
+    all points at once, starting from ``guess`` with the identity as the Jacobian, so that the first
+    step is that of a fixed-point iteration. A point that does not converge gets its best estimate.
 
     Args:
         tolerance: a residual below it is good enough, in scene units.
@@ -236,7 +236,7 @@ def invert_warp(
         new_gaps = points + displacement(points) - targets
         predicted = (inverse @ (new_gaps - gaps)[:, :, None])[..., 0]
         denominator = (steps * predicted).sum(-1, keepdim=True)
-        usable = denominator.abs() > 1e-12  # a point that stands still teaches nothing
+        usable = denominator.abs() > 1e-12  # a point that has not moved gives no information
         correction = torch.where(usable, (steps - predicted) / torch.where(usable, denominator, 1.0), 0.0)
         inverse = inverse + correction[:, :, None] * (steps[:, None] @ inverse)
         gaps = new_gaps

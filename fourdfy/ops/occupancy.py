@@ -45,7 +45,7 @@ def stratified_times(
 ) -> Float[Tensor, "cells num_times"]:
     """Time j of a cell is uniform in [j, j + 1) / num_times, drawn anew for each cell.
 
-    Own draws for each cell, so that an update sees the scene at as many moments as there are cells.
+    Each cell has its own draws, so that an update sees the scene at as many times as there are cells.
     """
     offset = torch.rand(cells, num_times, generator=generator, device=generator.device)
     strata = torch.arange(num_times, device=generator.device)

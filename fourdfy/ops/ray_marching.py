@@ -51,7 +51,7 @@ def march(
         return _empty_samples(origins)
 
     jitter = jitter[hits]
-    # One step more at either end: the midpoint decides below, not the rounding of the entry.
+    # One more step at either end: the midpoint decides below, not the rounding of the entry.
     first = (t_near[hits] / step_size - jitter - 0.5).floor().clamp(min=0)
     last = (t_far[hits] / step_size - jitter - 0.5).ceil()
     steps = int((last - first).max()) + 1

@@ -1,7 +1,7 @@
-"""Gradients in bounded memory: piece by piece, each computed anew in the backward pass (Chen et al. 2016).
+"""Gradients in bounded memory: piece by piece, each recomputed in the backward pass (Chen et al. 2016).
 
-``torch.utils.checkpoint`` does the same, but builds every piece's graph in the forward pass too and watches
-each tensor that it would save. Small pieces are launches and little else, and here take half of the time.
+``torch.utils.checkpoint`` does the same, but also builds every piece's graph in the forward pass and tracks
+each tensor that it would save. Small pieces, which are bound by launches, take half of the time here.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Record = TypeVar("Record", bound=TensorRecord)
 def recomputed(
     compute: Callable[[Piece], Record], pieces: Sequence[Piece], inputs: Sequence[Tensor]
 ) -> list[Record]:
-    """``compute(piece)`` of every piece; of their graphs, one at a time exists, in the backward pass.
+    """``compute(piece)`` of every piece; only one of their graphs exists at a time, in the backward pass.
 
-    The second computation sees the first one's autocast, and its inputs require gradients again. All
-    else that ``compute`` reads must be as it was: randomness comes from a generator that it copies.
+    The recomputation has the autocast state of the first, and its inputs require gradients again. Everything
+    else that ``compute`` reads must be unchanged: randomness must come from a generator that it copies.
 
     Args:
         inputs: the tensors that ``compute`` derives its results from. Gradients reach those that require

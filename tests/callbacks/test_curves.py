@@ -117,7 +117,7 @@ def test_curves_that_can_not_be_written_cost_a_warning_and_not_the_run(tmp_path,
         monkeypatch.setattr(curves.CsvFile, "scalars", lambda *args: (spoil(), scalars(*args)))
     run(this, range(4))
     said = {record.getMessage() for record in caplog.records}
-    assert said and all(text.startswith("curves could not be written; the run goes on (") for text in said)
+    assert said and all(text.startswith("curves could not be written; the run continues (") for text in said)
 
 
 class FakeRun:

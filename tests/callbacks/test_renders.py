@@ -88,7 +88,7 @@ def test_pictures_that_can_not_be_written_cost_a_trained_scene_one_warning_each(
     for _ in range(2):
         written(tmp_path / "save", splits, trained=True)
     of_validation, of_test = (record.getMessage() for record in caplog.records)
-    assert of_validation.startswith("validation images could not be written; the run goes on (")
+    assert of_validation.startswith("validation images could not be written; the run continues (")
     assert "save" in of_test and "--test renders them again" in of_test
 
 

@@ -235,10 +235,10 @@ BROKEN = {
     "without libx264": ("echo \"Unknown encoder 'libx264'\" >&2; exit 8", "Unknown encoder 'libx264'"),
     "dies": ("head -c 100 >/dev/null; kill -9 $$", "status -9"),
     "does not start": ("", "does not start"),
-    "hangs": ("exec sleep 60", "not done after 0.3 s"),
-    "writes nothing": ("cat >/dev/null", "no mp4"),
-    "writes an empty file": ('cat >/dev/null; : >"$out"', "no mp4"),
-    "writes rubbish": ('cat >/dev/null; echo rubbish >"$out"', "no mp4"),
+    "hangs": ("exec sleep 60", "did not finish within 0.3 s"),
+    "writes nothing": ("cat >/dev/null", "not a valid mp4"),
+    "writes an empty file": ('cat >/dev/null; : >"$out"', "not a valid mp4"),
+    "writes rubbish": ('cat >/dev/null; echo rubbish >"$out"', "not a valid mp4"),
 }
 
 

@@ -88,4 +88,4 @@ def test_scores_that_can_not_be_told_cost_a_warning(tmp_path, caplog, monkeypatc
     monkeypatch.setattr("fourdfy.launching.closing._scores", fail)
     said, _ = closing(caplog, tmp_path, "shapes_stage_1", "a red cube spinning", "it2-test")
     assert said.startswith("done in 61 min 12 s")
-    assert "scores could not be written; the run goes on (OSError: disk full)" in caplog.text
+    assert "scores could not be written; the run continues (OSError: disk full)" in caplog.text

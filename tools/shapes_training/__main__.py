@@ -1,7 +1,7 @@
 """Train the small models of the shapes world.
 
     python -m tools.shapes_training all --out DIR --minutes 9.3
-    python -m tools.shapes_training image --out DIR --minutes 4      # again to go on
+    python -m tools.shapes_training image --out DIR --minutes 4      # again to continue
     python -m tools.shapes_training samples --out DIR                # grids and measured quality
     python -m tools.shapes_training export --out DIR --assets FOLDER # genuine model folders
 

@@ -1,4 +1,4 @@
-"""What the small models are trained on: scenes drawn at random, rendered, encoded, kept in a pool.
+"""Training data of the small models: scenes drawn at random, rendered, encoded, kept in a pool.
 
 G scenes (an image, a group of views or a clip) of F frames each, L tokens of C channels.
 A scene's text is a row of the table of all texts: prompt, moment words, view words.
@@ -125,7 +125,7 @@ def draw_scenes(part: str, count: int, generator: torch.Generator) -> Scenes:
 def view_index(
     part: str, elevation_deg: Float[Tensor, "*G"], azimuth_deg: Float[Tensor, "*G"]
 ) -> Int[Tensor, "*G"]:
-    """Index into VIEWS, by the very rule of the prompt processors."""
+    """Index into VIEWS, by the same rule as in the prompt processors."""
     elevation_deg, azimuth_deg = torch.broadcast_tensors(elevation_deg, azimuth_deg)
     index = direction_indices(elevation_deg.flatten(), azimuth_deg.flatten(), *VIEW_THRESHOLDS_DEG[part])
     return index.view(azimuth_deg.shape)

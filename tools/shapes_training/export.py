@@ -135,7 +135,7 @@ def _save_shared(out: Path, folder: Path, *, with_vae: bool) -> None:
 
 
 def _record(out: Path, part: str) -> dict[str, Any]:
-    """Of a part that was trained in an earlier run, what stands beside the assets."""
+    """For a part that was trained in an earlier run, the record beside the assets."""
     return store.read_record(out, part) or store.shipped_record(part)
 
 

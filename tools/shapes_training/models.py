@@ -92,7 +92,7 @@ def build(part: str) -> nn.Module:
 
 
 def prepare(part: str, model: nn.Module) -> None:
-    """What no checkpoint of ``part`` stores: the four-view model's attention over views."""
+    """Add what no checkpoint of ``part`` stores: the four-view model's attention over views."""
     if part == "multi_view":
         enable_multi_view_attention(model, num_views=NUM_VIEWS)
 
@@ -120,7 +120,7 @@ def predict_velocity(
     text: Float[Tensor, "B L C"],
     cameras: Float[Tensor, "B F 16"] | None = None,
 ) -> Float[Tensor, "B F 4 h w"]:
-    """The denoiser's output for whole scenes, whatever layout its class wants."""
+    """The denoiser's output for whole scenes, in the layout that its class requires."""
     if part == "video":
         return unet(noisy.transpose(1, 2), timesteps, text).sample.transpose(1, 2)
     frames = noisy.shape[1]

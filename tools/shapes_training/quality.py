@@ -99,7 +99,7 @@ def measure(
 
 
 def choose_prompts(count: int) -> list[ShapePrompt]:
-    """A third held out (as far as there are enough), spread evenly over the grammar."""
+    """Prompts spread evenly over the grammar, a third of them held out if there are enough."""
     held_out, known = held_out_prompts(), training_prompts()
     num_held_out = min(len(held_out), max(1, count // 3))
     picked = [held_out[k * len(held_out) // num_held_out] for k in range(num_held_out)]
@@ -108,7 +108,7 @@ def choose_prompts(count: int) -> list[ShapePrompt]:
 
 
 def ask(part: str, prompts: Sequence[ShapePrompt], seed: int) -> Scenes:
-    """What the model is asked for: views in turn; images and groups at the start of the clip."""
+    """The samples to draw from the model: views in turn; images and groups at the start of the clip."""
     count, frames = len(prompts), FRAMES[part]
     index = torch.tensor([all_prompts().index(prompt) for prompt in prompts])
     elevation = torch.full((count, frames), 15.0)
@@ -144,7 +144,7 @@ def sample(
     steps: int,
     guidance_scale: float,
 ) -> Float[Tensor, "N F 3 H W"]:
-    """Images in 0..1 for the texts and cameras of ``scenes``: DDIM, classifier-free guidance."""
+    """Sample images in 0..1 for the texts and cameras of ``scenes``: DDIM, classifier-free guidance."""
     unet, vae = store.load_part(out, part, device), store.load_part(out, "vae", device)
     texts, scheduler = text_table(out, device), build_scheduler()
     scheduler.set_timesteps(steps)
@@ -181,8 +181,11 @@ def check(
     prompts: Sequence[ShapePrompt],
     num_azimuths: int = 24,
 ) -> dict[str, Bool[Tensor, "N"]]:
-    """By name, which samples pass: colour and shape always; view for images and groups (which are asked
-    for the start of the clip, where the front is known); motion for clips. Under "right" all of them."""
+    """Which samples pass each check, by name.
+
+    Colour and shape are always checked; view for images and groups (which are asked for the start of the
+    clip, where the front is known); motion for clips. Under "right" are the samples that pass all of them.
+    """
     small = avg_pool2d(images.flatten(0, 1), images.shape[-1] // CHECK_SIZE).unflatten(0, images.shape[:2])
     background = _nearest_background(small)
     azimuths = torch.arange(num_azimuths) * (360 / num_azimuths)

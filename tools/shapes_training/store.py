@@ -1,7 +1,7 @@
-"""Where a training run keeps its parts: weights, what was measured, and the state to go on from.
+"""The files of a training run: weights, measurements, and the state to continue from.
 
 OUT/PART.safetensors holds the averaged weights in half precision, OUT/PART.json the record,
-OUT/PART.state.pt everything that training needs to go on. All appear when they are whole.
+OUT/PART.state.pt everything that training needs to continue. All appear when they are whole.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def save_weights(out: Path, part: str, weights: dict[str, Tensor]) -> None:
 
 
 def read_record(out: Path, part: str) -> dict[str, Any]:
-    """What was recorded of a part; empty before its first training."""
+    """The record of a part; empty before its first training."""
     path = out / f"{part}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
@@ -47,7 +47,7 @@ def update_record(out: Path, part: str, **entries: Any) -> None:
 
 
 def shipped_record(part: str) -> dict[str, Any]:
-    """What was known of a part when it was exported to the shipped assets."""
+    """The record of a part at the time of its export to the shipped assets."""
     folder = shipped_folder(part) if part == "text" else shipped_folder(part).parent
     path = folder / "training.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -94,7 +94,7 @@ def load_part(out: Path, part: str, device: torch.device | str = "cpu") -> nn.Mo
 
 
 def shipped_folder(part: str) -> Path:
-    """Where the package holds a part; the three models share the text encoder and the VAE."""
+    """The folder of a part in the package; the three models share the text encoder and the VAE."""
     return (
         ASSETS
         / FOLDERS.get(part, FOLDERS["image"])

@@ -69,7 +69,7 @@ class Trainee:
         self.first_step = self.step
 
     def _restore(self) -> None:
-        """Go on from the saved state or, where it did not come along, from the averaged weights."""
+        """Continue from the saved state or, if there is none, from the averaged weights."""
         out, part = self.options.out, self.options.part
         state, record = store.load_state(out, part), {"steps": 0, "seconds": 0.0}
         if state is None and store.weights_path(out, part).exists():
@@ -99,11 +99,11 @@ class Trainee:
 
     @property
     def fraction(self) -> float:
-        """Of this call's time, how much is gone; above 1 when it is over."""
+        """Share of this call's time that has passed; above 1 when it is over."""
         return self.elapsed / self._budget
 
     def seed(self, stream: str) -> int:
-        """Of a stream of random numbers that differs between calls that go on."""
+        """Seed of a stream of random numbers; it differs between calls that continue a training."""
         return step_seed(self.options.seed, self.step, stream)
 
     def autocast(self) -> torch.autocast:
@@ -112,7 +112,7 @@ class Trainee:
         return torch.autocast("cuda" if on_gpu else "cpu", torch.bfloat16, enabled=on_gpu)
 
     def goes_on(self) -> bool:
-        """Whether there is time for another step; sets its learning rate, logs and saves now and then."""
+        """Whether there is time for another step; sets its learning rate, and sometimes logs and saves."""
         done, limit = self.step - self.first_step, self.options.max_steps
         if self.fraction >= 1 or (limit is not None and done >= limit):
             return False

@@ -36,12 +36,12 @@ TEXT_DROPOUT = 0.1
 REFRESH_EVERY = 50
 """Steps between two renewals of a part of the pool."""
 RENDER_AT_ONCE = 2048
-"""Images rendered in one go on an accelerator; the CPU takes 32."""
+"""Images rendered at once on an accelerator; the CPU renders 32."""
 TEXT_WORDS = (COLOURS, SHAPES, MOTIONS, MOMENTS, VIEWS)
 
 
 def set_up() -> None:
-    """What each process of a training sets once."""
+    """Global settings that each training process makes once."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.disable_progress_bar()
     torch.set_float32_matmul_precision("high")
@@ -49,7 +49,7 @@ def set_up() -> None:
 
 
 def train(options: Options) -> None:
-    """Train one part; a part trained before goes on."""
+    """Train one part, continuing its earlier training if there was any."""
     trainee = Trainee(options)
     logger.info("%s: up to %.2f minutes on %s", options.part, options.minutes, trainee.device_name)
     measured = {"text": train_text, "vae": train_vae}.get(options.part, train_denoiser)(trainee)
