@@ -1,7 +1,7 @@
-"""Which numbers a config field takes, said where the field is declared.
+"""The range of numbers that a config field accepts, declared with the field.
 
-``width: int = number(64, 1, 8192)`` refuses 0 when the config is parsed, by its key. NaN and infinity are
-refused everywhere, also in fields that declare nothing.
+``width: int = number(64, 1, 8192)`` refuses 0 when the config is parsed, naming the key. NaN and infinity are
+refused everywhere, even in fields that declare no range.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def number(
     *,
     above: float | int | None = None,
 ) -> Any:
-    """A config field of numbers from ``low`` to ``high``, or ``above`` a bound; of a list, every entry."""
+    """A config field of numbers from ``low`` to ``high``, or ``above`` a bound; of a list, each entry."""
     return _field(default, {"bounds": Bounds(low, high, above)})
 
 
@@ -70,9 +70,9 @@ def _field(default: Any, metadata: Mapping[str, Any]) -> Any:
 
 
 def misfits(value: Any, metadata: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(key, what is wrong) of what a field's plain value holds; ``metadata`` is the field's.
+    """Yield (key, what is wrong) for the numbers in a field's plain value; ``metadata`` is the field's.
 
-    The key is "" for the value itself, and dotted inside a mapping, whose entries are judged one by one.
+    The key is "" for the value itself, and dotted inside a mapping, whose entries are checked one by one.
     """
     if isinstance(value, Mapping) and metadata.get("entries", True):
         of_entry = {**metadata, "entries": "scheduled" not in metadata}
@@ -103,7 +103,7 @@ def _misfit(value: Any, metadata: Mapping[str, Any]) -> str:
 
 
 def _numbers(value: Any) -> Iterator[float]:
-    """Every number in a plain value, down into lists."""
+    """Every number in a plain value, including those in lists."""
     if isinstance(value, int | float):
         yield value
     elif isinstance(value, list | tuple):

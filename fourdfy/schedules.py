@@ -16,7 +16,7 @@ Schedule = Any
 
 
 def schedule_value(value: Schedule, step: int) -> float | int:
-    """The scalar at the global ``step``. A number is returned as it is, its type kept.
+    """The scalar at the global ``step``. A number is returned unchanged, with its type.
 
     Raises:
         ValueError: not a number and not a list of 3 or 4 numbers with whole start != end.

@@ -29,7 +29,7 @@ def step_generator(
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """What is built inside draws from ``seed``; the global generators are then as they were before."""
+    """A context in which modules are initialised from ``seed``; it restores the global generators."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)

@@ -1,7 +1,7 @@
-"""What flows between the parts: cameras, rays, samples, fields, images, texts, batches.
+"""The data that components exchange: cameras, rays, samples, fields, images, texts, batches.
 
 F frames of a step, H x W pixels, R = F*H*W rays, N samples over all rays (packed, sorted by ray),
-M moments and D view directions of a prompt, L tokens, C channels. All are frozen; ``.to(...)`` gives a copy.
+M moments and D view directions of a prompt, L tokens, C channels. All are frozen; ``.to(...)`` copies.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from fourdfy.schedules import Schedule, schedule_value
 
 
 class TensorRecord:
-    """A frozen dataclass of tensors that moves as one."""
+    """A frozen dataclass of tensors that move between devices together."""
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """A copy with ``Tensor.to(*args, **kwargs)`` applied to every tensor, records included."""
         return self.mapped(lambda value: value.to(*args, **kwargs))
 
     def mapped(self, change: Callable[[Any], Any]) -> Any:
-        """A copy with ``change(value)`` in the place of each of ``tensors()``, in order."""
+        """A copy with ``change(value)`` for each of ``tensors()``, in order."""
         return replace(self, **{name: change(value) for name, value in self.tensors().items()})  # type: ignore[type-var]
 
     def tensors(self) -> dict[str, Any]:
-        """Its tensors and records by name; what is None or a number is left out."""
+        """Its tensors and records by name, without those that are None or numbers."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         return {name: value for name, value in values.items() if isinstance(value, Tensor | TensorRecord)}
 
@@ -40,7 +40,7 @@ Budget = Literal["image", "video"]
 
 @dataclass(frozen=True)
 class StepContext:
-    """When a part computes, and with which randomness: an argument everywhere, state nowhere."""
+    """The global step and the randomness of a computation; always an argument, never stored."""
 
     step: int
     """The global step, for schedules and annealing."""
@@ -53,23 +53,23 @@ class StepContext:
         return schedule_value(value, self.step)
 
     def copied(self) -> StepContext:
-        """The same with a generator of its own, which draws the same, for a part that is computed again."""
+        """A copy with a separate generator that draws the same numbers, for a part that is recomputed."""
         return replace(self, generator=self.generator and self.generator.clone_state())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cameras(TensorRecord):
-    """F frames to render: each a pinhole camera and a moment. World: right-handed, z up."""
+    """F frames to render, each a pinhole camera and a time. The world is right-handed, z up."""
 
     c2w: Float[Tensor, "F 4 4"]
     """Camera to world; columns right, up, backward, position."""
     fovy_deg: Float[Tensor, "F"]
-    """Vertical angle of view."""
+    """Vertical field of view."""
     elevation_deg: Float[Tensor, "F"]
     azimuth_deg: Float[Tensor, "F"]
     """0 looks at the object's front from +x, 90 from +y."""
     distances: Float[Tensor, "F"]
-    """From the camera to the origin, scene units."""
+    """Distance from the camera to the origin, scene units."""
     times: Float[Tensor, "F"]
     """Scene time of the frame, 0..1; static scenes pass zeros."""
     light_positions: Float[Tensor, "F 3"]
@@ -83,7 +83,7 @@ class Cameras(TensorRecord):
         return len(self.c2w)
 
     def __getitem__(self, index: slice | Tensor) -> Cameras:
-        """Some of the frames, by slice or by indices, each for itself."""
+        """Some of the frames, by slice or by indices, without groups."""
         return replace(self, group_size=1).mapped(lambda value: value[index])
 
 
@@ -112,7 +112,7 @@ class Samples(TensorRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class FieldOutput(TensorRecord):
-    """What a geometry says of N points at their times."""
+    """The values of a field at N points and their times."""
 
     sigmas: Float[Tensor, "N"]
     """Volume density per scene unit, after the activation."""
@@ -134,7 +134,7 @@ class RenderOutput(TensorRecord):
     depth: Float[Tensor, "F H W 1"]
     """Sum of w t, not divided by opacity; scene units. Images show ``ops.compositing.expected_depth``."""
     group_size: int = 1
-    """Of the cameras."""
+    """Group size of the cameras."""
     comp_rgb_fg: Float[Tensor, "F H W 3"] | None = None
     """Foreground, premultiplied by opacity."""
     comp_normal: Float[Tensor, "F H W 3"] | None = None
@@ -142,12 +142,12 @@ class RenderOutput(TensorRecord):
     z_variance: Float[Tensor, "F H W 1"] | None = None
     """How thick the surface looks: sum of w (t - depth)^2."""
     samples: Samples | None = None
-    """What the images were composited from, with these ``weights``."""
+    """The samples that the images were composited from, with these ``weights``."""
     weights: Float[Tensor, "N"] | None = None
     normals: Float[Tensor, "N 3"] | None = None
     """Per-sample normals, for the orientation loss."""
     t_dirs: Float[Tensor, "N 3"] | None = None
-    """Per-sample ray directions, beside ``normals``."""
+    """Per-sample ray directions, given with ``normals``."""
 
 
 Decay = tuple[float, float, float]
@@ -158,26 +158,26 @@ class PerpNegDecays(NamedTuple):
     """How the negative weights of Perp-Neg fall with r, the share of a view in the mixed text."""
 
     fs: Decay
-    """Of the front, between front and side; r is the front's share."""
+    """Weight of the front, between front and side; r is the front's share."""
     sf: Decay
-    """Of the side, between front and side; r is the side's share."""
+    """Weight of the side, between front and side; r is the side's share."""
     fsb: Decay
-    """Of the front, between side and back; r is the side's share."""
+    """Weight of the front, between side and back; r is the side's share."""
     sb: Decay
-    """Of the side, between side and back; r is the side's share."""
+    """Weight of the side, between side and back; r is the side's share."""
 
 
 class Conditions(NamedTuple):
-    """What a prior is asked for B latents (images or videos) with."""
+    """A prior's conditioning for B latents (images or videos)."""
 
     text: Float[Tensor, "B L C"]
     uncond: Float[Tensor, "B L C"]
     negatives: tuple[Float[Tensor, "B L C"], ...] = ()
-    """What the image shall not show, without regard to what it has in common with ``text`` (Perp-Neg)."""
+    """Texts to steer away from, except for what they have in common with ``text`` (Perp-Neg)."""
     weights: tuple[Float[Tensor, "B"], ...] = ()
-    """Of each negative; negative numbers lead away from it."""
+    """Weight of each negative; negative numbers steer away from it."""
     cameras: Float[Tensor, "B K"] | None = None
-    """What the network is told of the cameras, if it is told of them."""
+    """The network's conditioning on the cameras, if it has one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,10 +197,10 @@ class TextEmbeddings(TensorRecord):
 
 @dataclass(frozen=True, kw_only=True)
 class GuidanceOutput:
-    """What a guidance says of a batch of images."""
+    """The losses of a guidance for a batch of images."""
 
     losses: dict[str, Float[Tensor, ""]]
-    """By name: ``sds`` is weighted by ``system.loss.lambda_sds``."""
+    """Losses by name; ``sds`` is weighted by ``system.loss.lambda_sds``."""
     metrics: dict[str, Float[Tensor, ""] | float]
     """Logged, not optimised."""
 

@@ -1,4 +1,4 @@
-"""What a data module is to the rest of the system."""
+"""The interface of a data module."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class CameraSampler(Component, ABC):
 
 
 class DataModule(Component, ABC):
-    """Gives the frames of every training step and of the evaluations.
+    """Provides the frames of every training step and of the evaluations.
 
     It is built with the experiment's seed, ``choose_kind`` (global step -> name of its kind, purely) and
     the ``samplers`` of these kinds by name.
@@ -63,7 +63,7 @@ class DataModule(Component, ABC):
             return {}
 
         def samplers(self) -> dict[str, CameraSampler]:
-            """What draws the frames of the module's own kinds of step, by name."""
+            """The samplers of the module's own kinds of step, by name."""
             return {}
 
         def check(self) -> None:
@@ -87,7 +87,7 @@ class DataModule(Component, ABC):
 
     @abstractmethod
     def val_cameras(self, dynamic: bool) -> dict[str, Cameras]:
-        """Validation sequences by name; ``dynamic``: of a scene that moves."""
+        """Validation sequences by name; ``dynamic`` says whether the scene moves."""
 
     @abstractmethod
     def test_cameras(self, dynamic: bool) -> dict[str, Cameras]:

@@ -1,4 +1,4 @@
-"""Batches of cameras: a pure function of (seed, step) to train, sequences to evaluate."""
+"""Batches of cameras: for training a pure function of (seed, step), for evaluation fixed sequences."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 @register("single-multiview-combined-camera-datamodule")
 class CombinedCameraDataModule(DataModule):
-    """Single views, groups of views and videos, as the supervision plan asks for them."""
+    """Single views, groups of views and videos, as the supervision plan requires."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(DataModule.Config):
@@ -79,7 +79,7 @@ class CombinedCameraDataModule(DataModule):
                 )
             if view.static and self.probabilities()["video"] > 0:
                 raise ConfigError(
-                    "data.single_view.static=true leaves video steps nothing to teach; set "
+                    "data.single_view.static=true leaves video steps nothing to train; set "
                     "data.single_view.simultan=false or data.single_view.static=false"
                 )
 
@@ -101,7 +101,7 @@ class CombinedCameraDataModule(DataModule):
                 logger.warning("data.%s.resolution_milestones: no effect, nothing changes there", name)
 
     def batch(self, step: int, part: int = 0) -> StepBatch:
-        """The frames of a (part of a) global step, whatever came before it."""
+        """The frames of a (part of a) global step, independent of all earlier ones."""
         kind = self.choose_kind(step)
         generator = step_generator(self.seed, step, "camera", part=part)
         cameras = self.samplers[kind].sample(StepContext(step, generator))
@@ -115,7 +115,7 @@ class CombinedCameraDataModule(DataModule):
         return sequences
 
     def test_cameras(self, dynamic: bool) -> dict[str, Cameras]:
-        """``test``: once around, or the moving sequence and then (``test_static``) its views at time 0."""
+        """``test``: once around, or the moving sequence, with its views at time 0 as ``test_static``."""
         if not dynamic:
             return {"test": trajectories.turntable(self.cfg.single_view)}
         moving = trajectories.moving_test(self.cfg.single_view)

@@ -1,8 +1,8 @@
-"""Evaluation sequences: where the camera is, and which moment it sees.
+"""Evaluation sequences: where the camera is, and which time it sees.
 
-A clip has n = num_frames * num_frames_factor moments; a test has ``num_test_loop_static`` parts, each a
-rest at an azimuth and a turn to the next one. Every sequence is made to be played in a loop: its moments
-and turns go on from the last frame to the first as between any two others.
+A clip has n = num_frames * num_frames_factor frames; a test has ``num_test_loop_static`` parts, each a
+rest at an azimuth and a turn to the next one. Every sequence is made to be played in a loop: its times
+and turns continue from the last frame to the first as between any two others.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def moving_test(cfg: SingleViewConfig) -> Cameras:
 
 
 def looped_times(frames: int, clips: int = 1) -> Float[Tensor, "frames"]:
-    """Moments of ``frames`` frames that show the whole clip ``clips`` times; 1 is left out, as it is the
+    """Times of ``frames`` frames that show the whole clip ``clips`` times; 1 is left out, since it is the
     next clip's 0."""
     return torch.arange(frames) * clips % frames / frames
 

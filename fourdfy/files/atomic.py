@@ -1,4 +1,4 @@
-"""Files that appear under their name when they are whole, never before."""
+"""Atomic writing: a file appears under its name only when it is complete."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def read_torch_file(path: str | Path) -> dict[str, Any]:
 
 
 class Placeholder:
-    """Stands for an object of a foreign class; ``state`` is what the file said about it."""
+    """Replaces an object of a foreign class; ``state`` is what the file holds of it."""
 
     def __init__(self, *state: Any, **_options: Any) -> None:
         self.state = state

@@ -1,4 +1,4 @@
-"""What a guidance is to the rest of the system: rendered frames in, losses out."""
+"""The interface of a guidance: rendered frames in, losses out."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fourdfy.types import Cameras, GuidanceOutput, RenderOutput, StepContext, Te
 
 
 class Guidance(Component, nn.Module, ABC):
-    """What supervises a kind of step: mostly a prior and a distillation of it (``guidance.pairs``).
+    """Supervises a kind of step, usually by a prior and a distillation of it (``guidance.pairs``).
 
-    Its parameters (a LoRA) can be trained and are saved; a prior is not among them.
+    Its parameters (a LoRA) can be trained and are saved; those of a prior are not among them.
     """
 
     Config = Prior.Config
-    """The launcher asks of either: its models, its memory, its frames, its text encoder."""
+    """What the launcher needs to know of both: models, memory, frames, text encoder."""
     losses: ClassVar[tuple[str, ...]] = ()
     """Names of the losses that it may give: ``system.loss.lambda_sds`` weighs ``sds``."""
 
@@ -42,6 +42,6 @@ class Guidance(Component, nn.Module, ABC):
         """Losses of rendered frames, seen from as many ``cameras``.
 
         Args:
-            text: None where the step has no prompt.
-            context: with a generator, which all randomness comes from.
+            text: None if the step has no prompt.
+            context: has a generator, from which all randomness comes.
         """

@@ -1,4 +1,4 @@
-"""What all distillations of a prior share: noise levels, and the one path from frames to a loss.
+"""Code shared by all distillations: noise levels, and the path from frames to a loss.
 
 B latents of rendered frames (images or clips), C channels, S the axes behind them.
 """
@@ -33,7 +33,7 @@ from fourdfy.types import (
 
 @dataclass(frozen=True, kw_only=True)
 class NoisyLatents:
-    """A step's latents under noise: all that a distillation looks at."""
+    """A step's noisy latents, and everything else that a distillation uses."""
 
     latents: Float[Tensor, "B C *S"]
     """They carry the graph to the frames."""
@@ -41,10 +41,10 @@ class NoisyLatents:
     noise: Float[Tensor, "B C *S"]
     scales: NoiseScales
     conditions: Conditions
-    """What the prior is asked with."""
+    """The prior's conditioning."""
     text: TextEmbeddings
     cameras: Cameras
-    """Of each latent's first frame."""
+    """Cameras of the latents' first frames."""
 
     @property
     def clean(self) -> Float[Tensor, "B C *S"]:
@@ -59,7 +59,7 @@ class Distillation(Component, nn.Module, ABC):
     """A way to learn from a prior; with the prior it is a ``Guidance`` (``guidance.pairs.join``)."""
 
     losses: ClassVar[tuple[str, ...]]
-    """Names of what it gives; ``sds`` becomes ``sds_video`` with a prior for clips."""
+    """Names of its losses; ``sds`` becomes ``sds_video`` with a prior for clips."""
     prior_class: ClassVar[type[Prior]]
 
     @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class Distillation(Component, nn.Module, ABC):
             return schedule_value(self.min_step_percent, step), schedule_value(high, step)
 
         def _turns(self) -> set[int]:
-            """Steps between which the noise range is linear."""
+            """Global steps between which the noise range is linear."""
             ramps = [s for s in (self.min_step_percent, self.max_step_percent) if isinstance(s, Sequence)]
             turns = {0, *(turn for ramp in ramps for turn in (*ramp[:-3], ramp[-1]))}
             start = self.anneal_start_step

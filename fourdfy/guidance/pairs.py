@@ -1,4 +1,4 @@
-"""Guidances that are a prior and a distillation: any two, and those with names of their own.
+"""Guidances made of a prior and a distillation: any pair, and the pairs with their own names.
 
 A config names a pair as ``PRIOR+DISTILLATION``, such as ``zeroscope+vsd``; its keys are those of both.
 """

@@ -26,7 +26,7 @@ class Reconstruction(Distillation):
         recon_loss: bool = True
         """Distance to the prior's x_0; false: score distillation weighted by 1 - abar."""
         recon_std_rescale: float = number(0.5, 0, 1)
-        """Share of the guided x_0's excess contrast that is taken back, 0..1."""
+        """Share of the guided x_0's excess contrast that is removed, 0..1."""
 
     cfg: Config
 

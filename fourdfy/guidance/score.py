@@ -26,7 +26,7 @@ class ScoreDistillation(Distillation):
         weighting_strategy: Weighting = "sds"
         """w(t): sds 1 - abar, uniform 1, fantasia3d sqrt(abar) (1 - abar)."""
         use_sjc: bool = False
-        """Score Jacobian chaining (Wang et al. 2022) in place of score distillation."""
+        """Use score Jacobian chaining (Wang et al. 2022) instead of score distillation."""
         var_red: bool = True
         """With ``use_sjc``: compare the denoised latents with the clean ones, not the noisy ones."""
 

@@ -34,7 +34,7 @@ from fourdfy.registry import register
 from fourdfy.types import Cameras, Conditions, StepContext
 
 CAMERA_DROP = 0.1
-"""How often the LoRA learns a batch without its cameras, for guidance on them."""
+"""How often the LoRA is trained without its cameras, so that guidance on them is possible."""
 
 
 @register("vsd")
@@ -42,8 +42,8 @@ class VariationalScoreDistillation(Distillation):
     """Losses ``vsd`` (moves the scene) and ``lora`` (trains the adapter and the camera embedding, where
     the optimizer has them).
 
-    The adapter sits on a network of its own, or, where both paths name one model, on the prior's,
-    switched on only for its own calls.
+    The adapter sits on a separate network or, if both paths name one model, on the prior's,
+    where it is active only in its own calls.
     """
 
     losses: ClassVar[tuple[str, ...]] = ("vsd", "lora")
@@ -55,16 +55,16 @@ class VariationalScoreDistillation(Distillation):
         guidance_scale: float = number(7.5, 0, 10_000)
         """Counted from the unconditional prediction: uncond + scale (text - uncond)."""
         guidance_scale_lora: float = number(1.0, 0, 10_000)
-        """Of the LoRA, counted from its prediction without text and camera; 1 is no guidance."""
+        """Scale of the LoRA, counted from its prediction without text and camera; 1 is no guidance."""
         anneal_start_step: int | None = number(5000, 0)
         lora_rank: int = number(4, 1, 1024)
         lora_cfg_training: bool = True
-        """Drop the cameras of some batches, so that the LoRA also knows its images without them."""
+        """Drop the cameras of some batches, so that the LoRA also learns to predict without them."""
         lora_n_timestamp_samples: int = number(1, 1, 64)
         """Noise levels per latent in the LoRA's own loss."""
         camera_condition_type: Literal["extrinsics", "mvp"] = "extrinsics"
-        """The LoRA sees the camera-to-world matrix as it is, distance included, or the projection with it,
-        which tells the angle of view too."""
+        """Condition the LoRA on the camera-to-world matrix, distance included, or on its product with the
+        projection, which adds the field of view."""
 
         def models(self) -> list[tuple[str, tuple[str, ...]]]:
             own, second = super().models(), self.pretrained_model_name_or_path_lora
@@ -98,7 +98,7 @@ class VariationalScoreDistillation(Distillation):
     def distil(
         self, x: NoisyLatents, context: StepContext
     ) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "B C *S"]]:
-        # The LoRA is told the camera itself, so its text says nothing of the view.
+        # The LoRA is conditioned on the camera itself, so its text does not mention the view.
         texts = self.prior.condition(for_views(x.text, x.cameras, view_dependent=False), x.cameras)
         camera = self.camera_matrices(x.cameras).flatten(1)
         guided, _ = self.prior.guided_x0(x.noisy, x.timesteps, x.conditions, self.cfg.guidance_scale)
@@ -110,7 +110,7 @@ class VariationalScoreDistillation(Distillation):
         return losses, grad
 
     def camera_matrices(self, cameras: Cameras) -> Float[Tensor, "B 4 4"]:
-        """What the LoRA is told of each camera."""
+        """The LoRA's conditioning on each camera."""
         if self.cfg.camera_condition_type == "extrinsics":
             return cameras.c2w
         projection = projection_matrix(cameras.fovy_deg, cameras.width / cameras.height)
@@ -124,7 +124,7 @@ class VariationalScoreDistillation(Distillation):
         texts: Conditions,
         camera: Float[Tensor, "B 16"],
     ) -> Float[Tensor, "B C *S"]:
-        """What the LoRA takes for clean: its guided x_0, without a graph."""
+        """The LoRA's guided x_0, without a graph."""
         schedule = self.renderings.schedule
         scales = schedule.scales(timesteps, noisy.ndim)
         scale = self.cfg.guidance_scale_lora
@@ -174,7 +174,7 @@ class VariationalScoreDistillation(Distillation):
         """The raw prediction of the network with adapter and camera; carries their graph.
 
         Args:
-            told: what the network is told of the cameras without the adapter.
+            told: the network's own conditioning on the cameras, without the adapter.
         """
         network = self.renderings.network
         with self.lora.active(), self._told(network, camera):

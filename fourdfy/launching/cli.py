@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported until the arguments are understood."""
+"""The command line. Nothing heavy is imported until the arguments are parsed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ EXAMPLES = """examples:
 """
 
 MODES = {
-    "train": "train, then render the test views; a recipe runs all its stages and goes on where it stopped",
+    "train": "train, then render the test views; a recipe runs all its stages and continues where it stopped",
     "validate": "render a trial's validation views",
     "test": "render a trial's test views and videos",
-    "export": "write what opens elsewhere from a trial: meshes, an animated GLB, or videos",
+    "export": "export a trial as meshes, an animated GLB, or videos for other programs",
     "evaluate": "compare a trial with the ground truth (prompts of the shapes world)",
     "check": "parse everything and print the plan; loads no weights",
     "fetch": "download (and convert) every model that the config needs; trains nothing",
@@ -38,14 +38,14 @@ ADVICE = {
     **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "move away what is there"),
     errno.ENAMETOOLONG: "choose a shorter exp_root_dir or tag",
 }
-"""What a user can do about an error of the system."""
+"""What a user can do about an error of the operating system."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``launch.py``; returns the exit status (2 for a mistake in the arguments or the config)."""
     args = _arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    # Ours alone: numba's debug records are thousands.
+    # Only ours: numba writes thousands of debug records.
     logging.getLogger("fourdfy").setLevel(logging.DEBUG if args.verbose else logging.INFO)
     if args.typecheck:
         _check_types()
@@ -89,7 +89,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if args.prompt is not None:
         if both := [word for word in args.overrides if re.match(rf"(stage_\d+\.)?{PROMPT}=", word)]:
             parser.error(f"--prompt and {both[0]!r} both name the prompt; give one of them")
-        # In front: words that stand alone are taken to belong to it.
+        # It comes first, because words that stand alone are taken to belong to it.
         args.overrides.insert(0, literal_override(PROMPT, args.prompt))
     return args
 
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     source.add_argument(
         "--trial", type=Path, metavar="DIR",
-        help="the folder of an earlier run: go on with it, or evaluate it; results go into it",
+        help="the folder of an earlier run, to continue or evaluate; results go into it",
     )  # fmt: skip
     modes = parser.add_mutually_exclusive_group(required=True)
     for mode, text in MODES.items():
@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         "(default: the first GPU, else the CPU)",
     )  # fmt: skip
     parser.add_argument(
-        "--prompt", metavar="TEXT", help=f"what to make, taken literally (as {PROMPT}=TEXT, but for ${{...}})"
+        "--prompt", metavar="TEXT", help=f"the prompt, taken literally (as {PROMPT}=TEXT, but for ${{...}})"
     )
     parser.add_argument("--verbose", action="store_true", help="log more")
     parser.add_argument(
@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quieten_libraries(verbose: bool) -> None:
-    """Their start-up chatter is of no use to a user; errors still come through."""
+    """Silence the libraries' start-up messages, which are of no use to a user; errors still appear."""
     if verbose:
         return
     for name in ("pytorch_lightning", "lightning_fabric", "numba", "httpx"):

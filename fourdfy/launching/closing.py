@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def log_closing(stages: Sequence[Stage], seconds: float, device: str) -> None:
-    """One record, after the last stage of ``stages`` has rendered its test views.
+    """Log one record after the last stage of ``stages`` has rendered its test views.
 
     A recipe's last video is copied to ``exp_root_dir/<tag>/result.mp4``, beside its stages.
     """
@@ -40,8 +40,8 @@ def log_closing(stages: Sequence[Stage], seconds: float, device: str) -> None:
 
 
 def _video(trial: Path) -> Path | None:
-    """The newest of a trial's test views: an mp4, or where there is no ffmpeg the folder of its frames;
-    None where nothing could be written."""
+    """The newest test video of a trial, or, without ffmpeg, the folder of its frames; None if there is
+    neither."""
     views = [*(trial / "save").glob("it*-test.mp4")] or [*(trial / "save").glob("it*-test")]
     return max(views, key=lambda path: path.stat().st_mtime, default=None)
 
@@ -57,7 +57,7 @@ def _copy(video: Path, target: Path) -> Path:
 
 
 def _scores(stage: Stage, device: str) -> str | None:
-    """What the ground truth says of a moving scene, in one line; None where there is no ground truth."""
+    """One line that compares a moving scene with the ground truth; None if there is no ground truth."""
     experiment = stage.experiment
     prompts = getattr(experiment.cfg.system, "prompt_processor", None)
     try:

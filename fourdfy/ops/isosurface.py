@@ -79,8 +79,8 @@ def optical_depth(grid: Float[Tensor, "R R R"], radius: float) -> Float[Tensor, 
 
 
 def _sums_from_outside(grid: Float[Tensor, "R R R"], direction: tuple[int, int, int]) -> Tensor:
-    """At every point, half of its own value and all values that lie before it as one comes along
-    ``direction``, from outside the grid."""
+    """At every point, the sum of half of its own value and of all values before it along ``direction``,
+    starting outside the grid."""
     main = next(axis for axis, step in enumerate(direction) if step)
     across = tuple(step for axis, step in enumerate(direction) if axis != main)
     slices = list(grid.unbind(main))[:: direction[main]]

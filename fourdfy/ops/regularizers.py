@@ -54,7 +54,7 @@ def regularizer(name: str, needs: tuple[str, ...] = (), advice: str = "") -> Cal
 
 @regularizer("sparsity")
 def sparsity(render: RenderOutput) -> Float[Tensor, ""]:
-    """Mean of sqrt(opacity^2 + 0.01): pulls thin fog to nothing."""
+    """Mean of sqrt(opacity^2 + 0.01), which removes thin fog."""
     return (render.opacity**2 + 0.01).sqrt().mean()
 
 

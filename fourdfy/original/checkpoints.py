@@ -1,8 +1,8 @@
 """Tensors of the public 4D-fy code's checkpoints, under the names that they have here.
 
-Grids, networks, background and occupancy grid are called alike. What differs: the renderer, which the
-low-memory one holds a level deeper; VSD's adapter and camera embedding; and MVDream's frozen weights,
-which the original saves, twice.
+Grids, networks, background and occupancy grid have the same names. What differs is the renderer, which the
+low-memory one holds a level deeper; VSD's adapter and camera embedding; and MVDream's frozen weights, which
+the original saves twice.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BLOCKS = ("down_blocks", "up_blocks", "mid_block")
 def own_names(state: Mapping[str, Tensor], own: Collection[str]) -> dict[str, Tensor]:
     """``state`` with each tensor under the name that it has in ``own``; other names stay as they are.
 
-    Works for checkpoints of ours too, also those from before the two renderers became one.
+    It also works for our own checkpoints, including those from before the two renderers became one.
 
     Raises:
         ConfigError: an adapter for more attentions than our U-Net has.
@@ -69,5 +69,5 @@ def _numbered_attentions(own: Collection[str]) -> list[str]:
 
 
 def _place(path: str) -> tuple[int, ...]:
-    """By block, then by the numbers in the path: 2 comes before 10."""
+    """Sort key: by block, then by the numbers in the path, so that 2 comes before 10."""
     return BLOCKS.index(path.split(".")[0]), *map(int, re.findall(r"\d+", path))

@@ -1,4 +1,4 @@
-"""What a prior is to a distillation: frames to latents, noise levels, and what it takes for clean.
+"""The interface of a prior: frames to latents, noise levels, and its prediction of x_0.
 
 N rendered frames of H x W pixels, B latents of them (images, or clips of several frames) with C channels
 and the axes S behind these; L tokens, E text channels, K numbers of a camera.
@@ -30,7 +30,7 @@ from fourdfy.types import Cameras, Conditions
 class NoiseSchedule(ABC):
     """The noise levels that a network was trained at, and what it predicts at them.
 
-    A level is told to the network as its ``timesteps``: whole numbers of a DDPM, floats of a flow.
+    The network receives a level as its ``timesteps``: whole numbers for a DDPM, floats for a flow.
     """
 
     prediction: str
@@ -79,8 +79,8 @@ class Denoiser(NamedTuple):
 
 
 class Prior(Component, ABC):
-    """A frozen diffusion model of images or clips. It is no ``nn.Module``: nothing of it is saved,
-    moved or counted with what holds it."""
+    """A frozen diffusion model of images or clips. It is no ``nn.Module``, so it is not saved, moved or
+    counted with the module that holds it."""
 
     is_video: ClassVar[bool] = False
     """Whether a latent is a clip, and the score loss is called ``sds_video``."""
@@ -100,32 +100,32 @@ class Prior(Component, ABC):
             return []
 
         def activation_bytes(self, frames: int, height: int, width: int) -> int:
-            """About what a step of so many rendered frames keeps for the backward pass; 0 where unknown."""
+            """Approximate bytes that a step of so many frames keeps for the backward pass; 0 if unknown."""
             return 0
 
         def check_models(self) -> None:
-            """Refuse models of another kind, as far as they are on this disk; loads no weights.
+            """Refuse models of the wrong kind, as far as they are on this disk, without loading weights.
 
             Raises:
                 ConfigError: names the model's file.
             """
 
         def check_group_size(self, size: int, key: str) -> None:
-            """Refuse steps in which other numbers of frames belong together than the prior takes as one.
+            """Refuse steps whose groups of frames differ in size from what the prior takes as one.
 
             Args:
                 size: ``Cameras.group_size`` of the steps.
                 key: what sets it, for the message.
 
             Raises:
-                ValueError: begins with the key of this config that speaks against it.
+                ValueError: starts with the key of this config that contradicts it.
             """
 
         def check_text_encoder(self, name: str) -> None:
-            """Refuse the model ``name`` for texts, as far as both it and the prior's are on this disk.
+            """Refuse the text model ``name`` if it does not fit, as far as both models are on this disk.
 
             Raises:
-                ValueError: begins with the key of this config that speaks against it.
+                ValueError: starts with the key of this config that contradicts it.
             """
 
         def __post_init__(self) -> None:
@@ -134,7 +134,7 @@ class Prior(Component, ABC):
     cfg: Config
     denoiser: Denoiser
     view_dependent: bool = True
-    """Whether it is asked with the text of each latent's view, not with the plain prompt."""
+    """Whether it is conditioned on the text of each latent's view instead of the plain prompt."""
     joint_latents: int = 1
     """Neighbours in a batch that the network denoises together: with one noise level and one spread."""
 
@@ -164,7 +164,7 @@ class Prior(Component, ABC):
         """The raw prediction, in float32, of the prior's network or one like it; carries its graph."""
 
     def condition(self, texts: Conditions, cameras: Cameras) -> Conditions:
-        """``texts`` and what else the network is told of B latents; ``cameras`` are of their first frames."""
+        """The conditioning of B latents: ``texts`` and more; ``cameras`` are those of their first frames."""
         return texts
 
     def draw_timesteps(
@@ -188,7 +188,7 @@ class Prior(Component, ABC):
         conditions: Conditions,
         scale: float,
     ) -> tuple[Float[Tensor, "B C *S"], Float[Tensor, "B C *S"]]:
-        """What the prior takes for clean, from one network call: (guided by ``scale``, by the text alone).
+        """The prior's x_0 from one network call: (guided by ``scale``, predicted from the text alone).
 
         Args:
             scale: counted from the unconditional prediction: uncond + scale (text - uncond).
@@ -207,7 +207,7 @@ class Prior(Component, ABC):
         return classifier_free_guidance(led, without, scale), with_text
 
     def adjust(self, score: Float[Tensor, "B C *S"]) -> Float[Tensor, "B C *S"]:
-        """What becomes of the weighted score before it is bounded."""
+        """The weighted score, possibly changed, before it is clipped."""
         return score
 
     def load_denoiser(self, name: str) -> Denoiser:
@@ -217,5 +217,5 @@ class Prior(Component, ABC):
         )
 
     def time_embedding(self, network: nn.Module) -> nn.Module:
-        """The layers of ``network`` whose output [B E] tells it the noise level."""
+        """The layers of ``network`` whose output [B E] embeds the noise level."""
         return network.time_embedding

@@ -40,7 +40,7 @@ DROPPED = {
         re.escape(TEXT) + r"(text_projection|logit_scale|attn_mask)"
     ),
 }
-"""Keys that are left out, by reason; beside them the text tower's last block (see ``convert_text``)."""
+"""Keys that are left out, by reason, besides the text tower's last block (see ``convert_text``)."""
 
 SCHEDULE = {
     "num_train_timesteps": 1000,
@@ -56,7 +56,7 @@ SCHEDULE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What tells a kind of checkpoint from others, and what its U-Net is."""
+    """How a kind of checkpoint is recognised, and what its U-Net is."""
 
     mark: str
     """A key that only this family has."""
@@ -123,14 +123,14 @@ def family_of(state: State) -> str:
         if family.mark in state:
             return name
     marks = ", ".join(f"{name} by {family.mark}" for name, family in FAMILIES.items())
-    raise ValueError(f"no checkpoint of a known kind; told apart are {marks}. Its keys: {_first(state)}")
+    raise ValueError(f"not a checkpoint of a known kind ({marks}). Its keys: {_first(state)}")
 
 
 def convert_unet(state: State, name: str, head_width: int = 64) -> dict[str, nn.Module]:
     """``unet`` and, where the family has one, ``fps_embedding``.
 
     Args:
-        head_width: of an attention head, which no shape tells; 64 in all published checkpoints.
+        head_width: channels of an attention head, which no shape shows; 64 in all published checkpoints.
     """
     import diffusers
     from diffusers.models.embeddings import TimestepEmbedding
@@ -185,7 +185,7 @@ def convert_vae(state: State) -> nn.Module:
 
 
 def convert_text(state: State, head_width: int = 64) -> nn.Module:
-    """OpenCLIP's text tower without its last block: the states that these U-Nets were trained on."""
+    """OpenCLIP's text tower without its last block, whose output these U-Nets were trained on."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
     found = (re.match(rf"{re.escape(TEXT)}transformer\.resblocks\.(\d+)\.", key) for key in state)
@@ -296,7 +296,7 @@ def save_network(network: nn.Module, folder: Path) -> None:
 
 @contextlib.contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """transformers draws one even for a local file; the run has its own."""
+    """Hide transformers' progress bar, which it draws even for a local file; the run has its own."""
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()
@@ -309,7 +309,7 @@ def no_progress_bar() -> Iterator[None]:
 
 
 def check_all_known(state: State) -> None:
-    """Refuse keys that belong to no part and to no reason in ``DROPPED``.
+    """Refuse keys that belong to no part and are not in ``DROPPED``.
 
     Raises:
         ValueError: names the first few.
@@ -324,7 +324,7 @@ def check_schedule(state: State) -> None:
     """Refuse a checkpoint that was trained with other noise levels than ``SCHEDULE``'s.
 
     Raises:
-        ValueError: says where they part.
+        ValueError: says where they differ.
     """
     from diffusers import DDIMScheduler
 

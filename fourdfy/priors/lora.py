@@ -21,12 +21,12 @@ class LoRA(nn.Module):
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.lora import LoraLayer
 
-        # alpha = rank: W + B A, scaled by nothing. A ~ N(0, 1/rank), B = 0.
+        # alpha = rank: W + B A, without a scale. A ~ N(0, 1/rank), B = 0.
         config = LoraConfig(
             r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(targets)
         )
         inject_adapter_in_model(config, network)
-        # In a tuple: a list of modules is no submodule, so the frozen weights stay out of this one.
+        # A tuple of modules is no submodule, so the frozen weights stay out of this module.
         self._layers = tuple(module for module in network.modules() if isinstance(module, LoraLayer))
         for name, parameter in network.named_parameters():
             if ".lora_" in name:

@@ -1,4 +1,4 @@
-"""MVDream as a prior (Shi et al. 2023): SD 2.1's U-Net, camera vectors, views that attend.
+"""MVDream as a prior (Shi et al. 2023): SD 2.1's U-Net, camera vectors, attention over views.
 
 The U-Net is a plain ``UNet2DConditionModel`` with a projection class embedding of the camera; what
 is not in it is the attention over the views of a group, which ``enable_multi_view_attention`` adds.
@@ -27,12 +27,12 @@ from fourdfy.registry import register
 from fourdfy.types import Cameras, Conditions
 
 PUBLISHED_VIEWS = 4
-"""Of MVDream's checkpoints, and of the model that this package brings."""
+"""Number of views of MVDream's checkpoints, and of the model that ships with this package."""
 
 
 @register("mvdream")
 class MVDream(LatentPrior):
-    """The views of a group are denoised together, and told their cameras."""
+    """Denoises the views of a group together, conditioned on their cameras."""
 
     follows_autocast: ClassVar[bool] = True
 
@@ -42,20 +42,20 @@ class MVDream(LatentPrior):
         model_name: Literal["sd-v2.1-base-4view", "sd-v1.5-4view"] = "sd-v2.1-base-4view"
         """The checkpoint's name in the original code; only the first is supported."""
         ckpt_path: str | None = file_path()
-        """The original's checkpoint file, or a folder in diffusers layout, in the place of the hub's."""
+        """The original's checkpoint file, or a folder in diffusers layout, instead of the hub's model."""
         backend: Literal["diffusers", "mvdream"] = "diffusers"
-        """The networks' code: ours on diffusers, or the authors' package, to compare with. The package
-        takes checkpoint files and float32 alone, and no options for memory."""
+        """The networks' code: ours on diffusers, or the authors' package for comparison. The package
+        supports only checkpoint files and float32, and no options for memory."""
         half_precision_weights: bool | str = False
-        """False unlike elsewhere: the published runs kept this prior in float32."""
+        """False, unlike in other priors: the published runs kept this prior in float32."""
         image_size: int | None = number(None, 1, 8192)
-        """Height and width where they are not given."""
+        """Height and width if these are null."""
         n_view: int = number(PUBLISHED_VIEWS, 2, 64)
-        """Views that see each other; the data must have as many in a group."""
+        """Number of views that attend to each other; the data must have as many in a group."""
         camera_condition_type: Literal["rotation"] = "rotation"
-        """Rotation and direction of the position; the distance is not seen."""
+        """Condition on rotation and direction of the position; the model does not see the distance."""
         view_dependent_prompting: bool = False
-        """False unlike elsewhere: this prior is told the camera itself."""
+        """False, unlike in other priors: this prior is conditioned on the camera itself."""
 
         def models(self) -> list[tuple[str, tuple[str, ...]]]:
             return [(self.ckpt_path or self.pretrained_model_name_or_path, self.parts)]
@@ -131,12 +131,12 @@ def enable_multi_view_attention(unet: nn.Module, num_views: int = 4) -> None:
 
 
 def camera_vectors(c2w: Float[Tensor, "B 4 4"]) -> Float[Tensor, "B 16"]:
-    """What MVDream's camera embedding takes: ``c2w`` row by row, its position scaled to unit length.
+    """The input of MVDream's camera embedding: ``c2w`` row by row, its position scaled to unit length.
 
-    Distance and field of view are not seen by the model. A camera at the origin stays there.
+    The model does not see distance and field of view. A camera at the origin stays there.
     """
     position = c2w[:, :3, 3]
-    # 1e-8 is added, not a lower bound: the published vectors were made so.
+    # 1e-8 is added and not a lower bound, as in the published vectors.
     unit = position / (torch.linalg.vector_norm(position, dim=-1, keepdim=True) + 1e-8)
     top = torch.cat([c2w[:, :3, :3], unit[:, :, None]], dim=-1)
     return torch.cat([top, c2w[:, 3:]], dim=1).flatten(1)

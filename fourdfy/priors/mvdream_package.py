@@ -1,7 +1,7 @@
-"""MVDream by its authors' own code: the package ``mvdream``, behind the interface of our networks.
+"""MVDream by its authors' own package ``mvdream``, with the interface of our networks.
 
-There to compare with, and for who wants the original; everything else runs on diffusers. The package is
-imported only in here. Its model is built from its own config, without the text encoder (prompts have
+It serves comparisons with the original; everything else runs on diffusers. The package is imported only
+here. Its model is built from its own config, without the text encoder (prompts have
 theirs), and filled by our own reader of checkpoints.
 
 B images = groups of V views, L tokens, E text channels, C latent channels.
@@ -28,10 +28,10 @@ from fourdfy.priors.frozen import freeze
 from fourdfy.priors.hub import resolve_file
 
 EXTERN = Path(__file__).parents[2] / "extern" / "MVDream"
-"""Where an unmodified checkout may be, if the package is not installed."""
+"""Folder of an unmodified checkout, used if the package is not installed."""
 
 CONFIGS = {"sd-v2.1-base-4view": "sd-v2-base.yaml"}
-"""The package's file for each of its models that we know how to call."""
+"""The package's config file for each of its models that can be used here."""
 
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
 
@@ -50,7 +50,7 @@ def load_mvdream_package(
         checkpoint: the original's file; null: the hub's.
 
     Raises:
-        ModuleNotFoundError: the package is not there.
+        ModuleNotFoundError: the package is not installed.
         ValueError: an unknown name, a type that the package can't compute in, or a file that doesn't fit.
     """
     if dtype != torch.float32:
@@ -83,13 +83,13 @@ def read_config(model_name: str) -> DictConfig:
     """The ``model`` section of the package's own config.
 
     Raises:
-        ModuleNotFoundError: the package is not there.
+        ModuleNotFoundError: the package is not installed.
         ValueError: an unknown name.
     """
     if model_name not in CONFIGS:
         raise ValueError(f"model_name={model_name!r}; backend=mvdream knows {', '.join(CONFIGS)}")
     if find_spec("mvdream") is None and (EXTERN / "mvdream").is_dir():
-        sys.path.append(str(EXTERN))  # behind all others: it can hide nothing
+        sys.path.append(str(EXTERN))  # last, so that it hides no other module
     spec = find_spec("mvdream")
     if spec is None:
         raise ModuleNotFoundError(
@@ -118,7 +118,7 @@ class PackageUNet(nn.Module):
         class_labels: Float[Tensor, "B 16"],
         return_dict: bool = True,
     ) -> Any:
-        """The noise: in a tuple, or as ``.sample``."""
+        """The predicted noise, in a tuple or as ``.sample``."""
         conditions = {
             "context": encoder_hidden_states,
             "camera": class_labels,

@@ -1,4 +1,4 @@
-"""What the text-to-video priors share: whole clips at once.
+"""Code shared by the text-to-video priors, which take whole clips at once.
 
 N = B F rendered frames, the F frames of a clip neighbours in the batch.
 """
@@ -28,14 +28,14 @@ class VideoPrior(LatentPrior):
         unet_class: ClassVar[str] = "UNet3DConditionModel"
 
         num_frames: int | None = number(None, 2, 1024)
-        """Frames per video; null, or the data's."""
+        """Frames per video; null: as in the data."""
         motion_amp_scale: float = number(1.0, 0, 1000)
-        """Times this, what the prior says of the difference between frames; see ``amplify_motion``."""
+        """Factor on the score's difference between frames; see ``amplify_motion``."""
         low_ram_vae: int = number(0, -1, 1024)
-        """Frames that are in the VAE at once, with their activations; 0 or -1: all."""
+        """Number of frames in the VAE at once, with their activations; 0 or -1: all."""
         gradient: Gradient = "exact"
-        """With ``low_ram_vae``: exact encodes again in the backward pass; subset is the original's
-        way, a random ``low_ram_vae`` of the frames learn and the others do not, nothing rescaled."""
+        """With ``low_ram_vae``: ``exact`` encodes again in the backward pass; ``subset`` is the original's
+        method, where only ``low_ram_vae`` random frames get gradients, without rescaling."""
 
         def activation_bytes(self, frames: int, height: int, width: int) -> int:
             at_once = min(frames, self.low_ram_vae) if self.low_ram_vae > 0 else frames

@@ -45,10 +45,10 @@ def direction_indices(
 def perp_neg_texts(
     text: TextEmbeddings, cameras: Cameras, directions: Float[Tensor, "B D L C"]
 ) -> Conditions:
-    """Perp-Neg: texts mixed by azimuth, with negatives that lead away from front and side.
+    """Perp-Neg: texts mixed by azimuth, with negative texts that steer away from front and side.
 
     Between front (0 degrees), side (90) and back (180) the text is the linear mix of the two
-    nearest views', whatever the thresholds; overhead views have their own text, and their
+    nearest views', independent of the thresholds; overhead views have their own text, and their
     negatives weigh nothing.
 
     Args:

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_agreement(cfg: Any, plan: SupervisionPlan) -> None:
-    """Refuse a parsed ``ExperimentConfig`` whose parts contradict each other.
+    """Refuse a parsed ``ExperimentConfig`` with parts that contradict each other.
 
     Raises:
         ConfigError: names both keys and what to type.

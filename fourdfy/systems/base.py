@@ -1,4 +1,4 @@
-"""What a system is to the launcher and to the training loop."""
+"""The interface of a system to the launcher and to the training loop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fourdfy.types import Cameras, RenderOutput, StepBatch
 
 @dataclass(frozen=True, kw_only=True)
 class StepOutput:
-    """What one training step computed."""
+    """The result of one training step."""
 
     loss: Tensor
     """The weighted sum that is minimized; carries the graph."""
@@ -29,11 +29,11 @@ class StepOutput:
     loss_weights: Mapping[str, float]
     """The weights, by name, of the losses that are on."""
     metrics: Mapping[str, Tensor | float]
-    """What else is worth a curve."""
+    """Other scalars to log."""
 
 
 class System(Component, nn.Module):
-    """A scene that learns. It knows nothing of the trainer: steps and devices are arguments.
+    """A scene in training. It does not depend on the trainer: steps and devices are arguments.
 
     Its ``state_dict`` is what a checkpoint holds.
     """
@@ -45,22 +45,22 @@ class System(Component, nn.Module):
 
         @property
         def prompt(self) -> str | None:
-            """What the scene shall show, in words."""
+            """The prompt of the scene."""
             return None
 
         def plan(self, data: DataModule.Config, steps: Mapping[str, StepConfig]) -> SupervisionPlan:
-            """What supervises the scene; see ``plan_supervision``."""
+            """The plan of what supervises the scene; see ``plan_supervision``."""
             return plan_supervision(self, data, steps)
 
         def check(self, data: DataModule.Config, plan: SupervisionPlan) -> None:
-            """Refuse parts that contradict each other, or the frames that ``data`` gives.
+            """Refuse parts that contradict each other, or the frames of ``data``.
 
             Raises:
                 ConfigError: names both keys and what to type.
             """
 
     step: int
-    """How many global steps the scene has learned; evaluation anneals as at this step."""
+    """How many global steps the scene was trained; evaluation anneals as at this step."""
 
     @property
     def device(self) -> torch.device:
@@ -68,8 +68,8 @@ class System(Component, nn.Module):
 
     @abstractmethod
     def prepare(self, device: torch.device, *, resumed: bool) -> None:
-        """Get ready to train: load the priors onto ``device``; unless ``resumed``, take what fits by name
-        from ``system.weights``."""
+        """Prepare for training: load the priors onto ``device`` and, unless ``resumed``, load what fits by
+        name from ``system.weights``."""
 
     @abstractmethod
     def configure_optimizer(self) -> torch.optim.Optimizer:
@@ -77,11 +77,11 @@ class System(Component, nn.Module):
 
     @abstractmethod
     def configure_scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
-        """What moves the learning rates, at step 0; it takes a step after each of the optimizer's."""
+        """The learning-rate scheduler at step 0; it takes a step after each of the optimizer's."""
 
     @abstractmethod
     def before_step(self, batch: StepBatch) -> None:
-        """What is due before a training step."""
+        """Called before each training step."""
 
     @abstractmethod
     def training_step(self, batch: StepBatch) -> StepOutput:
@@ -89,17 +89,17 @@ class System(Component, nn.Module):
 
     @abstractmethod
     def after_backward(self, batch: StepBatch, optimizer: torch.optim.Optimizer) -> None:
-        """A look at the gradients (unscaled) before the optimizer's step."""
+        """Called before the optimizer's step, with unscaled gradients in place."""
 
     @abstractmethod
     def render(self, cameras: Cameras) -> RenderOutput:
-        """Frames as they are evaluated."""
+        """Render frames for evaluation."""
 
     @abstractmethod
     def export(self, folder: Path, cameras: Mapping[str, Cameras]) -> list[Path]:
         """Write what ``system.exporter`` says into ``folder``; ``cameras`` are the data module's
-        evaluation sequences. Gives the files."""
+        evaluation sequences. Returns the files."""
 
     @abstractmethod
     def load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take the scene and the step of a checkpoint, and what it has of the priors that are loaded."""
+        """Load the scene and the step of a checkpoint, and what it holds of the priors that are loaded."""

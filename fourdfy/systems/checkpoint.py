@@ -18,11 +18,11 @@ MADE_HERE = "fourdfy"
 """The key of a checkpoint that holds the version of fourdfy which wrote it."""
 
 LAST = Path("ckpts", "last.ckpt")
-"""Of a trial folder, its newest checkpoint."""
+"""Path of the newest checkpoint inside a trial folder."""
 
 
 def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
-    """Write to a temporary name, sync, rename: the file of before stays until the new one is whole.
+    """Write to a temporary name, sync, rename: the old file stays until the new one is complete.
 
     Raises:
         FloatingPointError: a tensor of the scene is not finite; nothing is written.
@@ -38,7 +38,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
 
 
 def checkpoint_file(path: str | Path) -> Path:
-    """The file itself; of a trial folder its newest checkpoint."""
+    """The file itself or, for a trial folder, its newest checkpoint."""
     return Path(path) / LAST if Path(path).is_dir() else Path(path)
 
 
@@ -66,10 +66,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def read_own_checkpoint(path: str | Path) -> dict[str, Any]:
-    """A checkpoint that training can go on from.
+    """A checkpoint from which training can continue.
 
     Raises:
-        ConfigError: as ``read_checkpoint``; or other code wrote it, whose optimizer knows other groups.
+        ConfigError: as in ``read_checkpoint``, or other code wrote it, whose optimizer has other groups.
     """
     checkpoint = read_checkpoint(path)
     if MADE_HERE not in checkpoint:

@@ -1,4 +1,4 @@
-"""The one place that looks for NaN and infinity, before the optimizer or a checkpoint spreads them."""
+"""The check for NaN and infinity, before the optimizer or a checkpoint spreads them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def check_step(
     """Refuse a step with a parameter, a loss or a gradient that is not finite.
 
     One tensor holds every loss and the largest entries of every group's parameters and gradients, so that
-    the device is read once. A prior that fails needs no look of its own: its prediction is in its loss.
-    Parameters do: a density of NaN is pruned as if there were nothing, which no loss shows.
+    the device is read once. A prior that fails needs no separate check, as its prediction enters its loss.
+    Parameters do: a density of NaN is pruned like empty space, which no loss shows.
 
     Args:
         losses: scalars by name.
         groups: the optimizer's.
         where: the step, for the message.
-        scaled: gradients that overflow are the affair of a scaler, which skips their step.
+        scaled: a gradient scaler handles gradients that overflow by skipping their step.
 
     Raises:
         FloatingPointError: says where and what.
@@ -37,7 +37,7 @@ def check_step(
     values = [value.to(device) for kind in kinds for value in kind.values()]
     numbers = iter(torch.stack(values).tolist())
     read = [dict(zip(kind, numbers, strict=False)) for kind in kinds]
-    for kind in read:  # causes before what follows from them
+    for kind in read:  # causes before their consequences
         if wrong := [f"{name} is {x}" for name, x in kind.items() if not math.isfinite(x)]:
             hint = " (is its learning rate too high?)" if kind is read[0] else ""
             raise FloatingPointError(

@@ -1,8 +1,8 @@
-"""How learning rates move (``system.scheduler``), and what of an optimizer a resumed run takes over.
+"""Learning-rate schedules (``system.scheduler``), and the optimizer state that a resumed run takes over.
 
-A scheduler is a function of the global step alone: a resumed run builds it from its config and takes as
-many steps. So the config's rates and options always hold, and of a checkpoint only the optimizer's moments
-are read.
+A scheduler is a function of the global step alone: a resumed run builds it from its config and advances it
+by as many steps. So the config's rates and options always apply, and only the optimizer's moments are read
+from a checkpoint.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from fourdfy.config import ConfigError
 
 NEEDS_STATE = ("amsgrad", "centered", "momentum")
-"""Options of optimizers that keep a moment of their own; it can't be made up for steps that are gone."""
+"""Options of optimizers that keep an additional moment, which can't be reconstructed for past steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,12 +30,12 @@ class SchedulerConfig:
 
     name: str
     interval: Literal["step"] = "step"
-    """It takes a step after each of the optimizer's; there is one epoch, so nothing counts those."""
+    """The scheduler takes a step after each of the optimizer's; epochs don't count: there is only one."""
     args: dict[str, Any] = field(default_factory=dict)
     schedulers: list[dict[str, Any]] = field(default_factory=list)
-    """Of a SequentialLR or ChainedScheduler: schedulers in this same form."""
+    """The parts of a SequentialLR or ChainedScheduler, in this same form."""
     milestones: list[int] = field(default_factory=list)
-    """Of a SequentialLR: the global steps at which the next one takes over."""
+    """Global steps at which the next part of a SequentialLR takes over."""
 
     def __post_init__(self) -> None:
         try:
@@ -47,12 +47,12 @@ class SchedulerConfig:
         """The scheduler, at step 0.
 
         Raises:
-            ValueError: no such scheduler, or arguments that it doesn't take; says which.
+            ValueError: there is no such scheduler, or it doesn't accept the arguments; says which.
         """
         return _build(asdict(self), optimizer)
 
     def check(self, max_steps: int) -> None:
-        """Go through a whole run, so that what fails late fails at once.
+        """Step through a whole run, so that late failures show at once.
 
         Raises:
             ValueError: at one of the steps the scheduler fails, or a rate is not finite.
@@ -92,7 +92,7 @@ def _build(cfg: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> LRSchedu
 
 
 def _classes() -> dict[str, type[LRScheduler]]:
-    """By name. Left out are those that take functions, or a measured value at each step."""
+    """Schedulers by name, without those that take functions, or a measured value at each step."""
     not_data = ("LRScheduler", "LambdaLR", "MultiplicativeLR", "ReduceLROnPlateau")
     return {
         name: cls
@@ -112,14 +112,14 @@ def advance(scheduler: LRScheduler, steps: int) -> None:
 def continued(
     saved: Mapping[str, Any], saved_name: str | None, optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """The state for a new ``optimizer`` that goes on from a ``saved`` one: its options, the saved moments.
+    """The state for a new ``optimizer`` that continues a ``saved`` one: the new options, the saved moments.
 
     Args:
-        saved: ``state_dict()`` of the other.
+        saved: ``state_dict()`` of the saved optimizer.
         saved_name: its class; None in old checkpoints.
 
     Raises:
-        ConfigError: another class, other groups, or an option that needs moments which were not kept.
+        ConfigError: the class or the groups differ, or an option needs moments that were not saved.
     """
     own, name = optimizer.state_dict(), type(optimizer).__name__
     if saved_name not in (None, name):
@@ -145,5 +145,5 @@ def continued(
 def _refusal(key: str, was: str) -> ConfigError:
     return ConfigError(
         f"system.optimizer.{key}: the checkpoint's optimizer has {was}, so training can't go on from it; "
-        "give what it began with, or start anew from its scene: system.weights=CKPT in place of resume=CKPT"
+        "set the old value, or start anew from its scene: system.weights=CKPT in place of resume=CKPT"
     )

@@ -1,4 +1,4 @@
-"""Optimizer groups by dotted path, and the audit of what their gradients are at first sight."""
+"""Optimizer groups by dotted path, and an audit of their first gradients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fourdfy.config import ConfigError, keyed_by_path
 logger = logging.getLogger(__name__)
 
 OPTION_BOUNDS = {"lr": Bounds(0, 1000), "eps": Bounds(high=1, above=0), "weight_decay": Bounds(0, 1000)}
-"""Options of optimizers: what is outside can only diverge, or divide by zero where a gradient is zero."""
+"""Ranges of optimizer options; values outside diverge, or divide by zero if a gradient is zero."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class OptimizerConfig:
     args: dict[str, Any] = field(default_factory=dict)
     params: dict[str, Any] = keyed_by_path()
     """Dotted path from the system (``geometry.encoding``) -> group options (``{lr: 0.01}``); null
-    switches an inherited group off. What no path names is not trained; without any, everything is."""
+    switches an inherited group off. Parameters that no path names are not trained; without paths, all are."""
 
     def __post_init__(self) -> None:
         if not _is_optimizer(self.name):
@@ -63,7 +63,7 @@ class OptimizerConfig:
             raise ValueError(f"{place}{given}: {self.name} refuses it: {problem}")
 
     def _refusal(self, options: Mapping[str, Any]) -> str:
-        """What the optimizer's constructor says to the options; "" if it takes them."""
+        """The error of the optimizer's constructor for these options; "" if it accepts them."""
 
         class Probe(getattr(torch.optim, self.name)):
             # Its decorator imports torch._dynamo, which takes longer than all the rest of parsing.
@@ -86,12 +86,12 @@ def parameter_groups(
     """One optimizer group for each path, in order; a parameter belongs to the most specific path.
 
     Args:
-        params: group options by path; empty: one group of everything that learns.
-        absent: parts that this system could have and has not; their groups are left out.
-        untrained: parameters that no step reaches; like frozen ones they are in no group.
+        params: group options by path; if empty, one group holds everything that is trained.
+        absent: optional parts that this system lacks; their groups are left out.
+        untrained: parameters that no step trains; like frozen ones, they are in no group.
 
     Raises:
-        ConfigError: a path leads nowhere or to no parameter; says what there is. Or nothing is left to train.
+        ConfigError: a path leads nowhere or to no parameter (says which exist), or nothing is left to train.
     """
     wanted = parameters_of(system, params, absent)
     if not params:
@@ -116,10 +116,10 @@ def parameter_groups(
 def parameters_of(
     system: nn.Module, params: Mapping[str, Any], absent: Collection[str]
 ) -> dict[str, list[nn.Parameter]]:
-    """What each path names that is not null, or in a part that is ``absent``.
+    """Path -> the parameters that it names, without paths that are null or in a part that is ``absent``.
 
     Raises:
-        ConfigError: a path leads nowhere or to no parameter; says what there is.
+        ConfigError: a path leads nowhere or to no parameter; says which exist.
     """
     found = {path: _parameters_at(system, path) for path in params if path.split(".")[0] not in absent}
     for path, parameters in found.items():
@@ -138,7 +138,7 @@ def build_optimizer(
     absent: Collection[str] = (),
     untrained: Iterable[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
-    """The optimizer over the configured groups of ``system``; what is in none is frozen for good.
+    """The optimizer over the configured groups of ``system``; parameters in no group are frozen for good.
 
     See ``parameter_groups`` for the arguments.
     """
@@ -192,7 +192,7 @@ def frozen(parameters: Iterator[nn.Parameter]) -> Iterator[None]:
 
 @dataclass
 class GradientAudit:
-    """At the first step of each kind: which group got a gradient, and how much.
+    """Records which groups get a gradient at the first step of each kind, and how much.
 
     A LoRA that never trains, or a grid that nothing reaches, is a bug that no loss curve shows.
     """

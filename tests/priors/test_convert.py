@@ -157,7 +157,7 @@ def test_a_key_too_many_or_too_few_is_named():
 
 def test_a_file_of_another_kind_is_refused_by_name(tmp_path):
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other.pt: no checkpoint of a known kind.*Its keys: weight"):
+    with pytest.raises(ValueError, match=r"other.pt: not a checkpoint of a known kind.*Its keys: weight"):
         convert_checkpoint(tmp_path / "other.pt", tmp_path / "out")
 
 

@@ -108,7 +108,7 @@ def test_steps_come_with_their_probabilities():
 
 
 def test_video_steps_in_a_static_stage_are_refused():
-    with pytest.raises(ConfigError, match="leaves video steps nothing to teach"):
+    with pytest.raises(ConfigError, match="leaves video steps nothing to train"):
         plan(0.5, 0.5, static=True)
 
 

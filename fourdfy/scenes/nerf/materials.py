@@ -1,4 +1,4 @@
-"""From a geometry's features to colours.
+"""Materials: from a geometry's features to colours.
 
 N points, C features.
 """
@@ -64,8 +64,8 @@ class NoMaterial(Material):
 class DiffuseWithPointLight(Material):
     """Lambertian shading by one point light and an ambient one (Poole et al. 2022, eq. 9).
 
-    In training a draw for the whole call decides between the colours alone, the shading alone and
-    both: geometry that only texture explains has to be real then.
+    In training, one draw per call decides between colours alone, shading alone, and both, so that texture
+    can't stand in for geometry.
     """
 
     requires_normal = True
@@ -75,15 +75,15 @@ class DiffuseWithPointLight(Material):
         ambient_light_color: tuple[float, float, float] = number((0.1, 0.1, 0.1), 0, 10)
         diffuse_light_color: tuple[float, float, float] = number((0.9, 0.9, 0.9), 0, 10)
         ambient_only_steps: int = number(1000, 0)
-        """Colours alone before this step."""
+        """Before this step, colours are not shaded."""
         diffuse_prob: float = number(0.75, 0, 1)
-        """Of any shading at all, after it."""
+        """Probability of shading a call, after ``ambient_only_steps``."""
         textureless_prob: float = number(0.5, 0, 1)
-        """Of the shading alone, where there is shading."""
+        """Probability that a shaded call shows the shading without the colours."""
         albedo_activation: str | None = "sigmoid"
         """Any name of ``ops.activations``."""
         soft_shading: bool = False
-        """Draw the share of the diffuse light too, in training."""
+        """In training, also draw the share of the diffuse light at random."""
 
         def __post_init__(self) -> None:
             get_activation(self.albedo_activation)
@@ -138,7 +138,7 @@ class NeuralRadiance(Material):
     @dataclass(frozen=True, kw_only=True)
     class Config(Material.Config):
         input_feature_dims: int = number(8, 1, 256)
-        """As many as ``geometry.n_feature_dims``."""
+        """Number of features; must equal ``geometry.n_feature_dims``."""
         color_activation: str | None = "sigmoid"
         """Any name of ``ops.activations``."""
         dir_encoding_config: Any = inner_slot(Encoding, "otype", {"otype": "SphericalHarmonics"})

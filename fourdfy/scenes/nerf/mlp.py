@@ -1,4 +1,4 @@
-"""Small networks between an encoding and what the renderer wants."""
+"""Small networks between an encoding and the renderer."""
 
 from __future__ import annotations
 

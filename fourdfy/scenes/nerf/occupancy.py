@@ -1,4 +1,4 @@
-"""The occupancy grid's state: which cells a renderer need not look into.
+"""The occupancy grid: which cells a renderer can skip.
 
 The buffers have nerfacc's names and shapes (one level), so that checkpoints keep them.
 """
@@ -60,11 +60,11 @@ class OccupancyGrid(nn.Module):
         dilation: int = 0,
         chunk_size: int = 160000,
     ) -> None:
-        """Look at random points of some cells, at ``num_times`` random moments each (0: at time 0).
+        """Evaluate random points of some cells, at ``num_times`` random times each (0: at time 0).
 
         Args:
-            density: of points at times, per scene unit.
-            all_cells: every cell, instead of a random quarter and occupied ones.
+            density: function of points and times, per scene unit.
+            all_cells: refresh every cell instead of a random quarter and occupied ones.
             chunk_size: points per call of ``density``.
         """
         cells = cells_to_refresh(self.occupied, all_cells=all_cells, generator=generator)

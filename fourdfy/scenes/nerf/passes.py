@@ -1,4 +1,4 @@
-"""The rays of a step in a row, cut into passes that bound how many samples there are at once.
+"""The rays of a step, split into passes that bound how many samples there are at once.
 
 R rays, N samples over all rays (packed, sorted by ray).
 """
@@ -16,7 +16,7 @@ from fourdfy.types import RayBundle, Samples, TensorRecord
 
 @dataclass(frozen=True, kw_only=True)
 class FlatRays(TensorRecord):
-    """Rays in a row, each with what its frame says."""
+    """A flat list of rays, each with the data of its frame."""
 
     origins: Float[Tensor, "R 3"]
     directions: Float[Tensor, "R 3"]
@@ -49,10 +49,10 @@ class Pass:
 
 
 def split_rays(ends: Int[Tensor, "R"], limit: int) -> list[Pass]:
-    """Passes of whole rays with at most ``limit`` samples each; a ray that has more is alone.
+    """Passes of whole rays with at most ``limit`` samples each; a ray that has more is a pass by itself.
 
     Args:
-        ends: of each ray, the number of samples up to its last; read back to the host, once.
+        ends: for each ray, the number of samples up to its last; read back to the host once.
     """
     ends, passes, ray, sample = ends.cpu(), [], 0, 0
     while ray < len(ends):

@@ -1,8 +1,8 @@
-"""Volume rendering of a field over space and time: march, prune, ask the field, composite.
+"""Volume rendering of a field over space and time: march, prune, evaluate the field, composite.
 
 F frames of H x W pixels, R rays of them (all, or those of one pass), N samples over these. A sample's time
-is that of its ray's frame, so all frames of a step are rendered at once. Where a cap bounds the samples
-with a graph, rays are shaded in passes that the backward pass computes anew, one at a time.
+is that of its ray's frame, so all frames of a step are rendered at once. If a cap bounds the samples
+with a graph, rays are shaded in passes that the backward pass recomputes one at a time.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ShadedRays(TensorRecord):
 
 
 FieldAt = Callable[[Tensor, Tensor, int], FieldOutput]
-"""What asks the geometry: from positions, times and the step."""
+"""A function that evaluates the geometry, of positions, times and the step."""
 Record = TypeVar("Record", bound=TensorRecord)
 
 
@@ -61,11 +61,11 @@ Record = TypeVar("Record", bound=TensorRecord)
 class NeRFVolumeRenderer(Renderer):
     """Occupancy-grid guided volume renderer (nerfacc's scheme, as threestudio uses it).
 
-    With a cap of the samples that have a graph, images and gradients are the same. Each ray is shaded twice,
-    and what is kept for the whole image are 20 bytes per sample (44 with normals).
+    A cap on the samples with a graph changes neither images nor gradients. Each ray is then shaded twice, and
+    20 bytes per sample (44 with normals) are kept for the whole image.
 
     Args:
-        share_out: deals the cap to groups of rays, with ``gradient: subset``.
+        share_out: distributes the cap over groups of rays, with ``gradient: subset``.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -80,21 +80,21 @@ class NeRFVolumeRenderer(Renderer):
         """Points per call of the field where no gradient is needed: pruning, occupancy, evaluation. null:
         160000 on a CPU, 2^21 on a GPU, where starting a kernel takes longer than a small call's work."""
         return_comp_normal: bool = False
-        """Ask the geometry for normals even where the material does not need them."""
+        """Compute normals even if the material does not need them."""
         return_normal_perturb: bool = False
-        """Not supported; here so that old files say what is wrong."""
+        """Not supported; an old file that sets it gets an error."""
         estimator: Literal["occgrid"] = "occgrid"
-        """What knows where samples are needed."""
+        """How samples are placed."""
         grid_prune: bool = True
         """Skip empty cells and invisible samples. False keeps every sample in the box."""
         prune_alpha_threshold: bool = True
-        """Also ask the current density, and drop samples that are thin or hidden."""
+        """Also evaluate the current density, and drop samples that are thin or hidden."""
         alpha_thre: float = number(0.01, 0, 1)
         """A sample is thin below min(this, mean of the grid's values); 0 drops only hidden ones.
         Dropped samples have no gradient: lower it where density must grow in empty space."""
         eval_alpha_thre: float = number(0.1, 0, 1)
-        """The same where nothing is random: validation, test, evaluation, export. A sample is thin below
-        min(this, a tenth of the grid's largest value): specks around what is solid go, and a scene that is
+        """The same without randomness: validation, test, evaluation, export. A sample is thin below min(this,
+        a tenth of the grid's largest value), so that specks around solid matter vanish while a scene that is
         faint everywhere stays."""
         grid_resolution: int = alias("occ_grid_res", number(32, 1, 254))
         """Cells per side of the occupancy grid."""
@@ -103,20 +103,20 @@ class NeRFVolumeRenderer(Renderer):
         update_interval: int = number(16, 1, 100_000)
         """Training steps from one refresh of the grid to the next."""
         warmup_steps: int = number(256, 0)
-        """Before this step every cell is refreshed, later half of them at most."""
+        """Before this step every cell is refreshed; later, at most half of them."""
         occ_times: int = number(4, 1, 64)
-        """Moments at which a refresh looks into a cell, in dynamic scenes."""
+        """Number of times at which a refresh evaluates a cell, in dynamic scenes."""
         occ_dilation: int = number(1, 0, 16)
-        """Cells around an occupied one that count as occupied too, in dynamic scenes. Without it a
-        few random moments miss the rim of what moves: 2 to 3 % of its samples."""
+        """Cells around an occupied one that count as occupied too, in dynamic scenes. Without it, a
+        few random times miss the rim of moving objects: 2 to 3 % of their samples."""
         train_max_nums: int | None = number(None, 1)
         """Samples of a video step that have a graph at once; null: all. A ray is never cut in two. Small
-        numbers take time: each pass makes and adds a gradient of the whole hash tables."""
+        numbers are slow: each pass makes and adds a gradient of the whole hash tables."""
         train_max_nums_static: int | None = number(None, 1)
-        """The same, of all other steps."""
+        """The same for all other steps."""
         gradient: Literal["exact", "subset"] = "exact"
-        """``subset`` is the original's, for comparison: a random choice of ``train_max_nums`` samples
-        carries gradients, not rescaled, and the others none."""
+        """``subset`` is the original's method, for comparison: a random choice of ``train_max_nums`` samples
+        carries gradients, without rescaling, and the others carry none."""
 
         def __post_init__(self) -> None:
             if self.return_normal_perturb:
@@ -154,7 +154,7 @@ class NeRFVolumeRenderer(Renderer):
     def forward(self, rays: RayBundle, context: StepContext, budget: Budget = "image") -> RenderOutput:
         """See ``Renderer``: march, prune, shade, put together."""
         with nullcontext() if context.generator else torch.no_grad():
-            # In this order, so that no draw depends on how the samples are shaded.
+            # The order ensures that no draw depends on how the samples are shaded.
             jitter = self._jitter(rays, context.generator)
             background = self.parts.background(rays.directions, generator=context.generator)
             flat = FlatRays.of(rays)
@@ -199,7 +199,7 @@ class NeRFVolumeRenderer(Renderer):
         return torch.rand(count, generator=generator, device=generator.device).to(rays.origins)
 
     def _thin(self, *, training: bool) -> Float[Tensor, ""]:
-        """The share of light below which what a sample stops is too little to be shaded."""
+        """The alpha below which a sample is not shaded."""
         occs = self.estimator.occs
         if training:
             return occs.mean().clamp(max=self.cfg.alpha_thre)
@@ -207,7 +207,7 @@ class NeRFVolumeRenderer(Renderer):
 
     @torch.no_grad()
     def _visible_samples(self, rays: FlatRays, jitter: Float[Tensor, "R"], context: StepContext) -> Samples:
-        """Where to look. In several passes, as most of what is marched is pruned."""
+        """The visible samples, found in several passes because most of what is marched is pruned."""
         thin = self._thin(training=context.generator is not None)
         t_near, t_far = intersect_box(rays.origins, rays.directions, *self.bbox.to(rays.origins))
         steps = ((t_far - t_near).clamp(min=0) / self.step_size).ceil().long()
@@ -268,7 +268,7 @@ class NeRFVolumeRenderer(Renderer):
         return self._shade(rays, samples, context, partial(self._field_of_subset, carries=carries))
 
     def _shade(self, rays: FlatRays, samples: Samples, context: StepContext, field_at: FieldAt) -> ShadedRays:
-        """What is there, and what it looks like."""
+        """Evaluate the field and its colours."""
         positions, times = _midpoints(rays, samples)
         field = field_at(positions, times, context.step)
         ray_indices, n_rays = samples.ray_indices, len(rays)
@@ -276,7 +276,7 @@ class NeRFVolumeRenderer(Renderer):
         points = ShadingPoints(
             positions=positions, directions=directions, light_positions=rays.light_positions[ray_indices]
         )
-        # A copy: whoever shades other rays, or these again, sees the same draws.
+        # A copy, so that other rays, or these again, are shaded with the same draws.
         rgb = self.parts.material(field, points, context.copied())
         weights = weights_from_density(field.sigmas, samples.t_starts, samples.t_ends, ray_indices, n_rays)
         t_mids = (samples.t_starts + samples.t_ends) / 2
@@ -308,7 +308,7 @@ class NeRFVolumeRenderer(Renderer):
         step: int,
         carries: Bool[Tensor, "N"],
     ) -> FieldOutput:
-        """The field everywhere, with a graph where ``carries`` says so."""
+        """The field at all samples, with a graph for those that ``carries`` marks."""
         trained, fixed = carries.nonzero().squeeze(1), (~carries).nonzero().squeeze(1)
         with torch.no_grad():
             without = self._field_in_chunks(
@@ -321,7 +321,7 @@ class NeRFVolumeRenderer(Renderer):
     def _field_in_chunks(
         self, positions: Float[Tensor, "N 3"], times: Float[Tensor, "N 1"], step: int
     ) -> FieldOutput:
-        """For no_grad alone: a graph would hold all chunks."""
+        """Only for use under no_grad: a graph would hold all chunks."""
         return joined_records(
             [self._field(*chunk, step) for chunk in _chunks(positions, times, self._chunk_size)]
         )
@@ -401,7 +401,7 @@ def _assemble(
 
 
 def _chunks(positions: Tensor, times: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pieces of both; one empty piece where there are no points."""
+    """Pieces of both; one empty piece if there are no points."""
     return zip(positions.split(size), times.split(size), strict=True)
 
 
@@ -412,7 +412,7 @@ def joined_records(records: Sequence[Record]) -> Record:
 
 
 def _joined(values: Sequence[Tensor | None]) -> Tensor | None:
-    """One after the other, without a copy where there is one only; None where a record has none."""
+    """Concatenated, without a copy if there is only one; None if a record has none."""
     if values[0] is None or len(values) == 1:
         return values[0]
     return torch.cat(values)

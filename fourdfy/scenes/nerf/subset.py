@@ -50,7 +50,7 @@ def interleaved(rays: RayBundle, cap: int) -> Quotas:
 
 
 def draw_subset(samples: Samples, quotas: Quotas, generator: torch.Generator) -> Bool[Tensor, "N"]:
-    """Of each group's samples, as many as its quota says, each equally likely."""
+    """As many of each group's samples as its quota says, drawn with equal probability."""
     shuffled = torch.randperm(len(samples), generator=generator, device=generator.device)
     shuffled = shuffled.to(samples.ray_indices.device)
     groups = quotas.groups[samples.ray_indices[shuffled]]
