@@ -7,6 +7,8 @@ import torch
 
 from fourdfy.config import ConfigError
 from fourdfy.launching.experiment import load_experiment
+from fourdfy.ops import regularizers
+from fourdfy.ops.regularizers import REGULARIZERS, regularizer
 from fourdfy.seeds import step_generator
 from fourdfy.systems.checkpoint import write_checkpoint
 from fourdfy.types import StepContext
@@ -144,3 +146,37 @@ def test_an_adapter_in_no_optimizer_group_is_named_unless_it_is_meant(meant, bui
         system.configure_optimizer()
     told = "no group holds the LoRA of guidance_single_view; it stays as it is" in caplog.text
     assert told is not meant
+
+
+@pytest.fixture
+def own_regularizers(monkeypatch):
+    monkeypatch.setattr(regularizers, "REGULARIZERS", {**REGULARIZERS})
+    monkeypatch.setattr("fourdfy.systems.fourdfy.REGULARIZERS", regularizers.REGULARIZERS)
+
+
+def test_a_plugin_s_regularizer_has_a_weight_and_says_what_it_reads(own_regularizers):
+    @regularizer("stillness", needs=("deformation",))
+    def stillness(render):
+        return render.deformation.square().mean()
+
+    deforms = "system.geometry.pos_encoding_config.otype=HashGridSpatialTimeDeform"
+    this = experiment("system.loss.lambda_stillness=2", deforms)
+    assert this.plan["video"].loss_weights(0)["stillness"] == 2
+    with pytest.raises(ConfigError, match=r"lambda_stillness=2: needs deformation, .* set it to 0$"):
+        experiment("system.loss.lambda_stillness=2")
+
+
+def test_two_regularizers_never_share_a_name(own_regularizers):
+    with pytest.raises(ValueError, match=r"'sparsity' is already fourdfy\.ops\.regularizers\.sparsity"):
+        regularizer("sparsity")(lambda render: render.opacity.mean())
+
+
+def test_a_scene_is_built_alike_and_leaves_the_global_generator_as_it_was():
+    before = torch.get_rng_state()
+    first = experiment().build_system().state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(1)
+    again, other = experiment().build_system().state_dict(), experiment("seed=5").build_system().state_dict()
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+    assert not torch.equal(other["geometry.density_network.layers.0.weight"],
+                           first["geometry.density_network.layers.0.weight"])  # fmt: skip
