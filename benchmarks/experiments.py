@@ -21,13 +21,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from gpus import environment, spread
 
+from fourdfy.callbacks.base import Callback, Run
 from fourdfy.launching.experiment import Experiment, load_experiment
-from fourdfy.launching.trainer import build_trainer
-from fourdfy.systems.lightning import LightningData, LightningSystem
+from fourdfy.launching.lightning import Trainer
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("fourdfy_stage_*.yaml"))
@@ -83,10 +82,17 @@ def measure(name: str, models: Path, steps: int, overrides: list[str]) -> dict[s
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     stopwatch = Stopwatch()
-    trainer = build_trainer(experiment, device, [stopwatch])
-    system = experiment.build_system()
+    system, cfg = experiment.build_system().to(device), experiment.cfg.trainer
     system.prepare(torch.device(device), resumed=False)
-    trainer.fit(LightningSystem(system), LightningData(experiment.build_data()))
+    run = Run(
+        system=system,
+        data=experiment.build_data(),
+        folder=experiment.trial_dir,
+        label=name,
+        max_steps=cfg.max_steps,
+        optimizer=system.configure_optimizer(),
+    )
+    Trainer(cfg, run, {"stopwatch": stopwatch}, device=device).fit(None)
     return {"kinds": stopwatch.summary(), "mixture_ms": mixture(experiment, stopwatch.summary())}
 
 
@@ -109,31 +115,30 @@ def settings(name: str, models: Path, steps: int) -> list[str]:
     return given
 
 
-class Stopwatch(pl.Callback):
+class Stopwatch(Callback):
     """Records time and peak memory of every training step by its kind, and keeps the scene as it is."""
 
     def __init__(self) -> None:
         self.steps: dict[str, list[tuple[float, int]]] = defaultdict(list)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for group in trainer.optimizers[0].param_groups:
+    def begin(self, run: Run) -> None:
+        for group in run.optimizer.param_groups:
             group["lr"] = 0.0
+        self._start()
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-        self.began = time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def after_step(self, run: Run, batch: Any, losses: Any) -> None:
         peak = 0
         if torch.cuda.is_available():
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated()
         size = f" {batch.cameras.height}" if batch.kind == "multi_view" else ""
         self.steps[batch.kind + size].append((1000 * (time.perf_counter() - self.began), peak))
+        self._start()
+
+    def _start(self) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self.began = time.perf_counter()
 
     def summary(self) -> dict[str, dict[str, float]]:
         return {

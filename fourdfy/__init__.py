@@ -2,7 +2,9 @@
 
 import os
 import tempfile
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -16,3 +18,10 @@ try:
     Path.home()
 except RuntimeError:  # a user whom the system doesn't know, as in some containers; caches go there
     os.environ["HOME"] = tempfile.gettempdir()
+
+
+def __getattr__(name: str) -> Any:
+    """``train`` and ``load``, imported when they are first asked for: PyTorch takes seconds."""
+    if name in ("train", "load"):
+        return getattr(import_module("fourdfy.launching.train"), name)
+    raise AttributeError(f"module 'fourdfy' has no attribute {name!r}")

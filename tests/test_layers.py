@@ -20,8 +20,8 @@ MAY_IMPORT = {
     "original": {"files"},
     "systems": {"ops", "files", "scenes", "priors", "prompts", "guidance", "data", "exporters", "original"},
     "shapes": {"ops"},
-    "evaluation": {"ops", "files", "data", "systems", "shapes", "launching"},
-    "callbacks": {"ops", "files", "data", "systems", "launching"},
+    "callbacks": {"ops", "files", "data", "systems"},
+    "evaluation": {"ops", "files", "systems", "shapes", "callbacks"},
     "launching": {
         "files",
         "ops",

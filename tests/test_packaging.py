@@ -1,6 +1,7 @@
 """What an installation holds, and what ``launch.py`` says where it holds too little."""
 
 import ast
+import json
 import os
 import re
 import runpy
@@ -12,7 +13,8 @@ import yaml
 
 import fourdfy
 from fourdfy.config_files import ConfigError, find_config, read_layers
-from tests.commands import CONFIGS, ROOT
+from fourdfy.systems.checkpoint import read_checkpoint
+from tests.commands import CONFIGS, ROOT, TINY, trial
 
 OPTIONAL = {"accelerate", "triton", "tomesd", "xformers", "mvdream", "wandb"}
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit-image"}
@@ -20,11 +22,35 @@ DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit-image"}
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The package as a wheel holds it, alone in a folder."""
-    folder = tmp_path_factory.mktemp("site")
-    build = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", str(folder)]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
-    return folder
+    """A wheel, built and installed without its dependencies into a folder of its own."""
+    made, site = tmp_path_factory.mktemp("made"), tmp_path_factory.mktemp("site")
+    places = ["egg_info", "--egg-base", str(made), "build", "--build-base", str(made)]
+    places += ["bdist_wheel", "--bdist-dir", str(made / "bdist"), "--dist-dir", str(made)]
+    for command in (
+        [sys.executable, "setup.py", "--quiet", *places],
+        [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--target", str(site), "WHEEL"],
+    ):
+        wheels = [str(path) for path in made.glob("*.whl")]
+        words = [word for item in command for word in (wheels if item == "WHEEL" else [item])]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    return site
+
+
+@pytest.fixture
+def run_installed(installed, tmp_path):
+    """Run Python in an empty folder, with the wheel's package and the other packages of this environment."""
+    elsewhere = tmp_path / "mein Ordner für 4D"
+    elsewhere.mkdir()
+
+    def run(*words):
+        given = {"cwd": elsewhere, "env": {**os.environ, "PYTHONPATH": str(installed)}}
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, **given)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert run("-c", "import fourdfy; print(fourdfy.__file__)").startswith(str(installed))
+    return run
 
 
 def files(folder, pattern="*"):
@@ -40,27 +66,25 @@ def test_a_wheel_holds_every_config_and_every_file_of_the_package(installed):
     assert {path for path in files(package) if (package / path).is_file()} <= held
 
 
-def test_an_installed_recipe_is_found_by_name_from_any_folder(installed, tmp_path):
-    elsewhere = tmp_path / "mein Ordner für 4D"
-    elsewhere.mkdir()
-    fourdfy = [sys.executable, "-c", "from fourdfy.launching.cli import main; raise SystemExit(main())"]
-    done = subprocess.run(
-        [
-            *fourdfy,
-            "--config",
-            "shapes",
-            "--check",
-            "--gpu",
-            "cpu",
-            "system.prompt_processor.prompt=a red ball spinning",
-        ],
-        cwd=elsewhere,
-        env={**os.environ, "PYTHONPATH": str(installed)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "stage 3/3" in done.stdout
+PROMPT = ("--prompt", "a red ball spinning")
+SMALL = tuple(word for word in TINY if "prompt" not in word)
+
+
+def test_an_installed_recipe_is_found_by_name_from_any_folder(installed, run_installed):
+    program = str(installed / "bin" / "fourdfy")
+    assert "stage 3/3" in run_installed(program, "--config", "shapes", "--check", "--gpu", "cpu", *PROMPT)
+
+
+def test_an_installation_trains_and_evaluates(installed, run_installed, tmp_path):
+    program, root = str(installed / "bin" / "fourdfy"), tmp_path / "out"
+    place = f"exp_root_dir={root}"
+    run_installed(program, "--config", "shapes_stage_3", "--train", "--gpu", "cpu", *PROMPT, *SMALL, place)
+    assert read_checkpoint(trial(root, "shapes_stage_3"))["global_step"] == 2
+    results = tmp_path / "out.json"
+    command = ["-m", "fourdfy.evaluation.shapes", *PROMPT, "--gpu", "cpu", "--json", str(results)]
+    run_installed(*command, *SMALL, "trainer.max_steps=1", f"exp_root_dir={tmp_path / 'evaluated'}")
+    (row,) = json.loads(results.read_text())
+    assert row["prompt"] == PROMPT[1]
 
 
 def test_every_package_that_is_imported_is_declared():

@@ -15,35 +15,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytorch_lightning as pl
 from jaxtyping import UInt8
 from numpy import ndarray
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
+from fourdfy.callbacks.base import Callback, Run
 from fourdfy.config import ConfigError
 from fourdfy.files.atomic import by_product, whole_file
 from fourdfy.files.images import VALIDATION_FPS
-from fourdfy.launching.experiment import Experiment
 
 MAX_PIXELS = 256
 """Of the longer side of a logged image or clip; larger ones lose rows and columns."""
 
 
-class Curves(pl.Callback):
-    """Every ``trainer.log_every_n_steps`` steps, and after the last: for each kind of step that came since
-    its last point the mean of its scalars; and the learning rates. What can't be written costs a warning.
+class Curves(Callback):
+    """Every so many steps, and after the last: for each kind of step that came since the last point the mean
+    of its scalars; and the learning rates. What can't be written costs a warning.
+
+    Args:
+        wandb: settings of Weights & Biases, see ``system.loggers.wandb``.
+        values: the config, for Weights & Biases.
 
     Raises:
         ConfigError: Weights & Biases is asked for and can't be imported.
     """
 
-    def __init__(self, experiment: Experiment) -> None:
-        self.trial = experiment.trial_dir
-        self.every_n_steps = experiment.cfg.trainer.log_every_n_steps
-        self.values = experiment.values
-        self.wandb = experiment.cfg.system.loggers.wandb
-        if self.wandb.enable:
+    def __init__(self, folder: Path, every_n_steps: int, wandb: Any, values: Mapping[str, Any]) -> None:
+        self.folder, self.every_n_steps = folder, every_n_steps
+        self.wandb, self.values = wandb, values
+        if wandb.enable:
             try:
                 import_module("wandb")
             except ImportError as error:
@@ -52,26 +53,23 @@ class Curves(pl.Callback):
                 ) from error
         self.writers: list[Any] = []
 
-    def on_train_start(self, trainer: Any, module: Any) -> None:
-        start = trainer.global_step
+    def begin(self, run: Run) -> None:
         self.writers = []
         for kind, folder in ((TensorBoard, "tb_logs"), (CsvFile, "csv_logs")):
             with by_product("curves"):
-                self.writers.append(kind(self.trial / folder, start))
+                self.writers.append(kind(self.folder / folder, run.step))
         if self.wandb.enable:
-            self.writers.append(WeightsAndBiases(self.trial, self.wandb, self.values))
+            self.writers.append(WeightsAndBiases(self.folder, self.wandb, self.values))
 
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        step = trainer.global_step
-        due = step % self.every_n_steps == 0 or step == trainer.max_steps
-        if not due or batch.part + 1 < trainer.accumulate_grad_batches:
+    def after_step(self, run: Run, *args: Any) -> None:
+        if run.step % self.every_n_steps and run.step != run.max_steps:
             return
-        scalars = module.means.take()
-        for group in trainer.optimizers[0].param_groups:
+        scalars = run.means.take()
+        for group in run.optimizer.param_groups if run.optimizer else ():
             scalars[f"lr/{group['name']}"] = group["lr"]
         for writer in self.writers:
             with by_product("curves"):
-                writer.scalars(scalars, step - 1)
+                writer.scalars(scalars, run.step - 1)
 
     def images(self, name: str, frames: UInt8[ndarray, "F H W 3"], step: int) -> None:
         """Log an image or, of several frames, a clip; nothing when no run is going on."""
@@ -79,14 +77,11 @@ class Curves(pl.Callback):
         for writer in self.writers:
             writer.images(name, frames[:, ::stride, ::stride], step)
 
-    def on_fit_end(self, *args: Any) -> None:
+    def end(self, *args: Any) -> None:
         for writer in self.writers:
             with by_product("curves"):
                 writer.close()
         self.writers = []
-
-    def on_exception(self, *args: Any) -> None:
-        self.on_fit_end()
 
 
 class TensorBoard:

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from rich.cells import cell_len, set_cell_size
+
+from fourdfy.callbacks.base import Callback, Run
 
 try:
     import resource
@@ -25,44 +26,41 @@ REDRAW_SECONDS = {True: 0.5, False: 15.0}
 SHORT_NAMES = {"multi_view": "views", "single_view": "image"}
 
 
-class ProgressLine(pl.Callback):
-    """Writes to stderr; ``label`` opens the line, e.g. ``stage 1/3``."""
+class ProgressLine(Callback):
+    """Writes to stderr; the run's label opens the line."""
 
-    def __init__(self, label: str) -> None:
-        self.label = label
+    def __init__(self) -> None:
         self._line = LiveLine()
         self._began = self._drawn = 0.0
         self._first_step = 0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._began = time.monotonic()
-        self._first_step = trainer.global_step
+    def begin(self, run: Run) -> None:
+        self._began, self._first_step = time.monotonic(), run.step
         self._line.open()
-        self._show(self._pieces(trainer, pl_module))
+        self._show(_pieces(run, 0.0))
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
-        if self._is_due() and trainer.global_step < trainer.max_steps:  # the last line is on_train_end's
-            self._show(self._pieces(trainer, pl_module))
+    def after_step(self, run: Run, *args: Any) -> None:
+        if self._is_due() and run.step < run.max_steps:  # the last line is written at the end
+            self._show(_pieces(run, self._rate(run)))
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        self._show(self._pieces(trainer, pl_module))
-        self._line.close()
-
-    def on_test_start(self, *args: Any) -> None:
+    def after_frames(self, run: Run, batch: Any, *args: Any, done: int, total: int) -> None:
+        if not batch.split.startswith("test"):
+            return
         self._line.open()
+        if self._is_due() or done == total:
+            self._show([(0, run.label), (0, f"rendering test views, {100 * done // total}%")])
 
-    def on_test_batch_end(
-        self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *args: Any
-    ) -> None:
-        done, last = batch_idx + 1, trainer.num_test_batches[0]
-        if self._is_due() or done == last:
-            self._show([(0, self.label), (0, f"rendering test views, {100 * done // last}%")])
-
-    def on_test_end(self, *args: Any) -> None:
+    def after_test(self, run: Run) -> None:
         self._line.close()
 
-    def on_exception(self, *args: Any) -> None:
+    def end(self, run: Run, error: BaseException | None) -> None:
+        if error is None:
+            self._show(_pieces(run, self._rate(run)))
         self._line.close()
+
+    def _rate(self, run: Run) -> float:
+        """Steps per second."""
+        return (run.step - self._first_step) / max(time.monotonic() - self._began, 1e-6)
 
     def _is_due(self) -> bool:
         return time.monotonic() - self._drawn >= REDRAW_SECONDS[self._line.is_live]
@@ -70,26 +68,6 @@ class ProgressLine(pl.Callback):
     def _show(self, pieces: list[tuple[int, str]]) -> None:
         self._drawn = time.monotonic()
         self._line.show(pieces)
-
-    def _pieces(self, trainer: pl.Trainer, module: Any) -> list[tuple[int, str]]:
-        step, last = trainer.global_step, trainer.max_steps
-        rate = (step - self._first_step) / max(time.monotonic() - self._began, 1e-6)
-        left = _clock((last - step) / rate) if rate else "-"
-        losses = [
-            f"{SHORT_NAMES.get(kind, kind)} {_brief(value)}"
-            for name, value in module.means.read().items()
-            if name.endswith("/total")
-            for kind in [name.split("/")[1]]
-        ]
-        return [
-            (0, self.label),
-            (0, f"{step}/{last}"),
-            (2, f"{100 * step // last}%"),
-            (0, f"eta {left}"),
-            (0, f"{rate:.2f}/s"),
-            *[(1, loss) for loss in losses],
-            (3, _memory()),
-        ]
 
 
 class LiveLine:
@@ -104,8 +82,8 @@ class LiveLine:
         self._around = _Call(self._erase), _Call(self._draw)
 
     def open(self) -> None:
-        """From here on log records and warnings go around the line."""
-        if self.is_live:
+        """From here on log records and warnings go around the line. Nothing where it is open already."""
+        if self.is_live and self._around[0] not in logging.root.handlers:
             first, last = self._around
             logging.root.handlers[:] = [first, *logging.root.handlers, last]
             logging.captureWarnings(True)
@@ -144,6 +122,24 @@ class _Call(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         self._function()
+
+
+def _pieces(run: Run, rate: float) -> list[tuple[int, str]]:
+    losses = [
+        f"{SHORT_NAMES.get(kind, kind)} {_brief(value)}"
+        for name, value in run.means.read().items()
+        if name.endswith("/total")
+        for kind in [name.split("/")[1]]
+    ]
+    return [
+        (0, run.label),
+        (0, f"{run.step}/{run.max_steps}"),
+        (2, f"{100 * run.step // run.max_steps}%"),
+        (0, f"eta {_clock((run.max_steps - run.step) / rate) if rate else '-'}"),
+        (0, f"{rate:.2f}/s"),
+        *[(1, loss) for loss in losses],
+        (3, _memory()),
+    ]
 
 
 def fit(pieces: list[tuple[int, str]], width: int) -> str:

@@ -6,12 +6,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from fourdfy.callbacks.base import Callback, Run
 from fourdfy.callbacks.curves import Curves
 from fourdfy.config import ConfigError
 from fourdfy.data.base import EvalBatch
@@ -20,58 +19,52 @@ from fourdfy.ops.compositing import expected_depth
 from fourdfy.types import RenderOutput
 
 
-class SaveRenders(pl.Callback):
+class SaveRenders(Callback):
     """Gathers the frames of each split ("val", "val_video", "test", "test_static") and writes them.
 
-    While a scene is trained, and in the test that follows, what can't be written costs a warning.
+    Args:
+        curves: shows validation images too.
+        trained: the scene is trained in this run; what can't be written then costs a warning.
 
     Raises:
         ConfigError: where writing them is all that was asked for, and they can't be written.
     """
 
-    def __init__(self, save_dir: Path, curves: Curves | None = None) -> None:
-        """``curves`` shows validation images too."""
-        self.save_dir, self.curves = save_dir, curves
+    def __init__(self, save_dir: Path, curves: Curves | None = None, *, trained: bool = False) -> None:
+        self.save_dir, self.curves, self.trained = save_dir, curves, trained
         self._images: dict[str, dict[str, list[Tensor]]] = defaultdict(dict)
-        self._trained = False
 
-    def on_fit_start(self, trainer: pl.Trainer, module: Any) -> None:
-        self._trained = True
-
-    def _gather(self, trainer: Any, module: Any, outputs: RenderOutput, batch: EvalBatch, *args: Any) -> None:
+    def after_frames(self, run: Run, batch: EvalBatch, frames: RenderOutput, **progress: int) -> None:
         views = {
-            "rgb": outputs.comp_rgb,
-            "normal": outputs.comp_normal,
-            "opacity": outputs.opacity,
-            "depth": expected_depth(outputs.opacity, outputs.depth),
+            "rgb": frames.comp_rgb,
+            "normal": frames.comp_normal,
+            "opacity": frames.opacity,
+            "depth": expected_depth(frames.opacity, frames.depth),
         }
         for name, image in views.items():
             if image is not None:
                 self._images[batch.split].setdefault(name, []).extend(image.cpu())
 
-    on_validation_batch_end = _gather
-    on_test_batch_end = _gather
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
+    def after_validation(self, run: Run) -> None:
         with self._written("validation images"):
             views, clip = self._shown("val"), self._shown("val_video")
             for index, frames in enumerate(zip(*views, strict=True)):
-                images.save_validation(self.save_dir, module.system.step, index, frames)
-                self._log(f"val/{index}", frames[0][None], module.system.step)
+                images.save_validation(self.save_dir, run.step, index, frames)
+                self._log(f"val/{index}", frames[0][None], run.step)
             if clip:
                 clips = [torch.stack(frames) for frames in clip]
-                images.save_validation_video(self.save_dir, module.system.step, 0, clips)
-                self._log("val/video", clips[0], module.system.step)
+                images.save_validation_video(self.save_dir, run.step, 0, clips)
+                self._log("val/video", clips[0], run.step)
 
-    def on_test_epoch_end(self, trainer: pl.Trainer, module: Any) -> None:
+    def after_test(self, run: Run) -> None:
         with self._written("test images and videos (--test renders them again)"):
             for split in ("test", "test_static"):
                 shown = self._images[split]
                 for name, kind in (("rgb", split), ("normal", split.replace("test", "test-normal"))):
                     if name in shown:
-                        images.save_test(self.save_dir, module.system.step, shown[name], kind=kind)
+                        images.save_test(self.save_dir, run.step, shown[name], kind=kind)
             if depths := self._images["test"].get("depth"):
-                images.save_depths(self.save_dir, module.system.step, depths)
+                images.save_depths(self.save_dir, run.step, depths)
 
     def _log(self, name: str, frames: Tensor, step: int) -> None:
         if self.curves is not None:
@@ -80,7 +73,7 @@ class SaveRenders(pl.Callback):
     @contextmanager
     def _written(self, what: str) -> Iterator[None]:
         try:
-            with atomic.by_product(what) if self._trained else nullcontext():
+            with atomic.by_product(what) if self.trained else nullcontext():
                 yield
         except OSError as error:
             raise ConfigError(f"{self.save_dir}: {what} can't be written: {error}") from error

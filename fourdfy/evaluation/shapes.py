@@ -17,13 +17,14 @@ from typing import Any
 
 from rich.console import Console
 
+import fourdfy
+from fourdfy.callbacks.progress import ProgressLine
+from fourdfy.callbacks.signals import StopSignals
 from fourdfy.config import ConfigError
 from fourdfy.config_files import CONFIGS
+from fourdfy.devices import on_device, select_device
 from fourdfy.evaluation.report import ShapesReport, summary_table, write_json
 from fourdfy.evaluation.scenes import Render, evaluate_scene, scene_renderer
-from fourdfy.launching.devices import use_device
-from fourdfy.launching.recipe import load_recipe
-from fourdfy.launching.run import train_stage
 from fourdfy.shapes.grammar import ShapePrompt, parse_prompt
 
 RECIPE = CONFIGS / "shapes.yaml"
@@ -62,12 +63,11 @@ def train_prompt(
         f"system.prompt_processor.prompt={prompt.text}",
         *DROP_OVERRIDES.get(drop or "", ()),
     ]
-    stages = load_recipe([recipe], [*given, *overrides])
-    for stage in stages:
-        train_stage(stage, device=device, command=sys.argv, test=False)
-    experiment = stages[-1].experiment
-    system = experiment.load_system(device, experiment.last_checkpoint)
-    return scene_renderer(system), time.perf_counter() - began
+    with StopSignals(lambda: "the same command goes on") as stop:
+        looking_on = [stop, ProgressLine()]
+        trial = fourdfy.train(recipe, [*given, *overrides], device=device, callbacks=looking_on, test=False)
+        stop.check()
+    return scene_renderer(trial.system), time.perf_counter() - began
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -85,14 +85,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        device = use_device(args.gpu)
+        device = select_device(args.gpu)
     except ConfigError as error:
         parser.error(str(error))
     rows = []
-    for prompt in prompts:
-        render, seconds = train_prompt(prompt, device, args.drop, args.overrides, args.config)
-        report = evaluate_scene(prompt, render)
-        rows.append(results.add(report, seconds))
+    with on_device(device):
+        for prompt in prompts:
+            render, seconds = train_prompt(prompt, device, args.drop, args.overrides, args.config)
+            rows.append(results.add(evaluate_scene(prompt, render), seconds))
     Console().print(summary_table(rows))
     return 0
 

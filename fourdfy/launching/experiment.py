@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fourdfy.bounds import number
-from fourdfy.config import config_error, file_path, ignored, named, parse_config, slot, warn_of_ignored
+from fourdfy.callbacks.base import Callback
+from fourdfy.config import (
+    config_error,
+    file_path,
+    ignored,
+    named,
+    named_slots,
+    parse_config,
+    slot,
+    warn_of_ignored,
+)
 from fourdfy.config_files import COMMAND_LINE, ConfigError, literal_override
 from fourdfy.config_layers import LoadedConfig, load_config
 from fourdfy.data.base import DataModule
@@ -25,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 EVERY_N_TRAIN_STEPS = 1000
 """Between checkpoints, unless the config says otherwise."""
+
+PROMPT = "system.prompt_processor.prompt"
 
 PARSED = Path("configs", "parsed.yaml")
 """Of a trial folder, the whole config it was made from."""
@@ -65,6 +77,8 @@ class TrainerConfig:
     devices: Any = 1
     num_nodes: int = 1
     strategy: str = ignored("a run uses one device", "auto")
+    callbacks: dict[str, Any] = named_slots(Callback, by="type")
+    """What looks on, by names of your own; each entry's ``type`` is the registered name of its class."""
 
     def __post_init__(self) -> None:
         for key in ("devices", "num_nodes"):
@@ -235,7 +249,7 @@ def parse_experiment(loaded: LoadedConfig) -> Experiment:
         plan,
         trial or new_trial(cfg),
         is_placed=COMMAND_LINE in given_by,
-        prompt_source=loaded.sources.get("system.prompt_processor.prompt", COMMAND_LINE),
+        prompt_source=loaded.sources.get(PROMPT, COMMAND_LINE),
     )
 
 
@@ -252,11 +266,12 @@ def trial_of(file: Path) -> Path | None:
     return trial if is_part and (trial / PARSED).is_file() else None
 
 
-def trial_arguments(given: Path) -> tuple[Path, list[str]]:
+def trial_arguments(given: Path, given_as: str = "--trial ") -> tuple[Path, list[str]]:
     """What ``--trial`` stands for: the config and the overrides that go on with a trial.
 
     Args:
         given: a trial folder, or its ``configs/parsed.yaml``.
+        given_as: what stands before it, in messages.
 
     Raises:
         ConfigError: it isn't one; names the newest trials below it.
@@ -267,6 +282,6 @@ def trial_arguments(given: Path) -> tuple[Path, list[str]]:
         below = [*given.glob(f"*/{PARSED}"), *given.glob(f"*/*/{PARSED}")]
         below = sorted(below, key=lambda path: path.stat().st_mtime)[-3:]
         hint = "; there are " + ", ".join(str(path.parents[1]) for path in reversed(below)) if below else ""
-        raise ConfigError(f"--trial {given}: not a trial folder (it has no {PARSED.as_posix()}){hint}")
+        raise ConfigError(f"{given_as}{given}: not a trial folder (it has no {PARSED.as_posix()}){hint}")
     last = str(trial / LAST).replace("$", "$$")
     return file, [literal_override("resume", last)] if (trial / LAST).exists() else []

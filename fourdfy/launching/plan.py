@@ -14,6 +14,7 @@ from fourdfy.config_files import COMMAND_LINE
 from fourdfy.launching.experiment import Experiment, trial_of
 from fourdfy.priors.hub import locate_model, resolve_model, stored_bytes
 from fourdfy.priors.model_folder import ModelNotFound
+from fourdfy.systems.base import System
 from fourdfy.systems.checkpoint import checkpoint_file
 from fourdfy.systems.optim import parameters_of
 
@@ -34,18 +35,33 @@ def print_plan(experiments: Sequence[Experiment]) -> None:
             ``check_groups``.
     """
     check_files(experiments)
-    for experiment in experiments:
+    lines = []
+    for experiment in experiments:  # before anything is printed: all are fine
         check_priors(experiment)
-        check_groups(experiment)
+        lines.append([*_stage_lines(experiment, check_groups(experiment))])
     console = Console(soft_wrap=True, highlight=False, markup=False)
-    for number, experiment in enumerate(experiments, 1):
+    for number, (experiment, stage) in enumerate(zip(experiments, lines, strict=True), 1):
         title = printable(f"stage {number}/{len(experiments)}: {experiment.cfg.name}")
         console.print(Text(title, style="bold"))
-        for line in _stage_lines(experiment):
+        for line in stage:
             console.print(f"  {printable(line)}")
 
 
-def _stage_lines(experiment: Experiment) -> Iterator[str]:
+def check_run(experiments: Sequence[Experiment]) -> None:
+    """Refuse a training of the stages that could not begin, or later not use its models, which are fetched.
+
+    Raises:
+        ConfigError: see ``check_files``, ``find_models``, ``check_priors``, ``check_groups``.
+    """
+    # Of the last stage too: hours later is no time to miss something.
+    check_files(experiments)
+    find_models(experiments)
+    for experiment in experiments:
+        check_priors(experiment)
+        check_groups(experiment)
+
+
+def _stage_lines(experiment: Experiment, system: System) -> Iterator[str]:
     cfg = experiment.cfg
     yield f"{cfg.trainer.max_steps} steps"
     yield prompt_line(experiment)
@@ -60,7 +76,7 @@ def _stage_lines(experiment: Experiment) -> Iterator[str]:
         yield f"model: {locate_model(name, parts)}, for its {', '.join(parts)}"
     here = all(stored_bytes(name, parts) is not None for name, parts in models)
     rest = "" if here else ", and what the models take that are not here"
-    yield f"memory, roughly: {_memory_estimate(experiment) / 2**30:.1f} GiB{rest}"
+    yield f"memory, roughly: {_memory_estimate(experiment, system) / 2**30:.1f} GiB{rest}"
 
 
 def prompt_line(experiment: Experiment) -> str:
@@ -76,6 +92,8 @@ def check_files(experiments: Sequence[Experiment]) -> None:
     Raises:
         ConfigError: names the key and the file.
     """
+    if len(experiments) > 1 and all(experiment.cfg.resume for experiment in experiments):
+        raise ConfigError("resume: a recipe goes on by itself; for one of its stages: stage_2.resume=...")
     written: set[Path] = set()
     for experiment in experiments:
         cfg = experiment.cfg
@@ -102,8 +120,9 @@ def check_priors(experiment: Experiment) -> None:
         kind.guidance.check_models()
 
 
-def check_groups(experiment: Experiment) -> None:
+def check_groups(experiment: Experiment) -> System:
     """Refuse learning rates of parts that the scene doesn't have; those of priors wait until these are there.
+    Gives the scene, untrained.
 
     Raises:
         ConfigError: names the part, and what there is.
@@ -113,6 +132,7 @@ def check_groups(experiment: Experiment) -> None:
     parameters_of(
         system, params, plan.absent | system.cfg.absent_parts | {kind.module for kind in plan.kinds}
     )
+    return system
 
 
 def fetch_models(experiments: Sequence[Experiment]) -> None:
@@ -158,14 +178,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _memory_estimate(experiment: Experiment) -> float:
+def _memory_estimate(experiment: Experiment, system: System) -> float:
     """Bytes: the scene with gradients and two moments, the priors as stored here, the largest graph.
 
     For a camera that has the whole object in view. A narrow lens sees more samples, and what is measured
     is the largest of a few random cameras: the two are within a third of each other.
     """
     cfg = experiment.cfg.system
-    scene = sum(p.numel() for p in experiment.build_system().parameters()) * 16
+    scene = sum(p.numel() for p in system.parameters()) * 16
     stored = sum(
         stored_bytes(name, tuple(part for part in parts if part in ("unet", "vae"))) or 0
         for name, parts in needed_models([experiment]).items()

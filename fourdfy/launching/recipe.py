@@ -103,9 +103,9 @@ class Stage:
             )
 
 
-def load_recipe(paths: Sequence[Path], overrides: Sequence[str]) -> list[Stage]:
-    """The stages of a recipe, all parsed; one for an experiment file. ``find_config`` finds the ``paths``."""
-    paths = [find_config(path) for path in paths]
+def load_recipe(names: Sequence[str | Path], overrides: Sequence[str]) -> list[Stage]:
+    """The stages of a recipe, all parsed; one for an experiment file. ``find_config`` finds the ``names``."""
+    paths = [find_config(name) for name in names]
     for_stage: dict[int, list[str]] = {}
     shared = []
     for override in overrides:

@@ -1,4 +1,5 @@
-"""What ``launch.py`` does in each of its modes."""
+"""What ``launch.py`` does in each of its modes: what ``fourdfy.train`` and ``fourdfy.load`` do, with signals,
+a progress line and closing lines."""
 
 from __future__ import annotations
 
@@ -8,23 +9,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
+from fourdfy.callbacks.base import Run
+from fourdfy.callbacks.signals import StopSignals
 from fourdfy.config_files import COMMAND_LINE, ConfigError
-from fourdfy.launching.devices import select_device, use_device
-from fourdfy.launching.experiment import Experiment, trial_of
-from fourdfy.launching.plan import (
-    check_files,
-    check_groups,
-    check_priors,
-    fetch_models,
-    find_models,
-    print_plan,
-    prompt_line,
-)
+from fourdfy.devices import on_device, select_device
+from fourdfy.launching.experiment import PARSED, PROMPT, Experiment, trial_of
+from fourdfy.launching.plan import check_run, fetch_models, print_plan, prompt_line
 from fourdfy.launching.recipe import Stage, load_recipe
-from fourdfy.launching.signals import Stopped, StopSignals
-from fourdfy.launching.trial import command_for, owned, prepare_trial, results_folder
+from fourdfy.launching.train import configured, import_trainer, train_stages
+from fourdfy.launching.trial import command_for, results_folder
 from fourdfy.systems.base import System
 from fourdfy.systems.checkpoint import checkpoint_file
 
@@ -45,69 +38,42 @@ def run(
         Stopped: a signal ended the run early; what to type to go on was logged.
     """
     if mode == "fetch":  # whatever the prompt, the models are the same; so none need be given
-        overrides = ["system.prompt_processor.prompt=any", *overrides]
+        overrides = [f"{PROMPT}=any", *overrides]
     stages = load_recipe(config, overrides)
     experiments = [stage.experiment for stage in stages]
-    if mode in ("check", "train") and len(stages) > 1 and all(e.cfg.resume for e in experiments):
-        raise ConfigError("resume: a recipe goes on by itself; for one of its stages: stage_2.resume=...")
+    if mode == "fetch":
+        return fetch_models(experiments)
+    device = select_device(gpu)
     if mode == "check":
-        select_device(gpu)
-        print_plan(experiments)
-    elif mode == "fetch":
-        fetch_models(experiments)
-    elif mode == "train":
-        from fourdfy.launching.closing import log_closing
-
-        began, device = time.monotonic(), use_device(gpu)
-        if experiments[0].prompt_source != COMMAND_LINE:
-            logger.info("%s", prompt_line(experiments[0]))
-        # Of the last stage too: hours later is no time to miss something.
-        check_files(experiments)
-        find_models(experiments)
-        for experiment in experiments:
-            check_priors(experiment)
-            check_groups(experiment)
-        for stage in stages:
-            train_stage(stage, device=device, command=command)
-        log_closing(stages, time.monotonic() - began, device)
-    else:
-        evaluate(mode, stages[-1], device=use_device(gpu))
+        return print_plan(experiments)
+    if device == "cpu" and gpu is None:
+        logger.info("no GPU found: running on the CPU")
+    with on_device(device):
+        if mode == "train":
+            train(stages, device, command)
+        else:
+            evaluate(mode, stages[-1], device=device)
 
 
-def train_stage(stage: Stage, *, device: str, command: Sequence[str], test: bool = True) -> None:
-    """Train a stage from where it stands, then render its test views; nothing if it is finished."""
-    experiment, trial = stage.experiment, stage.experiment.trial_dir
-    if stage.is_finished or (stage.is_trained and not test):
-        logger.info("%s: finished already, in %s", stage.label, trial)
-        return
-    # Lightning takes seconds to import: not before there is something to run.
-    from fourdfy.callbacks.curves import Curves
-    from fourdfy.callbacks.last_checkpoint import LastCheckpoint
+def train(stages: Sequence[Stage], device: str, command: Sequence[str]) -> None:
+    """``--train``: train every stage from where it stands, and render its test views."""
     from fourdfy.callbacks.progress import ProgressLine
-    from fourdfy.launching.trainer import build_trainer
-    from fourdfy.systems.lightning import LightningData, LightningSystem
+    from fourdfy.launching.closing import log_closing
 
-    checkpoint = experiment.cfg.checkpoint
-    curves = Curves(experiment)  # first: a checkpoint holds what it has not logged
-    with owned(trial), StopSignals("the same command goes on") as stop:
-        resume_from = stage.resume_from
-        system = experiment.build_system().to(device)
-        system.prepare(torch.device(device), resumed=resume_from is not None)
-        module, data = LightningSystem(system), LightningData(experiment.build_data())
-        _ = module.optimization  # with this all is built: only what can start leaves a folder
-        prepare_trial(experiment, stage.files, command)
-        if stage.count == 1:
-            stop.advice = f"go on with: {command_for(trial)} --train"
-        logger.info("%s: writing to %s", stage.label, trial)
-        interval = checkpoint.interval(experiment.cfg.trainer.max_steps)
-        last = LastCheckpoint(experiment.last_checkpoint, interval, stop, checkpoint.save_top_k)
-        trainer = build_trainer(experiment, device, [curves, last, ProgressLine(stage.position)])
-        trainer.fit(module, data, ckpt_path=resume_from, weights_only=True)
-        if stop.received is not None:
-            raise Stopped(128 + stop.received)
-        if test:
-            trainer.test(module, data, verbose=False, weights_only=True)
-            stage.mark_finished()
+    began, first = time.monotonic(), stages[0].experiment
+    if first.prompt_source != COMMAND_LINE:
+        logger.info("%s", prompt_line(first))
+    check_run([stage.experiment for stage in stages])
+
+    def advice() -> str:
+        if len(stages) > 1 or not (first.trial_dir / PARSED).exists():
+            return "the same command goes on"
+        return f"go on with: {command_for(first.trial_dir)} --train"
+
+    with StopSignals(advice) as stop:
+        train_stages(stages, device=device, command=command, callbacks=[stop, ProgressLine()])
+        stop.check()
+    log_closing(stages, time.monotonic() - began, device)
 
 
 def evaluate(mode: str, stage: Stage, *, device: str) -> None:
@@ -125,7 +91,7 @@ def evaluate(mode: str, stage: Stage, *, device: str) -> None:
             f"{stage.label}: no checkpoint in {checkpoint.parent}; train it first, or name what was trained: "
             "--trial DIR"
         )
-    with StopSignals("the same command starts again"):
+    with StopSignals(lambda: "the same command starts again"):
         system = experiment.load_system(device, checkpoint)
         results_folder(experiment.trial_dir)
         if mode == "evaluate":
@@ -144,14 +110,16 @@ def evaluate(mode: str, stage: Stage, *, device: str) -> None:
 def render_views(mode: str, system: System, experiment: Experiment, device: str) -> None:
     """``--validate`` or ``--test``: images and videos into ``save``."""
     from fourdfy.callbacks.progress import ProgressLine
-    from fourdfy.launching.trainer import build_trainer
-    from fourdfy.systems.lightning import LightningData, LightningSystem
+    from fourdfy.callbacks.renders import SaveRenders
 
-    trainer = build_trainer(experiment, device, [ProgressLine(mode)])
-    trainer.limit_val_batches = 1.0  # asked for, also where training has no validations
-    loop = trainer.test if mode == "test" else trainer.validate
-    loop(LightningSystem(system), LightningData(experiment.build_data()), verbose=False, weights_only=True)
-    logger.info("written to %s", experiment.trial_dir / "save")
+    folder = experiment.trial_dir
+    # Asked for, also where training has no validations.
+    cfg = replace(experiment.cfg.trainer, val_check_interval=1, limit_val_batches=None)
+    looking_on = {"progress": ProgressLine(), "renders": SaveRenders(folder / "save"), **configured(cfg)}
+    run = Run(system=system, data=experiment.build_data(), folder=folder, label=mode, max_steps=cfg.max_steps)
+    trainer = import_trainer()(cfg, run, looking_on, device=device)
+    trainer.test() if mode == "test" else trainer.validate()
+    logger.info("written to %s", folder / "save")
 
 
 def export(system: System, experiment: Experiment) -> None:

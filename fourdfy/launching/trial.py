@@ -73,7 +73,7 @@ def prepare_trial(experiment: Experiment, files: Sequence[Path], command: Sequen
     with open(trial / "cmd.txt", "a", encoding="utf-8") as file:  # a resumed trial has several
         file.write(shlex.join(command) + "\n")
     try:
-        _snapshot_code(trial / "code.zip")
+        _snapshot_code(trial / "code.zip", experiment.cfg.plugins)
     except OSError as error:
         logger.warning("%s: no copy of the code (%s)", trial / "code.zip", error)
 
@@ -103,11 +103,19 @@ def results_folder(trial: Path) -> Path:
     return save
 
 
-def _snapshot_code(target: Path) -> None:
-    """The package's sources and the configs that ship with it, in one archive."""
+def _snapshot_code(target: Path, plugins: Sequence[str]) -> None:
+    """The package's sources, the configs that ship with it and the modules of ``plugins``, in one archive."""
     root = PACKAGE.parent
-    sources = [*PACKAGE.rglob("*.py"), *CONFIGS.rglob("*.yaml")]
+    sources = {path: path.relative_to(root) for path in (*PACKAGE.rglob("*.py"), *CONFIGS.rglob("*.yaml"))}
+    for name in plugins:
+        package = sys.modules[name.partition(".")[0]]
+        folders = [Path(folder) for folder in getattr(package, "__path__", [])]
+        files = [file for folder in folders for file in folder.rglob("*.py")] or [
+            Path(package.__file__ or "")
+        ]
+        home = (folders or files)[0].parent
+        sources |= {file: "plugins" / file.relative_to(home) for file in files}
     # Files of an image or an archive may be older than zip's calendar.
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
-        for source in sorted(sources):
-            archive.write(source, source.relative_to(root))
+        for source, name in sorted(sources.items()):
+            archive.write(source, name)

@@ -14,8 +14,8 @@ from fourdfy.callbacks.curves import Curves
 from fourdfy.config import ConfigError
 from fourdfy.files import atomic
 from fourdfy.launching.experiment import load_experiment
-from fourdfy.systems.lightning import RunningMeans
 from tests.commands import CONFIGS, TINY
+from tests.runs import new_run
 
 
 def experiment(root, *overrides):
@@ -23,23 +23,27 @@ def experiment(root, *overrides):
     return load_experiment([CONFIGS / "shapes_stage_1.yaml"], given)
 
 
+def curves_of(this):
+    loggers = this.cfg.system.loggers
+    return Curves(this.trial_dir, this.cfg.trainer.log_every_n_steps, loggers.wandb, this.values)
+
+
+OPTIMIZER = SimpleNamespace(param_groups=[{"name": "geometry", "lr": 0.5}])
+
+
 def run(this, steps, *, sums=None, crash=False, max_steps=100):
     """Train steps, all of kind "a" but every fifth, "b"; the loss is the step. Gives what a checkpoint would
     hold of the means."""
-    callback, module = Curves(this), SimpleNamespace(means=RunningMeans())
-    module.means.sums = dict(sums or {})
-    optimizer = SimpleNamespace(param_groups=[{"name": "geometry", "lr": 0.5}])
-    trainer = SimpleNamespace(
-        global_step=steps[0], max_steps=max_steps, optimizers=[optimizer], accumulate_grad_batches=1
-    )
-    callback.on_train_start(trainer, module)
+    callback, run = curves_of(this), new_run(steps[0], max_steps=max_steps, optimizer=OPTIMIZER)
+    run.means.sums = dict(sums or {})
+    callback.begin(run)
     for step in steps:
-        module.means.add({f"loss/{'b' if step % 5 == 4 else 'a'}/sds": float(step)})
-        trainer.global_step = step + 1
-        callback.on_train_batch_end(trainer, module, None, SimpleNamespace(part=0), step)
+        run.means.add({f"loss/{'b' if step % 5 == 4 else 'a'}/sds": float(step)})
+        run.system.step = step + 1
+        callback.after_step(run, None, {})
     if not crash:
-        callback.on_fit_end()
-    return module.means.sums
+        callback.end(run, None)
+    return run.means.sums
 
 
 def rows(this):
@@ -88,11 +92,11 @@ def test_a_resumed_run_continues_the_curve_without_a_step_twice_or_lost(tmp_path
 
 def test_pictures_and_clips_go_to_tensorboard_at_a_small_size(tmp_path):
     this = experiment(tmp_path)
-    callback = Curves(this)
-    callback.on_train_start(SimpleNamespace(global_step=0), None)
+    callback = curves_of(this)
+    callback.begin(new_run())
     callback.images("val/0", np.zeros((1, 300, 400, 3), np.uint8), 7)
     callback.images("val/video", np.arange(4, dtype=np.uint8).repeat(48).reshape(4, 4, 4, 3), 7)
-    callback.on_fit_end()
+    callback.end(new_run(), None)
     (image,), (clip,) = events(this).Images("val/0"), events(this).Images("val/video")
     assert (image.step, image.height, image.width) == (7, 150, 200)
     assert image.encoded_image_string[:4] == b"\x89PNG" and clip.encoded_image_string[:3] == b"GIF"
@@ -160,4 +164,4 @@ def test_weights_and_biases_that_will_not_start_say_so_before_the_first_step(tmp
 def test_weights_and_biases_must_be_installed_where_it_is_asked_for(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"system\.loggers\.wandb\.enable=true: .* pip install wandb"):
-        Curves(experiment(tmp_path, "system.loggers.wandb.enable=true"))
+        curves_of(experiment(tmp_path, "system.loggers.wandb.enable=true"))

@@ -7,12 +7,11 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
-import pytorch_lightning as pl
 import torch
 
 from fourdfy.callbacks import progress
 from fourdfy.callbacks.progress import LiveLine, ProgressLine, fit
-from fourdfy.systems.lightning import RunningMeans
+from tests.runs import new_run
 
 
 class Terminal(io.StringIO):
@@ -46,26 +45,14 @@ def terminal(monkeypatch):
     return terminal
 
 
-def quiet_trainer(max_steps):
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    return pl.Trainer(max_steps=max_steps, accelerator="cpu", logger=False, enable_checkpointing=False)
-
-
-MODULE = SimpleNamespace(means=RunningMeans())
-
-
-def train(losses, label="stage 3/3", max_steps=100000):
+def train(losses, max_steps=100000):
     """Send steps of (kind, loss) through a callback and end the training."""
-    trainer, module, callback = (
-        quiet_trainer(max_steps),
-        SimpleNamespace(means=RunningMeans()),
-        ProgressLine(label),
-    )
-    callback.on_train_start(trainer, module)
+    run, callback = new_run(max_steps=max_steps, label="stage 3/3"), ProgressLine()
+    callback.begin(run)
     for kind, loss in losses:
-        module.means.add({f"loss/{kind}/total": loss, f"loss/{kind}/sds": 0.5, f"{kind}/opacity": 0.5})
-        callback.on_train_batch_end(trainer, module)
-    callback.on_train_end(trainer, module)
+        run.means.add({f"loss/{kind}/total": loss, f"loss/{kind}/sds": 0.5, f"{kind}/opacity": 0.5})
+        callback.after_step(run, None, {})
+    callback.end(run, None)
 
 
 def test_a_stage_with_every_kind_of_step_takes_one_row_of_80_columns(terminal):
@@ -121,11 +108,20 @@ def test_records_and_warnings_stand_above_the_line(terminal):
 
 
 def test_an_error_ends_the_line(terminal):
-    trainer, callback = quiet_trainer(3), ProgressLine("stage 1/1")
-    callback.on_train_start(trainer, MODULE)
-    callback.on_exception(trainer, MODULE, KeyboardInterrupt())
+    run, callback = new_run(), ProgressLine()
+    callback.begin(run)
+    callback.end(run, KeyboardInterrupt())
     terminal.write("error")
     assert terminal.rows()[-1] == "error"
+
+
+def test_rendering_shows_how_far_it_is_but_for_the_validations_in_between(terminal):
+    run, callback = new_run(label="test"), ProgressLine()
+    for split in ("val", "val_video", "test", "test_static"):
+        callback.after_frames(run, SimpleNamespace(split=split), None, done=3, total=3)
+        assert ("rendering test views, 100%" in terminal.getvalue()) == split.startswith("test")
+    callback.after_test(run)
+    assert [row for row in terminal.rows() if row] == ["test  rendering test views, 100%"]
 
 
 def test_a_log_file_gets_whole_lines(capsys):

@@ -1,11 +1,8 @@
 """What evaluation renders, as files."""
 
-from types import SimpleNamespace
-
 import imageio.v2 as imageio
 import pytest
 import torch
-from pytorch_lightning import Trainer
 
 from fourdfy.callbacks.renders import SaveRenders
 from fourdfy.config import ConfigError
@@ -14,8 +11,9 @@ from fourdfy.files import atomic
 from fourdfy.files.images import to_pixels
 from fourdfy.ops.cameras import orbit_cameras
 from tests.renders import render_output
+from tests.runs import new_run
 
-SYSTEM = SimpleNamespace(system=SimpleNamespace(step=3))
+RUN = new_run(3)
 OPACITY = torch.tensor([0.6, 1.0, 0.3, 0.0]).view(1, 1, 4, 1)
 """A near thing that lets light through, a far thing that does not, fog, and nothing."""
 DISTANCE = torch.tensor([2.0, 4.0, 1.0, 0.0]).view(1, 1, 4, 1)
@@ -24,9 +22,7 @@ NORMAL = torch.tensor([[1.0, 0.5, 0.5], [0.5, 1.0, 0.5], [0.2, 0.1, 0.1], [0.0, 
 
 def written(folder, splits, normal=None, *, trained=False):
     """The ``save`` folder after one evaluation of two frames for each split, perhaps after training."""
-    callback = SaveRenders(folder)
-    if trained:
-        callback.on_fit_start(Trainer.__new__(Trainer), SYSTEM)
+    callback = SaveRenders(folder, trained=trained)
     outputs = render_output(
         OPACITY.expand(2, -1, -1, -1),
         comp_rgb=OPACITY.expand(2, -1, -1, 3),
@@ -36,11 +32,11 @@ def written(folder, splits, normal=None, *, trained=False):
     cameras = orbit_cameras(
         torch.zeros(2), torch.zeros(2), distance=3.0, fovy_deg=40.0, times=torch.zeros(2), height=1, width=4
     )
-    for end in (callback.on_validation_epoch_end, callback.on_test_epoch_end):
+    for end in (callback.after_validation, callback.after_test):
         for split in splits:
             (batch,) = chunks(split, cameras, 2)
-            callback._gather(None, SYSTEM, outputs, batch, 0)
-        end(Trainer.__new__(Trainer), SYSTEM)
+            callback.after_frames(RUN, batch, outputs, done=1, total=1)
+        end(RUN)
     return folder
 
 

@@ -46,7 +46,8 @@ def load(name: str, *overrides: str) -> Experiment:
 @pytest.mark.parametrize("name", PEAK_GIB)
 def test_the_memory_is_about_what_was_measured(name, monkeypatch):
     monkeypatch.setattr(plan, "stored_bytes", lambda model, parts: STORED_GIB[model.split("/")[0]] * 2**30)
-    estimate = plan._memory_estimate(load(name)) / 2**30
+    this = load(name)
+    estimate = plan._memory_estimate(this, this.build_system()) / 2**30
     assert PEAK_GIB[name] / 1.45 < estimate < PEAK_GIB[name] * 1.33
 
 
@@ -178,7 +179,7 @@ def test_control_characters_of_a_users_names_do_not_reach_the_terminal(tmp_path,
 
 @pytest.mark.parametrize("mode", ["check", "train"])
 def test_a_recipe_says_which_prompt_it_takes_unless_one_is_given(mode, tmp_path, capsys, caplog, monkeypatch):
-    monkeypatch.setattr("fourdfy.launching.run.train_stage", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr("fourdfy.launching.run.train_stages", lambda *_args, **_kwargs: None)
     monkeypatch.setattr("fourdfy.launching.closing.log_closing", lambda *_args: None)
     given = ["--config", str(CONFIGS / "shapes.yaml"), f"--{mode}", "--gpu", "cpu"]
     for prompt in ([], ["--prompt", "a blue ball spinning"]):

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from fourdfy.config import ConfigError
+from fourdfy.launching.lightning import LightningSystem
 from fourdfy.launching.recipe import load_recipe
 from fourdfy.systems.checkpoint import read_checkpoint
-from fourdfy.systems.lightning import LightningSystem
 from tests.commands import launch, trial
 
 STAGES = ("shapes_stage_1", "shapes_stage_2", "shapes_stage_3")

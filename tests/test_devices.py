@@ -1,10 +1,15 @@
 """Which processor ``--gpu`` names."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from fourdfy.config import ConfigError
-from fourdfy.launching.devices import select_device, use_device
+from fourdfy.devices import on_device, select_device
+from fourdfy.launching.experiment import PROMPT
+from fourdfy.launching.run import run
+from tests.commands import CONFIGS
 
 
 @pytest.fixture
@@ -66,17 +71,32 @@ def test_numbers_count_what_cuda_visible_devices_leaves(gpus, monkeypatch):
         select_device("1")
 
 
-def test_the_gpu_becomes_the_current_device(gpus, monkeypatch):
-    gpus(2)
+def test_a_gpu_is_the_current_device_for_a_while(monkeypatch):
     current = []
-    monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert use_device("1") == "cuda:1"
-    assert current == ["cuda:1"]
+
+    @contextmanager
+    def device(name):
+        current.append(name)
+        yield
+        current.remove(name)
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    for name in ("cuda:1", "cpu"):
+        with on_device(name):
+            assert current == [name] * (name != "cpu")
+        assert not current
+
+
+def test_a_run_that_asks_for_deterministic_operations_leaves_them_as_they_were():
+    with on_device("cpu"):
+        torch.use_deterministic_algorithms(True)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize(("gpu", "said"), [(None, True), ("cpu", False)])
-def test_a_cpu_nobody_asked_for_is_mentioned(gpu, said, gpus, caplog):
+def test_a_cpu_nobody_asked_for_is_mentioned(gpu, said, gpus, caplog, tmp_path):
     gpus(0)
-    with caplog.at_level("INFO"):
-        use_device(gpu)
+    config, given = [CONFIGS / "shapes_stage_1.yaml"], [f"exp_root_dir={tmp_path}", f"{PROMPT}=a"]
+    with caplog.at_level("INFO"), pytest.raises(ConfigError, match="no checkpoint"):
+        run("test", config, given, gpu=gpu, command=[])
     assert ("no GPU found" in caplog.text) == said

@@ -1,0 +1,61 @@
+"""Which processor a run uses."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from fourdfy.config import ConfigError
+
+
+@contextmanager
+def on_device(device: str) -> Iterator[None]:
+    """Have ``device`` as CUDA's current one for a while, and leave PyTorch's global settings as they were."""
+    import torch
+
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        with nullcontext() if device == "cpu" else torch.cuda.device(device):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+
+
+def select_device(gpu: str | None, given_as: str = "--gpu ") -> str:
+    """``cpu`` or ``cuda:N`` for a value of ``--gpu``; without one the first GPU, or the CPU if there is none.
+
+    N counts the GPUs that CUDA_VISIBLE_DEVICES leaves visible, as everywhere in CUDA; where that is a single
+    number, N may be that number too, as in the original.
+
+    Args:
+        given_as: what stands before the value, in messages.
+
+    Raises:
+        ConfigError: there is no such GPU, or the value names none or several.
+    """
+    match = re.fullmatch(r"cpu|cuda|(?:cuda:)?(\d+)", "cuda" if gpu is None else gpu)
+    if not match and re.fullmatch(r"\d+(,\d+)+", str(gpu)):
+        raise ConfigError(f"{given_as}{gpu}: several GPUs are not supported yet; give one, e.g. {given_as}0")
+    if not match:
+        raise ConfigError(f"{given_as}{gpu}: expected cpu, cuda, cuda:N, or N, the number of a GPU")
+    if gpu == "cpu":
+        return "cpu"
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    index = 0 if match[1] == visible else int(match[1] or 0)
+    count = torch.cuda.device_count()
+    if index < count:
+        return f"cuda:{index}"
+    if gpu is None:
+        return "cpu"
+    of = "" if visible is None else f" with CUDA_VISIBLE_DEVICES={visible}"
+    if count == 0:
+        raise ConfigError(
+            f"{given_as}{gpu}: PyTorch {torch.__version__} sees no GPU{of}; "
+            f"without {given_as.strip(' =')} the run is on the CPU"
+        )
+    known = f"only {given_as}0" if count == 1 else f"{given_as}0 to {given_as}{count - 1}"
+    raise ConfigError(f"{given_as}{gpu}: no such GPU; PyTorch sees {known}{of}")

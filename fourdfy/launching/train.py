@@ -1,0 +1,200 @@
+"""Training and loading from Python: ``fourdfy.train`` and ``fourdfy.load``.
+
+Nothing here handles signals, configures logging or writes to the terminal; that is the command line's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fourdfy.callbacks.base import Callback, Run
+from fourdfy.config_files import literal_override
+from fourdfy.devices import on_device, select_device
+from fourdfy.launching.experiment import (
+    PROMPT,
+    ExperimentConfig,
+    TrainerConfig,
+    load_experiment,
+    trial_arguments,
+)
+from fourdfy.launching.plan import check_run
+from fourdfy.launching.recipe import Stage, load_recipe
+from fourdfy.launching.trial import owned, prepare_trial
+from fourdfy.systems.base import System
+from fourdfy.types import Cameras, RenderOutput
+
+if TYPE_CHECKING:
+    from fourdfy.launching.lightning import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trained scene, ready to be rendered."""
+
+    folder: Path
+    config: ExperimentConfig
+    system: System
+    """At the checkpoint's step, on its device."""
+
+    def render(self, cameras: Cameras) -> RenderOutput:
+        """The frames as they are evaluated; see ``System.render``."""
+        with on_device(str(self.system.device)):
+            return self.system.render(cameras)
+
+
+def train(
+    config: str | Path | Sequence[str | Path],
+    overrides: Sequence[str] = (),
+    *,
+    prompt: str | None = None,
+    device: str | None = None,
+    callbacks: Sequence[Callback] = (),
+    test: bool = True,
+) -> Trial:
+    """Train an experiment, or all stages of a recipe; what is trained already is not trained again.
+
+    Args:
+        config: the name or file of a config, or several, merged left to right.
+        overrides: ``key=value``, as on the command line.
+        prompt: what to make, taken literally.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; None is the first GPU, else the CPU.
+        callbacks: look on beside those of ``trainer.callbacks``, in every stage.
+        test: render the test views of every stage too.
+
+    Returns:
+        The last stage; or the one in which a callback has stopped the run.
+
+    Raises:
+        ConfigError: what was given does not work; says what would.
+        FloatingPointError: training diverged.
+    """
+    configs = [config] if isinstance(config, str | Path) else list(config)
+    given = [*([] if prompt is None else [literal_override(PROMPT, prompt)]), *overrides]
+    device = select_device(device, "device=")
+    stages = load_recipe(configs, given)
+    check_run([stage.experiment for stage in stages])
+    named = [word for file in configs for word in ("--config", str(file))]
+    command = ["fourdfy", *named, "--train", *given]
+    last = train_stages(stages, device=device, command=command, callbacks=callbacks, test=test)
+    return load(last.experiment.trial_dir, device)
+
+
+def load(trial: str | Path, device: str | None = None) -> Trial:
+    """The scene of a trial folder's last checkpoint.
+
+    Args:
+        device: as for ``train``.
+
+    Raises:
+        ConfigError: not a trial folder, or without a checkpoint.
+    """
+    device = select_device(device, "device=")
+    file, resume = trial_arguments(Path(trial), "trial=")
+    experiment = load_experiment([file], resume)
+    with on_device(device):
+        system = experiment.load_system(device, experiment.last_checkpoint)
+    return Trial(experiment.trial_dir, experiment.cfg, system)
+
+
+def train_stages(
+    stages: Sequence[Stage],
+    *,
+    device: str,
+    command: Sequence[str],
+    callbacks: Sequence[Callback],
+    test: bool = True,
+) -> Stage:
+    """Train the stages one after the other, until a callback stops the run; gives the last that began.
+
+    Args:
+        command: the command line, for the trial folders.
+    """
+    with on_device(device):
+        for stage in stages:
+            if stage.is_finished or (stage.is_trained and not test):
+                logger.info("%s: finished already, in %s", stage.label, stage.experiment.trial_dir)
+            elif not _train_stage(stage, device, command, callbacks, test):
+                break
+    return stage
+
+
+def _train_stage(
+    stage: Stage, device: str, command: Sequence[str], callbacks: Sequence[Callback], test: bool
+) -> bool:
+    """Train a stage from where it stands, then render its test views; False if it was stopped."""
+    # Lightning and TensorBoard take seconds to import: not before there is something to run.
+    from fourdfy.callbacks.curves import Curves
+    from fourdfy.callbacks.last_checkpoint import LastCheckpoint
+    from fourdfy.callbacks.renders import SaveRenders
+
+    Trainer = import_trainer()
+    experiment, folder = stage.experiment, stage.experiment.trial_dir
+    cfg, checkpoints = experiment.cfg.trainer, experiment.cfg.checkpoint
+    curves = Curves(folder, cfg.log_every_n_steps, experiment.cfg.system.loggers.wandb, experiment.values)
+    looking_on = {
+        "curves": curves,  # first: a checkpoint holds what they have not logged
+        **configured(cfg),
+        **named(callbacks),
+        "renders": SaveRenders(folder / "save", curves, trained=True),
+        # Last: it saves the states of the others.
+        "last": LastCheckpoint(
+            experiment.last_checkpoint, checkpoints.interval(cfg.max_steps), checkpoints.save_top_k
+        ),
+    }
+    with owned(folder):
+        resume_from = stage.resume_from
+        system = experiment.build_system().to(device)
+        system.prepare(torch.device(device), resumed=resume_from is not None)
+        optimizer = system.configure_optimizer()
+        run = Run(
+            system=system,
+            data=experiment.build_data(),
+            folder=folder,
+            label=stage.position,
+            max_steps=cfg.max_steps,
+            optimizer=optimizer,
+            scheduler=system.configure_scheduler(optimizer),
+        )
+        trainer = Trainer(cfg, run, looking_on, device=device)
+        prepare_trial(experiment, stage.files, command)  # all is built: only what can start leaves a folder
+        logger.info("%s: writing to %s", stage.label, folder)
+        trainer.fit(resume_from)
+        if not run.stopping and test:
+            trainer.test()
+            stage.mark_finished()
+    return not run.stopping
+
+
+def configured(cfg: TrainerConfig) -> dict[str, Callback]:
+    """The callbacks of ``trainer.callbacks``, by their keys."""
+    return {f"trainer.callbacks.{name}": entry.build() for name, entry in cfg.callbacks.items()}
+
+
+def named(callbacks: Sequence[Callback]) -> dict[str, Callback]:
+    """The callbacks by the names of their states: the class, with a number from the second of it on."""
+    names: dict[str, Callback] = {}
+    for callback in callbacks:
+        kind = type(callback).__name__
+        count = sum(type(other) is type(callback) for other in names.values())
+        names[f"{kind} {count + 1}" if count else kind] = callback
+    return names
+
+
+def import_trainer() -> type[Trainer]:
+    """The class that runs the loops; the log levels and handlers that Lightning sets on import are undone."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
+    from fourdfy.launching.lightning import Trainer
+
+    for this, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        this.setLevel(level)
+        this.propagate, this.handlers[:] = propagate, handlers
+    return Trainer
