@@ -19,7 +19,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fourdfy.ops.hash_grid import BACKENDS, FASTEST, HashGridSpec, hash_grid
+from fourdfy.ops.hash_grid import BACKENDS, FASTEST, hash_grid
+from fourdfy.ops.hash_grid.spec import HashGridSpec
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -101,27 +101,6 @@ def is_held_out(prompt: ShapePrompt) -> bool:
     return (colour + 2 * shape + 3 * motion) % 5 == 0
 
 
-def training_prompts() -> tuple[ShapePrompt, ...]:
-    """The prompts that the models are trained on."""
-    return tuple(prompt for prompt in all_prompts() if not is_held_out(prompt))
-
-
-def held_out_prompts() -> tuple[ShapePrompt, ...]:
-    """The prompts that no model has seen."""
-    return tuple(prompt for prompt in all_prompts() if is_held_out(prompt))
-
-
-def full_text(prompt: ShapePrompt, moment: str | None = None, view: str | None = None) -> str:
-    """The prompt followed by its time words and view words, where given."""
-    return ", ".join(part for part in (prompt.text, moment, view) if part)
-
-
-def grammar_words() -> tuple[str, ...]:
-    """Every word that a text of the world is made of, each once, in order of appearance."""
-    texts = ("a", "an", *COLOURS, *SHAPES, *MOTIONS, *MOMENTS, *VIEWS)
-    return tuple(dict.fromkeys(word for text in texts for word in text.split()))
-
-
 def _unknown(kind: str, word: str, known: tuple[str, ...]) -> str:
     nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.0)
     return f"{word!r} is no {kind} of the shapes world; did you mean {nearest[0]!r}? It knows {GRAMMAR}"

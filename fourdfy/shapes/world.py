@@ -22,7 +22,6 @@ from fourdfy.types import Cameras
 
 CAMERA_DISTANCE = 3.0
 FOVY_DEG = 40.0
-ELEVATION_RANGE_DEG = (0.0, 30.0)
 IMAGE_SIZE = 64
 
 BACKGROUNDS = ((0.8, 0.8, 0.8), (0.15, 0.15, 0.2))

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from fourdfy.ops import hash_grid as package
-from fourdfy.ops.hash_grid import HashGridSpec, hash_grid, pick_backend
+from fourdfy.ops.hash_grid import hash_grid, pick_backend
+from fourdfy.ops.hash_grid.spec import HashGridSpec
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests" / "data"

@@ -13,7 +13,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from fourdfy.ops import hash_grid as package
-from fourdfy.ops.hash_grid import HashGridSpec, hash_grid, pick_backend, reference
+from fourdfy.ops.hash_grid import hash_grid, pick_backend, reference
+from fourdfy.ops.hash_grid.spec import HashGridSpec
 from tests.ops.test_hash_grid import random_case
 
 ROOT = Path(__file__).parents[2]

@@ -8,18 +8,19 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from fourdfy.shapes.grammar import MOMENTS, VIEWS, all_prompts, full_text, grammar_words, is_held_out
+from fourdfy.shapes.grammar import MOMENTS, VIEWS, ShapePrompt, all_prompts, is_held_out
 from tools.shapes_training import __main__ as command
 from tools.shapes_training import quality, store, training
 from tools.shapes_training.data import (
     FRAMES,
     NUM_TEXTS,
     draw_scenes,
+    full_text,
     render_scenes,
     table_texts,
     text_row,
 )
-from tools.shapes_training.models import FOLDERS, NUM_TOKENS, build_tokenizer, write_tokenizer
+from tools.shapes_training.models import FOLDERS, NUM_TOKENS, build_tokenizer, grammar_words, write_tokenizer
 
 main = command.main
 CPU = torch.device("cpu")
@@ -151,6 +152,11 @@ def test_all_trains_the_denoisers_side_by_side_measures_and_exports(run, tmp_pat
     main(["all", "--out", str(tmp_path), "--assets", str(tmp_path / "assets"), *TINY, *few])
     assert store.read_record(tmp_path, "image")["quality"]["num_prompts"] == 2
     assert (tmp_path / "assets" / FOLDERS["image"] / "unet" / "config.json").exists()
+
+
+def test_full_text_has_time_before_view():
+    text = full_text(ShapePrompt("orange", "cube", "spinning"), "at the start", "front view")
+    assert text == "an orange cube spinning, at the start, front view"
 
 
 def test_a_row_of_the_text_table_is_the_text_of_its_indices():

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fourdfy.priors.mvdream import camera_vectors
 from fourdfy.prompts.views import direction_indices
-from fourdfy.shapes.grammar import MOMENTS, VIEWS, all_prompts, full_text, is_held_out
-from fourdfy.shapes.world import BACKGROUNDS, ELEVATION_RANGE_DEG, encode_prompts, orbit, render_codes
+from fourdfy.shapes.grammar import MOMENTS, VIEWS, ShapePrompt, all_prompts, is_held_out
+from fourdfy.shapes.world import BACKGROUNDS, encode_prompts, orbit, render_codes
 from fourdfy.types import Cameras, TensorRecord
 from tools.shapes_training import store
 from tools.shapes_training.models import LATENT_SIZE, NUM_FRAMES, NUM_VIEWS, build_tokenizer
@@ -27,12 +27,21 @@ FRAMES = {"vae": 1, "image": 1, "multi_view": NUM_VIEWS, "video": NUM_FRAMES}
 VIEW_THRESHOLDS_DEG = {"image": (30.0, 30.0, 60.0), "video": (45.0, 45.0, 60.0)}
 """Front, back and overhead, as in the prompt processors of these priors."""
 
+ELEVATION_RANGE_DEG = (0.0, 30.0)
 VIEW_PROBABILITY = 0.7
 MOMENT_PROBABILITIES = (0.45, 0.30, 0.25)
 """No time words, "at the start", a quarter."""
 
+TRAINING_PROMPTS = tuple(prompt for prompt in all_prompts() if not is_held_out(prompt))
+HELD_OUT_PROMPTS = tuple(prompt for prompt in all_prompts() if is_held_out(prompt))
+
 NUM_TEXTS = len(all_prompts()) * (len(MOMENTS) + 1) * (len(VIEWS) + 1) + 1
 EMPTY_TEXT = NUM_TEXTS - 1
+
+
+def full_text(prompt: ShapePrompt, moment: str | None = None, view: str | None = None) -> str:
+    """The prompt followed by its time words and view words, where given."""
+    return ", ".join(part for part in (prompt.text, moment, view) if part)
 
 
 def text_row(
@@ -92,7 +101,7 @@ def draw_scenes(part: str, count: int, generator: torch.Generator) -> Scenes:
         return torch.rand(*size, generator=generator)
 
     frames = FRAMES[part]
-    allowed = torch.tensor([k for k, prompt in enumerate(all_prompts()) if not is_held_out(prompt)])
+    allowed = torch.tensor([all_prompts().index(prompt) for prompt in TRAINING_PROMPTS])
     prompt = allowed[torch.randint(len(allowed), (count,), generator=generator)]
     azimuth = 360 * uniform(count, 1).expand(-1, frames)
     if part == "multi_view":
@@ -126,9 +135,9 @@ def view_index(
     part: str, elevation_deg: Float[Tensor, "*G"], azimuth_deg: Float[Tensor, "*G"]
 ) -> Int[Tensor, "*G"]:
     """Index into VIEWS, by the same rule as in the prompt processors."""
-    elevation_deg, azimuth_deg = torch.broadcast_tensors(elevation_deg, azimuth_deg)
-    index = direction_indices(elevation_deg.flatten(), azimuth_deg.flatten(), *VIEW_THRESHOLDS_DEG[part])
-    return index.view(azimuth_deg.shape)
+    angles = torch.broadcast_tensors(elevation_deg, azimuth_deg)
+    index = direction_indices(*(angle.flatten() for angle in angles), *VIEW_THRESHOLDS_DEG[part])
+    return index.view(angles[0].shape)
 
 
 def render_scenes(scenes: Scenes, device: torch.device) -> Float[Tensor, "G F 3 H W"]:

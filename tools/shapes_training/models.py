@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from fourdfy.priors.mvdream import enable_multi_view_attention
-from fourdfy.shapes.grammar import grammar_words
+from fourdfy.shapes.grammar import COLOURS, MOMENTS, MOTIONS, SHAPES, VIEWS
 from fourdfy.shapes.world import IMAGE_SIZE
 
 TEXT_WIDTH = 64
@@ -133,6 +133,12 @@ def predict_velocity(
 
 # ---------------------------------------------------------------------------------------------
 # Text
+
+
+def grammar_words() -> tuple[str, ...]:
+    """Every word that a text of the world is made of, each once, in order of appearance."""
+    texts = ("a", "an", *COLOURS, *SHAPES, *MOTIONS, *MOMENTS, *VIEWS)
+    return tuple(dict.fromkeys(word for text in texts for word in text.split()))
 
 
 def byte_pair_files() -> tuple[dict[str, int], list[tuple[str, str]]]:

@@ -29,15 +29,15 @@ from fourdfy.shapes.grammar import (
     START,
     ShapePrompt,
     all_prompts,
-    held_out_prompts,
     is_held_out,
-    training_prompts,
 )
 from fourdfy.shapes.world import BACKGROUNDS, COLOUR_RGB, encode_prompts, orbit, render_codes
 from tools.shapes_training import store
 from tools.shapes_training.data import (
     EMPTY_TEXT,
     FRAMES,
+    HELD_OUT_PROMPTS,
+    TRAINING_PROMPTS,
     Scenes,
     render_scenes,
     text_row,
@@ -100,7 +100,7 @@ def measure(
 
 def choose_prompts(count: int) -> list[ShapePrompt]:
     """Prompts spread evenly over the grammar, a third of them held out if there are enough."""
-    held_out, known = held_out_prompts(), training_prompts()
+    held_out, known = HELD_OUT_PROMPTS, TRAINING_PROMPTS
     num_held_out = min(len(held_out), max(1, count // 3))
     picked = [held_out[k * len(held_out) // num_held_out] for k in range(num_held_out)]
     rest = max(0, count - num_held_out)

@@ -22,9 +22,18 @@ from torch.nn.functional import avg_pool2d, cross_entropy, interpolate, l1_loss,
 
 from fourdfy.ops.diffusion import add_noise, noise_scales, prediction_target, sample_noise, sample_timesteps
 from fourdfy.seeds import step_generator, step_seed
-from fourdfy.shapes.grammar import COLOURS, MOMENTS, MOTIONS, SHAPES, VIEWS, full_text, training_prompts
+from fourdfy.shapes.grammar import COLOURS, MOMENTS, MOTIONS, SHAPES, VIEWS
 from tools.shapes_training import store
-from tools.shapes_training.data import EMPTY_TEXT, FRAMES, LatentPool, draw_scenes, render_scenes, text_table
+from tools.shapes_training.data import (
+    EMPTY_TEXT,
+    FRAMES,
+    TRAINING_PROMPTS,
+    LatentPool,
+    draw_scenes,
+    full_text,
+    render_scenes,
+    text_table,
+)
 from tools.shapes_training.models import DENOISERS, build, build_scheduler, build_tokenizer, predict_velocity
 from tools.shapes_training.quality import measure
 from tools.shapes_training.trainee import Options, Trainee
@@ -175,9 +184,8 @@ def train_denoiser(trainee: Trainee) -> dict[str, float]:
 def _draw_texts(coin: random.Random, count: int) -> tuple[list[str], list[list[int]]]:
     """Texts and, for each of TEXT_WORDS, 0 where it is missing or 1 + its index."""
     texts, labels = [], []
-    prompts = training_prompts()
     for _ in range(count):
-        prompt = coin.choice(prompts)
+        prompt = coin.choice(TRAINING_PROMPTS)
         moment = coin.choice((None, *MOMENTS)) if coin.random() < 0.8 else None
         view = coin.choice((None, *VIEWS)) if coin.random() < 0.8 else None
         empty = coin.random() < 0.1

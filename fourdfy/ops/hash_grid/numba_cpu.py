@@ -24,7 +24,8 @@ from jaxtyping import Float
 from numba import njit
 from torch import Tensor
 
-from fourdfy.ops.hash_grid import PRIMES, HashGridSpec, reference
+from fourdfy.ops.hash_grid import reference
+from fourdfy.ops.hash_grid.spec import PRIMES, HashGridSpec
 
 BLOCK = 128
 RUN = 16 * BLOCK

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fourdfy.ops.hash_grid import PRIMES, GridLevel, HashGridSpec
+from fourdfy.ops.hash_grid.spec import PRIMES, GridLevel, HashGridSpec
 
 UINT32 = 0xFFFFFFFF
 

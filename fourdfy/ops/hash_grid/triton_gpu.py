@@ -22,7 +22,8 @@ from jaxtyping import Float
 from torch import Tensor
 from triton import language as tl
 
-from fourdfy.ops.hash_grid import PRIMES, HashGridSpec, reference
+from fourdfy.ops.hash_grid import reference
+from fourdfy.ops.hash_grid.spec import PRIMES, HashGridSpec
 
 TILE = 2048
 """Numbers of a [B, C, FP] tile: 16 for each of a program's 128 threads."""

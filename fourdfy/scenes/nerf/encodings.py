@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from fourdfy.bounds import number
 from fourdfy.config import Component, ignored, inner_slot
-from fourdfy.ops.hash_grid import HashGridSpec, check_backend, hash_grid
+from fourdfy.ops.hash_grid import check_backend, hash_grid
+from fourdfy.ops.hash_grid.spec import HashGridSpec
 from fourdfy.ops.spherical_harmonics import MAX_DEGREE, spherical_harmonics
 from fourdfy.registry import register
 from fourdfy.scenes.nerf.mlp import VanillaMLP

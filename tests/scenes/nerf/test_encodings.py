@@ -9,7 +9,8 @@ from field_cases import GRID, at, make_encoding, points
 from scipy.special import sph_harm_y
 
 from fourdfy.config import ConfigError, parse_config
-from fourdfy.ops.hash_grid import HashGridSpec, hash_grid
+from fourdfy.ops.hash_grid import hash_grid
+from fourdfy.ops.hash_grid.spec import HashGridSpec
 from fourdfy.ops.spherical_harmonics import _band, spherical_harmonics
 from fourdfy.scenes.nerf.encodings import (
     CompositeEncoding,
