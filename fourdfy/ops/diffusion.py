@@ -64,24 +64,6 @@ def x0_from_prediction(
     raise ValueError(f"prediction_type {kind!r} is not known; expected one of {Prediction.__args__}")
 
 
-def prediction_from_x0(
-    x0: Float[Tensor, "B C *S"],
-    noisy: Float[Tensor, "B C *S"],
-    scales: NoiseScales,
-    kind: str,
-) -> Float[Tensor, "B C *S"]:
-    """What a network that means ``x0`` predicts; the inverse of ``x0_from_prediction``."""
-    epsilon = epsilon_from_x0(x0, noisy, scales)
-    return prediction_target(x0, epsilon, scales, kind)
-
-
-def epsilon_from_x0(
-    x0: Float[Tensor, "B C *S"], noisy: Float[Tensor, "B C *S"], scales: NoiseScales
-) -> Float[Tensor, "B C *S"]:
-    """The noise that is in ``noisy`` if ``x0`` is what is clean."""
-    return (noisy - scales.alphas * x0) / scales.sigmas
-
-
 def prediction_target(
     latents: Float[Tensor, "B C *S"],
     noise: Float[Tensor, "B C *S"],

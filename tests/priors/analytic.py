@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fourdfy.ops.diffusion import NoiseScales, prediction_from_x0
+from fourdfy.ops.diffusion import NoiseScales, prediction_target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,8 @@ class GaussianMixturePrior:
 
     def predict(self, noisy: Float[Tensor, "B *S"], scales: NoiseScales, kind: str) -> Float[Tensor, "B *S"]:
         """What a perfect network of this ``kind`` predicts."""
-        return prediction_from_x0(self.x0(noisy, scales), noisy, scales, kind)
+        x0 = self.x0(noisy, scales)
+        return prediction_target(x0, (noisy - scales.alphas * x0) / scales.sigmas, scales, kind)
 
     def _exponents(self, noisy: Float[Tensor, "B *S"], scales: NoiseScales) -> Float[Tensor, "B K"]:
         alphas = scales.alphas.reshape(-1, 1, 1)
