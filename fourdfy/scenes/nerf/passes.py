@@ -5,13 +5,19 @@ R rays, N samples over all rays (packed, sorted by ray).
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from fourdfy.types import RayBundle, Samples, TensorRecord
+from fourdfy.types import RayBundle, RenderOutput, Samples, TensorRecord
+
+Record = TypeVar("Record", bound=TensorRecord)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,3 +83,73 @@ def cut(rays: FlatRays, samples: Samples, part: Pass) -> tuple[FlatRays, Samples
         t_ends=samples.t_ends[part.samples],
     )
     return rays[part.rays], some
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShadedRays(TensorRecord):
+    """Some rays' sums over their samples, without the background, and what their samples are."""
+
+    rgb: Float[Tensor, "R 3"]
+    opacity: Float[Tensor, "R 1"]
+    depth: Float[Tensor, "R 1"]
+    z_variance: Float[Tensor, "R 1"]
+    normal: Float[Tensor, "R 3"] | None
+    deformation: Float[Tensor, "R 3"] | None
+    weights: Float[Tensor, "N"]
+    normals: Float[Tensor, "N 3"] | None
+    t_dirs: Float[Tensor, "N 3"] | None
+
+
+def midpoints(rays: FlatRays, samples: Samples) -> tuple[Float[Tensor, "N 3"], Float[Tensor, "N 1"]]:
+    """Positions and times of samples."""
+    # index_select, here and elsewhere: several times faster than indexing on the CPU.
+    origins, directions, times = (
+        values.index_select(0, samples.ray_indices) for values in (rays.origins, rays.directions, rays.times)
+    )
+    t_mids = (samples.t_starts + samples.t_ends) / 2
+    return torch.addcmul(origins, directions, t_mids[:, None]), times
+
+
+def assemble(
+    rays: RayBundle, background: Float[Tensor, "F H W 3"], samples: Samples, parts: Sequence[ShadedRays]
+) -> RenderOutput:
+    """All rays as images, over the background."""
+    shaded, shape = joined_records(parts), rays.directions.shape[:3]
+
+    def image(pixels: Tensor | None) -> Tensor | None:
+        return None if pixels is None else pixels.view(*shape, -1)
+
+    foreground, opacity, normal = image(shaded.rgb), image(shaded.opacity), image(shaded.normal)
+    if normal is not None:
+        normal = (normalize(normal, dim=-1) + 1) / 2 * opacity
+    return RenderOutput(
+        comp_rgb=foreground + background * (1 - opacity),
+        comp_rgb_fg=foreground,
+        opacity=opacity,
+        depth=image(shaded.depth),
+        z_variance=image(shaded.z_variance),
+        samples=samples,
+        weights=shaded.weights,
+        comp_normal=normal,
+        deformation=image(shaded.deformation),
+        normals=shaded.normals,
+        t_dirs=shaded.t_dirs,
+    )
+
+
+def chunks(positions: Tensor, times: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pieces of both; one empty piece if there are no points."""
+    return zip(positions.split(size), times.split(size), strict=True)
+
+
+def joined_records(records: Sequence[Record]) -> Record:
+    """Field by field, one after the other."""
+    names = [f.name for f in dataclasses.fields(records[0])]
+    return type(records[0])(**{name: joined([getattr(one, name) for one in records]) for name in names})
+
+
+def joined(values: Sequence[Tensor | None]) -> Tensor | None:
+    """Concatenated, without a copy if there is only one; None if a record has none."""
+    if values[0] is None or len(values) == 1:
+        return values[0]
+    return torch.cat(values)

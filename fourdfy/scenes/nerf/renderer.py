@@ -8,16 +8,15 @@ with a graph, rays are shaded in passes that the backward pass recomputes one at
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from fourdfy.bounds import number
 from fourdfy.config import alias, slot
@@ -27,9 +26,20 @@ from fourdfy.ops.recomputation import recomputed
 from fourdfy.registry import register
 from fourdfy.scenes.nerf.base import Parts, Renderer, ShadingPoints
 from fourdfy.scenes.nerf.occupancy import OccupancyGrid
-from fourdfy.scenes.nerf.passes import FlatRays, cut, last_samples, split_rays
+from fourdfy.scenes.nerf.passes import (
+    FlatRays,
+    ShadedRays,
+    assemble,
+    chunks,
+    cut,
+    joined,
+    joined_records,
+    last_samples,
+    midpoints,
+    split_rays,
+)
 from fourdfy.scenes.nerf.subset import Quotas, draw_subset, interleaved, whole_call
-from fourdfy.types import Budget, FieldOutput, RayBundle, RenderOutput, Samples, StepContext, TensorRecord
+from fourdfy.types import Budget, FieldOutput, RayBundle, RenderOutput, Samples, StepContext
 
 # Steps along rays that are examined at once before pruning, and samples that an evaluation shades at
 # once: about 100 bytes each.
@@ -37,24 +47,8 @@ MAX_SAMPLES = 1 << 22
 NO_CAP = 1 << 62
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShadedRays(TensorRecord):
-    """Some rays' sums over their samples, without the background, and what their samples are."""
-
-    rgb: Float[Tensor, "R 3"]
-    opacity: Float[Tensor, "R 1"]
-    depth: Float[Tensor, "R 1"]
-    z_variance: Float[Tensor, "R 1"]
-    normal: Float[Tensor, "R 3"] | None
-    deformation: Float[Tensor, "R 3"] | None
-    weights: Float[Tensor, "N"]
-    normals: Float[Tensor, "N 3"] | None
-    t_dirs: Float[Tensor, "N 3"] | None
-
-
 FieldAt = Callable[[Tensor, Tensor, int], FieldOutput]
 """A function that evaluates the geometry, of positions, times and the step."""
-Record = TypeVar("Record", bound=TensorRecord)
 
 
 @register("nerf-volume-renderer")
@@ -169,7 +163,7 @@ class NeRFVolumeRenderer(Renderer):
             else:
                 quotas = self.share_out(rays, self.cfg.cap(budget))
                 shaded = [self._shade_with_subset(flat, samples, context.copied(), quotas)]
-            return _assemble(rays, background, samples, shaded)
+            return assemble(rays, background, samples, shaded)
 
     @torch.no_grad()
     def update_occupancy(self, context: StepContext, *, dynamic: bool) -> None:
@@ -237,11 +231,11 @@ class NeRFVolumeRenderer(Renderer):
             occupied=self.estimator.occupied if cfg.grid_prune else None,
         )
         if cfg.grid_prune and cfg.prune_alpha_threshold:
-            positions, times = _midpoints(rays, samples)
-            sigmas = _joined(
+            positions, times = midpoints(rays, samples)
+            sigmas = joined(
                 [
                     self.parts.geometry.density(some_positions, some_times, step=step)
-                    for some_positions, some_times in _chunks(positions, times, self._chunk_size)
+                    for some_positions, some_times in chunks(positions, times, self._chunk_size)
                 ]
             )
             kept = visible(samples, sigmas, len(rays), alpha_threshold=thin).nonzero().squeeze(1)
@@ -269,7 +263,7 @@ class NeRFVolumeRenderer(Renderer):
 
     def _shade(self, rays: FlatRays, samples: Samples, context: StepContext, field_at: FieldAt) -> ShadedRays:
         """Evaluate the field and its colours."""
-        positions, times = _midpoints(rays, samples)
+        positions, times = midpoints(rays, samples)
         field = field_at(positions, times, context.step)
         ray_indices, n_rays = samples.ray_indices, len(rays)
         directions = rays.directions.index_select(0, ray_indices)
@@ -323,7 +317,7 @@ class NeRFVolumeRenderer(Renderer):
     ) -> FieldOutput:
         """Only for use under no_grad: a graph would hold all chunks."""
         return joined_records(
-            [self._field(*chunk, step) for chunk in _chunks(positions, times, self._chunk_size)]
+            [self._field(*chunk, step) for chunk in chunks(positions, times, self._chunk_size)]
         )
 
 
@@ -361,58 +355,3 @@ class StableVolumeRenderer(Renderer):
         def build(self, parts: Parts) -> MaskedVolumeRenderer:
             """The nested renderer, so that there is one kind alone."""
             return self.base_renderer.build(parts, share_out=interleaved)
-
-
-def _midpoints(rays: FlatRays, samples: Samples) -> tuple[Float[Tensor, "N 3"], Float[Tensor, "N 1"]]:
-    """Positions and times of samples."""
-    # index_select, here and elsewhere: several times faster than indexing on the CPU.
-    origins, directions, times = (
-        values.index_select(0, samples.ray_indices) for values in (rays.origins, rays.directions, rays.times)
-    )
-    t_mids = (samples.t_starts + samples.t_ends) / 2
-    return torch.addcmul(origins, directions, t_mids[:, None]), times
-
-
-def _assemble(
-    rays: RayBundle, background: Float[Tensor, "F H W 3"], samples: Samples, parts: Sequence[ShadedRays]
-) -> RenderOutput:
-    """All rays as images, over the background."""
-    shaded, shape = joined_records(parts), rays.directions.shape[:3]
-
-    def image(pixels: Tensor | None) -> Tensor | None:
-        return None if pixels is None else pixels.view(*shape, -1)
-
-    foreground, opacity, normal = image(shaded.rgb), image(shaded.opacity), image(shaded.normal)
-    if normal is not None:
-        normal = (normalize(normal, dim=-1) + 1) / 2 * opacity
-    return RenderOutput(
-        comp_rgb=foreground + background * (1 - opacity),
-        comp_rgb_fg=foreground,
-        opacity=opacity,
-        depth=image(shaded.depth),
-        z_variance=image(shaded.z_variance),
-        samples=samples,
-        weights=shaded.weights,
-        comp_normal=normal,
-        deformation=image(shaded.deformation),
-        normals=shaded.normals,
-        t_dirs=shaded.t_dirs,
-    )
-
-
-def _chunks(positions: Tensor, times: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pieces of both; one empty piece if there are no points."""
-    return zip(positions.split(size), times.split(size), strict=True)
-
-
-def joined_records(records: Sequence[Record]) -> Record:
-    """Field by field, one after the other."""
-    names = [f.name for f in dataclasses.fields(records[0])]
-    return type(records[0])(**{name: _joined([getattr(one, name) for one in records]) for name in names})
-
-
-def _joined(values: Sequence[Tensor | None]) -> Tensor | None:
-    """Concatenated, without a copy if there is only one; None if a record has none."""
-    if values[0] is None or len(values) == 1:
-        return values[0]
-    return torch.cat(values)
