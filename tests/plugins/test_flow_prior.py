@@ -1,6 +1,4 @@
-"""A flow-matching prior from one file outside of the package, with every distillation."""
-
-from pathlib import Path
+"""A flow-matching prior from one file outside of the package, docs/plugins/flow_prior.py, with every distillation."""
 
 import pytest
 import torch
@@ -9,12 +7,12 @@ from fourdfy.config import parse_config
 from fourdfy.guidance.base import Guidance
 from fourdfy.launching.experiment import load_experiment
 from fourdfy.registry import find, import_plugins
-from tests.commands import CONFIGS, TINY
+from tests.commands import CONFIGS, ROOT, TINY
 from tests.guidance.networks import context, images
 from tests.guidance.reference import CPU, cameras, embeddings
 from tests.renders import images_of
 
-import_plugins(["flow_prior"], [Path(__file__).parent])
+import_plugins(["flow_prior"], [ROOT / "docs" / "plugins"])
 STRIDE, PATCH = 2, 4
 TEXT = embeddings()
 VIEWS = cameras([90.0] * 4 + [0.0] * 4, group_size=4)
