@@ -1,4 +1,4 @@
-"""A flow-matching prior from one file outside of the package, docs/plugins/flow_prior.py, with every distillation."""
+"""The flow-matching prior of docs/plugins/flow_prior.py, with every distillation."""
 
 import pytest
 import torch
