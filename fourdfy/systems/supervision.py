@@ -48,6 +48,8 @@ class StepConfig(Schema):
     cameras_type: str | None = None
     cameras: Any = slot(CameraSampler, "cameras_type")
     """What is rendered in such a step."""
+    cameras_of: str | None = None
+    """In place of ``cameras``: one of the original's kinds, say ``video``, whose cameras such a step has."""
     prompt_processor_type: str | None = None
     prompt_processor: Any = slot(PromptProcessor, "prompt_processor_type")
     """Gives the text; null for a guidance that reads none."""
@@ -169,7 +171,7 @@ def plan_supervision(
         | {
             "name": name,
             "probability": cfg.probability,
-            "cameras": cfg.cameras and cfg.cameras.build(),
+            "cameras": _cameras(name, cfg, samplers),
             "trains": image if cfg.trains is None else frozenset(cfg.trains),
             "budget": cfg.budget,
             "loss": {**system.loss, **cfg.loss},
@@ -186,6 +188,17 @@ def plan_supervision(
         # The original has "guidance" too, a second name of the image prior.
         absent=frozenset({"guidance", *(row["module"] for row in rows)} - present),
     )
+
+
+def _cameras(name: str, cfg: StepConfig, samplers: Mapping[str, CameraSampler]) -> CameraSampler | None:
+    if cfg.cameras_of is None:
+        return cfg.cameras and cfg.cameras.build()
+    if cfg.cameras is not None:
+        raise ConfigError(f"steps.{name}: cameras_of and cameras_type exclude each other; set one to null")
+    if cfg.cameras_of not in samplers:
+        known = ", ".join(samplers)
+        raise ConfigError(f"steps.{name}.cameras_of={cfg.cameras_of}: no such kind; expected one of {known}")
+    return samplers[cfg.cameras_of]
 
 
 def _row(cfg: Any, where: str, suffix: str = "") -> dict[str, Any]:

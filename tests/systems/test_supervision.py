@@ -113,9 +113,8 @@ def test_video_steps_in_a_static_stage_are_refused():
 
 
 def step(probability, **given):
-    return StepConfig(
-        probability=probability, cameras=FRONT, guidance_type="textless", guidance=TEXTLESS, **given
-    )
+    given = {"cameras": FRONT, "guidance_type": "textless", "guidance": TEXTLESS} | given
+    return StepConfig(probability=probability, **given)
 
 
 def test_further_kinds_take_their_share_and_the_others_divide_the_rest():
@@ -133,9 +132,17 @@ def test_a_further_kind_says_what_it_trains_or_trains_what_images_do():
     assert plan(0.5, 0.5, freeze=True, steps=steps)["a"].trains == {"dynamic"}
 
 
+def test_a_further_kind_may_have_the_cameras_of_another():
+    chosen = plan(0.5, 0.5, steps={"second": step(0.1, cameras=None, cameras_of="video", budget="video")})
+    assert chosen["second"].cameras == chosen["video"].cameras
+    assert chosen["second"].cameras.group_size == 2
+
+
 @pytest.mark.parametrize(
     ("steps", "message"),
     [
+        ({"a": step(0.1, cameras=None, cameras_of="vdeo")}, "steps.a.cameras_of=vdeo: .*single_view, video"),
+        ({"a": step(0.1, cameras_of="video")}, "steps.a: cameras_of and cameras_type exclude each other"),
         ({"a": step(0.7), "b": step(0.4)}, r"steps: the probabilities of a, b exceed 1 by 0\.1"),
         ({"video": step(0.1)}, r"steps\.video: the original's keys describe this kind"),
     ],
