@@ -20,6 +20,8 @@ import yaml
 from omegaconf import OmegaConf
 
 COMMAND_LINE = "the command line"
+PROMPT = "system.prompt_processor.prompt"
+"""The key that ``--prompt`` stands for."""
 CORE = "tag:yaml.org,2002:"
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fourdfy.config import ConfigError
+from fourdfy.config_files import PROMPT
 from fourdfy.devices import on_device, select_device
-from fourdfy.launching.experiment import PROMPT
 from fourdfy.launching.run import run
 from tests.commands import CONFIGS
 

@@ -11,9 +11,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from fourdfy.config_files import literal_override
-
-PROMPT = "system.prompt_processor.prompt"
+from fourdfy.config_files import PROMPT, literal_override
 
 EXAMPLES = """examples:
   launch.py --config configs/shapes.yaml --train --prompt "a red cube spinning"

@@ -22,7 +22,7 @@ from fourdfy.config import (
     slot,
     warn_of_ignored,
 )
-from fourdfy.config_files import COMMAND_LINE, ConfigError, literal_override
+from fourdfy.config_files import COMMAND_LINE, PROMPT, ConfigError, literal_override
 from fourdfy.config_layers import LoadedConfig, load_config
 from fourdfy.data.base import DataModule
 from fourdfy.files.names import sanitize_tag
@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 EVERY_N_TRAIN_STEPS = 1000
 """Between checkpoints, unless the config says otherwise."""
-
-PROMPT = "system.prompt_processor.prompt"
 
 PARSED = Path("configs", "parsed.yaml")
 """Of a trial folder, the whole config it was made from."""

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from fourdfy.callbacks.base import Run
 from fourdfy.callbacks.signals import StopSignals
-from fourdfy.config_files import COMMAND_LINE, ConfigError
+from fourdfy.config_files import COMMAND_LINE, PROMPT, ConfigError
 from fourdfy.devices import on_device, select_device
-from fourdfy.launching.experiment import PARSED, PROMPT, Experiment, trial_of
+from fourdfy.launching.experiment import PARSED, Experiment, trial_of
 from fourdfy.launching.plan import check_run, fetch_models, print_plan, prompt_line
 from fourdfy.launching.recipe import Stage, load_recipe
 from fourdfy.launching.train import configured, import_trainer, train_stages

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from fourdfy.callbacks.base import Callback, Run
-from fourdfy.config_files import literal_override
+from fourdfy.config_files import PROMPT, literal_override
 from fourdfy.devices import on_device, select_device
 from fourdfy.launching.experiment import (
-    PROMPT,
     ExperimentConfig,
     TrainerConfig,
     load_experiment,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,24 @@ from fourdfy.config import Component, file_path
 from fourdfy.data.base import DataModule
 from fourdfy.systems.supervision import StepConfig, SupervisionPlan, plan_supervision
 from fourdfy.types import Cameras, RenderOutput, StepBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """``system.loggers.wandb``, by threestudio's names: Weights & Biases, an optional package. Its variables
+    (``WANDB_MODE=offline``) work."""
+
+    enable: bool = False
+    project: str = "fourdfy"
+    name: str | None = None
+    """Of the run; null is the trial's folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggersConfig:
+    """``system.loggers``: where curves go besides the trial's own ``tb_logs`` and ``csv_logs``."""
+
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +60,7 @@ class System(Component, nn.Module):
     class Config(Component.Config):
         weights: str | None = file_path()
         """A checkpoint to start from: its scene, occupancy and LoRA, not its step or optimizer."""
+        loggers: LoggersConfig = field(default_factory=LoggersConfig)
 
         @property
         def prompt(self) -> str | None:

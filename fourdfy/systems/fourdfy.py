@@ -37,24 +37,6 @@ from fourdfy.types import Cameras, RenderOutput, StepBatch, StepContext, TextEmb
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class WandbConfig:
-    """``system.loggers.wandb``, by threestudio's names: Weights & Biases, an optional package. Its variables
-    (``WANDB_MODE=offline``) work."""
-
-    enable: bool = False
-    project: str = "fourdfy"
-    name: str | None = None
-    """Of the run; null is the trial's folder."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoggersConfig:
-    """``system.loggers``: where curves go besides the trial's own ``tb_logs`` and ``csv_logs``."""
-
-    wandb: WandbConfig = field(default_factory=WandbConfig)
-
-
 @register("fourdfy-system")
 class FourdfySystem(System):
     """One stage of hybrid score distillation.
@@ -105,7 +87,6 @@ class FourdfySystem(System):
         prob_multi_view: float | None = ignored("data.prob_multi_view is read")
         prob_single_view_video: float | None = ignored("data.single_view.prob_single_view_video is read")
         simultan: bool | None = ignored("data.single_view.simultan is read")
-        loggers: LoggersConfig = field(default_factory=LoggersConfig)
 
         def __post_init__(self) -> None:
             if self.scene is None:
