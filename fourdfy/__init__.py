@@ -8,7 +8,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# What libraries read when they load.
+# Libraries read these settings when they are imported.
 
 # OpenMP's threads wait for each other by spinning unless told otherwise, and beside any other busy process
 # a step then takes several times as long (docs/benchmarks.md).
@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 try:
     Path.home()
-except RuntimeError:  # a user whom the system doesn't know, as in some containers; caches go there
+except RuntimeError:  # a user unknown to the system, as in some containers; caches go there
     os.environ["HOME"] = tempfile.gettempdir()
 
 

@@ -26,8 +26,8 @@ def on_device(device: str) -> Iterator[None]:
 def select_device(gpu: str | None, given_as: str = "--gpu ") -> str:
     """``cpu`` or ``cuda:N`` for a value of ``--gpu``; without one the first GPU, or the CPU if there is none.
 
-    N counts the GPUs that CUDA_VISIBLE_DEVICES leaves visible, as everywhere in CUDA; where that is a single
-    number, N may be that number too, as in the original.
+    N counts the GPUs that CUDA_VISIBLE_DEVICES leaves visible, as everywhere in CUDA; if that is a single
+    number, N may also be that number, as in the original.
 
     Args:
         given_as: what stands before the value, in messages.

@@ -31,14 +31,14 @@ class RunningMeans:
             self.sums[name] = (total + value, count + 1)
 
     def take(self) -> dict[str, float]:
-        """The means of what came since the last time, which then starts anew."""
+        """The means since the last call; counting then starts again."""
         means = {name: float(total) / count for name, (total, count) in self.sums.items()}
         self.sums.clear()
         self._taken |= means
         return means
 
     def read(self) -> dict[str, float]:
-        """Every scalar that ever came: its mean since it was last taken, else the one taken then."""
+        """Every scalar seen so far: its mean since it was last taken, else the value taken then."""
         return self._taken | {name: float(total) / count for name, (total, count) in self.sums.items()}
 
 
@@ -75,7 +75,7 @@ class Run:
 
 
 class Callback(Component):
-    """Does something at some moments of a run; every hook may be left out.
+    """Hooks that are called during a run; all of them are optional.
 
     Registered, it can be named in ``trainer.callbacks``; an instance can be given to ``fourdfy.train``.
     """
@@ -110,7 +110,7 @@ class Callback(Component):
         """After the last training step; or with the ``error`` that breaks off training or rendering."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run must know: tensors, numbers, texts, and lists and dicts of them."""
+        """The state that a resumed run needs: tensors, numbers, texts, and lists and dicts of them."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

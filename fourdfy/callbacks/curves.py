@@ -1,7 +1,7 @@
-"""What a training run logs: TensorBoard, a CSV file and, where asked, Weights & Biases.
+"""Logging of a training run: TensorBoard, a CSV file and, if enabled, Weights & Biases.
 
-A resumed run continues the curves of before: what they hold from its first step on is dropped, and the
-checkpoint has the sums of the point that was not complete. So nothing is logged twice or lost.
+A resumed run continues the earlier curves: their points from its first step on are dropped, and the
+checkpoint holds the sums of the point that was not complete. So nothing is logged twice or lost.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fourdfy.files.atomic import by_product, whole_file
 from fourdfy.files.images import VALIDATION_FPS
 
 MAX_PIXELS = 256
-"""Of the longer side of a logged image or clip; larger ones lose rows and columns."""
+"""Most pixels of a logged image or clip along its longer side; larger ones lose rows and columns."""
 
 
 class Curves(Callback):
@@ -72,7 +72,7 @@ class Curves(Callback):
                 writer.scalars(scalars, run.step - 1)
 
     def images(self, name: str, frames: UInt8[ndarray, "F H W 3"], step: int) -> None:
-        """Log an image or, of several frames, a clip; nothing when no run is going on."""
+        """Log one frame as an image or several as a clip; do nothing outside of a run."""
         stride = -(-max(frames.shape[1:3]) // MAX_PIXELS)
         for writer in self.writers:
             writer.images(name, frames[:, ::stride, ::stride], step)
@@ -107,7 +107,7 @@ class TensorBoard:
 
 
 class CsvFile:
-    """``version_0/metrics.csv``: a row for each logged step, a column for each scalar that ever came."""
+    """``version_0/metrics.csv``: a row for each logged step, a column for each scalar ever logged."""
 
     def __init__(self, folder: Path, start: int) -> None:
         self.path = folder / "version_0" / "metrics.csv"
@@ -125,10 +125,10 @@ class CsvFile:
             csv.DictWriter(file, self.columns).writerow(row)
 
     def images(self, name: str, frames: UInt8[ndarray, "F H W 3"], step: int) -> None:
-        """Nothing: a table has no room for pictures."""
+        """Do nothing: a table can't hold images."""
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
     def _rows(self) -> list[dict[str, Any]]:
         if not self.path.exists():
@@ -163,11 +163,11 @@ class WeightsAndBiases:
                 dir=str(trial),
                 config=dict(values),
             )
-        except Exception as error:  # no account, no network: before the first step, so nothing is lost
+        except Exception as error:  # no account or network; before the first step, so nothing is lost
             raise ConfigError(
                 f"system.loggers.wandb: {error}; WANDB_MODE=offline needs no account, enable=false no wandb"
             ) from error
-        # Steps of its own only grow; after a crash ours begin again at the checkpoint.
+        # wandb's own steps only grow; after a crash ours start again at the checkpoint.
         self.run.define_metric("global_step")
         self.run.define_metric("*", step_metric="global_step")
 
@@ -186,7 +186,7 @@ class WeightsAndBiases:
 
 
 def encoded(frames: UInt8[ndarray, "F H W 3"]) -> bytes:
-    """A PNG, or of several frames an endless GIF."""
+    """One frame as PNG, or several as an endless GIF."""
     from PIL import Image
 
     first, *others = (Image.fromarray(np.ascontiguousarray(frame)) for frame in frames)

@@ -1,4 +1,4 @@
-"""``ckpts/last.ckpt``, kept fresh."""
+"""Saving of ``ckpts/last.ckpt`` during training."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fourdfy.files.atomic import whole_file
 
 
 class LastCheckpoint(Callback):
-    """Keeps ``last.ckpt`` fresh: every so many steps, at the end, and when the run is asked to stop.
+    """Saves ``last.ckpt`` every so many steps, at the end, and when the run is asked to stop.
 
-    Of the regular saves every ``keep_every``-th stays, as ``step_{step}.ckpt``; -1: all, 0: none.
+    Every ``keep_every``-th regular save is also kept as ``step_{step}.ckpt``; -1 keeps all, 0 none.
     """
 
     def __init__(self, path: Path, every_n_train_steps: int, keep_every: int = 0) -> None:

@@ -73,7 +73,7 @@ class ProgressLine(Callback):
 class LiveLine:
     """The last row of a terminal, drawn again and again in place; what is logged appears above it.
 
-    Where stderr is no terminal, every line that is shown is written, at its full length.
+    If stderr is no terminal, every line that is shown is written at its full length.
     """
 
     def __init__(self) -> None:
@@ -82,23 +82,23 @@ class LiveLine:
         self._around = _Call(self._erase), _Call(self._draw)
 
     def open(self) -> None:
-        """From here on log records and warnings go around the line. Nothing where it is open already."""
+        """Make log records and warnings appear above the line from now on, unless it is open already."""
         if self.is_live and self._around[0] not in logging.root.handlers:
             first, last = self._around
             logging.root.handlers[:] = [first, *logging.root.handlers, last]
             logging.captureWarnings(True)
 
     def show(self, pieces: list[tuple[int, str]]) -> None:
-        """Texts with their ranks, in one row; the highest rank gives way first where it is too narrow."""
+        """Show texts with their ranks in one row; if it is too narrow, the highest rank is left out first."""
         if self.is_live:
-            width = _columns() - 1  # a full row would begin another one
+            width = _columns() - 1  # a full row would wrap into another one
             self._shown = set_cell_size(fit(pieces, width), width)
             self._draw()
         else:
             _write(fit(pieces, sys.maxsize) + "\n")
 
     def close(self) -> None:
-        """The line stays, and what follows comes below it. Nothing where it is closed already."""
+        """Leave the line as it is and continue below it; do nothing if it is closed already."""
         if self._around[0] in logging.root.handlers:
             for handler in self._around:
                 logging.root.removeHandler(handler)
@@ -152,7 +152,7 @@ def fit(pieces: list[tuple[int, str]], width: int) -> str:
 
 
 def _columns() -> int:
-    """Of the terminal at stderr; COLUMNS wins."""
+    """Columns of the terminal at stderr; the variable COLUMNS has precedence."""
     try:
         return int(os.environ.get("COLUMNS") or os.get_terminal_size(sys.stderr.fileno()).columns) or 80
     except (OSError, ValueError):
@@ -176,7 +176,7 @@ def _clock(seconds: float) -> str:
 
 
 def _memory() -> str:
-    """The peak: of the GPU if there is one, else of the process; nothing where the system doesn't say."""
+    """Peak memory of the GPU if there is one, else of the process; empty if the system doesn't report it."""
     if torch.cuda.is_available():
         return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
     if resource is None:

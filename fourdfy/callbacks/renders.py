@@ -1,4 +1,4 @@
-"""What evaluation renders, saved under the original's file names."""
+"""Saving of what evaluation renders, under the original's file names."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class SaveRenders(Callback):
         trained: the scene is trained in this run; what can't be written then costs a warning.
 
     Raises:
-        ConfigError: where writing them is all that was asked for, and they can't be written.
+        ConfigError: they can't be written, and writing them is all that was asked for.
     """
 
     def __init__(self, save_dir: Path, curves: Curves | None = None, *, trained: bool = False) -> None:
@@ -81,6 +81,6 @@ class SaveRenders(Callback):
             self._images.clear()
 
     def _shown(self, split: str) -> list[list[Tensor]]:
-        """The images that validation shows side by side, as far as there are any."""
+        """The images that validation shows side by side; those that the scene lacks are left out."""
         shown = self._images[split]
         return [shown[name] for name in ("rgb", "normal", "opacity") if name in shown]

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: a training step is finished and saved first."""
+"""Signals that ask a run to end: the training step is finished and saved first."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fourdfy.callbacks.base import Callback, Run
 logger = logging.getLogger(__name__)
 
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBREAK")
-"""What terminals and batch systems send before they kill. Not every platform has all of them."""
+"""Signals that terminals and batch systems send before they kill. Not every platform has all of them."""
 
 
 class Stopped(SystemExit):

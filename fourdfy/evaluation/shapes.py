@@ -43,7 +43,7 @@ DROP_OVERRIDES: dict[str, tuple[str, ...]] = {
     ),
     "video": ("stage_3.data.single_view.prob_single_view_video=0",),
 }
-"""What switches a prior of the recipe off, as ``key=value`` overrides."""
+"""The ``key=value`` overrides that switch off a prior of the recipe."""
 
 
 def train_prompt(
@@ -63,7 +63,7 @@ def train_prompt(
         f"system.prompt_processor.prompt={prompt.text}",
         *DROP_OVERRIDES.get(drop or "", ()),
     ]
-    with StopSignals(lambda: "the same command goes on") as stop:
+    with StopSignals(lambda: "the same command continues") as stop:
         looking_on = [stop, ProgressLine()]
         trial = fourdfy.train(recipe, [*given, *overrides], device=device, callbacks=looking_on, test=False)
         stop.check()
@@ -98,9 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Results:
-    """The results of a run, in a JSON file that is whole after every prompt.
+    """The results of a run, in a JSON file that is complete after every prompt.
 
-    What an earlier command left in the file stays, so ablations can share one; the same prompt with
+    Rows of earlier commands stay in the file, so ablations can share one; the same prompt with
     the same recipe, drop and overrides replaces its own row.
     """
 
@@ -117,7 +117,7 @@ class Results:
             raise ValueError(f"{path} holds no results of this command; name another file") from error
 
     def add(self, report: ShapesReport, seconds: float) -> dict[str, Any]:
-        """Add the row of a prompt, write the file, and give the row."""
+        """Add the row of a prompt, write the file, and return the row."""
         row = asdict(report) | {"seconds": seconds} | self._settings
         self._rows = [other for other in self._rows if self._key(other) != self._key(row)] + [row]
         if self._path is not None:

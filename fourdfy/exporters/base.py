@@ -1,4 +1,4 @@
-"""What an exporter is to the rest of the system."""
+"""The interface of an exporter."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class TrainedScene:
 
     @torch.no_grad()
     def render(self, cameras: Cameras) -> RenderOutput:
-        """Frames as they are evaluated."""
+        """Render frames for evaluation."""
         return self.scene.render(cameras.to(self.device), StepContext(self.step))
 
     @property
@@ -52,7 +52,7 @@ class TrainedScene:
 
     @property
     def name(self) -> str:
-        """The prompt, made fit for names."""
+        """The prompt as a valid file name."""
         return sanitize_tag(self.prompt)
 
     @property
@@ -62,20 +62,20 @@ class TrainedScene:
 
 
 class Exporter(Component, ABC):
-    """A scene to files that other programs open."""
+    """Writes a scene into files that other programs can open."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Component.Config):
         clip_seconds: float | None = number(None, 0.01, 3600)
-        """How long the scene's time takes from 0 to 1, in videos and animated meshes alike; null: as long
-        as in the validation video."""
+        """Seconds that the scene's time takes from 0 to 1, in videos and animated meshes alike; null: as in
+        the validation video."""
 
     def __init__(self, cfg: Component.Config) -> None:
         self.cfg = cfg
 
     @abstractmethod
     def export(self, trained: TrainedScene, folder: Path) -> list[Path]:
-        """Write into ``folder`` (made if missing); gives the files, the most useful first.
+        """Write into ``folder`` (made if missing); returns the files, the most useful first.
 
         Raises:
             ConfigError: the scene has nothing to export with these settings; says which to change.

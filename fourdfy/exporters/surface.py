@@ -33,9 +33,9 @@ from fourdfy.scenes.base import IsosurfaceConfig
 logger = logging.getLogger(__name__)
 
 FOG_SMOOTHING = 0.25
-"""Width of the density's blur, in units of the depth that light enters. Dense scenes stay sharp."""
+"""Width of the density's blur, in units of the depth to which light enters. Dense scenes stay sharp."""
 COLOR_STEP = 0.04
-"""Ten of 255 levels: a change of colour that one sees."""
+"""Ten of 255 levels: a visible change of colour."""
 COLOR_REACH, COLOR_SAMPLES = 0.05, 12
 """A surface's colour is composited over this share of the radius before and behind it."""
 
@@ -51,7 +51,7 @@ class Surface:
 
 
 class NoSurfaceError(ConfigError):
-    """There is nothing to see at this moment."""
+    """Nothing is visible at this moment."""
 
 
 @torch.no_grad()
@@ -60,8 +60,8 @@ def extract_surface(
 ) -> Surface:
     """The isosurface at scene time ``time``.
 
-    With the threshold ``auto``, what no camera sees into is solid: thin parts of a skin with a hollow
-    behind it, such as a dark pupil, would be holes otherwise, and the hollow a surface of its own.
+    With the threshold ``auto``, regions that no camera sees into are solid. Otherwise thin parts of a shell
+    with a hollow behind it, such as a dark pupil, would be holes, and the hollow would have its own surface.
 
     Args:
         resolution: takes the place of ``isosurface_resolution``.
@@ -84,7 +84,7 @@ def extract_surface(
         device=trained.device,
     )
     level = _level(grid, grid, settings, radius, time)
-    # Light enters a fog of density s to a depth of about 1 / s. What is finer there is noise to a camera,
+    # Light enters a fog of density s to a depth of about 1 / s. Finer detail is invisible to a camera,
     # but would be crevices in a mesh.
     fog = smoothed(grid, radius, FOG_SMOOTHING / level)
     level = _level(fog, grid, settings, radius, time)
@@ -123,7 +123,7 @@ def _level(
 def simplified(surface: Surface, most: int, colors: Float[Tensor, "V 3"] | None = None) -> Surface:
     """The surface with about ``most`` triangles.
 
-    Where its vertices carry ``colors``, triangles across which these change stay as fine as they are.
+    If its vertices carry ``colors``, triangles across which these change stay as they are.
     """
     if colors is None:
         varied = torch.zeros_like(surface.faces[:, 0], dtype=torch.bool)
@@ -138,10 +138,10 @@ def simplified(surface: Surface, most: int, colors: Float[Tensor, "V 3"] | None 
 def surface_colors(
     trained: TrainedScene, positions: Float[Tensor, "N 3"], normals: Float[Tensor, "N 3"], time: float
 ) -> Float[Tensor, "N 3"]:
-    """Displayed colours, 0..1, of a camera that looks at each point from where its normal points.
+    """Displayed colours, 0..1, as seen by a camera above each point, in the direction of its normal.
 
-    The point's own colour would not do: a soft surface shows what lies a little deeper. Materials that
-    shade are lit from the camera, so that what is left is the albedo under full light.
+    The point's own colour is not enough, because a soft surface shows what lies a little deeper. Materials
+    that shade are lit from the camera, so that the result is the albedo under full light.
     """
     reach = COLOR_REACH * trained.volume.radius
     rays = torch.cat([positions, normals], dim=-1)

@@ -56,7 +56,7 @@ class NoisyLatents:
 
 
 class Distillation(Component, nn.Module, ABC):
-    """A way to learn from a prior; with the prior it is a ``Guidance`` (``guidance.pairs.join``)."""
+    """A way to learn from a prior; together with a prior it is a ``Guidance`` (``guidance.pairs.join``)."""
 
     losses: ClassVar[tuple[str, ...]]
     """Names of its losses; ``sds`` becomes ``sds_video`` with a prior for clips."""

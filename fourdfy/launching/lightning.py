@@ -60,7 +60,7 @@ class LightningSystem(pl.LightningModule):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> None:
-        """Nothing: ``on_load_checkpoint`` took it, with the step that belongs to it."""
+        """Do nothing: ``on_load_checkpoint`` has loaded it, with its step."""
 
     def configure_optimizers(self) -> Any:
         optimizer, scheduler = self.run.optimizer, self.run.scheduler
@@ -109,7 +109,7 @@ class LightningSystem(pl.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: StepBatch, batch_idx: int) -> None:
         parts = self.trainer.accumulate_grad_batches
-        if batch.part + 1 == parts:  # half a step can't be gone on from
+        if batch.part + 1 == parts:  # half a step can't be continued
             self.system.step = self.global_step
             losses = self._losses
             if parts > 1:
@@ -147,7 +147,7 @@ class LightningSystem(pl.LightningModule):
 
 
 class LightningData(pl.LightningDataModule):
-    """A data module to Lightning."""
+    """Wraps a data module for Lightning."""
 
     def __init__(self, data: DataModule) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class LightningData(pl.LightningDataModule):
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that are never half written; reads tensors and plain values only."""
+    """Writes checkpoints atomically; reads tensors and plain values only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         write_checkpoint(checkpoint, path)
@@ -179,7 +179,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 
 class OneProcess(LightningEnvironment):
-    """A run of one process, whatever a scheduler or a launcher has left in the environment.
+    """A run of one process, regardless of what a cluster's scheduler left in the environment.
 
     Lightning would take rank and size of the run from it, and with the rank whether to log at all.
     """
@@ -188,7 +188,7 @@ class OneProcess(LightningEnvironment):
 
     def __init__(self) -> None:
         super().__init__()
-        self.set_global_rank(0)  # also for what asks rank_zero_only, which read the environment at import
+        self.set_global_rank(0)  # also for users of rank_zero_only, which read the environment at import
 
     def local_rank(self) -> int:
         return 0
@@ -269,9 +269,9 @@ class Trainer:
 
 
 def build_loops(cfg: TrainerConfig, folder: Path, device: str) -> pl.Trainer:
-    """Lightning's Trainer, without anything that it would write, log or save by itself."""
+    """Lightning's Trainer, without its own writing, logging and saving."""
     if device == "cpu" and cfg.precision in (16, "16-mixed"):
-        logger.warning("trainer.precision=%s: not on a CPU; bf16-mixed is used", cfg.precision)
+        logger.warning("trainer.precision=%s: not possible on a CPU; bf16-mixed is used", cfg.precision)
     return pl.Trainer(
         default_root_dir=folder,
         accelerator="cpu" if device == "cpu" else "gpu",

@@ -1,4 +1,4 @@
-"""``--check``: what a run would do, from which models, in how much memory; ``--fetch``: have them here."""
+"""``--check``: what a run would do, with which models, in how much memory; ``--fetch``: download them."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ pass. Measured (docs/benchmarks.md): what the renderer keeps, and the largest st
 
 
 def print_plan(experiments: Sequence[Experiment]) -> None:
-    """For each stage: its step kinds, their priors and where these come from, and the memory.
+    """Describe each stage: its kinds of step, their priors and where these come from, and the memory.
 
     Raises:
-        ConfigError: the run could not begin, or not use its models; see ``check_files``, ``check_priors``,
+        ConfigError: the run could not start, or not use its models; see ``check_files``, ``check_priors``,
             ``check_groups``.
     """
     check_files(experiments)
@@ -53,7 +53,7 @@ def check_run(experiments: Sequence[Experiment]) -> None:
     Raises:
         ConfigError: see ``check_files``, ``find_models``, ``check_priors``, ``check_groups``.
     """
-    # Of the last stage too: hours later is no time to miss something.
+    # The last stage is checked too: a missing file should not show hours later.
     check_files(experiments)
     find_models(experiments)
     for experiment in experiments:
@@ -75,25 +75,25 @@ def _stage_lines(experiment: Experiment, system: System) -> Iterator[str]:
     for name, parts in models:
         yield f"model: {locate_model(name, parts)}, for its {', '.join(parts)}"
     here = all(stored_bytes(name, parts) is not None for name, parts in models)
-    rest = "" if here else ", and what the models take that are not here"
+    rest = "" if here else ", plus that of the models that are not on this disk"
     yield f"memory, roughly: {_memory_estimate(experiment, system) / 2**30:.1f} GiB{rest}"
 
 
 def prompt_line(experiment: Experiment) -> str:
-    """The prompt, and how another is given where a file has chosen it that is no trial's."""
+    """The prompt, with advice how to change it if a config file that is not a trial's has set it."""
     line, source = f"prompt: {experiment.cfg.system.prompt!r}", experiment.prompt_source
     is_fixed = source == COMMAND_LINE or trial_of(Path(source))
-    return line if is_fixed else f"{line}, from {source}; for another one: --prompt TEXT"
+    return line if is_fixed else f"{line}, from {source}; to change it: --prompt TEXT"
 
 
 def check_files(experiments: Sequence[Experiment]) -> None:
-    """Refuse a run whose files are not there, those aside that its earlier stages will have written.
+    """Refuse a run whose files are missing, except those that its earlier stages will write.
 
     Raises:
         ConfigError: names the key and the file.
     """
     if len(experiments) > 1 and all(experiment.cfg.resume for experiment in experiments):
-        raise ConfigError("resume: a recipe goes on by itself; for one of its stages: stage_2.resume=...")
+        raise ConfigError("resume: a recipe continues by itself; for one of its stages: stage_2.resume=...")
     written: set[Path] = set()
     for experiment in experiments:
         cfg = experiment.cfg
@@ -104,7 +104,7 @@ def check_files(experiments: Sequence[Experiment]) -> None:
 
 
 def check_priors(experiment: Experiment) -> None:
-    """Refuse prompts that are too long and models of another kind, as far as the models are on this disk.
+    """Refuse prompts that are too long and models of the wrong kind, as far as the models are on this disk.
 
     Loads no weights. Warns of prompts that a model has not learned.
 
@@ -121,11 +121,11 @@ def check_priors(experiment: Experiment) -> None:
 
 
 def check_groups(experiment: Experiment) -> System:
-    """Refuse learning rates of parts that the scene doesn't have; those of priors wait until these are there.
-    Gives the scene, untrained.
+    """Refuse learning rates of parts that the scene doesn't have; those of priors are checked on loading.
+    Returns the untrained scene.
 
     Raises:
-        ConfigError: names the part, and what there is.
+        ConfigError: names the part, and those that exist.
     """
     plan, params = experiment.plan, experiment.cfg.system.optimizer.params
     system = experiment.build_system()
@@ -136,7 +136,7 @@ def check_groups(experiment: Experiment) -> System:
 
 
 def fetch_models(experiments: Sequence[Experiment]) -> None:
-    """``--fetch``: bring every model that the stages need to this disk, and say where each is.
+    """``--fetch``: download every model that the stages need, and say where each is.
 
     Raises:
         ConfigError: see ``find_models``.
@@ -146,7 +146,7 @@ def fetch_models(experiments: Sequence[Experiment]) -> None:
 
 
 def find_models(experiments: Sequence[Experiment]) -> dict[str, Path]:
-    """The folder of every model that the stages need, fetched if it must be; each is tried.
+    """The folder of every model that the stages need, fetched if necessary; all are tried.
 
     Raises:
         ModelNotFound: some can't be found; says what was tried for each.
@@ -174,15 +174,15 @@ def needed_models(experiments: Sequence[Experiment]) -> dict[str, tuple[str, ...
 
 
 def printable(text: str) -> str:
-    """``text`` with its control characters written out, so that a terminal shows them and obeys none."""
+    """``text`` with its control characters escaped, so that a terminal does not act on them."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _memory_estimate(experiment: Experiment, system: System) -> float:
     """Bytes: the scene with gradients and two moments, the priors as stored here, the largest graph.
 
-    For a camera that has the whole object in view. A narrow lens sees more samples, and what is measured
-    is the largest of a few random cameras: the two are within a third of each other.
+    It assumes a camera that sees the whole object. A narrow field of view has more samples; the estimate is
+    within a third of the largest measured value of a few random cameras.
     """
     cfg = experiment.cfg.system
     scene = sum(p.numel() for p in system.parameters()) * 16

@@ -1,5 +1,5 @@
-"""What ``launch.py`` does in each of its modes: what ``fourdfy.train`` and ``fourdfy.load`` do, with signals,
-a progress line and closing lines."""
+"""The modes of ``launch.py``: what ``fourdfy.train`` and ``fourdfy.load`` do, with signals, a progress line
+and closing lines."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def run(
         command: the command line, for the trial folder.
 
     Raises:
-        ConfigError: what the user gave does not work; says what would.
-        Stopped: a signal ended the run early; what to type to go on was logged.
+        ConfigError: the user's input does not work; says what would.
+        Stopped: a signal ended the run early; how to continue was logged.
     """
-    if mode == "fetch":  # whatever the prompt, the models are the same; so none need be given
+    if mode == "fetch":  # the models do not depend on the prompt, so none is needed
         overrides = [f"{PROMPT}=any", *overrides]
     stages = load_recipe(config, overrides)
     experiments = [stage.experiment for stage in stages]
@@ -67,8 +67,8 @@ def train(stages: Sequence[Stage], device: str, command: Sequence[str]) -> None:
 
     def advice() -> str:
         if len(stages) > 1 or not (first.trial_dir / PARSED).exists():
-            return "the same command goes on"
-        return f"go on with: {command_for(first.trial_dir)} --train"
+            return "the same command continues"
+        return f"continue with: {command_for(first.trial_dir)} --train"
 
     with StopSignals(advice) as stop:
         train_stages(stages, device=device, command=command, callbacks=[stop, ProgressLine()])
@@ -91,7 +91,7 @@ def evaluate(mode: str, stage: Stage, *, device: str) -> None:
             f"{stage.label}: no checkpoint in {checkpoint.parent}; train it first, or name what was trained: "
             "--trial DIR"
         )
-    with StopSignals(lambda: "the same command starts again"):
+    with StopSignals(lambda: "the same command starts over"):
         system = experiment.load_system(device, checkpoint)
         results_folder(experiment.trial_dir)
         if mode == "evaluate":
@@ -108,7 +108,7 @@ def evaluate(mode: str, stage: Stage, *, device: str) -> None:
 
 
 def render_views(mode: str, system: System, experiment: Experiment, device: str) -> None:
-    """``--validate`` or ``--test``: images and videos into ``save``."""
+    """``--validate`` or ``--test``: write images and videos into ``save``."""
     from fourdfy.callbacks.progress import ProgressLine
     from fourdfy.callbacks.renders import SaveRenders
 
@@ -123,7 +123,7 @@ def render_views(mode: str, system: System, experiment: Experiment, device: str)
 
 
 def export(system: System, experiment: Experiment) -> None:
-    """``save/it{step}-export/``: what ``system.exporter`` makes of the scene."""
+    """Write ``save/it{step}-export/`` with ``system.exporter``."""
     data, dynamic = experiment.build_data(), experiment.plan.dynamic
     cameras = data.val_cameras(dynamic) | data.test_cameras(dynamic)
     folder = experiment.trial_dir / "save" / f"it{system.step}-export"

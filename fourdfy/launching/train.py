@@ -63,7 +63,7 @@ def train(
     Args:
         config: the name or file of a config, or several, merged left to right.
         overrides: ``key=value``, as on the command line.
-        prompt: what to make, taken literally.
+        prompt: the prompt, taken literally.
         device: ``cpu``, ``cuda`` or ``cuda:N``; None is the first GPU, else the CPU.
         callbacks: look on beside those of ``trainer.callbacks``, in every stage.
         test: render the test views of every stage too.
@@ -111,7 +111,7 @@ def train_stages(
     callbacks: Sequence[Callback],
     test: bool = True,
 ) -> Stage:
-    """Train the stages one after the other, until a callback stops the run; gives the last that began.
+    """Train the stages one after the other, until a callback stops the run; returns the last that started.
 
     Args:
         command: the command line, for the trial folders.

@@ -1,4 +1,4 @@
-"""The trial folder: what a run was made from, beside what it makes."""
+"""The trial folder: what a run was made from, and its results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parents[1]
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-"""How a file system says that it has no locks."""
+"""Errors of a file system without locks."""
 
 
 @contextmanager
@@ -37,7 +37,7 @@ def owned(trial: Path) -> Iterator[None]:
     trial.mkdir(parents=True, exist_ok=True)
     lock, owner = FileLock(trial / ".lock"), trial / ".owner"
     try:
-        lock.acquire(timeout=0)  # of the system, so that none is left behind by a process that was killed
+        lock.acquire(timeout=0)  # a lock of the operating system, so that a killed process leaves none behind
     except Timeout as error:
         who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
         raise ConfigError(
@@ -65,7 +65,7 @@ def prepare_trial(experiment: Experiment, files: Sequence[Path], command: Sequen
     trial = experiment.trial_dir
     for name in ("ckpts", "configs", "save"):
         (trial / name).mkdir(parents=True, exist_ok=True)
-    if all(trial_of(file) != trial for file in files):  # else what it began with stays
+    if all(trial_of(file) != trial for file in files):  # else keep what it started with
         raw = "".join(f"# {file.name}\n{file.read_text(encoding='utf-8')}\n" for file in files)
         (trial / "configs" / "raw.yaml").write_text(raw, encoding="utf-8")
     with whole_file(trial / PARSED) as parsed:
@@ -79,7 +79,7 @@ def prepare_trial(experiment: Experiment, files: Sequence[Path], command: Sequen
 
 
 def command_for(trial: Path) -> str:
-    """The command line for a trial, but for its mode, with the program as it was called now."""
+    """The command line for a trial without its mode, with the program as it was called now."""
     program = Path(sys.argv[0])
     launch = sys.argv[0] if program.name == "launch.py" else "launch.py"
     start = "fourdfy" if program.stem == "fourdfy" else f"python {shlex.quote(launch)}"

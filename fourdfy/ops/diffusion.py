@@ -70,7 +70,7 @@ def prediction_target(
     scales: NoiseScales,
     kind: str,
 ) -> Float[Tensor, "B C *S"]:
-    """What a network is trained to predict for ``latents`` under ``noise``.
+    """The training target of a network for ``latents`` under ``noise``.
 
     Raises:
         ValueError: an unknown ``kind``.
@@ -103,7 +103,7 @@ def lead_away(
     negatives: Sequence[Float[Tensor, "B C *S"]],
     weights: Sequence[Float[Tensor, "B"]],
 ) -> Float[Tensor, "B C *S"]:
-    """The text's prediction, moved by what negative texts say that is not in it: Perp-Neg.
+    """Perp-Neg: the text's prediction, moved by the perpendicular part of the negative texts' predictions.
 
     Each negative's difference from ``uncond`` enters times its weight (negative: away), less its
     component along the text's own difference (Armandpour et al. 2023), so that what both texts have
@@ -139,7 +139,7 @@ def sample_noise(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "..."]:
-    """Standard normal numbers, drawn where the generator lives."""
+    """Standard normal numbers, drawn on the generator's device."""
     return torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=dtype).to(device)
 
 

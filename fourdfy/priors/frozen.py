@@ -38,17 +38,17 @@ CLASSES = {
     "tokenizer": ("tokenizer_class", "CLIPTokenizer"),
     "fps_embedding": ("_class_name", "TimestepEmbedding"),
 }
-"""Of parts that are of one class in every prior: the key that names it, and its name."""
+"""For each part whose class is the same in every prior, the key that names the class, and its name."""
 
 Gradient = Literal["exact", "subset"]
-"""How ``encode_images`` learns in parts."""
+"""How ``encode_images`` computes gradients in parts."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions:
     """Ways to need less memory; none of them changes a result by more than rounding.
 
-    Attention is PyTorch's SDPA, whatever is set here, unless another kernel is asked for and installed.
+    Attention is PyTorch's SDPA unless another kernel is asked for here and installed.
     """
 
     half_precision_weights: bool | str = True
@@ -77,10 +77,10 @@ def check_part(folder: Path, part: str, class_name: str = "") -> None:
 
     Args:
         class_name: the diffusers class that the description must name, e.g. ``UNet2DConditionModel``;
-            of other parts than ``unet`` it goes without saying.
+            not needed for parts other than ``unet``.
 
     Raises:
-        ModelNotFound: the part is missing or not whole.
+        ModelNotFound: the part is missing or incomplete.
         ConfigError: it is of another class, or its file can't be read.
     """
     if flaw := part_flaw(folder, part):
@@ -108,7 +108,7 @@ def load_part(
         class_name: the class that the folder's description must name, e.g. ``UNet2DConditionModel``.
 
     Raises:
-        ModelNotFound: the part is missing or not whole.
+        ModelNotFound: the part is missing or incomplete.
         ConfigError: the part is a network of another class, or can't be loaded.
     """
     check_part(folder, part, class_name)
@@ -126,7 +126,7 @@ def load_text_encoder(folder: Path, device: torch.device) -> tuple[Any, nn.Modul
     """(tokenizer, CLIP text encoder in float32, frozen) of a model folder.
 
     Raises:
-        ModelNotFound: a part is missing or not whole.
+        ModelNotFound: a part is missing or incomplete.
         ConfigError: a part is of another class, or can't be loaded.
     """
     tokenizer = load_tokenizer(folder)
@@ -147,7 +147,7 @@ def load_tokenizer(folder: Path) -> Any:
     """The CLIP tokenizer of a model folder.
 
     Raises:
-        ModelNotFound: it is missing or not whole.
+        ModelNotFound: it is missing or incomplete.
         ConfigError: it is of another class, or can't be loaded.
     """
     check_part(folder, "tokenizer")
@@ -158,7 +158,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_noise_schedule(folder: Path, device: torch.device) -> DDPMSchedule:
-    """The schedule that ``folder/scheduler`` describes, whichever sampler it names.
+    """The noise schedule that ``folder/scheduler`` describes, whichever sampler it names.
 
     Raises:
         ModelNotFound: no scheduler there.
@@ -178,7 +178,7 @@ def freeze(network: nn.Module) -> nn.Module:
 
 
 def apply_memory_options(network: nn.Module, options: MemoryOptions, device: torch.device) -> None:
-    """Switch on what ``options`` asks of a diffusers network, in place."""
+    """Apply ``options`` to a diffusers network, in place."""
     if options.enable_memory_efficient_attention:
         if find_spec("xformers") and device.type == "cuda":
             network.enable_xformers_memory_efficient_attention()
@@ -271,9 +271,9 @@ def _to_channels_last(network: nn.Module) -> None:
 
 
 def _loading_options(folder: Path, part: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What diffusers and transformers are told; they open the files that ``part_flaw`` looked at.
+    """Arguments for diffusers and transformers, so that they open the files that ``part_flaw`` examined.
 
-    ``use_safetensors`` is said explicitly: left open, diffusers warns before it takes a pickle (with
+    ``use_safetensors`` is explicit: without it, diffusers warns before it reads a pickle (with
     weights_only=True).
     """
     files = weight_files(folder, part)
@@ -288,14 +288,14 @@ def _loading_options(folder: Path, part: str, dtype: torch.dtype) -> dict[str, A
 
 
 def _check_complete(found: Mapping[str, Any]) -> None:
-    """Both libraries only warn of weights that a file lacks, and draw them at random."""
+    """Refuse missing weights: both libraries only warn of them and draw them at random."""
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"{len(missing)} weights are missing, {missing[0]} among them")
 
 
 @contextlib.contextmanager
 def _loading(place: Path) -> Iterator[None]:
-    """Whatever the libraries raise at a file that isn't what it says becomes one line that names it."""
+    """Turn whatever the libraries raise at a broken file into one line that names it."""
     try:
         yield
     except Exception as error:

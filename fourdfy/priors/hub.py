@@ -1,7 +1,7 @@
-"""Where models come from: a local folder or file, the models of this package, or the hub.
+"""Sources of models: a local folder or file, the models of this package, or the hub.
 
 A model is a folder in diffusers layout (``priors.model_folder``). An original checkpoint file is converted
-into such a folder once. What is on this disk comes first, mirrors included; only then, and only if
+into such a folder once. Models on this disk come first, mirrors included; only then, and only if
 HF_HUB_OFFLINE is not set, a socket is opened.
 """
 
@@ -35,17 +35,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """One place that has a model: a repository of the hub, or a folder of this package."""
+    """One place that holds a model: a repository of the hub, or a folder of this package."""
 
     repo: str = ""
     revision: str | None = None
-    """The commit to fetch; null: the newest. A cached copy of another commit is taken as well."""
+    """The commit to fetch; null: the newest. A cached copy of another commit is accepted as well."""
     file: str | None = None
     """An original checkpoint in the repository, to be converted; null: it has diffusers layout."""
     asset: str | None = None
     """A folder below ``fourdfy/shapes/assets``, in place of a repository."""
     grammar: str | None = None
-    """A module with ``check_text``, for a model that knows few texts; null: it knows them all."""
+    """A module with ``check_text``, for a model that knows only some texts; null: it knows all."""
 
     def __str__(self) -> str:
         return self.asset or (f"{self.repo}/{self.file}" if self.file else self.repo)
@@ -89,23 +89,23 @@ MODELS = {
     ),
     "VideoCrafter/VideoCrafter2": (Source(repo="VideoCrafter/VideoCrafter2", file="model.ckpt"),),
 }
-"""Models by name, with their sources in the order in which they are tried. Any other hub id is its own
-only source."""
+"""Models by name, with their sources in the order in which they are tried. Any other hub id is its only
+source."""
 
-BORROWED = {"tokenizer": "stabilityai/stable-diffusion-2-1-base"}
+PARTS_ELSEWHERE = {"tokenizer": "stabilityai/stable-diffusion-2-1-base"}
 """Parts that an original checkpoint lacks, and the model that has them."""
 
 LAYOUT = 1
-"""Counts changes of what a conversion writes, so that an older one is not taken for it."""
+"""Counts changes of what a conversion writes, so that an older result is not reused."""
 
 
 def resolve_model(name_or_path: str | Path, parts: Sequence[str] = ()) -> Path:
-    """The folder that holds the model's ``parts``, fetched from the hub and converted if it must be.
+    """The folder that holds the model's ``parts``, fetched from the hub and converted if necessary.
 
-    Downloads draw their progress; HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured.
+    Downloads show their progress; HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE are honoured.
 
     Raises:
-        ModelNotFound: the model is nowhere; lists everything tried and what to type.
+        ModelNotFound: the model was not found; lists everything tried and what to type.
         ConfigError: a checkpoint file is of no known kind, or broken.
     """
     stored = _found(str(name_or_path), parts)
@@ -120,10 +120,10 @@ def resolve_model(name_or_path: str | Path, parts: Sequence[str] = ()) -> Path:
 
 
 def resolve_file(name_or_path: str | Path) -> Path:
-    """The original checkpoint file of a model, as it is, fetched from the hub if it must be.
+    """The original checkpoint file of a model, unconverted, fetched from the hub if necessary.
 
     Raises:
-        ModelNotFound: it is nowhere; lists everything tried and what to type.
+        ModelNotFound: it was not found; lists everything tried and what to type.
         ValueError: the model is a folder.
     """
     found = _found(str(name_or_path), ())
@@ -133,7 +133,7 @@ def resolve_file(name_or_path: str | Path) -> Path:
 
 
 def locate_model(name_or_path: str | Path, parts: Sequence[str] = ()) -> str:
-    """Where ``resolve_model`` would take the model from, in words; opens no socket and writes nothing."""
+    """A description of where ``resolve_model`` would find the model; opens no socket and writes nothing."""
     name, tried = str(name_or_path), []
     stored = _stored(name, parts, tried)
     if stored is None:
@@ -144,8 +144,9 @@ def locate_model(name_or_path: str | Path, parts: Sequence[str] = ()) -> str:
     if stored.is_file():
         folder = converted_folder(stored)
         state = f"converted in {folder}" if folder.is_dir() else "to be converted"
-        borrowed = _borrowed(folder, parts)
-        return ", ".join((f"{stored} ({state})", *(f"{p} of {locate_model(*borrowed[p])}" for p in borrowed)))
+        elsewhere = _parts_elsewhere(folder, parts)
+        others = (f"{part} of {locate_model(*source)}" for part, source in elsewhere.items())
+        return ", ".join((f"{stored} ({state})", *others))
     if _local(name) == stored:
         return str(stored)
     source = next(source for source in _sources(name) if _place(source, parts) == stored)
@@ -153,9 +154,9 @@ def locate_model(name_or_path: str | Path, parts: Sequence[str] = ()) -> str:
 
 
 def stored_bytes(name_or_path: str | Path, parts: Sequence[str]) -> int | None:
-    """Size of the ``parts``' weights on this disk; None where the model is not here.
+    """Bytes of the ``parts``' weights on this disk; None if the model is not here.
 
-    Of a checkpoint that is not converted yet, the size of the whole file.
+    For a checkpoint that is not converted yet, the size of the whole file.
     """
     stored = _stored(str(name_or_path), parts, [])
     if stored is None:
@@ -168,17 +169,17 @@ def stored_bytes(name_or_path: str | Path, parts: Sequence[str]) -> int | None:
 
 
 def stored_folder(name_or_path: str | Path, parts: Sequence[str]) -> Path | None:
-    """The folder with the model's ``parts`` if it is here as it is needed: nothing to fetch or convert."""
+    """The folder with the model's ``parts`` if nothing has to be fetched or converted, else None."""
     stored = _stored(str(name_or_path), parts, [])
     folder = converted_folder(stored) if stored and stored.is_file() else stored
     return folder if folder and not model_flaw(folder, parts) else None
 
 
 def knows_text(name_or_path: str | Path, text: str) -> bool:
-    """Whether the model is known to have learned ``text``; False of a model that states no grammar.
+    """Whether the model is known to have learned ``text``; False for a model that states no grammar.
 
     Raises:
-        ValueError: the model states one, and the text is not of it; names the word and the nearest.
+        ValueError: the text is not in the model's grammar; names the word and the nearest one.
     """
     grammars = [source.grammar for source in MODELS.get(str(name_or_path), ()) if source.grammar]
     for grammar in grammars:
@@ -187,17 +188,17 @@ def knows_text(name_or_path: str | Path, text: str) -> bool:
 
 
 def stored_description(name_or_path: str | Path, part: str) -> dict[str, Any]:
-    """What a model's description says of ``part``; empty where the part is not on this disk.
+    """The model's description of ``part``; empty if the part is not on this disk.
 
     Raises:
-        ConfigError: it is no JSON, or no mapping.
+        ConfigError: it is not a JSON object.
     """
     folder = stored_folder(name_or_path, (part,))
     return read_description(folder, part) if folder else {}
 
 
 def is_offline() -> bool:
-    """Whether the environment forbids asking the hub."""
+    """Whether the environment forbids access to the hub."""
     return any(
         os.environ.get(key, "").lower() in ("1", "true", "yes", "on")
         for key in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
@@ -205,7 +206,7 @@ def is_offline() -> bool:
 
 
 def cache_root() -> Path:
-    """Where this project keeps what it can make again: $FOURDFY_CACHE, or ~/.cache/fourdfy."""
+    """The folder of this project's caches: $FOURDFY_CACHE, or ~/.cache/fourdfy."""
     try:
         return Path(expand_path(os.environ.get("FOURDFY_CACHE") or "~/.cache/fourdfy"))
     except ValueError as error:
@@ -213,7 +214,7 @@ def cache_root() -> Path:
 
 
 def converted_folder(file: Path) -> Path:
-    """Where the conversion of a checkpoint file is, or would be; a changed file has another one."""
+    """The folder of a checkpoint file's conversion, existing or not; a changed file has another one."""
     stat = file.stat()
     identity = f"{LAYOUT} {file.resolve()} {stat.st_size} {stat.st_mtime_ns}"
     digest = blake2b(identity.encode(), digest_size=16).hexdigest()
@@ -225,7 +226,7 @@ def converted_folder(file: Path) -> Path:
 
 
 def _stored(name: str, parts: Sequence[str], tried: list[str]) -> Path | None:
-    """A folder with all ``parts``, or a checkpoint file; adds to ``tried`` what does not serve, and why."""
+    """A folder with all ``parts``, or a checkpoint file; adds what can't be used, and why, to ``tried``."""
     if local := _local(name):
         if flaw := model_flaw(local, parts):
             tried.append(f"local {'file' if local.is_file() else 'folder'} {local}: {flaw}")
@@ -246,7 +247,7 @@ def _local(name: str) -> Path | None:
 
 
 def _place(source: Source, parts: Sequence[str]) -> Path | None:
-    """Where this disk has a source's checkpoint file, or its folder with at least one of the ``parts``."""
+    """A source's checkpoint file on this disk, or its folder with at least one of the ``parts``."""
     if source.asset:
         return Path(__file__).parents[1] / "shapes" / "assets" / source.asset
     if source.file:
@@ -300,15 +301,15 @@ def _fetched(name: str, parts: Sequence[str], tried: list[str]) -> Path:
             continue
         try:
             return _fetch(source, parts)
-        except Exception as error:  # whatever the hub says of this one: the next mirror may be there
+        except Exception as error:  # any error of this source: the next mirror may work
             tried.append(f"hub, {source}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
-            if _is_unreachable(error):  # and so are the mirrors, each after half a minute of trying
+            if _is_unreachable(error):  # the mirrors would fail too, each after half a minute
                 break
     raise _missing(name, parts, tried)
 
 
 def _is_unreachable(error: BaseException | None) -> bool:
-    """Whether there was no connection, at the root of what the transport raised."""
+    """Whether the root cause of a transport error is a missing connection."""
     if isinstance(error, ConnectionError | socket.gaierror):
         return True
     return error is not None and _is_unreachable(error.__cause__ or error.__context__)
@@ -359,13 +360,13 @@ def _missing(name: str, parts: Sequence[str], tried: Sequence[str]) -> ModelNotF
 def _converted(file: Path, parts: Sequence[str]) -> Path:
     """The folder with the checkpoint's ``parts``; converts it if that was not done before.
 
-    A folder appears whole or not at all, whoever is killed or started twice.
+    A folder appears complete or not at all, even if processes are killed or started twice.
     """
     from filelock import FileLock
 
     folder = converted_folder(file)
     unfinished, lock = (folder.with_name(f"{folder.name}.{end}") for end in ("part", "lock"))
-    borrowed = {part: resolve_model(*lender) for part, lender in _borrowed(folder, parts).items()}
+    elsewhere = {part: resolve_model(*source) for part, source in _parts_elsewhere(folder, parts).items()}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):
         if not folder.is_dir():
@@ -375,10 +376,10 @@ def _converted(file: Path, parts: Sequence[str]) -> Path:
             shutil.rmtree(unfinished, ignore_errors=True)
             convert_checkpoint(file, unfinished)
             unfinished.rename(folder)
-        for part in _borrowed(folder, parts):
+        for part in _parts_elsewhere(folder, parts):
             shutil.rmtree(unfinished, ignore_errors=True)
             shutil.rmtree(folder / part, ignore_errors=True)
-            shutil.copytree(borrowed[part] / part, unfinished)
+            shutil.copytree(elsewhere[part] / part, unfinished)
             unfinished.rename(folder / part)
     if flaw := model_flaw(folder, parts):
         raise ModelNotFound(
@@ -388,7 +389,7 @@ def _converted(file: Path, parts: Sequence[str]) -> Path:
     return folder
 
 
-def _borrowed(folder: Path, parts: Sequence[str]) -> dict[str, tuple[str, tuple[str]]]:
-    """Those of the ``parts`` that another model has to give yet: what to ask for."""
-    missing = (part for part in parts if part in BORROWED and part_flaw(folder, part))
-    return {part: (BORROWED[part], (part,)) for part in missing}
+def _parts_elsewhere(folder: Path, parts: Sequence[str]) -> dict[str, tuple[str, tuple[str]]]:
+    """Those of the ``parts`` that still have to be copied from another model: part -> what to resolve."""
+    missing = (part for part in parts if part in PARTS_ELSEWHERE and part_flaw(folder, part))
+    return {part: (PARTS_ELSEWHERE[part], (part,)) for part in missing}

@@ -16,18 +16,18 @@ from typing import Any
 from fourdfy.config_files import ConfigError
 
 DESCRIPTIONS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
-"""The file that tells what a part is; ``config.json`` for all others."""
+"""The file that describes a part; ``config.json`` for all others."""
 
 VARIANTS = ("", ".fp16")
-"""What names of weight files have before their suffix; full precision goes first."""
+"""What stands before the suffix in names of weight files; full precision comes first."""
 
 
 class ModelNotFound(ConfigError, FileNotFoundError):
-    """A model, or a part of it, is not here and not to be fetched; the message says what was tried."""
+    """A model, or a part of it, is not on this disk and can't be fetched; the message says what was tried."""
 
 
 def part_flaw(folder: Path, part: str) -> str:
-    """What keeps a loader from reading ``part`` of a model folder; "" if all that it opens is there."""
+    """Why a loader can't read ``part`` of a model folder; "" if everything that it opens is there."""
     place = folder / part
     if not place.is_dir():
         return "no such folder"
@@ -40,10 +40,10 @@ def part_flaw(folder: Path, part: str) -> str:
 
 
 def read_description(folder: Path, part: str) -> dict[str, Any]:
-    """The mapping in the file that tells what a part is.
+    """The mapping in the file that describes a part.
 
     Raises:
-        ConfigError: it is no JSON, or no mapping.
+        ConfigError: it is not a JSON object.
     """
     return _read_mapping(folder / part / DESCRIPTIONS.get(part, "config.json"))
 
@@ -53,7 +53,7 @@ class WeightFiles:
     """A network's weights, under the names that diffusers and transformers look for."""
 
     paths: tuple[Path, ...]
-    """Every file that is opened; of a network in shards, the index first."""
+    """Every file that is opened; for a sharded network, the index first."""
     variant: str | None
     """``fp16``, or None for full precision."""
     use_safetensors: bool
@@ -66,7 +66,7 @@ class WeightFiles:
 def weight_files(folder: Path, part: str) -> WeightFiles:
     """The weights that a loader of ``part`` is to take; see ``_weight_names`` for the order.
 
-    Without a whole set, the one that has at least a file, or the one that is usual.
+    If no set is complete, the one that has at least one file, or the usual one.
     """
     place, sets = folder / part, []
     for variant, file, index in _weight_names(part):
@@ -79,7 +79,7 @@ def weight_files(folder: Path, part: str) -> WeightFiles:
 
 
 def model_flaw(place: Path, parts: Sequence[str]) -> str:
-    """What keeps a checkpoint file, or the ``parts`` of a folder, from being read; "" if nothing does."""
+    """Why a checkpoint file, or the ``parts`` of a folder, can't be read; "" if they can."""
     if place.is_file():
         return file_flaw(place)
     flaws = {part: flaw for part in parts if (flaw := part_flaw(place, part))}

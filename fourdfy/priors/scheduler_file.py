@@ -1,7 +1,7 @@
-"""The noise levels that a model was trained at, as the scheduler file of its folder tells them.
+"""The noise levels that a model was trained at, read from the scheduler file of its folder.
 
-The file names a sampler and holds its settings. What training knew is the betas and what the network
-predicts; a file that may mean other levels is refused, never read as if it were a known one.
+The file names a sampler and holds its settings. Training depends only on the betas and on what the network
+predicts; a file that may mean other levels is refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SAMPLING = {
     "timestep_spacing", "use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas",
     "use_lu_lambdas",
 }  # fmt: skip
-"""Keys that only say how to sample; ``flow_shift`` and ``time_shift_type`` count with flow sigmas alone."""
+"""Keys that only concern sampling; ``flow_shift`` and ``time_shift_type`` apply only to flow sigmas."""
 
 BETA = Bounds(above=0, high=0.9999)
 
@@ -58,7 +58,7 @@ ALLOWED: dict[str, Allowed] = {
 means another kind of model."""
 
 LINEAR = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
-"""What a file must say, for each class has its own defaults; ``trained_betas`` takes their place."""
+"""Keys that a file must hold, since each class has its own defaults; ``trained_betas`` replaces them."""
 
 
 def read_scheduler(folder: Path) -> tuple[dict[str, Any], str]:

@@ -32,7 +32,7 @@ class StableDiffusionPromptProcessor(PromptProcessor):
 
         def encode(texts: list[str]) -> Float[Tensor, "T L C"]:
             ids = [tokenize(tokenizer, text, max_length) for text in texts]
-            # No attention mask: these models were trained with the padding visible.
+            # There is no attention mask, because these models were trained with the padding visible.
             return encoder(torch.tensor(ids, device=device)).last_hidden_state
 
         return encode

@@ -1,4 +1,4 @@
-"""What a scene is to the rest of the system.
+"""The interface of a scene.
 
 F frames of H x W pixels, N points.
 """
@@ -19,7 +19,7 @@ from fourdfy.types import Budget, Cameras, RenderOutput, StepContext
 
 
 class Scene(Component, nn.Module, ABC):
-    """What is rendered and learns: a NeRF, or anything else with parameters that renders itself."""
+    """What is rendered and trained: a NeRF, or anything else with parameters that renders itself."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Component.Config):
@@ -29,7 +29,7 @@ class Scene(Component, nn.Module, ABC):
             return frozenset()
 
         def samples_with_graph(self, rays: int, occupied: float, budget: Budget) -> float:
-            """About how many samples hold activations at once in a step of ``rays``; 0 where unknown.
+            """Approximate number of samples with activations at once in a step of ``rays``; 0 if unknown.
 
             Args:
                 occupied: share of the samples that survive pruning.
@@ -53,18 +53,18 @@ class Scene(Component, nn.Module, ABC):
         """All parameters: ``dynamic`` ones make the scene move, and the others are ``static``."""
 
     def before_step(self, context: StepContext, *, dynamic: bool) -> None:
-        """What is due before a training step; ``dynamic``: the scene moves in this stage."""
+        """Called before each training step; ``dynamic`` says whether the scene moves in this stage."""
         return
 
     def after_backward(self, context: StepContext, optimizer: torch.optim.Optimizer) -> None:
-        """What is due between the gradients of a training step and the optimizer's, e.g. densification."""
+        """Called between backward pass and optimizer step, e.g. for densification."""
         return
 
     def fit_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take the shapes of ``state`` before it is loaded: for a scene whose number of points changes.
+        """Adopt the shapes of ``state`` before it is loaded, in a scene whose number of points changes.
 
         Parameters are resized in place (``parameter.data = ...``), as an optimizer may hold them already.
-        What then has another shape in ``state`` is refused by name.
+        Tensors whose shape still differs from ``state`` are refused by name.
         """
         return
 
@@ -74,16 +74,16 @@ class IsosurfaceConfig(Schema):
     """How a mesh is extracted from a density."""
 
     isosurface_resolution: int = number(128, 2, 1024)
-    """Of exported meshes: samples of the density along each axis."""
+    """Samples of the density along each axis, for exported meshes."""
     isosurface_threshold: float | int | str = number("auto", above=0)
     """Density of the surface (25 in threestudio), or ``auto``: the one with the silhouettes of the
     rendered scene."""
     isosurface_chunk: int = number(0, 0, 1 << 26)
     """Points per call of the field; 0 for 131072."""
     isosurface_remove_outliers: bool = True
-    """Drop small parts that hang together with nothing else."""
+    """Drop small parts that are not connected to the rest."""
     isosurface_outlier_n_faces_threshold: float = number(0.01, 0, 1)
-    """Small: fewer triangles than this share of the largest part's."""
+    """A part is small if it has fewer triangles than this share of the largest part's."""
 
     def __post_init__(self) -> None:
         if isinstance(given := self.isosurface_threshold, str) and given != "auto":
@@ -125,5 +125,5 @@ class VolumeScene(Scene):
     def displacement(
         self, positions: Float[Tensor, "N 3"], times: Float[Tensor, "N 1"], *, step: int
     ) -> Float[Tensor, "N 3"] | None:
-        """From each point to its place in the canonical scene; None where nothing is deformed."""
+        """Displacement of each point to its place in the canonical scene; None if nothing is deformed."""
         return None

@@ -16,12 +16,12 @@ SHAPES = ("ball", "cube", "cone", "cylinder", "diamond")
 MOTIONS = ("standing still", "spinning", "bouncing", "sliding", "pulsing")
 
 VIEWS = ("side view", "front view", "back view", "overhead view")
-"""In the order of ``prompts.views.DIRECTIONS``."""
+"""View words, in the order of ``prompts.views.DIRECTIONS``."""
 
 START = "at the start"
-"""Says that t is exactly 0."""
+"""Words for t = 0 exactly."""
 QUARTERS = ("in the first quarter", "in the second quarter", "in the third quarter", "in the last quarter")
-"""QUARTERS[k] says that t is in [k/4, (k+1)/4)."""
+"""QUARTERS[k] are words for t in [k/4, (k+1)/4)."""
 MOMENTS = (START, *QUARTERS)
 
 GRAMMAR = (
@@ -69,7 +69,7 @@ def parse_prompt(text: str) -> ShapePrompt:
 
 
 def check_text(text: str) -> None:
-    """Refuse what is no text of the world: a prompt, time words, view words; or nothing at all.
+    """Refuse texts other than a prompt with optional time words and view words, or the empty text.
 
     Raises:
         ValueError: names the word that is not of the grammar, and the nearest right one.

@@ -1,4 +1,4 @@
-"""What supervises a scene: one row for each kind of training step, made once from the config.
+"""The plan of what supervises a scene: one row for each kind of step, made once from the config.
 
 Three rows come from the original's keys, the others from ``steps`` (``StepConfig``):
 
@@ -28,7 +28,7 @@ from fourdfy.seeds import step_generator
 from fourdfy.types import Budget
 
 Half = Literal["static", "dynamic"]
-"""Of a scene's parameters: what stands still, and what makes it move."""
+"""The two halves of a scene's parameters: those of the static scene, and those that make it move."""
 
 ORIGINAL_KINDS: dict[str, tuple[Budget, str, str]] = {
     "multi_view": ("image", "guidance_multi_view", "_multi_view"),
@@ -47,27 +47,27 @@ class StepConfig(Schema):
     """Share of all training steps. The original's kinds divide what the others leave."""
     cameras_type: str | None = None
     cameras: Any = slot(CameraSampler, "cameras_type")
-    """What is rendered in such a step."""
+    """The sampler of the frames that are rendered in such a step."""
     cameras_of: str | None = None
     """In place of ``cameras``: one of the original's kinds, say ``video``, whose cameras such a step has."""
     prompt_processor_type: str | None = None
     prompt_processor: Any = slot(PromptProcessor, "prompt_processor_type")
-    """Gives the text; null for a guidance that reads none."""
+    """Provides the text; null for a guidance that needs none."""
     guidance_type: str | None = None
     guidance: Any = slot(Guidance, "guidance_type")
-    """What judges the frames."""
+    """The guidance that turns the frames into losses."""
     trains: list[Half] | None = None
-    """Halves of the scene that learn from it; null: those of the image steps."""
+    """Halves of the scene that the step trains; null: those of the image steps."""
     budget: Budget = "image"
-    """Whose bound on the renderer's memory holds: ``train_max_nums_static`` for image, ``train_max_nums``
-    for video."""
+    """Which bound of the renderer's memory applies: ``train_max_nums_static`` for image,
+    ``train_max_nums`` for video."""
     loss: dict[str, Schedule] = scheduled({}, 0, 1e6)
     """``lambda_NAME``: weights that differ from ``system.loss`` in these steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepKind:
-    """One kind of training step: all that the plan says of it."""
+    """One kind of training step, a row of the plan."""
 
     name: str
     probability: float
@@ -75,19 +75,19 @@ class StepKind:
     prompts: PromptProcessor.Config | None
     guidance: Prior.Config
     guidance_type: str
-    """The name it was asked for by."""
+    """The name by which the config selects it."""
     trains: frozenset[Half]
-    """What of the scene learns from it. A guidance's own parameters always do."""
+    """Halves of the scene that it trains. It always trains the guidance's own parameters."""
     budget: Budget
     loss: Mapping[str, Schedule]
     """``lambda_NAME`` -> scheduled weight of the loss NAME."""
     own_loss: Mapping[str, Schedule] = field(default_factory=dict)
-    """What of it is not ``system.loss``."""
+    """The part of ``loss`` that differs from ``system.loss``."""
     module: str
     """The system's attribute that holds the guidance: its name in checkpoints and optimizer groups."""
     guidance_key: str
     prompts_key: str
-    """Where the config has them, for messages."""
+    """Keys of the guidance and of the prompts in the config, for messages."""
 
     def loss_weights(self, step: int) -> dict[str, float]:
         """Loss -> weight, of those whose weight is not 0 at the global ``step``."""
@@ -101,7 +101,7 @@ class SupervisionPlan:
 
     kinds: tuple[StepKind, ...]
     dynamic: bool
-    """Whether the scene moves in this stage; static scenes live at time 0."""
+    """Whether the scene moves in this stage; static scenes are rendered at time 0."""
     absent: frozenset[str] = frozenset()
     """Guidances that other stages have: optimizer groups may name them."""
 
@@ -202,7 +202,7 @@ def _cameras(name: str, cfg: StepConfig, samplers: Mapping[str, CameraSampler]) 
 
 
 def _row(cfg: Any, where: str, suffix: str = "") -> dict[str, Any]:
-    """What a section of the config says of a kind's guidance and text, in the keys with this ``suffix``."""
+    """A kind's guidance and text in a section of the config, from the keys with this ``suffix``."""
     return {
         "prompts": getattr(cfg, f"prompt_processor{suffix}"),
         "guidance": getattr(cfg, f"guidance{suffix}"),

@@ -92,7 +92,7 @@ def test_a_file_that_is_not_there_is_an_error_of_its_key(key, tmp_path, capsys):
     ("override", "message"),
     [
         ("stage_3.system.optimizer.params.backgroun.lr=0.1", "leads nowhere at 'backgroun'; did you mean"),
-        ("resume=last.ckpt", "resume: a recipe goes on by itself"),
+        ("resume=last.ckpt", "resume: a recipe continues by itself"),
     ],
 )
 def test_a_mistake_of_the_last_stage_is_found_before_the_first(mode, override, message, tmp_path, capsys):
@@ -187,7 +187,7 @@ def test_a_recipe_says_which_prompt_it_takes_unless_one_is_given(mode, tmp_path,
         with caplog.at_level("INFO"):
             assert main([*given, f"exp_root_dir={tmp_path}", *prompt]) == 0
         said = capsys.readouterr().out + caplog.text
-        own = f"prompt: 'a red cube bouncing', from {CONFIGS / 'shapes.yaml'}; for another one: --prompt TEXT"
+        own = f"prompt: 'a red cube bouncing', from {CONFIGS / 'shapes.yaml'}; to change it: --prompt TEXT"
         assert (own in said) == (not prompt)
         assert ("--prompt TEXT" in said) == (not prompt)
 

@@ -255,9 +255,9 @@ def test_numba_refuses_float64():
 
 def test_shapes_and_dtypes_that_do_not_match_are_errors():
     x, params, spec = load_case("d3_small")
-    with pytest.raises(ValueError, match=r"points of shape \(48, 2\): the grid wants \[N, 3\]"):
+    with pytest.raises(ValueError, match=r"points of shape \(48, 2\): the grid expects \[N, 3\]"):
         hash_grid(x[:, :2], params, spec)
-    with pytest.raises(ValueError, match=r"params of shape \(39199,\): the grid wants \[39200\]"):
+    with pytest.raises(ValueError, match=r"params of shape \(39199,\): the grid expects \[39200\]"):
         hash_grid(x, params[1:], spec)
     with pytest.raises(ValueError, match=r"points are torch\.float64 on cpu, params torch\.float32 on cpu"):
         hash_grid(x.double(), params, spec)

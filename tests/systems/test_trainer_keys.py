@@ -136,4 +136,4 @@ def test_half_precision_on_a_cpu_says_what_is_used(tmp_path, caplog):
     cfg = load_experiment([CONFIGS / "shapes_stage_1.yaml"], [*TINY, *given]).cfg.trainer
     trainer = build_loops(cfg, tmp_path, "cpu")
     assert trainer.precision == "bf16-mixed"
-    assert "trainer.precision=16: not on a CPU; bf16-mixed is used" in caplog.text
+    assert "trainer.precision=16: not possible on a CPU; bf16-mixed is used" in caplog.text

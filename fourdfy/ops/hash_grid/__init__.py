@@ -24,7 +24,7 @@ BACKENDS = {"torch": ".reference", "numba": ".numba_cpu", "triton": ".triton_gpu
 """Name -> module with ``forward(x, params, spec)``; imported on first use."""
 
 FASTEST = {"cpu": "numba", "cuda": "triton"}
-"""Device -> the back end of its own, for float32; both need the package of their name."""
+"""Device -> its fast back end for float32; both need the package of the same name."""
 
 
 def hash_grid(
@@ -33,20 +33,20 @@ def hash_grid(
     """Linearly interpolated features, level by level, differentiable in ``x`` and ``params``.
 
     Args:
-        x: points, nominally in the unit cube. Nothing is clamped: outside of it dense levels wrap
-            around and hashed ones go on.
+        x: points, nominally in the unit cube. Nothing is clamped: outside of it, dense levels wrap
+        around and hashed ones continue.
         params: ``spec.n_params`` numbers, coarse to fine; the same for all back ends.
-        backend: ``auto`` takes, for float32, numba on the CPU and triton on CUDA where they are installed;
-            torch for all else, and on CUDA under ``torch.use_deterministic_algorithms``.
+        backend: ``auto`` selects, for float32, numba on the CPU and triton on CUDA if they are installed,
+            and torch otherwise, and on CUDA under ``torch.use_deterministic_algorithms``.
 
     Raises:
         ValueError: shapes, dtypes or devices do not match the spec or each other; the back end asked
             for is unknown, not installed or cannot compute this dtype on this device.
     """
     if x.ndim != 2 or x.shape[1] != spec.n_input_dims:
-        raise ValueError(f"points of shape {tuple(x.shape)}: the grid wants [N, {spec.n_input_dims}]")
+        raise ValueError(f"points of shape {tuple(x.shape)}: the grid expects [N, {spec.n_input_dims}]")
     if params.shape != (spec.n_params,):
-        raise ValueError(f"params of shape {tuple(params.shape)}: the grid wants [{spec.n_params}]")
+        raise ValueError(f"params of shape {tuple(params.shape)}: the grid expects [{spec.n_params}]")
     if x.dtype != params.dtype or x.device != params.device:
         raise ValueError(
             f"points are {x.dtype} on {x.device}, params {params.dtype} on {params.device}; move one of them"
@@ -72,8 +72,8 @@ def pick_backend(x: Tensor) -> str:
 def agrees_with_reference(name: str, spec: HashGridSpec, device: torch.device) -> bool:
     """Whether a back end gives the reference's features and gradients at some points, on this device.
 
-    Triton's kernels are compiled on the spot by the version that is installed, so ``auto`` tries them
-    before it trusts them. Where they fail or differ a warning says so.
+    Triton's kernels are compiled on the spot by the version that is installed, so ``auto`` checks
+    them first. A warning says if they fail or differ.
     """
     generator = torch.Generator().manual_seed(0)
     x = (torch.rand(512, spec.n_input_dims, generator=generator) * 1.2 - 0.1).to(device)
@@ -87,12 +87,12 @@ def agrees_with_reference(name: str, spec: HashGridSpec, device: torch.device) -
             return features.detach(), *torch.autograd.grad(features, inputs, weights)
 
     try:
-        # Means: a point at the border of a cell may fall on either side of it by its last bit.
+        # Means are compared, because rounding may put a point at a cell's border on either side of it.
         errors = [
             float((ours - theirs).abs().mean() / theirs.abs().mean())
             for ours, theirs in zip(results(name), results("torch"), strict=True)
         ]
-    except Exception as error:  # whatever a compiler or a driver raises
+    except Exception as error:  # anything that a compiler or a driver raises
         trouble = f"{type(error).__name__}: {error}"
     else:
         if all(error < 1e-3 for error in errors):

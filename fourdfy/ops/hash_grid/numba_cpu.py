@@ -3,10 +3,10 @@
 N points, D dimensions, L levels, F features per level, K = L*F, C = 2^D corners of a
 cell, B points of a block.
 
-Work goes by blocks of points so that all corners of a block stay in the first-level cache and the
+The work is split into blocks of points so that all corners of a block stay in the first-level cache and the
 inner loops run over points, which the compiler turns into vector instructions for any D. Blocks are
-gathered into runs in which one level's table stays in the second-level cache. Threads share nothing
-they write: the forward and the position gradient split the points, the parameter gradient the levels.
+gathered into runs in which one level's table stays in the second-level cache. Threads never write to
+the same memory: the forward and the position gradient split the points, the parameter gradient the levels.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ logger = logging.getLogger(__name__)
 
 
 def compiled(function: Callable) -> Callable:
-    """``njit``; the machine code is kept on disk where numba finds a folder that it may write to."""
+    """``njit``; the machine code is cached on disk if numba finds a writable folder."""
     options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
     try:
         return njit(function, cache=True, **options)
-    except RuntimeError as error:  # raised here, at the definition
+    except RuntimeError as error:  # raised at the definition
         logger.debug("%s is compiled anew in every process (%s)", function.__name__, error)
         return njit(function, **options)
 
@@ -99,13 +99,13 @@ def _split_points(n_points: int, work: Callable[[int, int], None]) -> None:
 
 
 def _split_levels(n_levels: int, work: Callable[[int, int], None]) -> None:
-    """Every k-th level to the same thread: coarse levels are cheaper than fine ones."""
+    """Give every k-th level to the same thread, since coarse levels are cheaper than fine ones."""
     n_threads = min(torch.get_num_threads(), n_levels)
     _run(work, [(first, n_threads) for first in range(n_threads)])
 
 
 def _run(work: Callable[[int, int], None], parts: list[tuple[int, int]]) -> None:
-    """All parts at once, the first one in this thread."""
+    """Run all parts at once, the first one in this thread."""
     others = [_pool(os.getpid(), len(parts) - 1).submit(work, *part) for part in parts[1:]]
     for part in parts[:1]:
         work(*part)
@@ -159,7 +159,7 @@ def _find_corners(x, start, count, level, fractions, weights, entries):
     for axis in range(x.shape[1]):
         stride, half = level.strides[axis], 1 << axis
         for i in range(count):
-            # In double, then rounded once: a fused multiply-add's result, equal in all back ends.
+            # Computed in double and rounded once, like a fused multiply-add; equal in all back ends.
             position = np.float32(level.scale * np.float64(x[start + i, axis]) + 0.5)
             floor = np.floor(position)
             fractions[axis, i] = position - floor

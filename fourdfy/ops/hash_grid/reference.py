@@ -16,7 +16,7 @@ UINT32 = 0xFFFFFFFF
 
 
 def forward(x: Float[Tensor, "N D"], params: Float[Tensor, "P"], spec: HashGridSpec) -> Float[Tensor, "N K"]:
-    """See ``hash_grid``. Autograd does the gradients, of any order."""
+    """See ``hash_grid``. Autograd computes the gradients, of any order."""
     table = params.view(-1, spec.n_features_per_level)
     return torch.cat([_level_features(x, table, level) for level in spec.levels], dim=-1)
 
@@ -24,7 +24,7 @@ def forward(x: Float[Tensor, "N D"], params: Float[Tensor, "P"], spec: HashGridS
 def _level_features(
     x: Float[Tensor, "N D"], table: Float[Tensor, "E F"], level: GridLevel
 ) -> Float[Tensor, "N F"]:
-    # In double, then rounded once: what a fused multiply-add gives, so that all back ends choose the
+    # Computed in double and rounded once, like a fused multiply-add, so that all back ends choose the
     # same cell for a point on a boundary.
     positions = (x.double() * level.scale + 0.5).to(x.dtype)
     floors = positions.detach().floor()
@@ -58,7 +58,7 @@ def _corner_entries(cells: Int[Tensor, "N D"], level: GridLevel) -> Int[Tensor, 
 def gradients(
     x: Tensor, params: Tensor, spec: HashGridSpec, grad_features: Tensor, wants_x: bool, wants_params: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of ``x`` and ``params``, as far as they are wanted; these can be derived again."""
+    """Those gradients of ``x`` and ``params`` that are needed; they can be differentiated again."""
     wanted = [tensor for tensor, wants in ((x, wants_x), (params, wants_params)) if wants]
     results = iter(torch.autograd.grad(forward(x, params, spec), wanted, grad_features, create_graph=True))
     return next(results) if wants_x else None, next(results) if wants_params else None

@@ -4,11 +4,11 @@ N points, D dimensions, L levels, F features per level, K = L*F, C = 2^D corners
 a program. Triton's tiles have powers of two as sizes, so features and axes are padded: FP, DP.
 
 A program takes B points of one level, and a cell's corners are a dimension of its [B, C, FP] tile.
-Programs start level by level, so that one level's table stays in the second-level cache. Nothing is kept
-for the backward pass but the inputs.
+Programs start level by level, so that one level's table stays in the second-level cache. Only the inputs
+are kept for the backward pass.
 
-The parameter gradient is summed by atomic additions, in whatever order the programs come: it is not the
-same to the last bit from run to run. The features and the position gradient are.
+The parameter gradient is summed by atomic additions, in no fixed order, so its last bits differ
+from run to run. The features and the position gradient are reproducible.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the parts of a NeRF are to each other: geometry, material, background and renderer.
+"""The interfaces of the parts of a NeRF: geometry, material, background and renderer.
 
 N points, F frames of H x W pixels. ``step`` is the global step, for schedules that anneal with it.
 """
@@ -25,17 +25,17 @@ class Geometry(Component, nn.Module, ABC):
     class Config(IsosurfaceConfig, Component.Config):
         @property
         def num_features(self) -> int | None:
-            """How many features ``forward`` gives; None where the config does not say."""
+            """How many features ``forward`` returns; None if the config does not say."""
             return None
 
         @property
         def has_normals(self) -> bool:
-            """Whether ``forward`` can give normals."""
+            """Whether ``forward`` can return normals."""
             return True
 
         @property
         def has_deformation(self) -> bool:
-            """Whether ``forward`` gives a deformation."""
+            """Whether ``forward`` returns a deformation."""
             return False
 
     @property
@@ -52,13 +52,13 @@ class Geometry(Component, nn.Module, ABC):
         step: int,
         want_normals: bool = False,
     ) -> FieldOutput:
-        """Density, features and (asked for) normals at points in scene units, times in 0..1."""
+        """Density, features and, on request, normals at points in scene units and times in 0..1."""
 
     @abstractmethod
     def density(
         self, positions: Float[Tensor, "N 3"], times: Float[Tensor, "N 1"], *, step: int
     ) -> Float[Tensor, "N"]:
-        """The density alone: what ``forward`` gives as ``sigmas``."""
+        """The density alone: what ``forward`` returns as ``sigmas``."""
 
     @abstractmethod
     def dynamic_parameters(self) -> Iterator[nn.Parameter]:
@@ -72,7 +72,7 @@ class Geometry(Component, nn.Module, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class ShadingPoints(TensorRecord):
-    """Where points are, and what sees and lights them."""
+    """Points with their viewing and light directions."""
 
     positions: Float[Tensor, "N 3"]
     directions: Float[Tensor, "N 3"]
@@ -109,7 +109,7 @@ class Background(Component, nn.Module, ABC):
 
 @dataclass(frozen=True)
 class Parts:
-    """What a renderer draws. No module, so that a renderer does not own (and save) their weights."""
+    """The parts that a renderer draws. It is no module, so that a renderer does not own (and save) them."""
 
     geometry: Geometry
     material: Material
@@ -127,7 +127,7 @@ class Renderer(Component, nn.Module, ABC):
 
         @property
         def wants_normals(self) -> bool:
-            """Whether renders have normals even where the material does not need them."""
+            """Whether renders have normals even if the material does not need them."""
             return False
 
     cfg: Config
@@ -141,5 +141,5 @@ class Renderer(Component, nn.Module, ABC):
         """Images of all frames of ``rays``; see ``Scene.render``."""
 
     def update_occupancy(self, context: StepContext, *, dynamic: bool) -> None:
-        """Refresh what is known to be empty; called before every training step."""
+        """Update the knowledge of empty space; called before every training step."""
         return

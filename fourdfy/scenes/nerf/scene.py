@@ -30,10 +30,10 @@ class NeRFScene(VolumeScene):
         renderer: Any = slot(Renderer, "renderer_type")
 
         def __post_init__(self) -> None:
-            """Every part gets from the others what it reads of them."""
+            """Give each part what it needs of the others."""
             if self.wants_normals and not self.geometry.has_normals:
                 raise ValueError(
-                    "geometry.normal_type=null: the material or the renderer wants normals; use "
+                    "geometry.normal_type=null: the material or the renderer needs normals; use "
                     "system.geometry.normal_type=finite_difference"
                 )
             if (features := self.geometry.num_features) is not None:
