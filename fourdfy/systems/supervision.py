@@ -11,7 +11,7 @@ Three rows come from the original's keys, the others from ``steps`` (``StepConfi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -142,44 +142,10 @@ def plan_supervision(
     further = {name: cfg for name, cfg in (steps or {}).items() if cfg is not None}
     if double := further.keys() & ORIGINAL_KINDS.keys():
         raise ConfigError(f"steps.{min(double)}: the original's keys describe this kind; choose another name")
-    left = 1 - sum(cfg.probability for cfg in further.values())
+    left = 1.0 - sum(cfg.probability for cfg in further.values())
     if left < 0:
         raise ConfigError(f"steps: the probabilities of {', '.join(further)} exceed 1 by {-left:g}")
-    if data.static:
-        image: frozenset[Half] = frozenset({"static"})
-        video: frozenset[Half] = frozenset()
-    elif system.freeze_static_modules:
-        image = video = frozenset({"dynamic"})
-    else:
-        image, video = frozenset({"static"}), frozenset({"static", "dynamic"})
-    samplers, shares = data.samplers(), data.probabilities()
-    rows = [
-        _row(system, "system", suffix)
-        | {
-            "name": name,
-            "probability": left * shares[name],
-            "cameras": samplers[name],
-            "trains": video if budget == "video" else image,
-            "budget": budget,
-            "loss": system.loss,
-            "module": module,
-        }
-        for name, (budget, module, suffix) in ORIGINAL_KINDS.items()
-        if name in samplers
-    ] + [
-        _row(cfg, f"steps.{name}")
-        | {
-            "name": name,
-            "probability": cfg.probability,
-            "cameras": _cameras(name, cfg, samplers),
-            "trains": image if cfg.trains is None else frozenset(cfg.trains),
-            "budget": cfg.budget,
-            "loss": {**system.loss, **cfg.loss},
-            "own_loss": cfg.loss,
-            "module": f"guidance_{name}",
-        }
-        for name, cfg in further.items()
-    ]
+    rows = [*_original_rows(system, data, left), *_further_rows(further, system, data)]
     kinds = tuple(_complete(row) for row in rows if row["probability"] > 0)
     present = {kind.module for kind in kinds}
     return SupervisionPlan(
@@ -188,6 +154,47 @@ def plan_supervision(
         # The original has "guidance" too, a second name of the image prior.
         absent=frozenset({"guidance", *(row["module"] for row in rows)} - present),
     )
+
+
+def _original_rows(system: Any, data: DataModule.Config, left: float) -> Iterator[dict[str, Any]]:
+    """The kinds that ``data`` can draw, whose shares are parts of ``left``."""
+    samplers, shares = data.samplers(), data.probabilities()
+    for name, (budget, module, suffix) in ORIGINAL_KINDS.items():
+        if name in samplers:
+            yield _row(system, "system", suffix) | {
+                "name": name,
+                "probability": left * shares[name],
+                "cameras": samplers[name],
+                "trains": _trained(budget, system, data),
+                "budget": budget,
+                "loss": system.loss,
+                "module": module,
+            }
+
+
+def _further_rows(
+    further: Mapping[str, StepConfig], system: Any, data: DataModule.Config
+) -> Iterator[dict[str, Any]]:
+    for name, cfg in further.items():
+        yield _row(cfg, f"steps.{name}") | {
+            "name": name,
+            "probability": cfg.probability,
+            "cameras": _cameras(name, cfg, data.samplers()),
+            "trains": _trained("image", system, data) if cfg.trains is None else frozenset(cfg.trains),
+            "budget": cfg.budget,
+            "loss": {**system.loss, **cfg.loss},
+            "own_loss": cfg.loss,
+            "module": f"guidance_{name}",
+        }
+
+
+def _trained(budget: Budget, system: Any, data: DataModule.Config) -> frozenset[Half]:
+    """The halves of the scene that learn from the original's image steps, or from its video steps."""
+    if data.static:
+        return frozenset({"static"} if budget == "image" else ())
+    if system.freeze_static_modules:
+        return frozenset({"dynamic"})
+    return frozenset({"static"} if budget == "image" else {"static", "dynamic"})
 
 
 def _cameras(name: str, cfg: StepConfig, samplers: Mapping[str, CameraSampler]) -> CameraSampler | None:
