@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import logging
 import re
 import types
 import typing
@@ -25,8 +24,6 @@ from omegaconf.errors import OmegaConfBaseException
 from fourdfy import registry
 from fourdfy.bounds import misfits
 from fourdfy.config_files import ConfigError, escaped, join, plain
-
-logger = logging.getLogger(__name__)
 
 MISSES = "missing; set it in the file or as key=value"
 
@@ -150,31 +147,6 @@ def keyed_by_path() -> Any:
     is a mapping or null, which is for the whole entry.
     """
     return field(default_factory=dict, metadata={"keyed_by_path": True})
-
-
-def ignored(reason: str, default: Any = None) -> Any:
-    """A field that old files set and nothing reads; ``warn_of_ignored`` names it where it is set.
-
-    Args:
-        reason: what takes its place, or why nothing does.
-        default: the value that goes without saying.
-    """
-    return field(default=default, metadata={"ignored": reason})
-
-
-def warn_of_ignored(cfg: Any) -> None:
-    """One warning that names every key of a parsed config that was set and has no effect."""
-    if lines := [f"  {key}: {reason}" for key, reason in _ignored_keys(cfg, "")]:
-        logger.warning("these keys of the config have no effect:\n%s", "\n".join(lines))
-
-
-def _ignored_keys(cfg: Any, path: str) -> Iterator[tuple[str, str]]:
-    for f in dataclasses.fields(cfg):
-        value, key = getattr(cfg, f.name), join(path, f.name)
-        if "ignored" in f.metadata and value != f.default:
-            yield key, f.metadata["ignored"]
-        elif dataclasses.is_dataclass(value):
-            yield from _ignored_keys(value, key)
 
 
 def alias(other: str, declared: Any) -> Any:

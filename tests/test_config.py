@@ -9,11 +9,9 @@ from fourdfy import registry
 from fourdfy.config import (
     Component,
     ConfigError,
-    ignored,
     inner_slot,
     parse_config,
     slot,
-    warn_of_ignored,
 )
 from fourdfy.config_layers import load_config
 from fourdfy.launching.experiment import ExperimentConfig
@@ -202,22 +200,6 @@ def test_what_a_recipe_holds_for_one_stage_goes_to_that_stage_alone(tmp_path):
     assert load_config([file], stage=1).values == {"seed": 1}
     assert load_config([file], stage=2).values == {"seed": 2, "name": "second"}
     assert load_config([file], ["seed=3"], stage=2).values == {"seed": 3, "name": "second"}
-
-
-def test_a_key_without_effect_is_warned_of_where_it_is_set(caplog):
-    @dataclass(frozen=True, kw_only=True)
-    class Inner:
-        old: int = ignored("nobody counts", 1)
-
-    @dataclass(frozen=True, kw_only=True)
-    class Outer:
-        inner: Inner = field(default_factory=Inner)
-        older: str | None = ignored("gone")
-
-    warn_of_ignored(Outer(inner=Inner(old=1)))
-    assert not caplog.records
-    warn_of_ignored(Outer(inner=Inner(old=2), older="x"))
-    assert "inner.old: nobody counts" in caplog.text and "older: gone" in caplog.text
 
 
 def test_one_prompt_serves_all_processors_unless_they_have_their_own(tmp_path):

@@ -18,12 +18,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fourdfy.bounds import number
-from fourdfy.config import ignored
 from fourdfy.data.base import CameraSampler
 from fourdfy.ops.cameras import look_at, spherical_positions
 from fourdfy.types import Cameras, StepContext
-
-EVALUATED = "evaluation views are data.single_view's"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,14 +141,6 @@ class MultiViewConfig(CameraConfig):
     num_frames: int | None = number(None, 1, 1024)
     sample_rand_frames: Literal["t0"] | None = None
     """The moments are those of ``data.single_view``; null, or the same as there."""
-    n_val_views: int | None = ignored(EVALUATED)
-    n_test_views: int | None = ignored(EVALUATED)
-    eval_height: int | None = ignored(EVALUATED)
-    eval_width: int | None = ignored(EVALUATED)
-    eval_batch_size: int | None = ignored(EVALUATED)
-    eval_elevation_deg: float | None = ignored(EVALUATED)
-    eval_camera_distance: float | None = ignored(EVALUATED)
-    eval_fovy_deg: float | None = ignored(EVALUATED)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from fourdfy.bounds import number
-from fourdfy.config import ignored
 from fourdfy.exporters.animation import deforms, follow, morphing_glb, switching_glb
 from fourdfy.exporters.base import Exporter, TrainedScene
 from fourdfy.exporters.gltf import Glb
@@ -55,8 +54,6 @@ class MeshExporter(Exporter):
         xatlas_chart_options: dict[str, Any] = field(default_factory=dict)
         xatlas_pack_options: dict[str, Any] = field(default_factory=dict)
         """Attributes of xatlas' ChartOptions and PackOptions."""
-        context_type: str = ignored("textures are baked without a graphics context", "gl")
-        save_video: bool = ignored("video-exporter renders videos", False)
 
         animation_frames: int = number(32, 0, 1000)
         """Moments of the animated GLB, evenly over the clip; 0 for no such file."""

@@ -15,17 +15,16 @@ from fourdfy.callbacks.base import Callback
 from fourdfy.config import (
     config_error,
     file_path,
-    ignored,
     named,
     named_slots,
     parse_config,
     slot,
-    warn_of_ignored,
 )
 from fourdfy.config_files import COMMAND_LINE, PROMPT, ConfigError, literal_override
 from fourdfy.config_layers import LoadedConfig, load_config
 from fourdfy.data.base import DataModule
 from fourdfy.files.names import sanitize_tag
+from fourdfy.original.keys import without_effect_dropped
 from fourdfy.systems.agreement import check_agreement
 from fourdfy.systems.base import System
 from fourdfy.systems.checkpoint import LAST, read_checkpoint
@@ -59,7 +58,6 @@ class TrainerConfig:
     """How many batches a validation renders; null for all."""
     check_val_every_n_epoch: int | None = None
     """Refused: there is one epoch."""
-    enable_progress_bar: bool = ignored("the progress line is always written", True)
     precision: Literal[32, "32-true", "16-mixed", "bf16-mixed", 16, "bf16"] = 32
     """``16`` and ``bf16`` are older names of the mixed ones."""
     accumulate_grad_batches: int = number(1, 1)
@@ -71,10 +69,8 @@ class TrainerConfig:
     deterministic: bool = False
     """Refuse operations without a deterministic implementation (CUDA only; the CPU always is). The hash
     grid then runs on its plain reference, which is much slower."""
-    inference_mode: bool = ignored("evaluation never builds a graph", False)
     devices: Any = 1
     num_nodes: int = 1
-    strategy: str = ignored("a run uses one device", "auto")
     callbacks: dict[str, Any] = named_slots(Callback, by="type")
     """What looks on, by names of your own; each entry's ``type`` is the registered name of its class."""
 
@@ -112,7 +108,6 @@ class CheckpointConfig:
     """``checkpoint``: ``ckpts/last.ckpt``, also written at the end and on SIGTERM or SIGINT."""
 
     every_n_train_steps: int = number(EVERY_N_TRAIN_STEPS, 1)
-    save_last: bool = ignored("the last checkpoint is always kept, to go on from", True)
     save_top_k: int = number(0, -1)
     """Keep every k-th save too, as ``ckpts/step_{step}.ckpt``; -1: all, 0: none."""
 
@@ -146,7 +141,6 @@ class ExperimentConfig:
     exp_dir: str = ""
     trial_name: str = ""
     trial_dir: str = ""
-    n_gpus: int = ignored("a run uses one GPU", 1)
     plugins: list[str] = field(default_factory=list)
     """Modules that register components, imported first; files and the command line add theirs."""
     plugin_path: list[str] = file_path([])
@@ -237,8 +231,9 @@ def parse_experiment(loaded: LoadedConfig) -> Experiment:
     trial = trial_of(Path(*given_by)) if len(given_by) == 1 and "trial_dir" not in values else None
     if trial and loaded.sources.get("resume") in given_by and (trial / LAST).exists():
         values["resume"] = None  # where the trial began; by now it has a checkpoint of its own
-    cfg = parse_config(ExperimentConfig, values, sources=loaded.sources)
-    warn_of_ignored(cfg)
+    cfg = parse_config(
+        ExperimentConfig, without_effect_dropped(ExperimentConfig, values), sources=loaded.sources
+    )
     plan = cfg.system.plan(cfg.data, cfg.steps)
     check_agreement(cfg, plan)
     return Experiment(

@@ -18,7 +18,7 @@ from jaxtyping import Float, Real
 from torch import Tensor, nn
 
 from fourdfy.bounds import number
-from fourdfy.config import file_path, ignored
+from fourdfy.config import file_path
 from fourdfy.priors.base import Denoiser, Prior
 from fourdfy.priors.frozen import (
     Gradient,
@@ -54,7 +54,6 @@ class LatentPrior(Prior):
         """Pixels that images are resized to before the VAE; null: the model's own size."""
         view_dependent_prompting: bool = True
         """Ask with the text of each frame's view (of a video's first frame), not with the plain prompt."""
-        cache_dir: str | None = ignored("HF_HOME says where hub models are kept")
         token_merging: bool = False
         """Fewer tokens in the self-attention of image models, by the package tomesd (Bolya & Hoffman
         2023): faster, and not quite the same prior."""

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fourdfy.bounds import number
-from fourdfy.config import file_path, ignored
+from fourdfy.config import file_path
 from fourdfy.priors.frozen import apply_memory_options, freeze, load_part
 from fourdfy.priors.model_folder import ModelNotFound, part_flaw, weight_files
 from fourdfy.priors.video import VideoPrior
@@ -33,13 +33,10 @@ class VideoCrafter(VideoPrior):
         parts: ClassVar[tuple[str, ...]] = ("unet", "fps_embedding", "vae", "scheduler")
 
         pretrained_model_name_or_path: str = file_path("VideoCrafter/VideoCrafter2")
-        config: str | None = ignored("the model's description comes with its checkpoint")
         half_precision_weights: bool | str = False
         """False unlike elsewhere: the published runs left precision to the trainer."""
         height: int | None = number(320, 1, 8192)
         width: int | None = number(512, 1, 8192)
-        width_vid: int | None = ignored("width is the prior's, data.single_view.width_vid the rendering's")
-        height_vid: int | None = ignored("height is the prior's, data.single_view.height_vid the rendering's")
         fps: int = number(28, 1, 1000)
         """Frames per second that the model is told: the higher, the less moves between two of them."""
         use_hifa: bool = False

@@ -24,7 +24,7 @@ from omegaconf import MISSING
 from torch import Tensor
 
 from fourdfy.bounds import number
-from fourdfy.config import Component, file_path, ignored
+from fourdfy.config import Component, file_path
 from fourdfy.files.atomic import whole_file
 from fourdfy.priors.hub import cache_root, knows_text, resolve_model, stored_folder
 from fourdfy.prompts.views import DIRECTIONS
@@ -67,7 +67,6 @@ class PromptProcessor(Component, ABC):
         """"front view of PROMPT" instead of "PROMPT, front view"."""
         use_cache: bool = True
         """Keep embeddings in $FOURDFY_CACHE, or ~/.cache/fourdfy."""
-        spawn: bool = ignored("the text encoder is freed without a process of its own", True)
         use_perp_neg: bool = False
         """Texts mixed by azimuth, with the front and side views as negatives; see
         ``prompts.views.perp_neg_texts``. The guidance must have view_dependent_prompting=true."""

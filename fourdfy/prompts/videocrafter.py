@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fourdfy.config import file_path, ignored
+from fourdfy.config import file_path
 from fourdfy.prompts.stable_diffusion import StableDiffusionPromptProcessor
 from fourdfy.registry import register
 
@@ -17,4 +17,3 @@ class VideoCrafterPromptProcessor(StableDiffusionPromptProcessor):
     @dataclass(frozen=True, kw_only=True)
     class Config(StableDiffusionPromptProcessor.Config):
         pretrained_model_name_or_path: str = file_path("VideoCrafter/VideoCrafter2")
-        config: str | None = ignored("the model's description comes with its checkpoint")

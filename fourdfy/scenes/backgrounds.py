@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import grid_sample
 
 from fourdfy.bounds import number
-from fourdfy.config import ignored, inner_slot
+from fourdfy.config import inner_slot
 from fourdfy.ops.activations import get_activation
 from fourdfy.registry import register
 from fourdfy.scenes.nerf.base import Background
@@ -33,7 +33,6 @@ class AugmentedConfig(Background.Config):
     """Of that, per call; all frames of a call share the colour."""
     random_aug_colors: list[list[float]] | None = number(None, 0, 1)
     """Colours to draw from; null: uniform in the colour cube."""
-    share_aug: bool = ignored("all frames of a call share the colour", True)
 
     def __post_init__(self) -> None:
         colors = self.random_aug_colors

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fourdfy import registry
 from fourdfy.bounds import scheduled
-from fourdfy.config import ConfigError, ignored, slot
+from fourdfy.config import ConfigError, slot
 from fourdfy.data.base import DataModule
 from fourdfy.exporters.base import Exporter, TrainedScene
 from fourdfy.guidance.base import Guidance
@@ -83,10 +83,6 @@ class FourdfySystem(System):
         weights_ignore_modules: list[str] | None = None
         """Prefixes of parameters not to take from ``weights``."""
 
-        stage: str | None = ignored("the losses' weights say what is on")
-        prob_multi_view: float | None = ignored("data.prob_multi_view is read")
-        prob_single_view_video: float | None = ignored("data.single_view.prob_single_view_video is read")
-        simultan: bool | None = ignored("data.single_view.simultan is read")
 
         def __post_init__(self) -> None:
             if self.scene is None:

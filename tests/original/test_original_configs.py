@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from fourdfy.config import ConfigError
 from fourdfy.launching.experiment import load_experiment
 from fourdfy.launching.recipe import load_recipe
+from fourdfy.original.keys import NO_EFFECT
 from tests.commands import CONFIGS, ROOT
 
 PROMPT = "system.prompt_processor.prompt=a panda dancing"
@@ -61,6 +62,8 @@ def flat(values: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def effective(cfg: Any, key: str) -> Any:
     """What a parsed config says to a dotted key, defaults included."""
+    if key in NO_EFFECT:
+        return NO_EFFECT[key][1]
     for part in key.split("."):
         cfg = cfg[part] if isinstance(cfg, dict) else getattr(cfg, part)
     return list(cfg) if isinstance(cfg, tuple) else cfg
@@ -120,7 +123,7 @@ def split(key: str) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_original_s_own_file_loads_and_plans_the_same_steps(name, tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, "fourdfy.config"):
+    with caplog.at_level(logging.WARNING, "fourdfy.original.keys"):
         theirs = load_recipe([write_original(name, tmp_path)], [PROMPT])[0].experiment
     ours = load_recipe([CONFIGS / f"{name}.yaml"], [PROMPT])[0].experiment
     plans = [
@@ -137,7 +140,7 @@ def test_the_original_s_own_file_loads_and_plans_the_same_steps(name, tmp_path, 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_our_own_files_set_nothing_without_effect(name, caplog):
-    with caplog.at_level(logging.WARNING, "fourdfy.config"):
+    with caplog.at_level(logging.WARNING, "fourdfy.original.keys"):
         load_recipe([CONFIGS / f"{name}.yaml"], [PROMPT])
     assert not caplog.records
 
@@ -160,7 +163,7 @@ def test_the_original_s_parsed_yaml_loads(tmp_path, caplog):
         "resume": None,
     }
     OmegaConf.save(OmegaConf.create(parsed), file)
-    with caplog.at_level(logging.WARNING, "fourdfy.config"):
+    with caplog.at_level(logging.WARNING, "fourdfy.original.keys"):
         theirs = load_recipe([file], [])[0].experiment
     assert theirs.trial_dir == Path(parsed["trial_dir"]).absolute()
     assert not {"exp_dir", "trial_name", "trial_dir", "n_gpus"} & set(re.findall(r"\w+", caplog.text))
@@ -183,7 +186,7 @@ EXTENSION = {
 def test_what_threestudio_s_extension_calls_the_components_is_understood(caplog):
     """The names in the files of threestudio-4dfy, each of which loads what the original's name does."""
     overrides = [f"{key}={name}" for key, name in EXTENSION.items()]
-    with caplog.at_level(logging.WARNING, "fourdfy.config"):
+    with caplog.at_level(logging.WARNING, "fourdfy.original.keys"):
         theirs = load_recipe([CONFIGS / "fourdfy_stage_3.yaml"], [PROMPT, *overrides])[0].experiment
     ours = load_recipe([CONFIGS / "fourdfy_stage_3.yaml"], [PROMPT])[0].experiment
     assert theirs.cfg.system.guidance_video == ours.cfg.system.guidance_video

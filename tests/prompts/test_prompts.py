@@ -136,10 +136,6 @@ def test_a_config_says_which_model_it_needs(name):
     assert needed == ("a", ("tokenizer", "text_encoder"))
 
 
-def test_the_originals_settings_without_meaning_are_accepted():
-    make("videocrafter-prompt-processor", config="somewhere/inference_t2v.yaml", spawn=False)
-
-
 def test_default_thresholds_are_the_original_ones():
     cfg = make().cfg
     assert (cfg.front_threshold, cfg.back_threshold, cfg.overhead_threshold) == (45, 45, 60)

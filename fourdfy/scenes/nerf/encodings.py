@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fourdfy.bounds import number
-from fourdfy.config import Component, ignored, inner_slot
+from fourdfy.config import Component, inner_slot
 from fourdfy.ops.hash_grid import check_backend, hash_grid
 from fourdfy.ops.hash_grid.spec import HashGridSpec
 from fourdfy.ops.spherical_harmonics import MAX_DEGREE, spherical_harmonics
@@ -127,7 +127,6 @@ class HashGrid(Encoding):
         """Of ``ops.hash_grid``."""
         static: bool = False
         """The scene has no time. 4D-fy's files write it into every grid; only space-time grids read it."""
-        num_frames: int | None = ignored("a grid over time has no frames")
 
         def __post_init__(self) -> None:
             self.spec(3)
@@ -170,9 +169,6 @@ class Grid(HashGrid):
     @dataclass(frozen=True, kw_only=True)
     class Config(HashGrid.Config):
         type: Literal["Hash"] = "Hash"
-        start_level: int | None = ignored("otype Grid has all its levels from the start")
-        start_step: int | None = ignored("otype Grid has all its levels from the start")
-        update_steps: int | None = ignored("otype Grid has all its levels from the start")
 
 
 @register("ProgressiveBandHashGrid")

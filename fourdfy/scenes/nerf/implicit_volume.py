@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fourdfy.bounds import number
-from fourdfy.config import ignored, inner_slot
+from fourdfy.config import inner_slot
 from fourdfy.ops.activations import get_activation
 from fourdfy.registry import register
 from fourdfy.scenes.nerf.base import Geometry
@@ -73,10 +73,6 @@ class ImplicitVolume(Geometry):
         them), a network of their own, or autograd."""
         finite_difference_normal_eps: float | int | str = number(0.01, above=0, high=1000)
         """In scene units; ``progressive``: one cell of the encoding's finest level in use."""
-        isosurface: bool = ignored("a mesh is made when one is exported", True)
-        isosurface_method: str = ignored("meshes are made by marching cubes", "mt")
-        isosurface_coarse_to_fine: bool = ignored("the whole grid is sampled", True)
-        isosurface_deformable_grid: bool = ignored("the grid is regular", False)
 
         def __post_init__(self) -> None:
             super().__post_init__()
