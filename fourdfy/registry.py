@@ -16,6 +16,7 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -73,10 +74,14 @@ ALIASES = {
 """What threestudio's extensions for 4D-fy and MVDream call the same components."""
 
 _CLASSES: dict[str, type] = {}
+_SPECS: dict[str, Any] = {}
+"""Of each class's module, when it registered: another one if the module is imported again."""
 
 
 def register(name: str) -> Callable[[type], type]:
     """Class decorator: make the class known as ``name`` in configs.
+
+    A class takes the place of its former self when its module is reloaded, or its notebook's cell run again.
 
     Raises:
         ValueError: another class has the name, or it is one of the project's own.
@@ -86,9 +91,14 @@ def register(name: str) -> Callable[[type], type]:
         own, known = MODULES.get(canonical(name)), _CLASSES.get(name)
         if own and own != cls.__module__:
             raise ValueError(f"{name!r} is already registered, in {own}")
-        if known and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-            raise ValueError(f"{name!r} is already registered for {known.__module__}.{known.__qualname__}")
-        _CLASSES[name] = cls
+        spec = getattr(sys.modules.get(cls.__module__), "__spec__", None)  # None in a notebook
+        if known and known is not cls:
+            same_place = (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__)
+            if not same_place or (spec and spec is _SPECS[name]):
+                raise ValueError(
+                    f"{name!r} is already registered for {known.__module__}.{known.__qualname__}"
+                )
+        _CLASSES[name], _SPECS[name] = cls, spec
         return cls
 
     return wrap

@@ -1,5 +1,7 @@
 """Loading and strict parsing of configs."""
 
+import importlib
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -255,16 +257,58 @@ def test_a_name_cannot_be_registered_twice():
             pass
 
 
-def test_a_class_of_the_same_name_in_another_module_does_not_take_the_place():
-    twin = type("Cat", (Animal,), {"__module__": "my_cats", "__qualname__": "Cat"})
-    with pytest.raises(ValueError, match=r"'test-cat' is already registered for .*test_config\.Cat"):
-        registry.register("test-cat")(twin)
+PLUGIN = """
+from fourdfy.config import Component
+from fourdfy.registry import register
+
+@register("{name}")
+class Mine(Component):
+    pass
+"""
 
 
-def test_importing_a_module_again_is_no_second_class():
-    again = type("Cat", (Animal,), {"__module__": Cat.__module__, "__qualname__": Cat.__qualname__})
-    assert registry.register("test-cat")(again) is again
-    registry.register("test-cat")(Cat)
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """Imports a module of that name which registers a class ``Mine``, or several."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def plugin(module, name, times=1):
+        (tmp_path / f"{module}.py").write_text(PLUGIN.format(name=name) * times)
+        return importlib.import_module(module)
+
+    return plugin
+
+
+def test_classes_of_the_same_name_in_two_modules_do_not_share_a_name(plugin):
+    first = plugin("first_plugin", "test-mine")
+    with pytest.raises(ValueError, match=r"'test-mine' is already registered for first_plugin\.Mine"):
+        plugin("second_plugin", "test-mine")
+    assert registry.find("test-mine", Component) is first.Mine
+
+
+def test_two_classes_of_the_same_name_in_one_module_do_not_share_a_name(plugin):
+    with pytest.raises(ValueError, match=r"'test-twice' is already registered for third_plugin\.Mine"):
+        plugin("third_plugin", "test-twice", times=2)
+
+
+def test_a_module_that_is_imported_again_brings_no_second_class(plugin):
+    module = plugin("fourth_plugin", "test-again")
+    first = module.Mine
+    registry.register("test-again")(first)
+    for again in (
+        importlib.reload,
+        lambda module: sys.modules.pop(module.__name__) and plugin(module.__name__, "test-again"),
+    ):
+        module = again(module)
+        assert registry.find("test-again", Component) is module.Mine is not first
+        first = module.Mine
+
+
+def test_a_cell_that_a_notebook_runs_again_brings_no_second_class():
+    cells = [type("Cell", (Component,), {"__module__": "a_notebook"}) for _ in range(2)]
+    for cell in cells:
+        registry.register("test-cell")(cell)
+    assert registry.find("test-cell", Component) is cells[1]
 
 
 @pytest.mark.parametrize("name", ["implicit-volume", "4dfy-zeroscope-guidance"])
