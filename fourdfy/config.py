@@ -18,7 +18,7 @@ from dataclasses import MISSING, dataclass, field
 from functools import cache
 from typing import Any, ClassVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fourdfy import registry
@@ -193,10 +193,10 @@ def default_of(schema: type | Named, name: str) -> Any:
 
 
 def mapping_at(values: Any, key: str) -> Any:
-    """The mapping at a dotted key of ``values``, a mapping or a DictConfig; None if there is no such."""
+    """The mapping at a dotted key of ``values``; None if there is no such."""
     for name in key.split(".") if key else ():
-        values = values._get_node(name) if isinstance(values, DictConfig) else values.get(name)
-        if not isinstance(values._value() if isinstance(values, DictConfig) else values, Mapping):
+        values = values.get(name)
+        if not isinstance(values, Mapping):
             return None
     return values
 
@@ -209,9 +209,8 @@ def selector(schema: type | Named, name: str, values: Mapping[str, Any]) -> Any:
         default, values = (default_of(schema, name) or {}).get(spec.by), mapping_at(values, name) or {}
     else:
         default = default_of(schema, spec.by)
-    if isinstance(values, DictConfig):
-        return OmegaConf.select(values, spec.by, default=default, throw_on_resolution_failure=False)
-    return values.get(spec.by, default)
+    found = plain(values.get(spec.by, default))
+    return None if isinstance(found, str) and "${" in found else found  # until it is resolved
 
 
 def schema_at(
@@ -377,10 +376,10 @@ def _parse_leaves(
     for name in merged:
         if OmegaConf.is_missing(merged, name):
             raise config_error(path, name, sources, MISSES)
-        value = merged[name]
-        for key, problem in misfits(plain(value), init_fields(schema)[name].metadata):
+        value = OmegaConf.to_object(merged[name]) if OmegaConf.is_config(merged[name]) else merged[name]
+        for key, problem in misfits(value, init_fields(schema)[name].metadata):
             raise config_error(path, join(name, key), sources, problem)
-        values[name] = OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+        values[name] = value
     return values
 
 
@@ -422,8 +421,5 @@ def config_error(path: str, key: str, sources: Mapping[str, str], message: str) 
 
 
 def source_of(full_key: str, sources: Mapping[str, str]) -> str:
-    """The file that set the key, or that set something below it."""
-    exact = sources.get(full_key) or next(
-        (file for key, file in sources.items() if key.startswith(full_key + ".")), None
-    )
-    return f" (in {exact})" if exact else ""
+    """The file that set the key, for messages."""
+    return f" (in {sources[full_key]})" if sources.get(full_key) else ""

@@ -1,8 +1,8 @@
-"""Config files and ``key=value`` words as they are written: layers of plain values, and the text typed.
+"""Config files and ``key=value`` words as they are written: trees of values, each with its source.
 
 YAML means what version 1.2 of it means, so ``010`` is ten and ``12:30:45`` a text. Beyond that, ``1e4`` is
 the whole number, and ``yes``, ``no``, ``on`` and ``off`` are booleans, as in the files of threestudio. Which
-fields hold text is not known here; ``Layer.texts`` keeps what was written for those that do.
+fields hold text is not known here; ``Leaf.text`` keeps what was written for those that do.
 """
 
 from __future__ import annotations
@@ -35,13 +35,52 @@ class ConfigError(ValueError):
 
 
 @dataclass(frozen=True)
-class Layer:
-    """What one source sets."""
+class Leaf:
+    """A value that is no mapping, as a source sets it."""
 
-    values: dict[str, Any]
-    texts: dict[str, str]
-    """Dotted key (``a.b``, ``a.list[0]``) -> a scalar as it was written, where YAML reads no text in it."""
+    value: Any
     source: str
+    text: str | None = None
+    """What was written, where YAML reads no text in it; None where the value is the text, or null."""
+    entries: tuple[str | None, ...] = ()
+    """The texts of a list's entries."""
+
+
+class Section(dict[str, Any]):
+    """A mapping of names to sections and leaves."""
+
+    def __init__(
+        self, values: Mapping[str, Any] | None = None, source: str = "", text: str | None = None
+    ) -> None:
+        super().__init__(values or {})
+        self.source, self.text = source, text
+
+    def put(self, places: Sequence[str], value: Section | Leaf) -> None:
+        """Set a value at a path of names; sections on the way are made where there are none."""
+        node = self
+        for place in places[:-1]:
+            if not isinstance(node.get(place), Section):
+                node[place] = Section(source=value.source)
+            node = node[place]
+        node[places[-1]] = value
+
+    def over(self, below: Section) -> Section:
+        """What both say together; where they differ this one counts, unless it says ``???``."""
+        merged = Section(below, self.source, self.text)
+        for name, value in self.items():
+            old = below.get(name)
+            if isinstance(old, Section) and isinstance(value, Section):
+                merged[name] = value.over(old)
+            elif old is None or plain(value) != "???":
+                merged[name] = value
+        return merged
+
+
+def plain(tree: Any) -> Any:
+    """The values of a section or leaf; anything else as it is."""
+    if isinstance(tree, Section):
+        return {name: plain(value) for name, value in tree.items()}
+    return tree.value if isinstance(tree, Leaf) else tree
 
 
 # ---------------------------------------------------------------------------------------------
@@ -62,7 +101,7 @@ def find_config(name: str | Path, folder: Path = Path()) -> Path:
     return next(found, folder / name)
 
 
-def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
+def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Section]:
     """The file's ``base`` files, left to right, each over its own, and then the file itself.
 
     Raises:
@@ -72,16 +111,16 @@ def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Layer]:
     if here in chain:
         names = " -> ".join(file.name for file in (*chain[chain.index(here) :], here))
         raise ConfigError(f"{path}: its base files lead back to it: {names}")
-    values, texts = read_yaml(_content(path, chain), str(path))
-    values = {} if values is None else values
-    if not isinstance(values, dict):
+    layer = read_yaml(_content(path, chain), str(path))
+    layer = Section(source=str(path)) if plain(layer) is None else layer
+    if not isinstance(layer, Section):
         raise ConfigError(f"{path}: expected a mapping at the top level, such as seed: 0")
-    bases = values.pop("base", None) or []
+    bases = plain(layer.pop("base", None)) or []
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise ConfigError(f"{path}: base: expected the name of a file, or a list of them, got {bases!r}")
     below = [layer for base in bases for layer in read_layers(find_config(base, path.parent), (*chain, here))]
-    return [*below, Layer(values, texts, str(path))]
+    return [*below, layer]
 
 
 def _content(path: Path, chain: tuple[Path, ...]) -> str:
@@ -102,20 +141,16 @@ def _content(path: Path, chain: tuple[Path, ...]) -> str:
         raise ConfigError(f"{path}:{line}: no text in UTF-8; expected a YAML file") from error
 
 
-def read_yaml(text: str, source: str) -> tuple[Any, dict[str, str]]:
-    """The value of a YAML document (None for an empty one), and ``Layer.texts`` of it.
+def read_yaml(text: str, source: str) -> Section | Leaf:
+    """A YAML document; an empty one is null.
 
     Raises:
-        ConfigError: not YAML; names ``source`` and the line.
+        ConfigError: not YAML, or a key twice in a mapping; names ``source`` and the line.
     """
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        if node is None:
-            return None, {}
-        texts: dict[str, str] = {}
-        _collect_texts(node, "", texts)
-        return loader.construct_document(node), texts
+        return Leaf(None, source) if node is None else loader.tree(node, source)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
@@ -137,6 +172,38 @@ class _Loader(yaml.SafeLoader):
         value = float(re.sub(r"^([-+]?)\.(inf|nan)$", r"\1\2", text))
         return int(value) if re.fullmatch(r"[-+]?\d+e\+?\d{1,2}", text) else value
 
+    def tree(self, node: yaml.Node, source: str) -> Section | Leaf:
+        if node.tag == f"{CORE}map":
+            return self._section(node, source)
+        if node.tag == f"{CORE}seq":
+            entries = [self.tree(entry, source) for entry in node.value]
+            return Leaf([plain(e) for e in entries], source, entries=tuple(e.text for e in entries))
+        is_other = node.tag not in (f"{CORE}str", f"{CORE}null")
+        text = node.value if is_other and getattr(node, "style", "") is None else None
+        return Leaf(self.construct_object(node, deep=True), source, text)
+
+    def _section(self, node: yaml.MappingNode, source: str) -> Section:
+        own, merged = Section(), Section()
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            problem = ""
+            if key.tag == f"{CORE}merge":
+                entries = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                if not all(isinstance(entry, yaml.MappingNode) for entry in entries):
+                    problem = "expected a mapping or list of mappings for merging"
+                for entry in () if problem else reversed(entries):
+                    merged.update(self._section(entry, source))
+            elif key.tag != f"{CORE}str":
+                problem = f"expected a word as the key, got {key.value if key.value else 'null'}"
+            elif key.value in lines:
+                problem = f"the key {key.value!r} stands here again, after line {lines[key.value]}"
+            else:
+                lines[key.value] = key.start_mark.line + 1
+                own[key.value] = self.tree(value, source)
+            if problem:
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+        return Section(merged | own, source)
+
 
 for _kind, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -149,33 +216,6 @@ for _kind, _pattern, _first in (
     _Loader.add_implicit_resolver(CORE + _kind, re.compile(f"^(?:{_pattern})$"), _first)
 _Loader.add_constructor(f"{CORE}int", _Loader.number)
 _Loader.add_constructor(f"{CORE}float", _Loader.number)
-
-
-def _collect_texts(node: yaml.Node, path: str, texts: dict[str, str]) -> None:
-    """``Layer.texts`` of a node; on the way, the same key twice in one mapping is an error."""
-    if isinstance(node, yaml.SequenceNode):
-        for index, entry in enumerate(node.value):
-            _collect_texts(entry, f"{path}[{index}]", texts)
-    elif isinstance(node, yaml.MappingNode):
-        lines: dict[str, int] = {}
-        merged = []
-        for key, value in node.value:
-            if key.tag == f"{CORE}merge":
-                merged += value.value if isinstance(value, yaml.SequenceNode) else [value]
-                continue
-            if key.tag != f"{CORE}str":
-                problem = f"expected a word as the key, got {key.value if key.value else 'null'}"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            name = key.value
-            if name in lines:
-                problem = f"the key {name!r} stands here again, after line {lines[name]}"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-            lines[name] = key.start_mark.line + 1
-            _collect_texts(value, join(path, name), texts)
-        for value in merged:
-            _collect_texts(value, path, texts)
-    elif node.style is None and node.tag not in (f"{CORE}str", f"{CORE}null"):
-        texts.setdefault(path, node.value)
 
 
 def save_yaml(values: Mapping[str, Any], path: Path) -> None:
@@ -254,8 +294,3 @@ def expand_path(path: str) -> str:
 def join(path: str, key: str) -> str:
     """The dotted key of ``key`` inside ``path``."""
     return f"{path}.{key}" if path and key else path or key
-
-
-def plain(value: Any) -> Any:
-    """A value without OmegaConf's containers, its interpolations as they are written."""
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

@@ -7,14 +7,13 @@ hold paths, and which settings belong to a component that another class replaces
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import (
     GrammarParseError,
     InterpolationKeyError,
@@ -42,7 +41,8 @@ from fourdfy.config import (
 from fourdfy.config_files import (
     COMMAND_LINE,
     ConfigError,
-    Layer,
+    Leaf,
+    Section,
     expand_path,
     join,
     plain,
@@ -88,101 +88,90 @@ def load_config(
     if stage is not None:
         layers = [_without_stages(layer) for layer in layers] + [_of_stage(layer, stage) for layer in layers]
     typed = list(split_overrides(overrides))
-    plugins = _import_plugins([*layers, _override_layer(typed)], paths)
-    sources: dict[str, str] = {}
-    texts: dict[str, str] = {}
-    replaced: dict[str, dict[str, Any]] = {}
-    try:
-        merged = OmegaConf.create()
-        for layer in layers:
-            _record(layer, sources, texts)
-            merged = _merge(merged, layer, schema, replaced)
-        _tie(schema, merged, texts)
-        _check_emptied(merged, typed)
-        draft_layer = _override_layer(typed)
-        _record(draft_layer, sources, texts)
-        draft = _merge(copy.deepcopy(merged), draft_layer, schema, {})
-        keyed = [
-            join(path, name)
-            for path, owner, _ in walk(schema, draft)
-            for name, f in init_fields(owner).items()
-            if "keyed_by_path" in f.metadata
-        ]
-        typed_layer = _override_layer(typed, lambda key, value: _places(keyed, merged, key, value))
-        merged = _merge(merged, typed_layer, schema, replaced)
-        for path, owner, node in walk(schema, merged):
-            _settle(owner, node, path, texts, sources)
-        lent = _lend(schema, merged, replaced)
-        _share(schema, merged)
-        values: dict[str, Any] = OmegaConf.to_container(merged, resolve=True)  # type: ignore[assignment]
-        for key in lent:
-            _without(values, key)
-    except InterpolationToMissingValueError as error:
-        key = str(error).splitlines()[0].split(": ")[-1]
-        raise ConfigError(f"{key}: missing; set it in the file or as key=value") from error
-    except OmegaConfBaseException as error:
-        key, problem = error.full_key or "", str(error).splitlines()[0]
-        if isinstance(error, GrammarParseError):
-            problem = f"not understood as a ${{reference}} ({problem})"
-        if isinstance(error, UNRESOLVED):
-            problem += "; write \\${ for these characters"
-        source = {key: COMMAND_LINE} if key in dict(typed) else sources
-        raise ConfigError(f"{key}{source_of(key, source)}: {problem}") from error
+    draft_layer = _override_layer(typed)
+    plugins = _import_plugins([*layers, draft_layer], paths)
+    merged, replaced = Section(), Section()
+    for layer in layers:
+        merged = _lay(layer, merged, schema, replaced)
+    _share(schema, merged, alike=True)
+    draft = _lay(draft_layer, copy.deepcopy(merged), schema, Section())
+    merged = _lay(_override_layer(typed, schema, draft, merged), merged, schema, replaced)
+    sources = dict(_sources(merged))
+    for path, owner, node in walk(schema, merged):
+        _settle(owner, node, path, sources)
+    lent = _lend(schema, merged, replaced)
+    _share(schema, merged, alike=False)
+    values = _resolved(merged, sources)
+    for place, name in lent:
+        del mapping_at(values, place)[name]
     return LoadedConfig(values | plugins, sources)
 
 
-def _without_stages(layer: Layer) -> Layer:
-    own = {k: v for k, v in layer.values.items() if not re.fullmatch(r"stages|stage_\d+", str(k))}
-    return dataclasses.replace(layer, values=own)
+def _without_stages(layer: Section) -> Section:
+    own = {key: value for key, value in layer.items() if not re.fullmatch(r"stages|stage_\d+", key)}
+    return Section(own, layer.source)
 
 
-def _of_stage(layer: Layer, stage: int) -> Layer:
-    key = f"stage_{stage}"
-    values = layer.values.get(key) or {}
-    if not isinstance(values, dict):
+def _of_stage(layer: Section, stage: int) -> Section:
+    own = layer.get(key := f"stage_{stage}")
+    if not isinstance(values := plain(own) or {}, dict):
         raise ConfigError(f"{key} (in {layer.source}): expected a mapping, got {values!r}")
-    texts = {k.removeprefix(f"{key}."): text for k, text in layer.texts.items() if k.startswith(f"{key}.")}
-    return Layer(values, texts, layer.source)
+    return Section(own if values else {}, layer.source)
 
 
 def _override_layer(
-    typed: Sequence[tuple[str, str]], places_of: Callable[[str, Any], list[str]] | None = None
-) -> Layer:
-    """``key=text`` overrides as one layer; what is no YAML stays a text."""
-    layer = Layer({}, {}, COMMAND_LINE)
+    typed: Sequence[tuple[str, str]],
+    schema: type = Schema,
+    draft: Section | None = None,
+    files: Section | None = None,
+) -> Section:
+    """``key=text`` overrides as one layer; what is no YAML stays a text.
+
+    Args:
+        schema, draft: say which mappings, in ``files`` below, have dotted paths as their keys.
+    """
+    keyed = [
+        join(path, name)
+        for path, owner, _ in walk(schema, draft or Section())
+        for name, f in init_fields(owner).items()
+        if "keyed_by_path" in f.metadata
+    ]
+    layer = Section(source=COMMAND_LINE)
     for key, text in typed:
         try:
-            value, inner = read_yaml(text, COMMAND_LINE)
+            value = read_yaml(text, COMMAND_LINE)
         except ConfigError:
-            value, inner = text, {}
-        *places, last = places_of(key, value) if places_of else key.split(".")
-        node = layer.values
-        for place in places:
-            if not isinstance(node.get(place), dict):
-                node[place] = {}
-            node = node[place]
-        node[last] = value
-        layer.texts.update({key + ("." * (not k.startswith("[")) + k): t for k, t in inner.items() if k})
-        layer.texts[key] = text
+            value = Leaf(text, COMMAND_LINE)
+        known = mapping_at(files, key) if files else None
+        if known and value == {}:
+            raise ConfigError(
+                f"{key}={text}: an empty mapping changes nothing of what is there; switch single entries off "
+                f"with null, e.g. {key}.{next(iter(known))}=null"
+            )
+        value = replace(value, text=text) if isinstance(value, Leaf) else Section(value, COMMAND_LINE, text)
+        layer.put(_places(keyed, files or Section(), key, value), value)
     return layer
 
 
-def _check_emptied(merged: DictConfig, typed: Sequence[tuple[str, str]]) -> None:
-    for key, text in typed:
-        if re.fullmatch(r"\{\s*\}", text.strip()) and OmegaConf.select(merged, key):
-            raise ConfigError(
-                f"{key}={text}: an empty mapping changes nothing of what is there; switch single entries off "
-                f"with null, e.g. {key}.{next(iter(OmegaConf.select(merged, key)))}=null"
-            )
+def _places(keyed: Sequence[str], files: Section, key: str, value: Section | Leaf) -> list[str]:
+    """The names, each inside the one before, that a dotted key of the command line means."""
+    for owner in keyed:
+        if key.startswith(f"{owner}."):
+            known, rest = mapping_at(files, owner) or {}, key.removeprefix(f"{owner}.")
+            group, _, option = rest.rpartition(".")
+            is_whole = isinstance(value, Section) or plain(value) is None
+            is_group = not group or rest in known or (group not in known and is_whole)
+            return [*owner.split("."), *([rest] if is_group else [group, option])]
+    return key.split(".")
 
 
-def _import_plugins(layers: Sequence[Layer], paths: Sequence[str | Path]) -> dict[str, list[str]]:
+def _import_plugins(layers: Sequence[Section], paths: Sequence[str | Path]) -> dict[str, list[str]]:
     """Import the ``plugins`` of all layers; gives what a trial must know to find them again."""
     registry.import_installed_plugins()
     names, folders = [], []
     for layer in layers:
         for key, collected in (("plugins", names), ("plugin_path", folders)):
-            given = layer.values.get(key) or []
+            given = plain(layer.get(key)) or []
             given = [given] if isinstance(given, str) else given
             if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
                 raise ConfigError(f"{key} (in {layer.source}): expected a list of names, got {given!r}")
@@ -198,182 +187,116 @@ def _import_plugins(layers: Sequence[Layer], paths: Sequence[str | Path]) -> dic
     return {"plugins": names, "plugin_path": [str(folder) for folder in used]}
 
 
-def _merge(below: DictConfig, layer: Layer, schema: type, replaced: dict[str, dict[str, Any]]) -> DictConfig:
+def _lay(layer: Section, below: Section, schema: type, replaced: Section) -> Section:
     """``layer`` over ``below``, which is used up. Where it names another class (``renderer_type``), the
     settings of the one that it replaces (``renderer``) are left behind, and noted in ``replaced``."""
-    above = OmegaConf.create(layer.values)
     for path, owner, node in walk(schema, below):
-        if (over := mapping_at(above, path)) is not None:
-            _leave_behind(owner, node, over, path, replaced)
-    _drop_other_kinds(below, above)
-    return OmegaConf.merge(below, above)  # type: ignore[return-value]
+        over = mapping_at(layer, path)
+        for name in list(node) if over else ():
+            spec = held(owner, name)
+            if not isinstance(spec, Slot) or (spec.inside and not isinstance(owner, Named)):
+                continue
+            teller = mapping_at(over, name) if spec.inside else over
+            if teller and spec.by in teller:
+                names = {registry.canonical(str(selector(owner, name, which))) for which in (node, over)}
+                if len(names) > 1 and isinstance(old := node.pop(name), Section):
+                    key = join(path, name)
+                    replaced[key] = old.over(replaced.get(key, Section()))
+    return layer.over(below)
 
 
-def _drop_other_kinds(below: DictConfig, above: DictConfig) -> None:
-    """Drop each list of ``below`` over which ``above`` lays a mapping, and the reverse: they can't merge."""
-    for key in above:
-        old, new = below._get_node(key), above._get_node(key)
-        if mapping_at(below, key) is not None and mapping_at(above, key) is not None:
-            _drop_other_kinds(old, new)
-        elif {type(old), type(new)} == {ListConfig, DictConfig}:
-            del below[key]
+def _sources(tree: Section, path: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, source) of all that is set."""
+    for name, value in tree.items():
+        yield join(path, name), value.source
+        if isinstance(value, Section):
+            yield from _sources(value, join(path, name))
 
 
-def _leave_behind(
-    schema: type | Named, below: DictConfig, above: DictConfig, path: str, replaced: dict[str, dict[str, Any]]
-) -> None:
-    """Drop what stands in the slots of ``below`` for which ``above`` names another class."""
-    for name in list(below):
-        spec = held(schema, name)
-        if not isinstance(spec, Slot) or (spec.inside and not isinstance(schema, Named)):
-            continue
-        teller = mapping_at(above, name) if spec.inside else above
-        if teller is None or teller._get_node(spec.by) is None:
-            continue
-        if len({registry.canonical(str(selector(schema, name, node))) for node in (below, above)}) > 1:
-            if (old := mapping_at(below, name)) is not None:
-                replaced.setdefault(join(path, name), {}).update(plain(old))
-            del below[name]
-
-
-def _places(keyed: Sequence[str], files: DictConfig, key: str, value: Any) -> list[str]:
-    """The keys, each inside the one before, that a dotted key of the command line means.
-
-    Args:
-        keyed: the mappings whose own keys are dotted paths.
-    """
-    for owner in keyed:
-        if key.startswith(f"{owner}."):
-            known, rest = mapping_at(files, owner) or {}, key.removeprefix(f"{owner}.")
-            group, _, option = rest.rpartition(".")
-            is_group = rest in known or (group not in known and (value is None or isinstance(value, dict)))
-            return [*owner.split("."), *([rest] if is_group or not group else [group, option])]
-    return key.split(".")
-
-
-def _settle(
-    schema: type | Named, node: DictConfig, path: str, texts: Mapping[str, str], sources: Mapping[str, str]
-) -> None:
+def _settle(schema: type | Named, node: Section, path: str, sources: Mapping[str, str]) -> None:
     """Put what was typed in the place of what YAML read, in every field of text, and expand paths."""
     for name, f in init_fields(schema).items():
-        key, allowed = join(path, name), kinds(schema)[name]
-        if set(allowed) <= {str, type(None)}:
-            if key in texts:
-                node[name] = None if texts[key] == "null" and type(None) in allowed else texts[key]
-            written = node._get_node(name)
-            if written is not None and not isinstance(written._value(), (str, *allowed)):
-                given = "null" if written._is_none() else plain(written)
+        found, allowed, key = node.get(name), kinds(schema)[name], join(path, name)
+        value, is_path = plain(found), "path" in f.metadata
+        if found is not None and set(allowed) <= {str, type(None)}:
+            if found.text is not None:
+                value = None if found.text == "null" and type(None) in allowed else found.text
+            if not isinstance(value, (str, *allowed)):
+                given = "null" if value is None else value
                 raise config_error("", key, sources, f"expected a text, got {given}; put texts in quotes")
-            if "path" in f.metadata:
-                _expand(node, name, key, sources)
-        elif list[str] in allowed and isinstance(entries := node._get_node(name), ListConfig):
-            for index in range(len(entries)):
-                if (text := texts.get(f"{key}[{index}]")) is not None:
-                    entries[index] = text
-                if "path" in f.metadata:
-                    _expand(entries, index, key, sources)
+            node[name] = Leaf(_expanded(value, key, sources) if is_path else value, found.source)
+        elif list[str] in allowed and isinstance(value, list):
+            texts = [t if t is not None else entry for entry, t in zip(value, found.entries, strict=True)]
+            texts = [_expanded(entry, key, sources) for entry in texts] if is_path else texts
+            node[name] = Leaf(texts, found.source)
     for name in [*init_fields(schema)] or list(node):
         schema_at(schema, name, node, path, sources)  # raises where no class has the name
 
 
-def _expand(node: Any, place: str | int, key: str, sources: Mapping[str, str]) -> None:
-    written = node._get_node(place)
-    if written is None or not isinstance(written._value(), str):
-        return
+def _expanded(path: Any, key: str, sources: Mapping[str, str]) -> Any:
+    if path == "":
+        problem = "is empty; write . for the current folder, or null for no file"
+        raise config_error("", key, sources, problem)
     try:
-        if not written._value():
-            raise ValueError("is empty; write . for the current folder, or null for no file")
-        node[place] = expand_path(written._value())
+        return expand_path(path) if isinstance(path, str) else path
     except ValueError as error:
         raise config_error("", key, sources, str(error)) from error
 
 
-def _lend(schema: type, merged: DictConfig, replaced: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _lend(schema: type, merged: Section, replaced: Section) -> list[tuple[str, str]]:
     """Put back what other keys refer to in a component that was replaced, for their sake alone.
 
-    That is the default of the new class, or what was left behind where it has none. Gives the keys.
+    That is the default of the new class, or what was left behind where it has none. Gives (mapping, name).
     """
-    lent: list[str] = []
-    references = {key for text in _strings(merged) for key in re.findall(r"\$\{([\w.]+)\}", text)}
+    lent = []
+    references = sorted(set(re.findall(r"\$\{([\w.]+)\}", repr(plain(merged)))))
     for owner, left in replaced.items():
-        for key in sorted(references):
-            if key.startswith(f"{owner}.") and _node_at(merged, key) is None:
-                place, _, name = key.rpartition(".")
-                OmegaConf.update(merged, place, {}, force_add=True)
+        for key in references:
+            place, _, name = key.rpartition(".")
+            if key.startswith(f"{owner}.") and name not in (mapping_at(merged, place) or {}):
+                merged.put(key.split("."), Leaf(None, ""))
                 schemas = {path: inner for path, inner, _ in walk(schema, merged)}
                 value = default_of(schemas[place], name) if place in schemas else None
                 if value is None:
-                    value = _node_at(OmegaConf.create(left), key.removeprefix(f"{owner}."))
-                OmegaConf.update(merged, key, value, force_add=True)
-                lent.append(key)
+                    value = plain((mapping_at(left, place.removeprefix(owner).lstrip(".")) or {}).get(name))
+                merged.put(key.split("."), Leaf(value, ""))
+                lent.append((place, name))
     return lent
 
 
-def _strings(node: Any) -> Iterator[str]:
-    if isinstance(node, DictConfig | ListConfig) and not node._is_interpolation():
-        for key in node if isinstance(node, DictConfig) else range(len(node)):
-            yield from _strings(node._get_node(key))
-    elif node is not None and isinstance(node._value(), str):
-        yield node._value()
+def _share(schema: type, merged: Section, *, alike: bool) -> None:
+    """Let settings follow those that ``slot(shares=...)`` names.
 
-
-def _node_at(node: DictConfig, key: str) -> Any:
-    place, _, name = key.rpartition(".")
-    owner = mapping_at(node, place)
-    return None if owner is None else owner._get_node(name)
-
-
-def _without(values: dict[str, Any], key: str) -> None:
-    *places, last = key.split(".")
-    for place in places:
-        values = values[place]
-    del values[last]
-
-
-def _record(layer: Layer, sources: dict[str, str], texts: dict[str, str]) -> None:
-    """Note where each key of a layer comes from, and what was typed for it; a later layer's word counts."""
-    pending = [("", layer.values)]
-    while pending:
-        path, values = pending.pop()
-        for name, value in values.items():
-            key = join(path, str(name))
-            sources[key] = layer.source
-            if isinstance(value, dict):
-                pending.append((key, value))
-            for stale in [k for k in texts if k == key or k.startswith(f"{key}[")]:
-                del texts[stale]
-    texts.update(layer.texts)
-
-
-def _tie(schema: type, merged: DictConfig, texts: dict[str, str]) -> None:
-    """Let the command line's prompt change all that files, such as a ``parsed.yaml``, say once each."""
-    for key, node, name, source in _sharing(schema, merged):
-        own, other = node._get_node(name), _node_at(merged, source)
-        if own is not None and other is not None and own._value() == other._value() != "???":
-            node[name] = f"${{{source}}}"
-            texts.pop(key, None)
-
-
-def _share(schema: type, merged: DictConfig) -> None:
-    """What a slot shares with another serves it unless it has its own."""
-    for _, node, name, source in _sharing(schema, merged):
-        if OmegaConf.select(merged, source) is not None and (
-            name not in node or OmegaConf.is_missing(node, name)
-        ):
-            node[name] = f"${{{source}}}"
-
-
-def _sharing(schema: type, merged: DictConfig) -> Iterator[tuple[str, DictConfig, str, str]]:
-    """Dotted key, mapping and name of each setting that follows another, and the other's dotted key."""
+    Args:
+        alike: those that have the other's value, so that an override of the other changes both, as in a
+            ``parsed.yaml``, which has the prompt for each processor; else those that have none of their own.
+    """
     for path, owner, node in walk(schema, merged):
-        for slot in init_fields(owner):
-            if (
-                isinstance(spec := held(owner, slot), Slot)
-                and spec.shares
-                and (inner := mapping_at(node, slot))
-            ):
-                name = spec.shares.rpartition(".")[2]
-                yield join(path, f"{slot}.{name}"), inner, name, join(path, spec.shares)
+        for name in init_fields(owner):
+            spec, inner = held(owner, name), mapping_at(node, name)
+            if not isinstance(spec, Slot) or not spec.shares or inner is None:
+                continue
+            place, _, key = spec.shares.rpartition(".")
+            other = plain((mapping_at(node, place) or {}).get(key, "???"))
+            own = plain(inner.get(key, "???"))
+            if other != "???" and own == (other if alike else "???"):
+                inner[key] = Leaf(f"${{{join(path, spec.shares)}}}", inner.source)
+
+
+def _resolved(merged: Section, sources: Mapping[str, str]) -> dict[str, Any]:
+    """Plain values, their interpolations replaced."""
+    try:
+        return OmegaConf.to_container(OmegaConf.create(plain(merged)), resolve=True)  # type: ignore[return-value]
+    except InterpolationToMissingValueError as error:
+        key = str(error).splitlines()[0].split(": ")[-1]
+        raise ConfigError(f"{key}: missing; set it in the file or as key=value") from error
+    except OmegaConfBaseException as error:
+        key, problem = error.full_key or "", str(error).splitlines()[0]
+        if isinstance(error, GrammarParseError):
+            problem = f"not understood as a ${{reference}} ({problem})"
+        if isinstance(error, UNRESOLVED):
+            problem += "; write \\${ for these characters"
+        raise ConfigError(f"{key}{source_of(key, sources)}: {problem}") from error
 
 
 def register_resolvers() -> None:
@@ -390,8 +313,8 @@ def register_resolvers() -> None:
         "tuple2": lambda scalar: [float(scalar), float(scalar)],
         "gt0": lambda value: value > 0,
         "not": lambda value: not value,
-        "cmaxgt0": lambda value: schedule_max(plain(value)) > 0,
-        "cmaxgt0orcmaxgt0": lambda a, b: schedule_max(plain(a)) > 0 or schedule_max(plain(b)) > 0,
+        "cmaxgt0": lambda value: schedule_max(value) > 0,
+        "cmaxgt0orcmaxgt0": lambda a, b: schedule_max(a) > 0 or schedule_max(b) > 0,
     }
     for name, resolver in resolvers.items():
         OmegaConf.register_resolver(name, resolver, replace=True)

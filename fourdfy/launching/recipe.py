@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fourdfy.config_files import ConfigError, find_config, literal_override, read_layers
+from fourdfy.config_files import ConfigError, find_config, literal_override, plain, read_layers
 from fourdfy.config_layers import load_config
 from fourdfy.launching.experiment import PARSED, Experiment, ExperimentConfig, load_experiment
 from fourdfy.systems.checkpoint import checkpoint_file, read_own_checkpoint
@@ -136,9 +136,9 @@ def _stage_files(paths: Sequence[Path]) -> tuple[list[Path], list[int]]:
     numbers: list[int] = []
     for path in paths:
         for layer in read_layers(path):
-            matches = (re.fullmatch(r"stage_(\d+)", str(key)) for key in layer.values)
+            matches = (re.fullmatch(r"stage_(\d+)", key) for key in layer)
             numbers += [int(match[1]) for match in matches if match]
-            names = layer.values.get("stages")
+            names = plain(layer.get("stages"))
             if names is None:
                 continue
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
