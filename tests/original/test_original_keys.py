@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from fourdfy.guidance.zeroscope import ZeroScopeGuidance
+from fourdfy.guidance.base import Guidance
 from fourdfy.launching.experiment import ExperimentConfig, load_experiment
 from fourdfy.original.keys import NO_EFFECT, without_effect_dropped
-from fourdfy.registry import register
+from fourdfy.registry import find, register
 from tests.commands import CONFIGS
 
 PROMPT = "system.prompt_processor.prompt=a panda dancing"
@@ -58,10 +58,13 @@ def test_what_is_dropped_is_still_recorded():
     assert (record["n_gpus"], record["system"]["stage"]) == (2, "x")
 
 
+ZeroScope = find("zeroscope-guidance", Guidance)
+
+
 @register("test-guidance-with-a-config")
-class GuidanceWithAConfig(ZeroScopeGuidance):
+class GuidanceWithAConfig(ZeroScope):
     @dataclass(frozen=True, kw_only=True)
-    class Config(ZeroScopeGuidance.Config):
+    class Config(ZeroScope.Config):
         config: str = ""
 
 
