@@ -139,6 +139,7 @@ class MultiViewConfig(CameraConfig):
     zoom_range: tuple[float, float] = number((1.0, 1.0), high=100, above=0)
     """Factor on the angle of view, after ``relative_radius``."""
     num_frames: int | None = number(None, 1, 1024)
+    """Accepted as null or as in ``data.single_view``: the moments come from there."""
     sample_rand_frames: Literal["t0"] | None = None
     """The moments are those of ``data.single_view``; null, or the same as there."""
 

@@ -35,6 +35,7 @@ class MeshExporter(Exporter):
         fmt: Format = "glb"
         """``obj-mtl`` has a texture, ``obj`` and ``ply`` vertex colours, ``glb`` either."""
         save_name: str = "model"
+        """Name of the files, without their ending."""
         times: list[float] = number([0.0], 0, 1)
         """Moments to write a mesh of; [] for none. Names end in the time, unless it is 0."""
         save_normal: bool = True
@@ -46,14 +47,17 @@ class MeshExporter(Exporter):
         max_faces: int = number(10_000, 4, 10_000_000)
         """Triangles of a mesh, about. Where vertices carry the colours, edges of colour stay finer."""
         save_uv: bool = True
+        """Write texture coordinates."""
         save_texture: bool = True
-        """Both true: an image where the format has one (needs xatlas). Else vertex colours."""
+        """With ``save_uv``, an image where the format has one (needs xatlas). Else vertex colours."""
         texture_size: int = number(1024, 1, 16384)
         """Texels along each side."""
         texture_format: ImageFormat = "jpg"
+        """Format of the texture's image."""
         xatlas_chart_options: dict[str, Any] = field(default_factory=dict)
+        """Attributes of xatlas' ChartOptions."""
         xatlas_pack_options: dict[str, Any] = field(default_factory=dict)
-        """Attributes of xatlas' ChartOptions and PackOptions."""
+        """Attributes of xatlas' PackOptions."""
 
         animation_frames: int = number(32, 0, 1000)
         """Moments of the animated GLB, evenly over the clip; 0 for no such file."""

@@ -65,9 +65,11 @@ class Distillation(Component, nn.Module, ABC):
     @dataclass(frozen=True, kw_only=True)
     class Config(Prior.Config):
         min_step_percent: Schedule = scheduled(0.02, 0, 0.999)
+        """Least noise that is drawn, as a share of the model's timesteps; may be a schedule."""
         max_step_percent: Schedule = scheduled(0.98, 0, 0.999)
-        """Range of the noise level, as shares of the model's timesteps; scheduled scalars."""
+        """Most noise that is drawn, as a share of the model's timesteps; may be a schedule."""
         max_step_percent_annealed: float = number(0.5, 0, 0.999)
+        """Most noise after ``anneal_start_step``, as a share of the model's timesteps."""
         anneal_start_step: int | None = number(None, 0)
         """Beyond this global step ``max_step_percent_annealed`` replaces ``max_step_percent``."""
         grad_clip: Schedule = scheduled(None, 0)

@@ -58,6 +58,7 @@ class VariationalScoreDistillation(Distillation):
         """Scale of the LoRA, counted from its prediction without text and camera; 1 is no guidance."""
         anneal_start_step: int | None = number(5000, 0)
         lora_rank: int = number(4, 1, 1024)
+        """Rank of the LoRA's matrices."""
         lora_cfg_training: bool = True
         """Drop the cameras of some batches, so that the LoRA also learns to predict without them."""
         lora_n_timestamp_samples: int = number(1, 1, 64)

@@ -50,8 +50,11 @@ class TrainerConfig:
     """``trainer``: how Lightning's Trainer runs the stage."""
 
     max_steps: int = number(10000, 0)
+    """Training ends after this global step."""
     log_every_n_steps: int = number(50, 1)
+    """Training steps between two points of a curve."""
     num_sanity_val_steps: int = number(0, 0)
+    """Validation batches to render before training."""
     val_check_interval: int | float = number(1000, 0)
     """Training steps between validations; 0 for none, a fraction such as 0.25 of ``max_steps``."""
     limit_val_batches: int | None = number(None, 0)
@@ -63,13 +66,16 @@ class TrainerConfig:
     accumulate_grad_batches: int = number(1, 1)
     """Batches, of one kind, whose gradients are averaged for a step."""
     gradient_clip_val: float | None = number(None, 0)
+    """Bound on the gradients, of the kind that ``gradient_clip_algorithm`` says; null: none."""
     gradient_clip_algorithm: Literal["norm", "value"] | None = None
+    """``norm`` bounds the norm of all gradients together and is what null means, ``value`` each element."""
     detect_anomaly: bool = False
     """Name the operation whose gradient is the first NaN; slow."""
     deterministic: bool = False
     """Refuse operations without a deterministic implementation (CUDA only; the CPU always is). The hash
     grid then runs on its plain reference, which is much slower."""
     devices: Any = 1
+    """Accepted as 1 alone: a run uses one device, which ``--gpu`` chooses."""
     num_nodes: int = 1
     callbacks: dict[str, Any] = named_slots(Callback, by="type")
     """What looks on, by names of your own; each entry's ``type`` is the registered name of its class."""
@@ -108,6 +114,7 @@ class CheckpointConfig:
     """``checkpoint``: ``ckpts/last.ckpt``, also written at the end and on SIGTERM or SIGINT."""
 
     every_n_train_steps: int = number(EVERY_N_TRAIN_STEPS, 1)
+    """Training steps between two saves."""
     save_top_k: int = number(0, -1)
     """Keep every k-th save too, as ``ckpts/step_{step}.ckpt``; -1: all, 0: none."""
 
@@ -128,19 +135,28 @@ class ExperimentConfig:
     """Everything a stage is made from."""
 
     name: str = "default"
+    """Of the experiment; a folder of ``exp_root_dir`` that holds its trials."""
     tag: str = ""
+    """Of the trial, a folder inside ``name``; in the experiment files it is the prompt, without spaces."""
     description: str = ""
+    """A note of the user's; nothing reads it."""
     seed: int = number(0, 0)
+    """Every random draw follows from it and from the step."""
     exp_root_dir: str = file_path("outputs")
+    """The folder of all experiments."""
     use_timestamp: bool = True
+    """Put the time of the start behind the tag, so that each start has a folder of its own."""
     timestamp: str = ""
     """Set by the run itself; part of the trial folder's name."""
     resume: str | None = file_path()
     """A checkpoint of this very experiment, or its trial folder: training goes on, or evaluation takes its
     weights. Without it, the last checkpoint of the trial folder if that exists."""
     exp_dir: str = ""
+    """Written by the original; nothing reads it."""
     trial_name: str = ""
+    """Written by the original; nothing reads it."""
     trial_dir: str = ""
+    """Written by the original into its ``parsed.yaml``; tells that file from a trial of ours."""
     plugins: list[str] = field(default_factory=list)
     """Modules that register components, imported first; files and the command line add theirs."""
     plugin_path: list[str] = file_path([])

@@ -50,8 +50,9 @@ class LatentPrior(Prior):
         pretrained_model_name_or_path: str = file_path("stabilityai/stable-diffusion-2-1-base")
         """Folder, embedded name or hub id with ``unet``, ``vae`` and ``scheduler``."""
         height: int | None = number(None, 1, 8192)
-        width: int | None = number(None, 1, 8192)
         """Pixels that images are resized to before the VAE; null: the model's own size."""
+        width: int | None = number(None, 1, 8192)
+        """Pixels, as ``height``."""
         view_dependent_prompting: bool = True
         """Ask with the text of each frame's view (of a video's first frame), not with the plain prompt."""
         token_merging: bool = False

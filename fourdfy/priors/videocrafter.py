@@ -36,7 +36,9 @@ class VideoCrafter(VideoPrior):
         half_precision_weights: bool | str = False
         """False unlike elsewhere: the published runs left precision to the trainer."""
         height: int | None = number(320, 1, 8192)
+        """Pixels that frames are resized to before the VAE; null: the model's own size."""
         width: int | None = number(512, 1, 8192)
+        """Pixels, as ``height``."""
         fps: int = number(28, 1, 1000)
         """Frames per second that the model is told: the higher, the less moves between two of them."""
         use_hifa: bool = False

@@ -16,4 +16,6 @@ class ZeroScope(VideoPrior):
     class Config(VideoPrior.Config):
         pretrained_model_name_or_path: str = file_path("cerspense/zeroscope_v2_576w")
         height: int | None = number(320, 1, 8192)
+        """Pixels that frames are resized to before the VAE; null: the model's own size."""
         width: int | None = number(576, 1, 8192)
+        """Pixels, as ``height``."""

@@ -48,10 +48,13 @@ class PromptProcessor(Component, ABC):
         prompt: str = MISSING
         """What to make. ``lib:panda_dancing`` takes the one library prompt with both words."""
         prompt_front: str | None = None
+        """The whole text for the front view, instead of the prompt with the view's words."""
         prompt_side: str | None = None
+        """The same for the side views."""
         prompt_back: str | None = None
+        """The same for the back view."""
         prompt_overhead: str | None = None
-        """Whole texts for a view, instead of the prompt with the view's words."""
+        """The same for the view from above."""
         moments: list[str] = field(default_factory=list)
         """Words for equal parts of the scene's time (say four quarters), put behind the prompt by this
         processor alone, before the view's words; with one entry they are for all times."""
@@ -60,9 +63,11 @@ class PromptProcessor(Component, ABC):
         pretrained_model_name_or_path: str = file_path("stabilityai/stable-diffusion-2-1-base")
         """Folder, embedded name or hub id with ``tokenizer`` and ``text_encoder``."""
         overhead_threshold: float = number(60.0, 0, 90)
+        """Degrees of elevation above which a camera has the overhead view."""
         front_threshold: float = number(45.0, 0, 180)
+        """Degrees of azimuth, to both sides of 0, within which it has the front view."""
         back_threshold: float = number(45.0, 0, 180)
-        """Degrees; see ``prompts.views.direction_indices``."""
+        """Degrees of azimuth, to both sides of 180, within which it has the back view."""
         view_dependent_prompt_front: bool = False
         """"front view of PROMPT" instead of "PROMPT, front view"."""
         use_cache: bool = True
@@ -71,10 +76,14 @@ class PromptProcessor(Component, ABC):
         """Texts mixed by azimuth, with the front and side views as negatives; see
         ``prompts.views.perp_neg_texts``. The guidance must have view_dependent_prompting=true."""
         perp_neg_f_sb: tuple[float, float, float] = number((1.0, 0.5, -0.606), -1000, 1000)
+        """(a, b, c) of a negative's weight -(a exp(-b r) + c), r the share of the view nearer to the front:
+        here of the side's, seen from behind. See ``types.PerpNegDecays``."""
         perp_neg_f_fsb: tuple[float, float, float] = number((1.0, 0.5, 0.967), -1000, 1000)
+        """The same of the front's weight, seen from behind."""
         perp_neg_f_fs: tuple[float, float, float] = number((4.0, 0.5, -2.426), -1000, 1000)
+        """The same of the front's weight, seen from the front."""
         perp_neg_f_sf: tuple[float, float, float] = number((4.0, 0.5, -2.426), -1000, 1000)
-        """(a, b, c) of the negatives' weights -(a exp(-b r) + c); see ``PerpNegDecays``."""
+        """The same of the side's weight, seen from the front, with 1 - r for r."""
 
         def models(self) -> list[tuple[str, tuple[str, ...]]]:
             """Every model that is needed, with its parts."""

@@ -27,6 +27,7 @@ class AugmentedConfig(Background.Config):
     """What the backgrounds share."""
 
     n_output_dims: int = number(3, 3, 3)
+    """Channels of a colour."""
     random_aug: bool = False
     """In training, put one random colour in place of the background now and then."""
     random_aug_prob: float = number(0.5, 0, 1)
@@ -105,7 +106,9 @@ class Textured(Background):
     @dataclass(frozen=True, kw_only=True)
     class Config(AugmentedConfig):
         height: int = number(64, 1, 4096)
+        """Texels over the longitude."""
         width: int = number(64, 1, 4096)
+        """Texels over the angle from +z."""
         color_activation: str | None = "sigmoid"
         """Any name of ``ops.activations``."""
 
@@ -140,6 +143,7 @@ class SolidColor(Background):
     @dataclass(frozen=True, kw_only=True)
     class Config(AugmentedConfig):
         color: tuple[float, float, float] = number((1.0, 1.0, 1.0), 0, 1)
+        """RGB."""
         learned: bool = False
         """Train the colour, from ``color`` on."""
 

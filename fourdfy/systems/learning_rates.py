@@ -29,9 +29,11 @@ class SchedulerConfig:
     """``system.scheduler``: a class of torch.optim.lr_scheduler with its arguments or parts."""
 
     name: str
+    """A class of torch.optim.lr_scheduler."""
     interval: Literal["step"] = "step"
     """The scheduler takes a step after each of the optimizer's; epochs don't count: there is only one."""
     args: dict[str, Any] = field(default_factory=dict)
+    """Its arguments."""
     schedulers: list[dict[str, Any]] = field(default_factory=list)
     """The parts of a SequentialLR or ChainedScheduler, in this same form."""
     milestones: list[int] = field(default_factory=list)

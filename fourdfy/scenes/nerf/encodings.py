@@ -118,9 +118,13 @@ class HashGrid(Encoding):
     @dataclass(frozen=True, kw_only=True)
     class Config(Encoding.Config):
         n_levels: int = number(16, 1, 32)
+        """Grids, from coarse to fine, whose features are put side by side."""
         n_features_per_level: int = number(2, 1, 8)
+        """Channels of each grid."""
         log2_hashmap_size: int = number(19, 3, 24)
+        """Entries of a level's table, as a power of two; finer grids share them by hashing."""
         base_resolution: int = number(16, 1, 4096)
+        """Cells along each axis of the coarsest level."""
         per_level_scale: float = number(1.447269237440378, 1, 16)
         """Ratio of two levels' resolutions; with 16 levels from 16 on the finest has 4096 cells."""
         backend: str = "auto"
@@ -169,6 +173,7 @@ class Grid(HashGrid):
     @dataclass(frozen=True, kw_only=True)
     class Config(HashGrid.Config):
         type: Literal["Hash"] = "Hash"
+        """The one kind of grid there is."""
 
 
 @register("ProgressiveBandHashGrid")
@@ -180,6 +185,7 @@ class ProgressiveBandHashGrid(HashGrid):
         start_level: int = number(low=1, high=32)
         """Levels in use until ``start_step + update_steps``."""
         start_step: int = number(low=0)
+        """The global step from which levels are counted up."""
         update_steps: int = number(low=1)
         """Steps between one level and the next."""
 
@@ -302,6 +308,7 @@ class SphericalHarmonics(Encoding):
     @dataclass(frozen=True, kw_only=True)
     class Config(Encoding.Config):
         degree: int = number(3, 1, MAX_DEGREE)
+        """Bands of harmonics; there are degree^2 of them."""
 
     cfg: Config
 

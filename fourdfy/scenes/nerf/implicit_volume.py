@@ -38,9 +38,13 @@ class BlobStdAnnealing:
     """A ramp of the density blob's width over the steps, constant before and after it."""
 
     min_anneal_step: int = number(low=0)
+    """The global step until which the width is ``start_val``."""
     max_anneal_step: int = number(low=1)
+    """The global step from which it is ``end_val``."""
     start_val: float = number(above=0, high=1000)
+    """Width at the start, in scene units."""
     end_val: float = number(above=0, high=1000)
+    """Width at the end, in scene units."""
 
 
 @register("implicit-volume")
@@ -60,6 +64,7 @@ class ImplicitVolume(Geometry):
         density_bias: float | int | str = number("blob_magic3d", -1e4, 1e4)
         """A number, ``blob_dreamfusion`` or ``blob_magic3d``; added before the activation."""
         density_blob_scale: float = number(10.0, 0, 1e4)
+        """Density in the middle of the blob that is added, before the activation."""
         density_blob_std: float = number(0.5, above=0, high=1000)
         """Width of the blob, in scene units."""
         anneal_density_blob_std_config: BlobStdAnnealing | None = None

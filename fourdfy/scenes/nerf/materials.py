@@ -30,6 +30,7 @@ class NoMaterial(Material):
     @dataclass(frozen=True, kw_only=True)
     class Config(Material.Config):
         n_output_dims: int = number(3, 3, 3)
+        """Channels of a colour."""
         color_activation: str | None = "sigmoid"
         """Any name of ``ops.activations``."""
         input_feature_dims: int | None = number(None, 1, 256)
@@ -73,7 +74,9 @@ class DiffuseWithPointLight(Material):
     @dataclass(frozen=True, kw_only=True)
     class Config(Material.Config):
         ambient_light_color: tuple[float, float, float] = number((0.1, 0.1, 0.1), 0, 10)
+        """RGB of the light from everywhere."""
         diffuse_light_color: tuple[float, float, float] = number((0.9, 0.9, 0.9), 0, 10)
+        """RGB of the point light."""
         ambient_only_steps: int = number(1000, 0)
         """Before this step, colours are not shaded."""
         diffuse_prob: float = number(0.75, 0, 1)

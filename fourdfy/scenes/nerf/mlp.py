@@ -26,9 +26,13 @@ class VanillaMLP(Component, nn.Module):
     @dataclass(frozen=True, kw_only=True)
     class Config(Component.Config):
         n_neurons: int = number(64, 1, 4096)
+        """Width of a hidden layer."""
         n_hidden_layers: int = number(1, 1, 32)
+        """Hidden layers, each followed by the activation."""
         bias: bool = False
+        """Give every layer a bias."""
         activation: Literal["ReLU"] = "ReLU"
+        """After each hidden layer."""
         output_activation: str | None = "none"
         """Any name of ``ops.activations``."""
 
