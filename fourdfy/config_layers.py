@@ -6,7 +6,6 @@ hold paths, and which settings belong to a component that another class replaces
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,7 @@ from omegaconf.errors import (
 
 from fourdfy import registry
 from fourdfy.config import (
+    MISSES,
     Named,
     Schema,
     Slot,
@@ -88,14 +88,19 @@ def load_config(
     if stage is not None:
         layers = [_without_stages(layer) for layer in layers] + [_of_stage(layer, stage) for layer in layers]
     typed = list(split_overrides(overrides))
-    draft_layer = _override_layer(typed)
-    plugins = _import_plugins([*layers, draft_layer], paths)
+    draft = _override_layer(typed)
+    plugins = _import_plugins([*layers, draft], paths)
     merged, replaced = Section(), Section()
     for layer in layers:
         merged = _lay(layer, merged, schema, replaced)
     _share(schema, merged, alike=True)
-    draft = _lay(draft_layer, copy.deepcopy(merged), schema, Section())
-    merged = _lay(_override_layer(typed, schema, draft, merged), merged, schema, replaced)
+    keyed = [
+        join(path, name)
+        for path, owner, _ in walk(schema, draft.over(merged))
+        for name, f in init_fields(owner).items()
+        if "keyed_by_path" in f.metadata
+    ]
+    merged = _lay(_override_layer(typed, merged, keyed), merged, schema, replaced)
     sources = dict(_sources(merged))
     for path, owner, node in walk(schema, merged):
         _settle(owner, node, path, sources)
@@ -120,36 +125,26 @@ def _of_stage(layer: Section, stage: int) -> Section:
 
 
 def _override_layer(
-    typed: Sequence[tuple[str, str]],
-    schema: type = Schema,
-    draft: Section | None = None,
-    files: Section | None = None,
+    typed: Sequence[tuple[str, str]], files: Section | None = None, keyed: Sequence[str] = ()
 ) -> Section:
     """``key=text`` overrides as one layer; what is no YAML stays a text.
 
     Args:
-        schema, draft: say which mappings, in ``files`` below, have dotted paths as their keys.
+        keyed: dotted keys of mappings whose own keys are dotted paths.
     """
-    keyed = [
-        join(path, name)
-        for path, owner, _ in walk(schema, draft or Section())
-        for name, f in init_fields(owner).items()
-        if "keyed_by_path" in f.metadata
-    ]
-    layer = Section(source=COMMAND_LINE)
+    files, layer = files or Section(), Section(source=COMMAND_LINE)
     for key, text in typed:
         try:
             value = read_yaml(text, COMMAND_LINE)
         except ConfigError:
             value = Leaf(text, COMMAND_LINE)
-        known = mapping_at(files, key) if files else None
-        if known and value == {}:
+        if value == {} and (known := mapping_at(files, key)):
             raise ConfigError(
                 f"{key}={text}: an empty mapping changes nothing of what is there; switch single entries off "
                 f"with null, e.g. {key}.{next(iter(known))}=null"
             )
         value = replace(value, text=text) if isinstance(value, Leaf) else Section(value, COMMAND_LINE, text)
-        layer.put(_places(keyed, files or Section(), key, value), value)
+        layer.put(_places(keyed, files, key, value), value)
     return layer
 
 
@@ -289,7 +284,7 @@ def _resolved(merged: Section, sources: Mapping[str, str]) -> dict[str, Any]:
         return OmegaConf.to_container(OmegaConf.create(plain(merged)), resolve=True)  # type: ignore[return-value]
     except InterpolationToMissingValueError as error:
         key = str(error).splitlines()[0].split(": ")[-1]
-        raise ConfigError(f"{key}: missing; set it in the file or as key=value") from error
+        raise ConfigError(f"{key}: {MISSES}") from error
     except OmegaConfBaseException as error:
         key, problem = error.full_key or "", str(error).splitlines()[0]
         if isinstance(error, GrammarParseError):

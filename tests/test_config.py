@@ -164,6 +164,30 @@ def test_naming_another_class_leaves_the_old_one_s_settings_behind(tmp_path, ove
     assert values.get("animal", {}) == left
 
 
+def test_a_class_named_inside_of_its_settings_is_given_those_that_stand_there(tmp_path):
+    values = load("guest: {otype: test-dog, lives: 3}", "guest.otype=test-cat", folder=tmp_path)
+    assert values["guest"] == {"otype": "test-cat", "lives": 3}
+
+
+def test_the_last_file_that_touched_a_section_is_named_for_what_is_wrong_with_all_of_it(tmp_path):
+    (tmp_path / "below.yaml").write_text("animal: {name: Mia, lives: 0}")
+    (tmp_path / "top.yaml").write_text("base: below.yaml\nanimal: {sizes: [2]}")
+    loaded = load_config([tmp_path / "top.yaml"], schema=House)
+    with pytest.raises(ConfigError, match=r"^animal \(in .*top\.yaml\): lives=0"):
+        parse_config(House, loaded.values, sources=loaded.sources)
+
+
+def test_a_class_can_be_named_by_another_key(tmp_path):
+    values = load("width: test-dog\nhouse: {animal_type: '${width}'}", schema=Street, folder=tmp_path)
+    assert parse_config(Street, values).house.animal == Dog.Config()
+
+
+def test_a_value_that_a_later_file_wants_set_is_set_by_an_earlier_one(tmp_path):
+    (tmp_path / "below.yaml").write_text("width: 3\nhouse: ???")
+    text = "base: below.yaml\nwidth: ???\nhouse: {rooms: 2}"
+    assert load(text, schema=Street, folder=tmp_path) == {"width": 3, "house": {"rooms": 2}}
+
+
 @pytest.mark.parametrize(
     ("written", "given", "kept"),
     [("width: [1, 2]", "width={a: 1}", {"a": 1}), ("width: {a: 1}", "width=[1, 2]", [1, 2])],

@@ -251,6 +251,8 @@ def test_the_texts_of_one_stage_are_taken_as_typed_too():
         (b"a: 1\n2: b", r"x\.yaml:2: expected a word as the key, got 2"),
         (b"- 1", r"x\.yaml: expected a mapping"),
         (b"a: !!python/object:os.system 1", r"x\.yaml:1: could not determine a constructor"),
+        (b"a: !new {b: 1}", r"x\.yaml:1: could not determine a constructor"),
+        (b"a: 1\nb: {<<: 3}", r"x\.yaml:2: expected a mapping or list of mappings for merging"),
         (b"base: x.yaml", r"x\.yaml: its base files lead back to it: x\.yaml -> x\.yaml"),
         (b"base: {a: 1}", r"x\.yaml: base: expected the name of a file"),
         (b"base: .", r"\(base of .*x\.yaml\): a folder"),
