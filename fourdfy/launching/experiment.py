@@ -77,6 +77,7 @@ class TrainerConfig:
     devices: Any = 1
     """Accepted as 1 alone: a run uses one device, which ``--gpu`` chooses."""
     num_nodes: int = 1
+    """Accepted as 1 alone."""
     callbacks: dict[str, Any] = named_slots(Callback, by="type")
     """What looks on, by names of your own; each entry's ``type`` is the registered name of its class."""
 
