@@ -40,6 +40,7 @@ def configs(*pending: type) -> list[type]:
     while waiting:
         schema = waiting.pop(0)
         family = [base for base in reversed(schema.__mro__) if _is_own(base) and base not in found]
+        family = family if _is_own(schema) else []  # of a plugin
         found += family
         for base in family:
             for name in own_fields(base):
