@@ -24,7 +24,9 @@ class WandbConfig:
     (``WANDB_MODE=offline``) work."""
 
     enable: bool = False
+    """Send the curves there."""
     project: str = "fourdfy"
+    """The project there that the run belongs to."""
     name: str | None = None
     """Of the run; null is the trial's folder."""
 

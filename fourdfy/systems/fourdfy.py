@@ -83,7 +83,6 @@ class FourdfySystem(System):
         weights_ignore_modules: list[str] | None = None
         """Prefixes of parameters not to take from ``weights``."""
 
-
         def __post_init__(self) -> None:
             if self.scene is None:
                 NeRFScene.Config.__post_init__(self)
