@@ -5,6 +5,7 @@ import re
 import pytest
 
 from tests.commands import ROOT
+from tests.test_layers import MAY_IMPORT
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "extern" / "README.md", *ROOT.glob("docs/*.md")]
 FOLDERS = "benchmarks|configs|docs|extern|fourdfy|tests|tools"
@@ -29,3 +30,10 @@ def test_links_lead_somewhere(page):
         target = page.parent / path if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+def test_the_architecture_page_draws_the_floors_that_hold():
+    rows = re.findall(
+        r"^\| `(\w+)` \| .* \| (.*) \|$", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE
+    )
+    assert {room: set(re.findall(r"`(\w+)`", below)) for room, below in rows} == MAY_IMPORT
