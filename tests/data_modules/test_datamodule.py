@@ -21,16 +21,14 @@ CAMERAS = {
     "camera_perturb": 0.0,
     "center_perturb": 0.0,
     "up_perturb": 0.0,
-    "eval_camera_distance": 3.0,
-    "eval_fovy_deg": 40.0,
-    "eval_height": 4,
-    "eval_width": 5,
 }
+EVALUATION = {"eval_camera_distance": 3.0, "eval_fovy_deg": 40.0, "eval_height": 4, "eval_width": 5}
 STAGE_3 = {
     "prob_multi_view": 0.5,
     "single_view": {
         **STILL,
         **CAMERAS,
+        **EVALUATION,
         "static": False,
         "num_frames": 4,
         "simultan": True,
@@ -46,7 +44,6 @@ STAGE_3 = {
         **CAMERAS,
         "batch_size": [8, 4],
         "n_view": 4,
-        "n_val_views": 4,
         "relative_radius": False,
         "num_frames": 4,
         "sample_rand_frames": "t0",
@@ -62,7 +59,7 @@ def make(given=STAGE_3, seed=0, choose_kind=lambda step: KINDS[step % 3]):
 
 
 def static(**single_view):
-    inherited = {key: STAGE_3["single_view"][key] for key in (*STILL, *CAMERAS)}
+    inherited = {key: STAGE_3["single_view"][key] for key in (*STILL, *CAMERAS, *EVALUATION)}
     return {**STAGE_3, "single_view": {**inherited, "static": True, **single_view}}
 
 

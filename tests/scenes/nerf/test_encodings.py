@@ -152,19 +152,6 @@ def test_grids_start_uniform_within_1e_4_and_equal_where_their_shapes_are():
     assert params.mean().abs() < 3e-6
 
 
-def test_the_keys_of_4d_fy_s_own_files_parse():
-    time = {
-        "otype": "Grid", "type": "Hash", "n_levels": 8, "n_features_per_level": 2, "log2_hashmap_size": 19,
-        "base_resolution": 4, "per_level_scale": 1.447269237440378, "start_level": 4, "start_step": 0,
-        "update_steps": 500,
-    }  # fmt: skip
-    network = {"otype": "VanillaMLP", "n_neurons": 64, "n_hidden_layers": 2}
-    keys = {"static": False, "num_frames": 16, "time_encoding_config": time, "time_network_config": network}
-    cfg = parse("HashGridSpatialTimeDeform", **keys)
-    assert cfg.time_encoding_config.base_resolution == 4
-    assert cfg.time_network_config.n_hidden_layers == 2
-
-
 def test_spherical_harmonics_are_those_of_tiny_cuda_nn():
     directions = torch.from_numpy(HARMONICS["sh3/directions"]).double()
     expected = torch.from_numpy(HARMONICS["sh3/outputs"])
