@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -16,21 +16,24 @@ from torch import Tensor
 
 from fourdfy.schedules import Schedule, schedule_value
 
+Self = TypeVar("Self", bound="TensorRecord")
 
+
+@dataclass(frozen=True)
 class TensorRecord:
     """A frozen dataclass of tensors that move between devices together."""
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
+    def to(self: Self, *args: Any, **kwargs: Any) -> Self:
         """A copy with ``Tensor.to(*args, **kwargs)`` applied to every tensor, records included."""
         return self.mapped(lambda value: value.to(*args, **kwargs))
 
-    def mapped(self, change: Callable[[Any], Any]) -> Any:
+    def mapped(self: Self, change: Callable[[Any], Any]) -> Self:
         """A copy with ``change(value)`` for each of ``tensors()``, in order."""
-        return replace(self, **{name: change(value) for name, value in self.tensors().items()})  # type: ignore[type-var]
+        return replace(self, **{name: change(value) for name, value in self.tensors().items()})
 
     def tensors(self) -> dict[str, Any]:
         """Its tensors and records by name, without those that are None or numbers."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor | TensorRecord)}
 
 
@@ -47,6 +50,17 @@ class StepContext:
     generator: torch.Generator | None = None
     """One stream of the step's randomness, on the device (``seeds.step_generator``). None in evaluation:
     nothing is random there, and nothing builds a graph."""
+
+    @property
+    def random(self) -> torch.Generator:
+        """The generator, for what happens in training alone.
+
+        Raises:
+            RuntimeError: this is the context of an evaluation.
+        """
+        if self.generator is None:
+            raise RuntimeError("an evaluation has no generator: nothing is random there")
+        return self.generator
 
     def at_step(self, value: Schedule) -> float | int:
         """The scheduled scalar at this step."""

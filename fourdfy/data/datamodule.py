@@ -133,7 +133,7 @@ class CombinedCameraDataModule(DataModule):
     def _evaluation(self, sequences: dict[str, Cameras]) -> DataLoader:
         size = self.cfg.single_view.eval_batch_size
         batches = [batch for name, cameras in sequences.items() for batch in chunks(name, cameras, size)]
-        return DataLoader(batches, batch_size=None)
+        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # torch takes any sequence
 
 
 def chunks(split: str, cameras: Cameras, size: int) -> Iterator[EvalBatch]:

@@ -71,9 +71,10 @@ class CameraConfig:
     def sizes(self) -> list[tuple[int, int, int]]:
         """(batch_size, height, width) of each stretch between milestones, without repetitions."""
         stretches = [
-            tuple(
-                at_step(values, self.resolution_milestones, start)
-                for values in (self.batch_size, self.height, self.width)
+            (
+                at_step(self.batch_size, self.resolution_milestones, start),
+                at_step(self.height, self.resolution_milestones, start),
+                at_step(self.width, self.resolution_milestones, start),
             )
             for start in (0, *self.resolution_milestones)
         ]
@@ -168,50 +169,50 @@ class MultiViewConfig(CameraConfig):
 class SingleViews(CameraSampler):
     """Single views of one moment."""
 
-    cfg: SingleViewConfig
+    views: SingleViewConfig
 
     def sample(self, context: StepContext) -> Cameras:
-        return sample_single_view(self.cfg, step=context.step, generator=context.generator)
+        return sample_single_view(self.views, step=context.step, generator=context.random)
 
     def sizes(self) -> list[tuple[int, int, int]]:
-        return self.cfg.sizes()
+        return self.views.sizes()
 
 
 @dataclass(frozen=True)
 class MultiViews(CameraSampler):
     """Groups of ``n_view`` cameras around one moment of ``clip``."""
 
-    cfg: MultiViewConfig
+    groups: MultiViewConfig
     clip: SingleViewConfig
     group_key = "data.multi_view.n_view"
 
     @property
     def group_size(self) -> int:
-        return self.cfg.n_view
+        return self.groups.n_view
 
     def sample(self, context: StepContext) -> Cameras:
-        return sample_multi_view(self.cfg, self.clip, step=context.step, generator=context.generator)
+        return sample_multi_view(self.groups, self.clip, step=context.step, generator=context.random)
 
     def sizes(self) -> list[tuple[int, int, int]]:
-        return self.cfg.sizes()
+        return self.groups.sizes()
 
 
 @dataclass(frozen=True)
 class Videos(CameraSampler):
     """Whole clips."""
 
-    cfg: SingleViewConfig
+    clip: SingleViewConfig
     group_key = "data.single_view.num_frames"
 
     @property
     def group_size(self) -> int:
-        return self.cfg.num_frames
+        return self.clip.num_frames
 
     def sample(self, context: StepContext) -> Cameras:
-        return sample_video(self.cfg, step=context.step, generator=context.generator)
+        return sample_video(self.clip, step=context.step, generator=context.random)
 
     def sizes(self) -> list[tuple[int, int, int]]:
-        cfg = self.cfg
+        cfg = self.clip
         frames = [videos * cfg.num_frames for videos, _, _ in cfg.sizes()]
         return list(dict.fromkeys((count, cfg.height_vid, cfg.width_vid) for count in frames))
 

@@ -111,7 +111,7 @@ class Distillation(Component, nn.Module, ABC):
     ) -> GuidanceOutput:
         self.cfg.check_group_size(cameras.group_size, "the group_size of the step's cameras")
         low, high = self.cfg.noise_range(context.step)
-        prior, schedule, generator = self.prior, self.prior.denoiser.schedule, context.generator
+        prior, schedule, generator = self.prior, self.prior.denoiser.schedule, context.random
         latents = prior.encode(frames.comp_rgb, cameras.group_size, generator)
         timesteps = prior.draw_timesteps(schedule, low, high, len(latents), generator)
         noise = sample_noise(latents.shape, generator, self.device)

@@ -107,7 +107,7 @@ class VariationalScoreDistillation(Distillation):
         grad = self.bound(self.prior.adjust(vsd_gradient(guided, renderings, x.scales)), context)
         losses = {"vsd": score_loss(x.latents, grad)}
         if any(parameter.requires_grad for parameter in self.parameters()):
-            losses["lora"] = self.lora_loss(x.clean, texts, camera, context.generator)
+            losses["lora"] = self.lora_loss(x.clean, texts, camera, context.random)
         return losses, grad
 
     def camera_matrices(self, cameras: Cameras) -> Float[Tensor, "B 4 4"]:
@@ -131,16 +131,19 @@ class VariationalScoreDistillation(Distillation):
         scale = self.cfg.guidance_scale_lora
         # At 1 the unconditional half would be multiplied by zero.
         halves = ((texts.text, camera), (texts.uncond, torch.zeros_like(camera)))[: 1 if scale == 1 else 2]
+        text, told = (torch.cat(x) for x in zip(*halves, strict=True))
         prediction = self.predict_renderings(
-            *(torch.cat([x] * len(halves)) for x in (noisy, timesteps)),
-            *(torch.cat(x) for x in zip(*halves, strict=True)),
+            torch.cat([noisy] * len(halves)),
+            torch.cat([timesteps] * len(halves)),
+            text,
+            told,
             None if texts.cameras is None else torch.cat([texts.cameras] * len(halves)),
         )
         x0, *uncond = (
             x0_from_prediction(part, noisy, scales, schedule.prediction)
             for part in prediction.chunk(len(halves))
         )
-        return classifier_free_guidance(x0, *uncond, scale) if uncond else x0
+        return classifier_free_guidance(x0, uncond[0], scale) if uncond else x0
 
     def lora_loss(
         self,
