@@ -11,7 +11,7 @@ B latents (images or videos), C channels, S the axes behind them: (H, W), or (F,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -61,7 +61,7 @@ def x0_from_prediction(
         return prediction
     if kind == "flow_prediction":
         return (noisy - sigmas * prediction) / (alphas + sigmas)
-    raise ValueError(f"prediction_type {kind!r} is not known; expected one of {Prediction.__args__}")
+    raise ValueError(f"prediction_type {kind!r} is not known; expected one of {get_args(Prediction)}")
 
 
 def prediction_target(
@@ -84,7 +84,7 @@ def prediction_target(
         return latents
     if kind == "flow_prediction":
         return noise - latents
-    raise ValueError(f"prediction_type {kind!r} is not known; expected one of {Prediction.__args__}")
+    raise ValueError(f"prediction_type {kind!r} is not known; expected one of {get_args(Prediction)}")
 
 
 def classifier_free_guidance(

@@ -11,7 +11,7 @@ averaged over B, and summed over everything else.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -126,7 +126,7 @@ def weight(scales: NoiseScales, weighting: str) -> Float[Tensor, "B *ones"]:
         return torch.ones_like(scales.sigmas)
     if weighting == "fantasia3d":
         return scales.alphas * scales.sigmas**2
-    raise ValueError(f"weighting_strategy={weighting!r}; expected one of {Weighting.__args__}")
+    raise ValueError(f"weighting_strategy={weighting!r}; expected one of {get_args(Weighting)}")
 
 
 def amplify_motion(score: Float[Tensor, "B C F H W"], scale: float) -> Float[Tensor, "B C F H W"]:

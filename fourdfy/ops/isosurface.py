@@ -78,7 +78,7 @@ def optical_depth(grid: Float[Tensor, "R R R"], radius: float) -> Float[Tensor, 
     return least
 
 
-def _sums_from_outside(grid: Float[Tensor, "R R R"], direction: tuple[int, int, int]) -> Tensor:
+def _sums_from_outside(grid: Float[Tensor, "R R R"], direction: tuple[int, ...]) -> Tensor:
     """At every point, the sum of half of its own value and of all values before it along ``direction``,
     starting outside the grid."""
     main = next(axis for axis, step in enumerate(direction) if step)

@@ -142,10 +142,14 @@ def _lookup(
     """
     size = len(cells)
     assert size**3 <= 2**24, "the flat index must be exact in float32"
-    index = 0.0
-    for axis in range(3):
+
+    def along(axis: int) -> Float[Tensor, "R K"]:
         x = torch.addcmul(starts[:, axis, None], slopes[:, axis, None], t_mids)
-        index = x.clamp_(0, size - 1).floor_().add_(index, alpha=size)
+        return x.clamp_(0, size - 1).floor_()
+
+    index = along(0)
+    for axis in (1, 2):
+        index = along(axis).add_(index, alpha=size)
     return cells.flatten().index_select(0, index.to(torch.int32).flatten()).view_as(index)
 
 

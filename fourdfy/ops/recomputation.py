@@ -62,20 +62,22 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        inputs, totals, grads = ctx.saved_tensors, [None] * len(ctx.saved_tensors), iter(grads)
+        inputs, arriving = ctx.saved_tensors, iter(grads)
+        totals: list[Tensor | None] = [None] * len(inputs)
         with _requiring_gradients(inputs):
             for piece in ctx.pieces:
                 with torch.enable_grad(), ctx.autocast():
                     values = ctx.compute(piece).tensors().values()
                 # As many gradients as there are values; the rest is for the pieces to come.
-                pairs = [(value, next(grads)) for value in values]
+                pairs = [(value, next(arriving)) for value in values]
                 pairs = [(value, grad) for value, grad in pairs if grad is not None and value.requires_grad]
                 if not pairs:
                     continue
-                values, upstream = zip(*pairs, strict=True)
-                for k, grad in enumerate(torch.autograd.grad(values, inputs, upstream, allow_unused=True)):
+                outputs, upstream = zip(*pairs, strict=True)
+                for k, grad in enumerate(torch.autograd.grad(outputs, inputs, upstream, allow_unused=True)):
                     if grad is not None:
-                        totals[k] = grad.clone() if totals[k] is None else totals[k].add_(grad)
+                        total = totals[k]
+                        totals[k] = grad.clone() if total is None else total.add_(grad)
         return None, None, None, *totals
 
 

@@ -78,12 +78,12 @@ class _HashGrid(torch.autograd.Function):
         grad_x = grad_params = None
         if wants_params:
             grad_params = torch.empty_like(params)
-            arrays = _numpy(x), levels, grad, _numpy(grad_params)
-            _split_levels(len(levels), lambda first, every: _scatter(*arrays, first, every))
+            to_params = _numpy(x), levels, grad, _numpy(grad_params)
+            _split_levels(len(levels), lambda first, every: _scatter(*to_params, first, every))
         if wants_x:
             grad_x = torch.empty_like(x)
-            arrays = _numpy(x), _numpy(params), levels, grad, _numpy(grad_x)
-            _split_points(len(x), lambda start, stop: _differentiate(*arrays, start, stop))
+            to_x = _numpy(x), _numpy(params), levels, grad, _numpy(grad_x)
+            _split_points(len(x), lambda start, stop: _differentiate(*to_x, start, stop))
         return grad_x, grad_params, None
 
 
