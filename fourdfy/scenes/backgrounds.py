@@ -93,7 +93,7 @@ class NeuralEnvironmentMap(Background):
         if generator is None and self.cfg.eval_color is not None:
             return directions.new_tensor(self.cfg.eval_color).expand_as(directions)
         with torch.autocast(directions.device.type, enabled=False):
-            x = (directions.reshape(-1, 3).to(self.network.layers[0].weight.dtype) + 1) / 2
+            x = (directions.reshape(-1, 3).to(self.network.dtype) + 1) / 2
             encoded = self.encoding(x, x.new_zeros(len(x), 1), step=0)
             colors = self.color_activation(self.network(encoded.features)).view_as(directions)
         return self.cfg.augment(colors, generator)

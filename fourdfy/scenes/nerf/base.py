@@ -38,6 +38,8 @@ class Geometry(Component, nn.Module, ABC):
             """Whether ``forward`` returns a deformation."""
             return False
 
+    cfg: Config
+
     @property
     @abstractmethod
     def radius(self) -> float:

@@ -112,6 +112,7 @@ class ImplicitVolume(Geometry):
             return isinstance(encoding, HashGridSpatialTimeDeform.Config) and not encoding.static
 
     cfg: Config
+    bbox: Float[Tensor, "2 3"]
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()

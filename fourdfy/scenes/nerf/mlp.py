@@ -51,6 +51,10 @@ class VanillaMLP(Component, nn.Module):
         self.layers = nn.Sequential(*layers, nn.Linear(widths[-1], n_output_dims, bias=cfg.bias))
         self.output_activation = get_activation(cfg.output_activation)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
     def forward(self, x: Float[Tensor, "N I"]) -> Float[Tensor, "N O"]:
         with torch.autocast(x.device.type, enabled=False):
-            return self.output_activation(self.layers(x.to(self.layers[0].weight.dtype)))
+            return self.output_activation(self.layers(x.to(self.dtype)))

@@ -5,9 +5,8 @@ R rays, N samples over all rays (packed, sorted by ray).
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -116,12 +115,12 @@ def assemble(
     """All rays as images, over the background."""
     shaded, shape = joined_records(parts), rays.directions.shape[:3]
 
-    def image(pixels: Tensor | None) -> Tensor | None:
-        return None if pixels is None else pixels.view(*shape, -1)
+    def image(pixels: Tensor) -> Tensor:
+        return pixels.view(*shape, -1)
 
-    foreground, opacity, normal = image(shaded.rgb), image(shaded.opacity), image(shaded.normal)
-    if normal is not None:
-        normal = (normalize(normal, dim=-1) + 1) / 2 * opacity
+    foreground, opacity, normal = image(shaded.rgb), image(shaded.opacity), None
+    if shaded.normal is not None:
+        normal = (normalize(image(shaded.normal), dim=-1) + 1) / 2 * opacity
     return RenderOutput(
         comp_rgb=foreground + background * (1 - opacity),
         comp_rgb_fg=foreground,
@@ -131,7 +130,7 @@ def assemble(
         samples=samples,
         weights=shaded.weights,
         comp_normal=normal,
-        deformation=image(shaded.deformation),
+        deformation=None if shaded.deformation is None else image(shaded.deformation),
         normals=shaded.normals,
         t_dirs=shaded.t_dirs,
     )
@@ -143,13 +142,11 @@ def chunks(positions: Tensor, times: Tensor, size: int) -> Iterator[tuple[Tensor
 
 
 def joined_records(records: Sequence[Record]) -> Record:
-    """Field by field, one after the other."""
-    names = [f.name for f in dataclasses.fields(records[0])]
-    return type(records[0])(**{name: joined([getattr(one, name) for one in records]) for name in names})
+    """Field by field, one after the other; all have the same fields."""
+    names = records[0].tensors()
+    return replace(records[0], **{name: joined([getattr(one, name) for one in records]) for name in names})
 
 
-def joined(values: Sequence[Tensor | None]) -> Tensor | None:
-    """Concatenated, without a copy if there is only one; None if a record has none."""
-    if values[0] is None or len(values) == 1:
-        return values[0]
-    return torch.cat(values)
+def joined(values: list[Tensor]) -> Tensor:
+    """Concatenated, without a copy if there is only one."""
+    return values[0] if len(values) == 1 else torch.cat(values)

@@ -179,7 +179,7 @@ class NeRFVolumeRenderer(Renderer):
             threshold=cfg.occ_thre,
             dilation=cfg.occ_dilation if dynamic else 0,
             chunk_size=self._chunk_size,
-            generator=context.generator,
+            generator=context.random,
         )
 
     @property
@@ -257,8 +257,7 @@ class NeRFVolumeRenderer(Renderer):
     def _shade_with_subset(
         self, rays: FlatRays, samples: Samples, context: StepContext, quotas: Quotas
     ) -> ShadedRays:
-        assert context.generator is not None
-        carries = draw_subset(samples, quotas, context.generator)
+        carries = draw_subset(samples, quotas, context.random)
         return self._shade(rays, samples, context, partial(self._field_of_subset, carries=carries))
 
     def _shade(self, rays: FlatRays, samples: Samples, context: StepContext, field_at: FieldAt) -> ShadedRays:
@@ -276,16 +275,16 @@ class NeRFVolumeRenderer(Renderer):
         t_mids = (samples.t_starts + samples.t_ends) / 2
         opacity, depth = opacity_and_depth(weights, t_mids, ray_indices, n_rays)
 
-        def summed(values: Float[Tensor, "N 3"] | None) -> Float[Tensor, "R 3"] | None:
-            return None if values is None else accumulate(weights, values, ray_indices, n_rays)
+        def summed(values: Float[Tensor, "N 3"]) -> Float[Tensor, "R 3"]:
+            return accumulate(weights, values, ray_indices, n_rays)
 
         return ShadedRays(
             rgb=summed(rgb),
             opacity=opacity,
             depth=depth,
             z_variance=z_variance(weights, t_mids, depth, ray_indices),
-            normal=summed(field.normals),
-            deformation=summed(field.deformation),
+            normal=None if field.normals is None else summed(field.normals),
+            deformation=None if field.deformation is None else summed(field.deformation),
             weights=weights,
             normals=field.normals,
             t_dirs=None if field.normals is None else directions,

@@ -54,7 +54,7 @@ class NeRFScene(VolumeScene):
             return self.renderer.samples_with_graph(rays, occupied, budget)
 
         def check_scene(self, *, dynamic: bool) -> None:
-            encoding = getattr(self.geometry, "pos_encoding_config", None)
+            encoding: Any = getattr(self.geometry, "pos_encoding_config", None)
             if hasattr(encoding, "time_encoding_config") and encoding.static == dynamic:
                 ours, theirs = str(dynamic).lower(), str(not dynamic).lower()
                 raise ConfigError(
