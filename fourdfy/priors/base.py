@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float, Real
@@ -25,6 +25,9 @@ from fourdfy.ops.diffusion import (
     x0_from_prediction,
 )
 from fourdfy.types import Cameras, Conditions
+
+Network = Any
+"""An ``nn.Module`` of another library, of which no type says what else it has (``config``, ``encode``)."""
 
 
 class NoiseSchedule(ABC):
@@ -74,7 +77,7 @@ class DDPMSchedule(NoiseSchedule):
 class Denoiser(NamedTuple):
     """A frozen network, and what its predictions mean."""
 
-    network: nn.Module
+    network: Network
     schedule: NoiseSchedule
 
 
@@ -216,6 +219,6 @@ class Prior(Component, ABC):
             f"pretrained_model_name_or_path_lora={name}: this prior loads no second model; set it to null"
         )
 
-    def time_embedding(self, network: nn.Module) -> nn.Module:
+    def time_embedding(self, network: Network) -> nn.Module:
         """The layers of ``network`` whose output [B E] embeds the noise level."""
         return network.time_embedding

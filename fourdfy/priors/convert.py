@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from fourdfy.files.safe_load import read_torch_file
+from fourdfy.priors.base import Network
 
 logger = logging.getLogger(__name__)
 
@@ -281,7 +282,7 @@ def fill(network: nn.Module, tensors: Mapping[str, Tensor], what: str) -> nn.Mod
     return network
 
 
-def save_network(network: nn.Module, folder: Path) -> None:
+def save_network(network: Network, folder: Path) -> None:
     """Write a part, as ``frozen.load_part`` and ``videocrafter.load_unet`` read it."""
     if hasattr(network, "save_pretrained"):
         with no_progress_bar():

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fourdfy.config_files import ConfigError
 from fourdfy.ops.diffusion import sample_noise
-from fourdfy.priors.base import DDPMSchedule
+from fourdfy.priors.base import DDPMSchedule, Network
 from fourdfy.priors.convert import no_progress_bar
 from fourdfy.priors.model_folder import ModelNotFound, part_flaw, read_description, weight_files
 from fourdfy.priors.scheduler_file import read_scheduler
@@ -177,7 +177,7 @@ def freeze(network: nn.Module) -> nn.Module:
     return network.requires_grad_(False).eval()
 
 
-def apply_memory_options(network: nn.Module, options: MemoryOptions, device: torch.device) -> None:
+def apply_memory_options(network: Network, options: MemoryOptions, device: torch.device) -> None:
     """Apply ``options`` to a diffusers network, in place."""
     if options.enable_memory_efficient_attention:
         if find_spec("xformers") and device.type == "cuda":
@@ -200,7 +200,7 @@ def apply_memory_options(network: nn.Module, options: MemoryOptions, device: tor
 
 
 def encode_images(
-    vae: nn.Module,
+    vae: Network,
     images: Float[Tensor, "B 3 H W"],
     generator: torch.Generator,
     chunk: int = 0,
@@ -230,18 +230,18 @@ def encode_images(
     return (mean + std * noise) * vae.config.scaling_factor
 
 
-def vae_factor(vae: nn.Module) -> int:
+def vae_factor(vae: Network) -> int:
     """Pixels per latent, along each axis."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def _posterior(vae: nn.Module, images: Float[Tensor, "B 3 H W"]) -> tuple[Tensor, Tensor]:
+def _posterior(vae: Network, images: Float[Tensor, "B 3 H W"]) -> tuple[Tensor, Tensor]:
     posterior = vae.encode(images.to(vae.dtype)).latent_dist
     return posterior.mean.float(), posterior.std.float()
 
 
 def _subset_posterior(
-    vae: nn.Module, images: Float[Tensor, "B 3 H W"], chunk: int, generator: torch.Generator
+    vae: Network, images: Float[Tensor, "B 3 H W"], chunk: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     order = torch.randperm(len(images), generator=generator, device=generator.device).to(images.device)
     learn, *others = images[order].split(chunk)

@@ -134,7 +134,8 @@ def resolve_file(name_or_path: str | Path) -> Path:
 
 def locate_model(name_or_path: str | Path, parts: Sequence[str] = ()) -> str:
     """A description of where ``resolve_model`` would find the model; opens no socket and writes nothing."""
-    name, tried = str(name_or_path), []
+    name = str(name_or_path)
+    tried: list[str] = []
     stored = _stored(name, parts, tried)
     if stored is None:
         partial = "".join(f"; {line}" for line in tried if not line.endswith(": not there"))

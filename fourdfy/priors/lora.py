@@ -57,5 +57,5 @@ def _register(root: nn.Module, path: str, parameter: nn.Parameter) -> None:
     for place in places:
         if place not in root._modules:
             root.add_module(place, nn.Module())
-        root = root._modules[place]
+        root = root.get_submodule(place)
     root.register_parameter(name, parameter)

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from fourdfy.files.safe_load import read_torch_file
-from fourdfy.priors.base import DDPMSchedule, Denoiser
+from fourdfy.priors.base import DDPMSchedule, Denoiser, Network
 from fourdfy.priors.convert import TEXT, unwrapped
 from fourdfy.priors.frozen import freeze
 from fourdfy.priors.hub import resolve_file
@@ -91,7 +91,7 @@ def read_config(model_name: str) -> DictConfig:
     if find_spec("mvdream") is None and (EXTERN / "mvdream").is_dir():
         sys.path.append(str(EXTERN))  # last, so that it hides no other module
     spec = find_spec("mvdream")
-    if spec is None:
+    if spec is None or spec.submodule_search_locations is None:
         raise ModuleNotFoundError(
             "backend=mvdream needs the authors' package: pip install "
             f"git+https://github.com/bytedance/MVDream, or a checkout at {EXTERN}; "
@@ -104,7 +104,7 @@ def read_config(model_name: str) -> DictConfig:
 class PackageUNet(nn.Module):
     """The package's network with the call of a diffusers ``UNet2DConditionModel``."""
 
-    def __init__(self, model: nn.Module, num_views: int, sample_size: int) -> None:
+    def __init__(self, model: Network, num_views: int, sample_size: int) -> None:
         super().__init__()
         self.model = model
         self.num_views = num_views
@@ -131,7 +131,7 @@ class PackageUNet(nn.Module):
 class PackageVAE(nn.Module):
     """The package's autoencoder with as much of diffusers' as encoding needs."""
 
-    def __init__(self, model: nn.Module, levels: int) -> None:
+    def __init__(self, model: Network, levels: int) -> None:
         super().__init__()
         self.model = model
         widths = (None,) * levels  # only their number is asked for

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from fourdfy.bounds import number
 from fourdfy.config import file_path
+from fourdfy.priors.base import Network
 from fourdfy.priors.frozen import apply_memory_options, freeze, load_part
 from fourdfy.priors.model_folder import ModelNotFound, part_flaw, weight_files
 from fourdfy.priors.video import VideoPrior
@@ -63,7 +64,9 @@ def load_unet(folder: Path, fps: int, *, dtype: torch.dtype, device: torch.devic
     Raises:
         ModelNotFound: ``unet`` or ``fps_embedding`` is missing.
     """
-    unet = load_part(folder, "unet", "UNet3DConditionModel", dtype=torch.float32, device=torch.device("cpu"))
+    unet: Network = load_part(
+        folder, "unet", "UNet3DConditionModel", dtype=torch.float32, device=torch.device("cpu")
+    )
     layer = unet.time_embedding.linear_2
     # Added before the cast: the sum is rounded once.
     bias = layer.bias.double() + fps_vector(folder, fps)
