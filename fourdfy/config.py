@@ -48,7 +48,7 @@ class Component:
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Schema):
-        component: ClassVar[type]
+        component: ClassVar[type[Any]]
         """The class that this configures; every component has a Config of its own."""
 
         def build(self, *args: Any, **kwargs: Any) -> Any:

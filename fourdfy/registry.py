@@ -16,9 +16,12 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
+
+Kind = TypeVar("Kind")
+Class = TypeVar("Class", bound=type)
 
 PAIRS = "fourdfy.guidance.pairs"
 """What makes a guidance of the name ``PRIOR+DISTILLATION``."""
@@ -78,7 +81,7 @@ _SPECS: dict[str, Any] = {}
 """Of each class's module, when it registered: another one if the module is imported again."""
 
 
-def register(name: str) -> Callable[[type], type]:
+def register(name: str) -> Callable[[Class], Class]:
     """Class decorator: make the class known as ``name`` in configs.
 
     A class takes the place of its former self when its module is reloaded, or its notebook's cell run again.
@@ -87,7 +90,7 @@ def register(name: str) -> Callable[[type], type]:
         ValueError: another class has the name, or it is one of the project's own.
     """
 
-    def wrap(cls: type) -> type:
+    def wrap(cls: Class) -> Class:
         own, known = MODULES.get(canonical(name)), _CLASSES.get(name)
         if own and own != cls.__module__:
             raise ValueError(f"{name!r} is already registered, in {own}")
@@ -104,7 +107,7 @@ def register(name: str) -> Callable[[type], type]:
     return wrap
 
 
-def find(name: str, kind: type) -> type:
+def find(name: str, kind: type[Kind]) -> type[Kind]:
     """The class registered as ``name``, which must be a subclass of ``kind``.
 
     Raises:
