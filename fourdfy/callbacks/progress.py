@@ -18,7 +18,7 @@ from fourdfy.callbacks.base import Callback, Run
 try:
     import resource
 except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
+    resource = None  # type: ignore[assignment]  # the module or None
 
 REDRAW_SECONDS = {True: 0.5, False: 15.0}
 """On a terminal the line is redrawn in place; in a log a new one is written now and then."""

@@ -20,6 +20,8 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBRE
 class Stopped(SystemExit):
     """A signal ended the run. The exit status is 128 plus its number, as in a shell."""
 
+    code: int
+
 
 class StopSignals(Callback):
     """Within this context a signal to end raises ``Stopped``, and leaving it so logs ``advice()``.

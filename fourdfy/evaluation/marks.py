@@ -128,7 +128,7 @@ def angle_track(candidates: Sequence[Sequence[float]]) -> Float[Tensor, "T"]:
     nodes = [(place, moment, angle) for place, (moment, angles) in enumerate(seen) for angle in angles]
     ways: list[tuple[float, list[tuple[int, float]]]] = []  # the shortest to each node: its cost and steps
     for place, moment, angle in nodes:
-        costs = [(SKIP_DEG * place, [])] + [
+        costs: list[tuple[float, list[tuple[int, float]]]] = [(SKIP_DEG * place, [])] + [
             (cost + abs(wrap(angle - other)) + SKIP_DEG * (place - before - 1), steps)
             for (before, _, other), (cost, steps) in zip(nodes, ways, strict=False)
             if before < place

@@ -127,14 +127,16 @@ def _report_tables(report: ShapesReport) -> tuple[Table, Table]:
         numbers.add_row(name, value)
     over_time = Table("time", "IoU", "PSNR", "track", "truth", "error")
     for moment in report.over_time:
-        known = moment.track is not None and moment.track_truth is not None
+        error = None
+        if moment.track is not None and moment.track_truth is not None:
+            error = moment.track - moment.track_truth
         over_time.add_row(
             _number(moment.time),
             _number(moment.iou),
             f"{moment.psnr:.1f}",
             _number(moment.track),
             _number(moment.track_truth),
-            _number(moment.track - moment.track_truth if known else None),
+            _number(error),
         )
     return numbers, over_time
 

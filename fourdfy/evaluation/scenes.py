@@ -110,6 +110,7 @@ def scene_renderer(system: System) -> Render:
 
     def render(cameras: Cameras) -> tuple[Tensor, Tensor]:
         out = system.render(cameras)
+        assert out.comp_rgb_fg is not None
         return out.comp_rgb_fg + (1 - out.opacity) * out.opacity.new_tensor(BACKGROUND), out.opacity
 
     return render

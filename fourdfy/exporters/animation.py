@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -71,7 +72,7 @@ def follow(trained: TrainedScene, positions: Float[Tensor, "V 3"], times: Sequen
     places, residuals = [positions], [torch.zeros_like(positions[:, 0])]
     for time in times[1:]:
         found, residual = invert_warp(
-            lambda points, time=time: displacement(points, time),
+            partial(displacement, time=time),
             canonical,
             places[-1],
             tolerance=TRACKING_TOLERANCE * radius,
@@ -153,15 +154,20 @@ def _reaching(mesh: ColoredMesh, everything: Float[Tensor, "N 3"]) -> ColoredMes
     A viewer frames what it sees at rest, the first moment alone; what moves later would leave the picture.
     """
 
-    def padded(values: Tensor | None) -> Tensor | None:
-        return None if values is None else torch.cat([values, values[:2]])
+    def padded(values: Tensor) -> Tensor:
+        return torch.cat([values, values[:2]])
 
     surface = mesh.surface
     corners = torch.stack([everything.amin(0), everything.amax(0)])
     surface = replace(
         surface, positions=torch.cat([surface.positions, corners]), normals=padded(surface.normals)
     )
-    return replace(mesh, surface=surface, colors=padded(mesh.colors), uvs=padded(mesh.uvs))
+    return replace(
+        mesh,
+        surface=surface,
+        colors=None if mesh.colors is None else padded(mesh.colors),
+        uvs=None if mesh.uvs is None else padded(mesh.uvs),
+    )
 
 
 def _animate(

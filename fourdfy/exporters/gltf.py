@@ -72,7 +72,7 @@ class Glb:
             source = self.add("images", bufferView=self._add_view(image), mimeType=mime_type)
             sampler = self.add("samplers", wrapS=CLAMP_TO_EDGE, wrapT=CLAMP_TO_EDGE)
             surface["baseColorTexture"] = {"index": self.add("textures", source=source, sampler=sampler)}
-        unlit = {} if self.lit else {"extensions": {"KHR_materials_unlit": {}}}
+        unlit: dict[str, Any] = {} if self.lit else {"extensions": {"KHR_materials_unlit": {}}}
         return self.add("materials", name=self.name, pbrMetallicRoughness=surface, **unlit)
 
     def add_scene(self, nodes: list[int]) -> None:

@@ -44,13 +44,13 @@ def read_torch_file(path: str | Path) -> dict[str, Any]:
         pass
     if tarfile.is_tarfile(path):
         raise ValueError(f"{path} is a tar file (torch before 0.4): save it again with a newer torch")
-    settings = {"map_location": "cpu", "mmap": zipfile.is_zipfile(path)}
+    mmap = zipfile.is_zipfile(path)
     try:
         try:
-            content = torch.load(path, weights_only=True, **settings)
+            content = torch.load(path, "cpu", weights_only=True, mmap=mmap)
         except pickle.UnpicklingError:
             # Our own unpickler, which looks nothing up, instead of torch's.
-            content = torch.load(path, weights_only=False, pickle_module=InertPickle, **settings)
+            content = torch.load(path, "cpu", InertPickle, weights_only=False, mmap=mmap)
     except Exception as error:  # a broken pickle may fail in any way
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(

@@ -64,6 +64,7 @@ class LightningSystem(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer, scheduler = self.run.optimizer, self.run.scheduler
+        assert optimizer is not None, "asked for in training alone"
         if self._resumed is not None:
             # Lightning restores from the checkpoint after this; rates and options are the config's.
             if scheduler is not None:
@@ -123,7 +124,8 @@ class LightningSystem(pl.LightningModule):
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> RenderOutput:
         return self.system.render(batch.cameras)
 
-    test_step = validation_step
+    def test_step(self, batch: EvalBatch, batch_idx: int) -> RenderOutput:
+        return self.system.render(batch.cameras)
 
     def on_validation_batch_end(self, outputs: RenderOutput, batch: EvalBatch, batch_idx: int) -> None:
         trainer = self.trainer
@@ -154,6 +156,7 @@ class LightningData(pl.LightningDataModule):
         self.data = data
 
     def train_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
         return self.data.train_dataloader(self.trainer.global_step, self.trainer.accumulate_grad_batches)
 
     def val_dataloader(self) -> DataLoader:
@@ -229,7 +232,7 @@ class SignalsKept(pl.Callback):
     def __init__(self) -> None:
         self.handler = signal.getsignal(signal.SIGTERM)
 
-    def on_train_start(self, *args: Any) -> None:
+    def on_train_start(self, *args: Any, **keywords: Any) -> None:
         if threading.current_thread() is threading.main_thread() and self.handler is not None:
             signal.signal(signal.SIGTERM, self.handler)
 
@@ -283,7 +286,7 @@ def build_loops(cfg: TrainerConfig, folder: Path, device: str) -> pl.Trainer:
         num_sanity_val_steps=cfg.num_sanity_val_steps,
         val_check_interval=cfg.steps_between_validations * cfg.accumulate_grad_batches or None,
         limit_val_batches=cfg.limit_val_batches if cfg.val_check_interval else 0,
-        precision=cfg.precision,  # type: ignore[arg-type]
+        precision=cfg.precision,
         accumulate_grad_batches=cfg.accumulate_grad_batches,
         gradient_clip_val=cfg.gradient_clip_val,
         gradient_clip_algorithm=cfg.gradient_clip_algorithm,

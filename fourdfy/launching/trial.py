@@ -117,5 +117,5 @@ def _snapshot_code(target: Path, plugins: Sequence[str]) -> None:
         sources |= {file: "plugins" / file.relative_to(home) for file in files}
     # Files of an image or an archive may be older than zip's calendar.
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
-        for source, name in sorted(sources.items()):
-            archive.write(source, name)
+        for source, inside in sorted(sources.items()):
+            archive.write(source, inside)

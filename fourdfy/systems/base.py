@@ -69,6 +69,11 @@ class System(Component, nn.Module):
             """The prompt of the scene."""
             return None
 
+        @property
+        def absent_parts(self) -> set[str]:
+            """Parts that an optimizer group may name although this scene has none."""
+            return set()
+
         def plan(self, data: DataModule.Config, steps: Mapping[str, StepConfig]) -> SupervisionPlan:
             """The plan of what supervises the scene; see ``plan_supervision``."""
             return plan_supervision(self, data, steps)
@@ -80,6 +85,7 @@ class System(Component, nn.Module):
                 ConfigError: names both keys and what to type.
             """
 
+    cfg: Config
     step: int
     """How many global steps the scene was trained; evaluation anneals as at this step."""
 

@@ -178,7 +178,7 @@ class FourdfySystem(System):
 
     def configure_scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
         with _errors_of("system.scheduler"):
-            return self.cfg.scheduler and self.cfg.scheduler.build(optimizer)
+            return None if self.cfg.scheduler is None else self.cfg.scheduler.build(optimizer)
 
     # -- training -------------------------------------------------------------------------------
 
@@ -299,7 +299,7 @@ class FourdfySystem(System):
         self.load_state_dict(fits, strict=False)
         return len(fits)
 
-    def _fitted(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def _fitted(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The system's own state, once the scene has taken the shapes of ``state`` as far as it can."""
         self.scene.fit_state(state)
         return self.state_dict()

@@ -86,8 +86,9 @@ def _build(cfg: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> LRSchedu
         if cls in (lr_scheduler.SequentialLR, lr_scheduler.ChainedScheduler):
             parts = [_build(part, optimizer) for part in cfg.get("schedulers") or ()]
             if cls is lr_scheduler.ChainedScheduler:
-                return cls(parts, optimizer, **args)
-            return cls(optimizer, parts, list(cfg.get("milestones") or ()), **args)
+                return lr_scheduler.ChainedScheduler(parts, optimizer, **args)
+            milestones = list(cfg.get("milestones") or ())
+            return lr_scheduler.SequentialLR(optimizer, parts, milestones, **args)
         return cls(optimizer, **args)
     except (TypeError, ValueError, IndexError) as error:
         raise ValueError(f"{name}: {error}") from error
@@ -130,7 +131,7 @@ def continued(
     ours = {group["name"]: group for group in own["param_groups"]}
     for group in sorted(theirs.keys() ^ ours.keys()):
         raise _refusal(f"params.{group}", "such a group" if group in theirs else "no such group")
-    state = {}
+    state: dict[int, Any] = {}
     for group, options in ours.items():
         before = theirs[group]
         counts = len(before["params"]), len(options["params"])

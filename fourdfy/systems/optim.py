@@ -58,7 +58,7 @@ class OptimizerConfig:
                 raise ValueError(
                     f"{place}.{key}: {value:g} is outside the range; expected {OPTION_BOUNDS[key]}"
                 )
-        if problem := self._refusal(self.args | options):
+        if problem := self._refusal({**self.args, **options}):
             alone = ((key, self._refusal({key: value})) for key, value in options.items())
             key, problem = next(((key, why) for key, why in alone if why), ("", problem))
             given = f".{key}={options[key]!r}" if key else f"={options!r}"
@@ -66,13 +66,11 @@ class OptimizerConfig:
 
     def _refusal(self, options: Mapping[str, Any]) -> str:
         """The error of the optimizer's constructor for these options; "" if it accepts them."""
-
-        class Probe(getattr(torch.optim, self.name)):
-            # Its decorator imports torch._dynamo, which takes longer than all the rest of parsing.
-            add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-
+        # Its decorator imports torch._dynamo, which takes longer than all the rest of parsing.
+        plain = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+        probe = type("Probe", (getattr(torch.optim, self.name),), {"add_param_group": plain})
         try:
-            Probe([torch.zeros(1, 1)], **options)
+            probe([torch.zeros(1, 1)], **options)
         except (LookupError, RuntimeError, TypeError, ValueError) as error:
             return str(error)
         return ""
