@@ -92,20 +92,21 @@ def run(tree: Path, mutants: Sequence[Mutant], *, seconds: float, jobs: int = 1)
 
     Raises:
         ValueError: a mutant does not fit the tree.
-        RuntimeError: a mutant's tests fail without it.
+        RuntimeError: some mutants' tests fail without them; raised when all others have their fate.
     """
     sources = [mutant.source(tree) for mutant in mutants]
     copies: SimpleQueue[Path] = SimpleQueue()
-    sound: set[tuple[str, ...]] = set()
+    sound: dict[tuple[str, ...], bool] = {}
 
     def survives(mutant: Mutant, source: str) -> bool:
         copy, began = copies.get(), time.perf_counter()
         file = copy / mutant.file
         right = file.read_text(encoding="utf-8")
         try:
-            if mutant.tests not in sound and not _passes(copy, mutant.tests, None):
-                raise RuntimeError(f"{' '.join(mutant.tests)}: fails without any bug")
-            sound.add(mutant.tests)
+            if mutant.tests not in sound:
+                sound[mutant.tests] = _passes(copy, mutant.tests, None)
+            if not sound[mutant.tests]:
+                return False
             file.write_text(source, encoding="utf-8")
             passed = _passes(copy, mutant.tests, seconds)
         finally:
@@ -120,6 +121,8 @@ def run(tree: Path, mutants: Sequence[Mutant], *, seconds: float, jobs: int = 1)
             ignored = shutil.ignore_patterns(*NOT_COPIED)
             copies.put(shutil.copytree(tree, Path(folder, str(k)), ignore=ignored, symlinks=True))
         fates = list(pool.map(survives, mutants, sources))
+    if broken := [" ".join(tests) for tests, passed in sound.items() if not passed]:
+        raise RuntimeError(f"these tests fail without any bug: {'; '.join(broken)}")
     return [mutant for mutant, passed in zip(mutants, fates, strict=True) if passed]
 
 
@@ -127,7 +130,7 @@ def _passes(tree: Path, tests: Sequence[str], seconds: float | None) -> bool:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
     # Without bytecode: a file that changes twice within a second may be taken for the one of before.
     environment = os.environ | {
-        "PYTHONPATH": str(tree),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(tree), os.environ.get("PYTHONPATH")))),
         "PYTHONDONTWRITEBYTECODE": "1",
         "OMP_NUM_THREADS": "1",
     }
