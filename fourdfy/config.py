@@ -1,8 +1,8 @@
 """Frozen, typed configs of components that name each other, parsed before anything is built.
 
 ``parse_config`` turns a mapping (see ``config_layers.load_config``) into a component's ``Config`` dataclass,
-and goes down into the configs of the components it names. A typo dies here, with its full key, its file,
-what was expected and the nearest right key. ``Config(...).build(...)`` does the same from Python.
+and goes down into the configs of the components it names. A typo is an error here, with its full key, its
+file, what was expected and the nearest correct key. ``Config(...).build(...)`` does the same from Python.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MISSES = "missing; set it in the file or as key=value"
 
 
 class _Parsing(type):
-    """Of a dataclass: its fields that hold configs take plain mappings, parsed when it is made."""
+    """A dataclass whose config fields accept plain mappings, which are parsed when it is made."""
 
     def __call__(cls, **given: Any) -> Any:
         return super().__call__(**given | _parse_inner(cls, given, "", {}))
@@ -49,7 +49,7 @@ class Component:
     @dataclass(frozen=True, kw_only=True)
     class Config(Schema):
         component: ClassVar[type[Any]]
-        """The class that this configures; every component has a Config of its own."""
+        """The class that this configures; every component has its own Config."""
 
         def build(self, *args: Any, **kwargs: Any) -> Any:
             """The component: ``component(self, *args, **kwargs)``."""
@@ -94,11 +94,11 @@ class Named:
 def slot(kind: type, by: str, shares: str = "") -> Any:
     """A field holding the config of the ``kind`` that the key ``by``, beside it, names.
 
-    Where that key is null the field is None.
+    If that key is null, the field is None.
 
     Args:
-        shares: a key of another slot in the same config, such as ``prompt_processor.prompt``. Where files and
-            overrides don't set this slot's own ``prompt``, or files set both alike, it follows the other's.
+        shares: a key of another slot in the same config, such as ``prompt_processor.prompt``. If files and
+        overrides don't set this slot's own ``prompt``, or files set both alike, it follows the other's.
     """
     return _holding(Slot(kind, by, inside=False, shares=shares), {})
 
@@ -106,7 +106,7 @@ def slot(kind: type, by: str, shares: str = "") -> Any:
 def inner_slot(kind: type, by: str, default: Mapping[str, Any] | None = None) -> Any:
     """A field holding the config of the ``kind`` that its own key ``by`` (say ``otype``) names.
 
-    Given keys are laid over the default's unless they name another class. Without a default the field
+    Given keys are merged over the default's unless they name another class. Without a default, the field
     may be left out and is then None.
     """
     return _holding(Slot(kind, by, inside=True), default or {})
@@ -115,7 +115,7 @@ def inner_slot(kind: type, by: str, default: Mapping[str, Any] | None = None) ->
 def named(schema: type, default: Mapping[str, Any] | None = None) -> Any:
     """A field holding a mapping from free names to instances of the dataclass ``schema``.
 
-    Names that are given join the default's, and a null switches one off.
+    Given names are added to the default's, and null switches one off.
     """
     return _holding(Named(schema, default or {}), default or {})
 
@@ -123,8 +123,8 @@ def named(schema: type, default: Mapping[str, Any] | None = None) -> Any:
 def named_slots(kind: type, by: str, default: Mapping[str, Any] | None = None) -> Any:
     """A field holding a mapping from free names to configs of the ``kind`` that each one's key ``by`` names.
 
-    Names that are given join the default's, and a null switches one off. Where a later file or override names
-    another class, nothing stays of the entry that it replaces.
+    Given names are added to the default's, and null switches one off. If a later file or override names
+    another class, the replaced entry is dropped completely.
     """
     return _holding(Named(Slot(kind, by, inside=True), default or {}), default or {})
 
@@ -173,7 +173,7 @@ def kinds(schema: type) -> dict[str, tuple[Any, ...]]:
 
 
 def held(schema: type | Named, name: str) -> type | Slot | Named | None:
-    """What a field, or a named entry, is parsed into where it is a mapping; None if it holds plain values."""
+    """The schema of a field or named entry that is a mapping; None if it holds plain values."""
     if isinstance(schema, Named):
         return schema.entry
     f = init_fields(schema).get(name)
@@ -183,7 +183,7 @@ def held(schema: type | Named, name: str) -> type | Slot | Named | None:
 
 
 def default_of(schema: type | Named, name: str) -> Any:
-    """The default of a field or of a named entry; None where it has none."""
+    """The default of a field or of a named entry; None if it has none."""
     if isinstance(schema, Named):
         return schema.default.get(name)
     f = init_fields(schema).get(name)
@@ -193,7 +193,7 @@ def default_of(schema: type | Named, name: str) -> Any:
 
 
 def mapping_at(values: Any, key: str) -> Any:
-    """The mapping at a dotted key of ``values``; None if there is no such."""
+    """The mapping at a dotted key of ``values``; None if there is none."""
     for name in key.split(".") if key else ():
         values = values.get(name)
         if not isinstance(values, Mapping):
@@ -202,7 +202,7 @@ def mapping_at(values: Any, key: str) -> Any:
 
 
 def selector(schema: type | Named, name: str, values: Mapping[str, Any]) -> Any:
-    """What names the class of the slot ``name`` in the mapping that it stands in; its default if nothing."""
+    """The name of the class of the slot ``name``, from the mapping around it or its default."""
     spec = held(schema, name)
     assert isinstance(spec, Slot)
     if spec.inside:
@@ -406,7 +406,7 @@ def _unknown_key(key: str, known: Mapping[str, Any], given: Mapping[str, Any]) -
 
 
 def _places(key: str, given: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """Where below ``given`` there is such a key."""
+    """The paths below ``given`` at which such a key stands."""
     for name, value in given.items():
         if isinstance(value, Mapping):
             if key in value:

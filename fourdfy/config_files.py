@@ -1,4 +1,4 @@
-"""Config files and ``key=value`` words as they are written: trees of values, each with its source.
+"""Reading of config files and ``key=value`` words: trees of values, each with its source.
 
 YAML means what version 1.2 of it means, so ``010`` is ten and ``12:30:45`` a text. Beyond that, ``1e4`` is
 the whole number, and ``yes``, ``no``, ``on`` and ``off`` are booleans, as in the files of threestudio. Which
@@ -36,12 +36,12 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Leaf:
-    """A value that is no mapping, as a source sets it."""
+    """A value that is no mapping, as set by a source."""
 
     value: Any
     source: str
     text: str | None = None
-    """What was written, where YAML reads no text in it; None where the value is the text, or null."""
+    """What was written, if YAML does not read it as text; None if the value is the text, or null."""
     entries: tuple[str | None, ...] = ()
     """The texts of a list's entries."""
 
@@ -56,7 +56,7 @@ class Section(dict[str, Any]):
         self.source, self.text = source, text
 
     def put(self, places: Sequence[str], value: Section | Leaf) -> None:
-        """Set a value at a path of names; sections on the way are made where there are none."""
+        """Set a value at a path of names; missing sections on the way are made."""
         node = self
         for place in places[:-1]:
             if not isinstance(node.get(place), Section):
@@ -65,7 +65,7 @@ class Section(dict[str, Any]):
         node[places[-1]] = value
 
     def over(self, below: Section) -> Section:
-        """What both say together; where they differ this one counts, unless it says ``???``."""
+        """Both merged; if they differ, this one wins, unless its value is ``???``."""
         merged = Section(below, self.source, self.text)
         for name, value in self.items():
             old = below.get(name)
@@ -77,7 +77,7 @@ class Section(dict[str, Any]):
 
 
 def plain(tree: Any) -> Any:
-    """The values of a section or leaf; anything else as it is."""
+    """The values of a section or leaf; anything else is returned unchanged."""
     if isinstance(tree, Section):
         return {name: plain(value) for name, value in tree.items()}
     return tree.value if isinstance(tree, Leaf) else tree
@@ -90,7 +90,7 @@ def plain(tree: Any) -> Any:
 def find_config(name: str | Path, folder: Path = Path()) -> Path:
     """The file of that name in ``folder``, else the one that ships; ``.yaml`` may be left out.
 
-    Where there is neither, the path in ``folder``, for ``read_layers`` to refuse.
+    If there is neither, the path in ``folder``, which ``read_layers`` then refuses.
     """
     found = (
         file
@@ -105,7 +105,7 @@ def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Section]:
     """The file's ``base`` files, left to right, each over its own, and then the file itself.
 
     Raises:
-        ConfigError: a file is missing, no YAML mapping, or its own base; with file and line.
+        ConfigError: a file is missing, is no YAML mapping, or is its own base; names file and line.
     """
     here = path.resolve()
     if here in chain:
@@ -138,7 +138,7 @@ def _content(path: Path, chain: tuple[Path, ...]) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{path}:{line}: no text in UTF-8; expected a YAML file") from error
+        raise ConfigError(f"{path}:{line}: not UTF-8 text; expected a YAML file") from error
 
 
 def read_yaml(text: str, source: str) -> Section | Leaf:
@@ -157,7 +157,7 @@ def read_yaml(text: str, source: str) -> Section | Leaf:
         raise ConfigError(f"{source}:{line}: {error.problem or error.context}") from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise ConfigError(f"{source}:{line}: no text; expected a YAML file") from error
+        raise ConfigError(f"{source}:{line}: not a text; expected a YAML file") from error
     except RecursionError as error:
         raise ConfigError(f"{source}: an anchor (&) holds itself, or lists are nested too deeply") from error
 
@@ -196,7 +196,7 @@ class _Loader(yaml.SafeLoader):
             elif key.tag != f"{CORE}str":
                 problem = f"expected a word as the key, got {key.value if key.value else 'null'}"
             elif key.value in lines:
-                problem = f"the key {key.value!r} stands here again, after line {lines[key.value]}"
+                problem = f"the key {key.value!r} occurs here again, after line {lines[key.value]}"
             else:
                 lines[key.value] = key.start_mark.line + 1
                 own[key.value] = self.tree(value, source)
@@ -219,7 +219,7 @@ _Loader.add_constructor(f"{CORE}float", _Loader.number)
 
 
 def save_yaml(values: Mapping[str, Any], path: Path) -> None:
-    """Write resolved values so that ``read_layers`` gives them again, a ``${`` in a text included."""
+    """Write resolved values so that ``read_layers`` reads the same again, even a ``${`` in a text."""
     OmegaConf.save(OmegaConf.create(escaped(dict(values))), path)
 
 

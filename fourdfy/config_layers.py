@@ -1,7 +1,7 @@
 """From config files and ``key=value`` overrides to one mapping of plain values, for ``parse_config``.
 
-The schema that the values are meant for is looked at on the way: it alone knows which keys hold text, which
-hold paths, and which settings belong to a component that another class replaces.
+The schema of the result is consulted on the way: it alone knows which keys hold text, which hold paths, and
+which settings belong to a component that another class replaces.
 """
 
 from __future__ import annotations
@@ -74,14 +74,14 @@ def load_config(
     """Files merged left to right, then ``key=value`` overrides, interpolations resolved.
 
     Args:
-        stage: of a recipe, which one this is: ``stage_2: {...}`` in the files is for the second alone.
-        schema: the dataclass that the result is to be parsed into. It says which keys hold text, which is
-            taken as it was typed, which hold paths, what a component that is replaced leaves behind, and
-            which keys follow others.
+        stage: the number of this stage in a recipe; ``stage_2: {...}`` in the files is for the second alone.
+        schema: the dataclass that the result will be parsed into. It says which keys hold text, which is
+            taken as typed, which hold paths, which settings a replaced component loses, and which keys
+            follow others.
 
     Raises:
-        ConfigError: a file is missing or no YAML mapping; an override has no ``=``; a bad interpolation; a
-            plugin that can't be imported; a name that no component has.
+        ConfigError: a file is missing or is no YAML mapping, an override has no ``=``, an interpolation is
+            bad, a plugin can't be imported, or a name is that of no component.
     """
     register_resolvers()
     layers = [layer for path in paths for layer in read_layers(Path(path))]
@@ -127,7 +127,7 @@ def _of_stage(layer: Section, stage: int) -> Section:
 def _override_layer(
     typed: Sequence[tuple[str, str]], files: Section | None = None, keyed: Sequence[str] = ()
 ) -> Section:
-    """``key=text`` overrides as one layer; what is no YAML stays a text.
+    """``key=text`` overrides as one layer; text that is no YAML stays text.
 
     Args:
         keyed: dotted keys of mappings whose own keys are dotted paths.
@@ -149,7 +149,7 @@ def _override_layer(
 
 
 def _places(keyed: Sequence[str], files: Section, key: str, value: Section | Leaf) -> list[str]:
-    """The names, each inside the one before, that a dotted key of the command line means."""
+    """The nested names that a dotted key of the command line stands for."""
     for owner in keyed:
         if key.startswith(f"{owner}."):
             known, rest = mapping_at(files, owner) or {}, key.removeprefix(f"{owner}.")
@@ -161,7 +161,7 @@ def _places(keyed: Sequence[str], files: Section, key: str, value: Section | Lea
 
 
 def _import_plugins(layers: Sequence[Section], paths: Sequence[str | Path]) -> dict[str, list[str]]:
-    """Import the ``plugins`` of all layers; gives what a trial must know to find them again."""
+    """Import the ``plugins`` of all layers; returns what a trial must record to find them again."""
     registry.import_installed_plugins()
     names, folders = [], []
     for layer in layers:
@@ -183,8 +183,8 @@ def _import_plugins(layers: Sequence[Section], paths: Sequence[str | Path]) -> d
 
 
 def _lay(layer: Section, below: Section, schema: type, replaced: Section) -> Section:
-    """``layer`` over ``below``, which is used up. Where it names another class (``renderer_type``), the
-    settings of the one that it replaces (``renderer``) are left behind, and noted in ``replaced``."""
+    """Merge ``layer`` over ``below``, which is changed. If it names another class (``renderer_type``), the
+    settings of the replaced class (``renderer``) are dropped, and kept in ``replaced``."""
     for path, owner, node in walk(schema, below):
         over = mapping_at(layer, path)
         for name in list(node) if over else ():
@@ -201,7 +201,7 @@ def _lay(layer: Section, below: Section, schema: type, replaced: Section) -> Sec
 
 
 def _sources(tree: Section, path: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, source) of all that is set."""
+    """(dotted key, source) of all values that are set."""
     for name, value in tree.items():
         yield join(path, name), value.source
         if isinstance(value, Section):
@@ -209,7 +209,7 @@ def _sources(tree: Section, path: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _settle(schema: type | Named, node: Section, path: str, sources: Mapping[str, str]) -> None:
-    """Put what was typed in the place of what YAML read, in every field of text, and expand paths."""
+    """Replace what YAML read by what was typed in every field that holds text, and expand paths."""
     for name, f in init_fields(schema).items():
         found, allowed, key = node.get(name), kinds(schema)[name], join(path, name)
         value, is_path = plain(found), "path" in f.metadata
@@ -225,7 +225,7 @@ def _settle(schema: type | Named, node: Section, path: str, sources: Mapping[str
             texts = [_expanded(entry, key, sources) for entry in texts] if is_path else texts
             node[name] = Leaf(texts, found.source)
     for name in [*init_fields(schema)] or list(node):
-        schema_at(schema, name, node, path, sources)  # raises where no class has the name
+        schema_at(schema, name, node, path, sources)  # raises if no class has the name
 
 
 def _expanded(path: Any, key: str, sources: Mapping[str, str]) -> Any:
@@ -239,9 +239,10 @@ def _expanded(path: Any, key: str, sources: Mapping[str, str]) -> Any:
 
 
 def _lend(schema: type, merged: Section, replaced: Section) -> list[tuple[str, str]]:
-    """Put back what other keys refer to in a component that was replaced, for their sake alone.
+    """Put back settings of a replaced component that other keys refer to; returns (mapping, name) of each.
 
-    That is the default of the new class, or what was left behind where it has none. Gives (mapping, name).
+    Their value is the default of the new class or, if it has none, the one that was dropped. They serve only
+    the references.
     """
     lent = []
     references = sorted(set(re.findall(r"\$\{([\w.]+)\}", repr(plain(merged)))))
@@ -263,8 +264,8 @@ def _share(schema: type, merged: Section, *, alike: bool) -> None:
     """Let settings follow those that ``slot(shares=...)`` names.
 
     Args:
-        alike: those that have the other's value, so that an override of the other changes both, as in a
-            ``parsed.yaml``, which has the prompt for each processor; else those that have none of their own.
+        alike: affect those with the same value as the other, so that an override changes both, as in a
+            ``parsed.yaml``, which has the prompt for each processor; else those without their own value.
     """
     for path, owner, node in walk(schema, merged):
         for name in init_fields(owner):

@@ -1,4 +1,4 @@
-"""Names in a config, and the classes they stand for.
+"""Names in a config, and the classes that they stand for.
 
 A config says ``geometry_type: implicit-volume``; ``find("implicit-volume", Geometry)`` gives the
 class. Modules are imported when one of their names is first asked for, so ``import fourdfy`` is
@@ -24,7 +24,7 @@ Kind = TypeVar("Kind")
 Class = TypeVar("Class", bound=type)
 
 PAIRS = "fourdfy.guidance.pairs"
-"""What makes a guidance of the name ``PRIOR+DISTILLATION``."""
+"""The function that makes a guidance of the name ``PRIOR+DISTILLATION``."""
 
 # Where the project's own components live; a name that is not here must register itself first.
 MODULES = {
@@ -74,17 +74,17 @@ ALIASES = {
     "mvdream-multiview-diffusion-guidance": "multiview-diffusion-guidance",
     "mvdream-neural-environment-map-background": "neural-environment-map-background",
 }
-"""What threestudio's extensions for 4D-fy and MVDream call the same components."""
+"""The names of the same components in threestudio's extensions for 4D-fy and MVDream."""
 
 _CLASSES: dict[str, type] = {}
 _SPECS: dict[str, Any] = {}
-"""Of each class's module, when it registered: another one if the module is imported again."""
+"""Class -> its module at registration, which differs if the module is imported again."""
 
 
 def register(name: str) -> Callable[[Class], Class]:
     """Class decorator: make the class known as ``name`` in configs.
 
-    A class takes the place of its former self when its module is reloaded, or its notebook's cell run again.
+    A class replaces its earlier version when its module is reloaded, or its notebook cell runs again.
 
     Raises:
         ValueError: another class has the name, or it is one of the project's own.
@@ -136,24 +136,24 @@ def names(kind: type) -> list[str]:
 
 
 def canonical(name: str) -> str:
-    """The name itself, or that of the same component here."""
+    """The name itself, or our name for the same component."""
     return ALIASES.get(name, name)
 
 
 def import_plugins(modules: Sequence[str], folders: Sequence[Path]) -> list[Path]:
-    """Import modules that register components; those of the ``folders`` that hold them.
+    """Import modules that register components; returns those of the ``folders`` that hold them.
 
     Folders are searched after everything that is installed, so that no file in them takes its place.
 
     Raises:
-        ValueError: a module can't be imported; with its error, in one line.
+        ValueError: a module can't be imported; includes its error in one line.
     """
     sys.path += [str(folder) for folder in dict.fromkeys(folders) if str(folder) not in sys.path]
     used: list[Path] = []
     for name in modules:
         try:
             import_module(name)
-        except Exception as error:  # whatever a stranger's module raises
+        except Exception as error:  # anything that a stranger's module raises
             hint = f"; write the module's name, {name[:-3]}" if name.endswith(".py") else ""
             looked = f"; looked in {', '.join(map(str, folders))}" if isinstance(error, ImportError) else ""
             reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -167,7 +167,7 @@ def import_plugins(modules: Sequence[str], folders: Sequence[Path]) -> list[Path
 
 @cache
 def import_installed_plugins() -> None:
-    """Import what installed packages offer; one that is broken is warned of, for no config asked for it."""
+    """Import what installed packages offer; a broken one causes a warning, since no config asked for it."""
     for entry in entry_points(group="fourdfy.plugins"):
         try:
             entry.load()

@@ -1,4 +1,4 @@
-"""What looks on while a scene is trained or rendered, and may act. It knows nothing of the training loop."""
+"""The interface of callbacks, which watch a run and may act on it; it is independent of the loop."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Run:
     system: System
     data: DataModule
     folder: Path
-    """The trial's."""
+    """The folder of the trial."""
     label: str
     """``stage 1/3``, or what is done with a trial: ``test``, ``validate``."""
     max_steps: int
@@ -57,20 +57,20 @@ class Run:
     """``loss/{kind}/{name}``, ``weight/{kind}/{name}`` and other ``{kind}/{name}``, for curves and
     progress. The loss ``total`` is the weighted sum, which is trained."""
     optimizer: Optimizer | None = None
-    """Each of its groups has a ``name``; None where nothing is trained."""
+    """Each of its groups has a ``name``; None if nothing is trained."""
     scheduler: LRScheduler | None = None
-    """Moves the learning rates; None: they stay."""
+    """Changes the learning rates; None: they are constant."""
     save: Callable[[Path], None] = lambda path: None
-    """Write a checkpoint; from ``begin`` on."""
+    """Write a checkpoint; available from ``begin`` on."""
     stopping: bool = False
 
     @property
     def step(self) -> int:
-        """Global steps that are done."""
+        """Number of finished global steps."""
         return self.system.step
 
     def stop(self) -> None:
-        """End the training after this step, with a checkpoint; later stages aren't begun."""
+        """End the training after this step, with a checkpoint; later stages are not started."""
         self.stopping = True
 
 
@@ -81,14 +81,14 @@ class Callback(Component):
     """
 
     def __init__(self, cfg: Component.Config | None = None) -> None:
-        """``cfg``: of the class's own ``Config``; None for its defaults."""
+        """``cfg`` is an instance of the class's own ``Config``; None for its defaults."""
         self.cfg = self.Config() if cfg is None else cfg
 
     def begin(self, run: Run) -> None:
-        """Before the first training step; of a resumed run, ``run.step`` is not 0."""
+        """Called before the first training step; in a resumed run, ``run.step`` is not 0."""
 
     def after_step(self, run: Run, batch: StepBatch, losses: Mapping[str, Tensor]) -> None:
-        """After each global step, number ``run.step - 1``.
+        """Called after each global step, whose number is ``run.step - 1``.
 
         Args:
             batch: what the step (or the last of its accumulated parts) was computed on.
@@ -98,20 +98,20 @@ class Callback(Component):
     def after_frames(
         self, run: Run, batch: EvalBatch, frames: RenderOutput, *, done: int, total: int
     ) -> None:
-        """After each of the ``total`` batches that a validation or test renders; ``done`` counts from 1."""
+        """Called after each of the ``total`` batches of a validation or test; ``done`` starts at 1."""
 
     def after_validation(self, run: Run) -> None:
-        """All validation views are rendered."""
+        """Called when all validation views are rendered."""
 
     def after_test(self, run: Run) -> None:
-        """All test views are rendered."""
+        """Called when all test views are rendered."""
 
     def end(self, run: Run, error: BaseException | None) -> None:
-        """After the last training step; or with the ``error`` that breaks off training or rendering."""
+        """Called after the last training step, or with the ``error`` that ended training or rendering."""
 
     def state_dict(self) -> dict[str, Any]:
         """The state that a resumed run needs: tensors, numbers, texts, and lists and dicts of them."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take what ``state_dict`` gave, before ``begin`` of a resumed run."""
+        """Restore what ``state_dict`` returned; called before ``begin`` of a resumed run."""

@@ -24,14 +24,14 @@ class Stopped(SystemExit):
 
 
 class StopSignals(Callback):
-    """Within this context a signal to end raises ``Stopped``, and leaving it so logs ``advice()``.
+    """Within this context a signal to end raises ``Stopped``; ``advice()`` is then logged.
 
-    As a callback of a training, it lets the step in hand be finished and saved first: the signal is only
-    noted in ``received``; a second one raises. Signals that are ignored (``nohup``) stay ignored, and
+    As a callback of a training, it lets the current step be finished and saved first: the signal is only
+    noted in ``received``, and a second one raises. Signals that are ignored (``nohup``) stay ignored, and
     outside the main thread, where Python allows no handlers, nothing changes.
 
     Args:
-        advice: says how to go on.
+        advice: returns how to continue.
     """
 
     def __init__(self, advice: Callable[[], str]) -> None:

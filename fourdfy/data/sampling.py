@@ -25,22 +25,22 @@ from fourdfy.types import Cameras, StepContext
 
 @dataclass(frozen=True, kw_only=True)
 class CameraConfig:
-    """What both samplers draw from."""
+    """Settings that both samplers share."""
 
     batch_size: Any = number(1, 1, 1024)
-    """Cameras (videos, in video steps) of a step; like ``height``, a number or a list."""
+    """Cameras of a step (in video steps: videos); like ``height``, a number or a list."""
     height: Any = number(64, 1, 8192)
     """Pixels: a number, or a list with one more entry than ``resolution_milestones``."""
     width: Any = number(64, 1, 8192)
     """Pixels; a number or a list, as ``height``."""
     resolution_milestones: tuple[int, ...] = number((), 1)
-    """Global steps at which ``height``, ``width`` and ``batch_size`` go on to their next entry."""
+    """Global steps at which ``height``, ``width`` and ``batch_size`` change to their next entry."""
     camera_distance_range: tuple[float, float] = number((1.0, 1.5), high=1000, above=0)
-    """From the origin, scene units."""
+    """Distance of the camera from the origin, scene units."""
     fovy_range: tuple[float, float] = number((40.0, 70.0), high=179, above=0)
-    """Vertical angle of view, degrees."""
+    """Vertical field of view, degrees."""
     elevation_range: tuple[float, float] = number((-10.0, 90.0), -90, 90)
-    """Degrees."""
+    """Degrees above the horizon."""
     azimuth_range: tuple[float, float] = number((-180.0, 180.0), -720, 720)
     """Degrees; 0 looks at the front."""
     camera_perturb: float = number(0.1, 0, 100)
@@ -52,9 +52,9 @@ class CameraConfig:
     light_position_perturb: float = number(1.0, 0, 100)
     """Standard deviation of the light's direction around the camera's position (dreamfusion)."""
     light_distance_range: tuple[float, float] = number((0.8, 1.5), high=1000, above=0)
-    """From the origin, scene units."""
+    """Distance of the light from the origin, scene units."""
     light_sample_strategy: Literal["dreamfusion", "magic3d"] = "dreamfusion"
-    """Around the camera's position, or within 60 degrees of its direction."""
+    """``dreamfusion`` draws around the camera's position, ``magic3d`` within 60 degrees of its direction."""
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "height", "width"):
@@ -88,13 +88,13 @@ class SingleViewConfig(CameraConfig):
     batch_uniform_azimuth: bool = True
     """Spread the azimuths of a batch evenly over the range."""
     static: bool = True
-    """A static scene: every time is 0."""
+    """Whether the scene is static, so that every time is 0."""
     simultan: bool = False
     """Whether image and video steps alternate; read by the supervision plan."""
     prob_single_view_video: float | None = number(None, 0, 1)
     """Share of video steps among image and video steps; read by the supervision plan."""
     num_frames: int = number(1, 1, 1024)
-    """Frames of a video, and moments that a still of a dynamic scene is drawn from."""
+    """Frames of a video, and number of times that a still of a dynamic scene is drawn from."""
     sample_rand_frames: Literal["t0"] | None = None
     """``t0``: times (u + k) / num_frames with one u in [0, 1); null: linspace(0, 1, num_frames)."""
     width_vid: int = number(64, 1, 8192)
@@ -104,13 +104,13 @@ class SingleViewConfig(CameraConfig):
     train_dynamic_camera: bool = False
     """In video steps the camera moves too, at random constant rates."""
     num_frames_factor: int = number(1, 1, 100)
-    """Evaluation videos have num_frames times this many moments."""
+    """Evaluation videos have num_frames times this many frames."""
     num_test_loop_factor: int = number(1, 1, 100)
-    """Views of each turning part of the ``test_traj: null`` sequence, in units of its moments."""
+    """Views of each turning part of the ``test_traj: null`` sequence, in units of its clip's frames."""
     num_test_loop_static: int = number(4, 1, 360)
     """Parts of the test sequence: rest at an azimuth, then turn to the next."""
     test_traj: Literal["motion_smooth", "motion_smooth_full"] | None = None
-    """Camera of the dynamic test sequence; see ``trajectories``."""
+    """Camera of the dynamic test sequence; see ``data.trajectories``."""
     eval_height: int = number(512, 1, 8192)
     """Pixels, in validation and test."""
     eval_width: int = number(512, 1, 8192)
@@ -122,11 +122,11 @@ class SingleViewConfig(CameraConfig):
     n_test_views: int = number(120, 1, 10_000)
     """Test views around a static object."""
     eval_elevation_deg: float = number(15.0, -90, 90)
-    """Of the camera, in all evaluation sequences."""
+    """Elevation of the camera in all evaluation sequences, degrees."""
     eval_camera_distance: float = number(1.5, high=1000, above=0)
-    """From the origin, scene units."""
+    """Distance of the camera from the origin, scene units."""
     eval_fovy_deg: float = number(70.0, high=179, above=0)
-    """Vertical angle of view."""
+    """Vertical field of view."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,11 +138,11 @@ class MultiViewConfig(CameraConfig):
     relative_radius: bool = True
     """Divide distances by tan(fovy / 2), so that the object keeps its size in the image."""
     zoom_range: tuple[float, float] = number((1.0, 1.0), high=100, above=0)
-    """Factor on the angle of view, after ``relative_radius``."""
+    """Factor on the field of view, after ``relative_radius``."""
     num_frames: int | None = number(None, 1, 1024)
-    """Accepted as null or as in ``data.single_view``: the moments come from there."""
+    """Must be null or as in ``data.single_view``, where the frame times come from."""
     sample_rand_frames: Literal["t0"] | None = None
-    """The moments are those of ``data.single_view``; null, or the same as there."""
+    """The frame times are those of ``data.single_view``; null, or the same as there."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -199,7 +199,7 @@ class MultiViews(CameraSampler):
 
 @dataclass(frozen=True)
 class Videos(CameraSampler):
-    """Whole clips."""
+    """Draws whole clips."""
 
     clip: SingleViewConfig
     group_key = "data.single_view.num_frames"
@@ -218,7 +218,7 @@ class Videos(CameraSampler):
 
 
 def sample_single_view(cfg: SingleViewConfig, *, step: int, generator: torch.Generator) -> Cameras:
-    """``batch_size`` cameras at one moment, each for itself."""
+    """``batch_size`` independent cameras at one time."""
     batch = at_step(cfg.batch_size, cfg.resolution_milestones, step)
     poses = _draw_poses(cfg, batch, generator)
     return _cameras(
@@ -290,14 +290,14 @@ def sample_multi_view(
 def frame_times(
     videos: int, frames: int, mode: Literal["t0"] | None, generator: torch.Generator
 ) -> Float[Tensor, "videos frames"]:
-    """Moments of each video, in 0..1; ``t0`` stays below 1, otherwise both ends are included."""
+    """Frame times of each video, in 0..1; ``t0`` stays below 1, otherwise both ends are included."""
     if mode is None:
         return torch.linspace(0, 1, frames).expand(videos, frames)
     return (torch.rand(videos, 1, generator=generator) + torch.arange(frames)) / frames
 
 
 def at_step(values: int | Sequence[int], milestones: Sequence[int], step: int) -> int:
-    """The entry that holds at ``step``; the next one begins at its milestone exactly."""
+    """The entry that applies at ``step``; the next one starts exactly at its milestone."""
     stretches = _stretches(values)
     passed = sum(milestone <= step for milestone in milestones)
     return stretches[min(passed, len(stretches) - 1)]
@@ -354,7 +354,7 @@ def _moving(cfg: SingleViewConfig, poses: _Poses, videos: int, generator: torch.
 
 
 def _elevations(cfg: CameraConfig, count: int, generator: torch.Generator) -> Float[Tensor, "G"]:
-    """One coin per batch: uniform in degrees, or "on the sphere".
+    """One coin toss per batch decides between uniform in degrees and "on the sphere".
 
     The second branch's bounds are linear in the angle instead of in its sine, so that [0, 30] gives
     0 .. asin(1/3) = 19.47 degrees. Kept from threestudio: the paper's results were made with it.
@@ -367,7 +367,7 @@ def _elevations(cfg: CameraConfig, count: int, generator: torch.Generator) -> Fl
 
 
 def _still_time(cfg: SingleViewConfig, generator: torch.Generator) -> Float[Tensor, "1"]:
-    """The one moment of a step without motion: 0, or one of a video's times."""
+    """The time of a step without motion: 0, or one of a video's times."""
     if cfg.static:
         return torch.zeros(1)
     times = frame_times(1, cfg.num_frames, cfg.sample_rand_frames, generator)[0]

@@ -37,19 +37,19 @@ class MeshExporter(Exporter):
         save_name: str = "model"
         """Name of the files, without their ending."""
         times: list[float] = number([0.0], 0, 1)
-        """Moments to write a mesh of; [] for none. Names end in the time, unless it is 0."""
+        """Times at which to write a mesh; [] for none. File names end in the time, unless it is 0."""
         save_normal: bool = True
         """Write vertex normals."""
         lit: bool = False
-        """In GLBs, a material that the viewer's lights shade, with normals; else colours are final."""
+        """Give GLBs normals and a material that the viewer's lights shade; otherwise colours are final."""
         smoothing: int = number(10, 0, 1000)
-        """Iterations that take out the ripples of the grid."""
+        """Iterations of smoothing, which removes the ripples of the grid."""
         max_faces: int = number(10_000, 4, 10_000_000)
-        """Triangles of a mesh, about. Where vertices carry the colours, edges of colour stay finer."""
+        """Approximate number of triangles; with colours in the vertices, edges between colours stay finer."""
         save_uv: bool = True
         """Write texture coordinates."""
         save_texture: bool = True
-        """With ``save_uv``, an image where the format has one (needs xatlas). Else vertex colours."""
+        """With ``save_uv``, colours are an image if the format has one (needs xatlas), else in vertices."""
         texture_size: int = number(1024, 1, 16384)
         """Texels along each side."""
         texture_format: ImageFormat = "jpg"
@@ -60,9 +60,9 @@ class MeshExporter(Exporter):
         """Attributes of xatlas' PackOptions."""
 
         animation_frames: int = number(32, 0, 1000)
-        """Moments of the animated GLB, evenly over the clip; 0 for no such file."""
+        """Number of moments in the animated GLB, spread evenly over the clip; 0 for no such file."""
         animation_resolution: int | None = number(64, 2, 2048)
-        """Takes the place of ``isosurface_resolution`` in the animation; null does not."""
+        """Replaces ``isosurface_resolution`` in the animation; null keeps it."""
         animation_max_faces: int = number(5000, 4, 10_000_000)
         """``max_faces`` of each moment in the animation."""
 
@@ -113,7 +113,7 @@ class MeshExporter(Exporter):
             try:
                 mesh = self._mesh(trained, 0.0, textured=True, animated=True)
             except NoSurfaceError:
-                logger.info("nothing to follow from time 0, so every moment gets a mesh of its own")
+                logger.info("nothing to follow from time 0, so every moment gets its own mesh")
             else:
                 tracks = follow(trained, mesh.surface.positions, [*times, 1.0])
                 return morphing_glb(glb, mesh, tracks, seconds=seconds, image_format=cfg.texture_format)
@@ -121,10 +121,10 @@ class MeshExporter(Exporter):
         return switching_glb(glb, meshes, seconds=seconds)
 
     def _meshes(self, trained: TrainedScene, times: Sequence[float], **how: bool) -> list[ColoredMesh | None]:
-        """A mesh for each moment; None, with a warning, for those that show nothing.
+        """A mesh for each moment; None, with a warning, for moments at which nothing is visible.
 
         Raises:
-            NoSurfaceError: no moment shows anything.
+            NoSurfaceError: nothing is visible at any moment.
         """
         meshes: list[ColoredMesh | None] = []
         nothing: NoSurfaceError | None = None
@@ -132,7 +132,7 @@ class MeshExporter(Exporter):
             try:
                 meshes.append(self._mesh(trained, time, **how))
             except NoSurfaceError as error:
-                logger.warning("nothing to see at time %.3g", time)
+                logger.warning("nothing is visible at time %.3g", time)
                 meshes.append(None)
                 nothing = nothing or error
         if nothing is not None and not any(meshes):

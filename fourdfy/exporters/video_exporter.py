@@ -34,14 +34,14 @@ class VideoExporter(Exporter):
         """A sequence of the data module (``test``, ``test_static``, of moving scenes ``val_video``), or a
         JSON file: such as this exporter writes, or Nerfstudio's ``camera_path.json``."""
         formats: list[VideoFormat] = field(default_factory=lambda: ["mp4", "gif", "webp"])
-        """``png``: all frames, in a folder. Without ffmpeg, mp4 and webm are frames as well."""
+        """``png`` writes all frames into a folder. Without ffmpeg, mp4 and webm are written as frames too."""
         alpha: bool = False
         """Write WebM, WebP and PNG without the background; mp4 and GIF have no opacity and show it."""
         depth: bool = True
-        """Also depths: as numbers (``.npz``), and near red, far blue, the background black."""
+        """Also write depth, as numbers (``.npz``) and as images (near red, far blue, background black)."""
         fps: float | None = number(None, 0.1, 240)
-        """null: that of a camera file, else what shows one clip in ``clip_seconds``; where the scene's time
-        stands still, 15."""
+        """null: that of a camera file, else the rate that shows one clip in ``clip_seconds``, or 15 if the
+        scene's time does not advance."""
         frames_at_once: int = number(8, 1, 4096)
         """Number of frames rendered at once; bounds the memory."""
 

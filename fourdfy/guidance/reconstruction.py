@@ -24,7 +24,7 @@ class Reconstruction(Distillation):
         guidance_scale: float = number(50.0, 0, 10_000)
         """Counted from the unconditional prediction: uncond + scale (text - uncond)."""
         recon_loss: bool = True
-        """Distance to the prior's x_0; false: score distillation weighted by 1 - abar."""
+        """True: distance to the prior's x_0; false: score distillation weighted by 1 - abar."""
         recon_std_rescale: float = number(0.5, 0, 1)
         """Share of the guided x_0's excess contrast that is removed, 0..1."""
 

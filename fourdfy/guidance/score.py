@@ -28,7 +28,7 @@ class ScoreDistillation(Distillation):
         use_sjc: bool = False
         """Use score Jacobian chaining (Wang et al. 2022) instead of score distillation."""
         var_red: bool = True
-        """With ``use_sjc``: compare the denoised latents with the clean ones, not the noisy ones."""
+        """With ``use_sjc``: compare the denoised latents with the clean ones instead of the noisy ones."""
 
     cfg: Config
 

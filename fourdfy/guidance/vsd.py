@@ -64,8 +64,8 @@ class VariationalScoreDistillation(Distillation):
         lora_n_timestamp_samples: int = number(1, 1, 64)
         """Noise levels per latent in the LoRA's own loss."""
         camera_condition_type: Literal["extrinsics", "mvp"] = "extrinsics"
-        """Condition the LoRA on the camera-to-world matrix, distance included, or on its product with the
-        projection, which adds the field of view."""
+        """Condition the LoRA on the camera-to-world matrix, distance included, or (``mvp``) on the projection
+        of the world-to-camera matrix, which includes the field of view."""
 
         def models(self) -> list[tuple[str, tuple[str, ...]]]:
             own, second = super().models(), self.pretrained_model_name_or_path_lora

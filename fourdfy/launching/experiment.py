@@ -36,10 +36,10 @@ EVERY_N_TRAIN_STEPS = 1000
 """Between checkpoints, unless the config says otherwise."""
 
 PARSED = Path("configs", "parsed.yaml")
-"""Of a trial folder, the whole config it was made from."""
+"""Path of the complete config inside a trial folder."""
 
 PLACE = ("exp_root_dir", "name", "tag", "use_timestamp", "timestamp")
-"""The keys that say where a trial folder is."""
+"""The keys that determine where a trial folder is."""
 
 FOLLOWING = ("exp_dir", "trial_name", "trial_dir")
 """What the original writes into its ``parsed.yaml`` beside ``PLACE``; not read."""
@@ -56,30 +56,30 @@ class TrainerConfig:
     num_sanity_val_steps: int = number(0, 0)
     """Validation batches to render before training."""
     val_check_interval: int | float = number(1000, 0)
-    """Training steps between validations; 0 for none, a fraction such as 0.25 of ``max_steps``."""
+    """Training steps between validations: 0 for none, or a fraction of ``max_steps`` such as 0.25."""
     limit_val_batches: int | None = number(None, 0)
     """How many batches a validation renders; null for all."""
     check_val_every_n_epoch: int | None = None
-    """Refused: there is one epoch."""
+    """Refused, because there is only one epoch."""
     precision: Literal[32, "32-true", "16-mixed", "bf16-mixed", 16, "bf16"] = 32
-    """``16`` and ``bf16`` are older names of the mixed ones."""
+    """Lightning's precision; ``16`` and ``bf16`` are older names of the mixed ones."""
     accumulate_grad_batches: int = number(1, 1)
-    """Batches, of one kind, whose gradients are averaged for a step."""
+    """Batches of one kind whose gradients are averaged for a step."""
     gradient_clip_val: float | None = number(None, 0)
-    """Bound on the gradients, of the kind that ``gradient_clip_algorithm`` says; null: none."""
+    """Bound on the gradients, applied as ``gradient_clip_algorithm`` says; null: none."""
     gradient_clip_algorithm: Literal["norm", "value"] | None = None
-    """``norm`` bounds the norm of all gradients together and is what null means, ``value`` each element."""
+    """``norm`` (also null) bounds the norm of all gradients together, ``value`` bounds each element."""
     detect_anomaly: bool = False
     """Name the operation whose gradient is the first NaN; slow."""
     deterministic: bool = False
     """Refuse operations without a deterministic implementation (CUDA only; the CPU always is). The hash
     grid then runs on its plain reference, which is much slower."""
     devices: Any = 1
-    """Accepted as 1 alone: a run uses one device, which ``--gpu`` chooses."""
+    """Must be 1: a run uses one device, which ``--gpu`` chooses."""
     num_nodes: int = 1
-    """Accepted as 1 alone."""
+    """Must be 1."""
     callbacks: dict[str, Any] = named_slots(Callback, by="type")
-    """What looks on, by names of your own; each entry's ``type`` is the registered name of its class."""
+    """Callbacks under names of your choice; each entry's ``type`` is the registered name of its class."""
 
     def __post_init__(self) -> None:
         for key in ("devices", "num_nodes"):
@@ -136,39 +136,39 @@ class ExperimentConfig:
     """Everything a stage is made from."""
 
     name: str = "default"
-    """Of the experiment; a folder of ``exp_root_dir`` that holds its trials."""
+    """Name of the experiment: a folder in ``exp_root_dir`` that holds its trials."""
     tag: str = ""
-    """Of the trial, a folder inside ``name``; in the experiment files it is the prompt, without spaces."""
+    """Name of the trial: a folder inside ``name``; in the experiment files, the prompt without spaces."""
     description: str = ""
-    """A note of the user's; nothing reads it."""
+    """A note for yourself; it has no effect."""
     seed: int = number(0, 0)
-    """Every random draw follows from it and from the step."""
+    """Together with the step, it determines every random draw."""
     exp_root_dir: str = file_path("outputs")
     """The folder of all experiments."""
     use_timestamp: bool = True
-    """Put the time of the start behind the tag, so that each start has a folder of its own."""
+    """Append the time of the start to the tag, so that each start has its own folder."""
     timestamp: str = ""
-    """Set by the run itself; part of the trial folder's name."""
+    """Part of the trial folder's name; set by the run itself."""
     resume: str | None = file_path()
-    """A checkpoint of this very experiment, or its trial folder: training goes on, or evaluation takes its
-    weights. Without it, the last checkpoint of the trial folder if that exists."""
+    """A checkpoint of this same experiment, or its trial folder. Training continues from it, and evaluation
+    uses its weights. The default is the last checkpoint of the trial folder, if there is one."""
     exp_dir: str = ""
-    """Written by the original; nothing reads it."""
+    """Written by the original; it has no effect."""
     trial_name: str = ""
-    """Written by the original; nothing reads it."""
+    """Written by the original; it has no effect."""
     trial_dir: str = ""
-    """Written by the original into its ``parsed.yaml``; tells that file from a trial of ours."""
+    """Written by the original into its ``parsed.yaml``; distinguishes that file from our own."""
     plugins: list[str] = field(default_factory=list)
     """Modules that register components, imported first; files and the command line add theirs."""
     plugin_path: list[str] = file_path([])
     """Folders to look for plugins in, before those of the config files and the current one. A trial's
-    ``parsed.yaml`` has those that its plugins were found in."""
+    ``parsed.yaml`` lists those in which its plugins were found."""
     data_type: str = "single-multiview-combined-camera-datamodule"
     data: Any = slot(DataModule, "data_type")
     system_type: str = "fourdfy-system"
     system: Any = slot(System, "system_type")
     steps: dict[str, Any] = named(StepConfig)
-    """Further kinds of training step by name, see ``StepConfig``; null switches one off."""
+    """Further kinds of training step by name; see ``StepConfig``. null switches one off."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
@@ -182,7 +182,7 @@ class Experiment:
     plan: SupervisionPlan
     trial_dir: Path
     is_placed: bool
-    """Whether the command line says where the trial folder is."""
+    """Whether the command line determines the trial folder."""
     prompt_source: str
     """The config file that names the prompt, or ``COMMAND_LINE``."""
 
@@ -242,12 +242,12 @@ def parse_experiment(loaded: LoadedConfig) -> Experiment:
         if loaded.sources.get(key) == COMMAND_LINE:
             raise config_error("", key, loaded.sources, "follows from exp_root_dir, name and tag; set these")
     if values.get("use_timestamp", True) and not values.get("timestamp"):
-        # With microseconds: runs that a script starts at once have folders of their own.
+        # With microseconds, so that runs which a script starts together have separate folders.
         values["timestamp"] = datetime.now().strftime("@%Y%m%d-%H%M%S-%f")
     given_by = {loaded.sources[key] for key in PLACE if key in loaded.sources}
     trial = trial_of(Path(*given_by)) if len(given_by) == 1 and "trial_dir" not in values else None
     if trial and loaded.sources.get("resume") in given_by and (trial / LAST).exists():
-        values["resume"] = None  # where the trial began; by now it has a checkpoint of its own
+        values["resume"] = None  # where the trial started; by now it has its own checkpoint
     cfg = parse_config(
         ExperimentConfig, without_effect_dropped(ExperimentConfig, values), sources=loaded.sources
     )
@@ -277,7 +277,7 @@ def trial_of(file: Path) -> Path | None:
 
 
 def trial_arguments(given: Path, given_as: str = "--trial ") -> tuple[Path, list[str]]:
-    """What ``--trial`` stands for: the config and the overrides that go on with a trial.
+    """What ``--trial`` stands for: the config and the overrides that continue a trial.
 
     Args:
         given: a trial folder, or its ``configs/parsed.yaml``.

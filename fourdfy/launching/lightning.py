@@ -1,4 +1,4 @@
-"""The only place where a system, its data and callbacks meet Lightning: thin shells that pass all on."""
+"""The only place where a system, its data and callbacks meet Lightning: thin shells that only delegate."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class LightningSystem(pl.LightningModule):
-    """A run's system to Lightning; ``state_dict`` is the system's own, so checkpoints know no shell.
+    """Wraps a run's system for Lightning; ``state_dict`` is the system's own, without the shell.
 
     Args:
         callbacks: by the names of their states in a checkpoint; called in this order.

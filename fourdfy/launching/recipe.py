@@ -1,8 +1,8 @@
 """Recipes: several stages in one command, each from the previous one's ``last.ckpt``.
 
-A recipe file lists ``stages`` (experiment files beside it); every other key it holds, and every
-override, goes to all of them. What stands under ``stage_2`` goes to the second alone, in the file and as
-``stage_2.key=value``.
+A recipe file lists ``stages`` (experiment files beside it). Every other key in it, and every override,
+applies to all of them; what stands under ``stage_2``, in the file or as ``stage_2.key=value``, applies to
+the second alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Stage:
 
     experiment: Experiment
     files: tuple[Path, ...]
-    """The config files it was made from."""
+    """The config files that it was made from."""
     number: int
     count: int
 
@@ -38,7 +38,7 @@ class Stage:
 
     @property
     def resume_from(self) -> Path | None:
-        """The checkpoint to go on from: ``resume=``, or the trial's own last one.
+        """The checkpoint to continue from: ``resume=``, or the trial's own last one.
 
         Raises:
             ConfigError: the trial holds another run, which this one would overwrite.
@@ -51,11 +51,11 @@ class Stage:
             return last
         given = checkpoint_file(self.experiment.cfg.resume)
         if given.resolve().is_relative_to(trial.resolve()):
-            # Rates, weights and lengths may be given anew; with these it would be another scene.
+            # Rates, weights and lengths may change; a change of these would make it another scene.
             self._check_same_settings(lambda key: key == "seed" or key.endswith(".prompt"))
         elif last.exists():
             raise ConfigError(
-                f"resume={given}: {trial} holds another run already; go on with that one (without resume=), "
+                f"resume={given}: {trial} holds another run already; continue that one (without resume=), "
                 "or give this one its own folder: tag=NAME"
             )
         return given
@@ -83,10 +83,10 @@ class Stage:
     def _check_same_settings(
         self, counts: Callable[[str], bool] = lambda key: not key.startswith("system.loggers")
     ) -> None:
-        """A trial that goes on must compute what it began; its length may change.
+        """Refuse to continue a trial with other settings; only its length may change.
 
         Args:
-            counts: whether another value of a key makes another run of it.
+            counts: whether a change of this key makes it another run.
         """
         began = load_config([self.experiment.trial_dir / PARSED], schema=ExperimentConfig).values
         now = self.experiment.record()
@@ -116,7 +116,7 @@ def load_recipe(names: Sequence[str | Path], overrides: Sequence[str]) -> list[S
     files, in_files = _stage_files(paths)
     if not files:
         if for_stage:
-            raise ConfigError(f"stage_{min(for_stage)}: {paths[0]} is no recipe; write the key alone")
+            raise ConfigError(f"stage_{min(for_stage)}: {paths[0]} is not a recipe; write the key without it")
         return [Stage(load_experiment(paths, shared), tuple(paths), 1, 1)]
     if unknown := {number for number in (*for_stage, *in_files) if not 1 <= number <= len(files)}:
         raise ConfigError(f"stage_{max(unknown)}: {paths[0]} has {len(files)} stages")
@@ -148,7 +148,7 @@ def _stage_files(paths: Sequence[Path]) -> tuple[list[Path], list[int]]:
 
 
 def _differences(a: object, b: object, path: str) -> list[str]:
-    if path == "system.weights" and a and b:  # trials may move, together with the one they began from
+    if path == "system.weights" and a and b:  # trials may be moved, together with the one they started from
         a, b = (Path(str(weights)).parts[-4:] for weights in (a, b))
     if isinstance(a, dict) and isinstance(b, dict):
         keys = sorted({*a, *b}, key=str)

@@ -113,7 +113,7 @@ def render_views(mode: str, system: System, experiment: Experiment, device: str)
     from fourdfy.callbacks.renders import SaveRenders
 
     folder = experiment.trial_dir
-    # Asked for, also where training has no validations.
+    # It was asked for, even if training has no validations.
     cfg = replace(experiment.cfg.trainer, val_check_interval=1, limit_val_batches=None)
     looking_on = {"progress": ProgressLine(), "renders": SaveRenders(folder / "save"), **configured(cfg)}
     run = Run(system=system, data=experiment.build_data(), folder=folder, label=mode, max_steps=cfg.max_steps)

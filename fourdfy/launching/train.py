@@ -44,7 +44,7 @@ class Trial:
     """At the checkpoint's step, on its device."""
 
     def render(self, cameras: Cameras) -> RenderOutput:
-        """The frames as they are evaluated; see ``System.render``."""
+        """Render frames for evaluation; see ``System.render``."""
         with on_device(str(self.system.device)):
             return self.system.render(cameras)
 
@@ -58,21 +58,21 @@ def train(
     callbacks: Sequence[Callback] = (),
     test: bool = True,
 ) -> Trial:
-    """Train an experiment, or all stages of a recipe; what is trained already is not trained again.
+    """Train an experiment, or all stages of a recipe; finished stages are not trained again.
 
     Args:
         config: the name or file of a config, or several, merged left to right.
         overrides: ``key=value``, as on the command line.
         prompt: the prompt, taken literally.
         device: ``cpu``, ``cuda`` or ``cuda:N``; None is the first GPU, else the CPU.
-        callbacks: look on beside those of ``trainer.callbacks``, in every stage.
-        test: render the test views of every stage too.
+        callbacks: called in every stage, in addition to those of ``trainer.callbacks``.
+        test: also render the test views of every stage.
 
     Returns:
-        The last stage; or the one in which a callback has stopped the run.
+        The last stage, or the one in which a callback stopped the run.
 
     Raises:
-        ConfigError: what was given does not work; says what would.
+        ConfigError: the input does not work; says what would.
         FloatingPointError: training diverged.
     """
     configs = [config] if isinstance(config, str | Path) else list(config)
@@ -93,7 +93,7 @@ def load(trial: str | Path, device: str | None = None) -> Trial:
         device: as for ``train``.
 
     Raises:
-        ConfigError: not a trial folder, or without a checkpoint.
+        ConfigError: it is not a trial folder, or has no checkpoint.
     """
     device = select_device(device, "device=")
     file, resume = trial_arguments(Path(trial), "trial=")
@@ -129,7 +129,7 @@ def _train_stage(
     stage: Stage, device: str, command: Sequence[str], callbacks: Sequence[Callback], test: bool
 ) -> bool:
     """Train a stage from where it stands, then render its test views; False if it was stopped."""
-    # Lightning and TensorBoard take seconds to import: not before there is something to run.
+    # Lightning and TensorBoard take seconds to import, so this waits until there is something to run.
     from fourdfy.callbacks.curves import Curves
     from fourdfy.callbacks.last_checkpoint import LastCheckpoint
     from fourdfy.callbacks.renders import SaveRenders
@@ -163,7 +163,8 @@ def _train_stage(
             scheduler=system.configure_scheduler(optimizer),
         )
         trainer = Trainer(cfg, run, looking_on, device=device)
-        prepare_trial(experiment, stage.files, command)  # all is built: only what can start leaves a folder
+        # Everything is built by now: only a run that can start leaves a folder.
+        prepare_trial(experiment, stage.files, command)
         logger.info("%s: writing to %s", stage.label, folder)
         trainer.fit(resume_from)
         if not run.stopping and test:
@@ -178,7 +179,7 @@ def configured(cfg: TrainerConfig) -> dict[str, Callback]:
 
 
 def named(callbacks: Sequence[Callback]) -> dict[str, Callback]:
-    """The callbacks by the names of their states: the class, with a number from the second of it on."""
+    """Callbacks by the names of their states: the class name, with a number from the second on."""
     names: dict[str, Callback] = {}
     for callback in callbacks:
         kind = type(callback).__name__

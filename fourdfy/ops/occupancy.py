@@ -43,7 +43,7 @@ def points_in_cells(
 def stratified_times(
     cells: int, num_times: int, *, generator: torch.Generator
 ) -> Float[Tensor, "cells num_times"]:
-    """Time j of a cell is uniform in [j, j + 1) / num_times, drawn anew for each cell.
+    """Time j of a cell is uniform in [j, j + 1) / num_times, drawn independently for each cell.
 
     Each cell has its own draws, so that an update sees the scene at as many times as there are cells.
     """

@@ -1,4 +1,4 @@
-"""Keys of the original's config files that have no effect here; they are accepted, and warned of."""
+"""Keys of the original's config files that have no effect here; they are accepted with a warning."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ NO_EFFECT: dict[str, tuple[str, Any]] = {
     "trainer.strategy": ("a run uses one device", "auto"),
     "checkpoint.save_last": ("the last checkpoint is always kept, to go on from", True),
 }
-"""Pattern of the dotted key -> what takes its place, or why nothing does; and the value of which nobody is
-warned. A key that the component at its place has is that component's own."""
+"""Pattern of the dotted key -> what replaces it, or why nothing does; and the value that causes no warning.
+A key that the component at its place declares is that component's own."""
 
 
 def without_effect_dropped(schema: type, values: Mapping[str, Any]) -> dict[str, Any]:

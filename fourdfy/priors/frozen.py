@@ -54,7 +54,7 @@ class MemoryOptions:
     half_precision_weights: bool | str = True
     """true (float16), false (float32) or "bf16"."""
     enable_memory_efficient_attention: bool = False
-    """xformers' attention in place of SDPA, if it is installed."""
+    """Use the attention of xformers instead of SDPA, if it is installed."""
     enable_sequential_cpu_offload: bool = False
     """Keep weights in main memory and move each layer's to the GPU when it runs."""
     enable_attention_slicing: bool = False

@@ -54,12 +54,12 @@ class LatentPrior(Prior):
         width: int | None = number(None, 1, 8192)
         """Pixels, as ``height``."""
         view_dependent_prompting: bool = True
-        """Ask with the text of each frame's view (of a video's first frame), not with the plain prompt."""
+        """Use the text of each frame's view (for a video, of its first frame) instead of the plain prompt."""
         token_merging: bool = False
-        """Fewer tokens in the self-attention of image models, by the package tomesd (Bolya & Hoffman
-        2023): faster, and not quite the same prior."""
+        """Merge tokens in the self-attention of image models with the package tomesd (Bolya & Hoffman 2023),
+        which is faster but changes the prior a little."""
         token_merging_params: dict[str, Any] | None = None
-        """Arguments of ``tomesd.apply_patch``; ``use_rand`` is false unless it stands here."""
+        """Arguments of ``tomesd.apply_patch``; ``use_rand`` is false unless given here."""
 
         def models(self) -> list[tuple[str, tuple[str, ...]]]:
             return [(self.pretrained_model_name_or_path, self.parts)]
@@ -121,7 +121,7 @@ class LatentPrior(Prior):
         if self.cfg.token_merging:
             import tomesd
 
-            # Its random choices come from a generator of its own, which no checkpoint would hold.
+            # Its random choices come from its own generator, which no checkpoint would hold.
             tomesd.apply_patch(unet, **{"use_rand": False} | (self.cfg.token_merging_params or {}))
         return unet
 
@@ -157,7 +157,7 @@ class LatentPrior(Prior):
         text_embeddings: Float[Tensor, "B L E"],
         cameras: Float[Tensor, "B K"] | None = None,
     ) -> Float[Tensor, "B C *S"]:
-        """One call of a diffusers U-Net; ``cameras`` go where it takes class labels."""
+        """One call of a diffusers U-Net; ``cameras`` are passed as its class labels."""
         told = {} if cameras is None else {"class_labels": cameras}
         texts = text_embeddings.to(self.dtype)
         with self._precision():
@@ -177,5 +177,5 @@ class LatentPrior(Prior):
         own_height, own_width = (own, own) if isinstance(own, int) else own
         size = (self.cfg.height or own_height * factor, self.cfg.width or own_width * factor)
         if any(pixels % factor for pixels in size):
-            raise ValueError(f"height, width = {size}: this VAE wants multiples of {factor} pixels")
+            raise ValueError(f"height, width = {size}: this VAE needs multiples of {factor} pixels")
         return size

@@ -1,8 +1,8 @@
-"""VideoCrafter2 (Chen et al. 2024) as a prior: ZeroScope's U-Net, told the frame rate.
+"""VideoCrafter2 (Chen et al. 2024) as a prior: ZeroScope's U-Net conditioned on the frame rate.
 
 The only thing that a plain ``UNet3DConditionModel`` lacks is a second time embedding, of the frames per
-second, whose output is added to the first one's. A run has one frame rate, so what is added is one
-vector, and it is kept in a bias that is there already.
+second, whose output is added to the first one's. A run has one frame rate, so its output is a single
+vector, which is folded into an existing bias.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class VideoCrafter(VideoPrior):
 
         pretrained_model_name_or_path: str = file_path("VideoCrafter/VideoCrafter2")
         half_precision_weights: bool | str = False
-        """False unlike elsewhere: the published runs left precision to the trainer."""
+        """False, unlike in other priors: the published runs left precision to the trainer."""
         height: int | None = number(320, 1, 8192)
         """Pixels that frames are resized to before the VAE; null: the model's own size."""
         width: int | None = number(512, 1, 8192)
         """Pixels, as ``height``."""
         fps: int = number(28, 1, 1000)
-        """Frames per second that the model is told: the higher, the less moves between two of them."""
+        """Frame rate that the model is conditioned on: the higher, the less motion between two frames."""
         use_hifa: bool = False
-        """Accepted as false alone: the original's HiFA loss called a decoder that raises."""
+        """Must be false: the original's HiFA loss called a decoder that raises an error."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -76,7 +76,7 @@ def load_unet(folder: Path, fps: int, *, dtype: torch.dtype, device: torch.devic
 
 
 def fps_vector(folder: Path, fps: int) -> Float[Tensor, "E"]:
-    """What the frame rate adds to the time embedding, in float64.
+    """The frame rate's contribution to the time embedding, in float64.
 
     Raises:
         ModelNotFound: the folder has no ``fps_embedding``.

@@ -41,14 +41,14 @@ TextEncoder = Any
 
 
 class PromptProcessor(Component, ABC):
-    """Gives the text embeddings that a guidance is conditioned on."""
+    """Provides the text embeddings that a guidance is conditioned on."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Component.Config):
         prompt: str = MISSING
-        """What to make. ``lib:panda_dancing`` takes the one library prompt with both words."""
+        """The prompt. ``lib:panda_dancing`` takes the one library prompt that has both words."""
         prompt_front: str | None = None
-        """The whole text for the front view, instead of the prompt with the view's words."""
+        """The complete text for the front view, instead of the prompt with the view's words."""
         prompt_side: str | None = None
         """The same for the side views."""
         prompt_back: str | None = None
@@ -56,10 +56,10 @@ class PromptProcessor(Component, ABC):
         prompt_overhead: str | None = None
         """The same for the view from above."""
         moments: list[str] = field(default_factory=list)
-        """Words for equal parts of the scene's time (say four quarters), put behind the prompt by this
-        processor alone, before the view's words; with one entry they are for all times."""
+        """Words for equal parts of the scene's time (e.g. four quarters). Only this processor appends them to
+        the prompt, before the view's words; a single entry applies to all times."""
         negative_prompt: str = ""
-        """What guidance leads away from; the same for all views."""
+        """The negative prompt, which guidance steers away from; the same for all views."""
         pretrained_model_name_or_path: str = file_path("stabilityai/stable-diffusion-2-1-base")
         """Folder, embedded name or hub id with ``tokenizer`` and ``text_encoder``."""
         overhead_threshold: float = number(60.0, 0, 90)
@@ -73,17 +73,17 @@ class PromptProcessor(Component, ABC):
         use_cache: bool = True
         """Keep embeddings in $FOURDFY_CACHE, or ~/.cache/fourdfy."""
         use_perp_neg: bool = False
-        """Texts mixed by azimuth, with the front and side views as negatives; see
+        """Mix texts by azimuth, with the front and side views as negative texts; see
         ``prompts.views.perp_neg_texts``. The guidance must have view_dependent_prompting=true."""
         perp_neg_f_sb: tuple[float, float, float] = number((1.0, 0.5, -0.606), -1000, 1000)
-        """(a, b, c) of a negative's weight -(a exp(-b r) + c), r the share of the view nearer to the front:
-        here of the side's, seen from behind. See ``types.PerpNegDecays``."""
+        """(a, b, c) of a negative's weight -(a exp(-b r) + c), r the share of the view nearer to the front;
+        this one is the side's, seen from behind. See ``types.PerpNegDecays``."""
         perp_neg_f_fsb: tuple[float, float, float] = number((1.0, 0.5, 0.967), -1000, 1000)
-        """The same of the front's weight, seen from behind."""
+        """The same for the front's weight, seen from behind."""
         perp_neg_f_fs: tuple[float, float, float] = number((4.0, 0.5, -2.426), -1000, 1000)
-        """The same of the front's weight, seen from the front."""
+        """The same for the front's weight, seen from the front."""
         perp_neg_f_sf: tuple[float, float, float] = number((4.0, 0.5, -2.426), -1000, 1000)
-        """The same of the side's weight, seen from the front, with 1 - r for r."""
+        """The same for the side's weight, seen from the front, with 1 - r for r."""
 
         def models(self) -> list[tuple[str, tuple[str, ...]]]:
             """Every model that is needed, with its parts."""
@@ -117,12 +117,12 @@ class PromptProcessor(Component, ABC):
         """
 
     def texts(self) -> set[str]:
-        """Everything that the encoder is given: prompts, their texts for views, and the negative prompt."""
+        """Every text that is encoded: prompts, their texts for views, and the negative prompt."""
         views = (self.direction_texts(prompt) for prompt in self.prompts)
         return {*self.prompts, *chain(*views), self.cfg.negative_prompt}
 
     def check_texts(self) -> None:
-        """Warn of texts that the model has not learned, and refuse those that are too long for it.
+        """Warn of texts that the model has not learned, and refuse texts that are too long for it.
 
         Loads no weights; nothing is too long for a model that is not on this disk yet.
 
@@ -134,7 +134,7 @@ class PromptProcessor(Component, ABC):
             self.check_length(others, folder)
 
     def _others_than_learned(self) -> list[str]:
-        """The texts that the model is not known to have learned; warns where it surely has not."""
+        """The texts that the model is not known to have learned; warns of those that it surely has not."""
         others = []
         for text in sorted(self.texts()):
             try:
@@ -151,7 +151,7 @@ class PromptProcessor(Component, ABC):
         The text encoder is loaded only if a text is not in the cache, and freed before this returns.
 
         Raises:
-            ModelNotFound: the model is not to be found.
+            ModelNotFound: the model was not found.
             ValueError: a text is longer than the encoder reads; shows where it would be cut.
         """
         self._others_than_learned()
@@ -243,16 +243,16 @@ def tokenize(tokenizer: Any, text: str, max_length: int) -> list[int]:
 # The cache: one safetensors file for each (text encoder, text)
 
 KEY = "states"
-"""Of the tensor in a file of the cache."""
+"""Name of the tensor in a file of the cache."""
 
 
 def cache_folder() -> Path:
-    """Of the embeddings, below the project's ``cache_root``."""
+    """Folder of the embeddings, below the project's ``cache_root``."""
     return cache_root() / "text_embeddings"
 
 
 def model_identity(folder: Path) -> str:
-    """Names this text encoder and tokenizer with these weights; a retrained one gets another name."""
+    """A name for this text encoder and tokenizer with these weights; a retrained one has another name."""
     files = sorted(f for part in PARTS for f in (folder / part).rglob("*"))
     stamps = [
         (str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()
@@ -278,7 +278,7 @@ def read_cached(identity: str, text: str) -> Float[Tensor, "L C"] | None:
 
 
 def write_cached(identity: str, embeddings: Mapping[str, Float[Tensor, "L C"]]) -> None:
-    """Keep the embeddings of some texts; each file appears whole or not at all."""
+    """Keep the embeddings of some texts; each file appears complete or not at all."""
     from safetensors.torch import save
 
     try:

@@ -1,4 +1,4 @@
-"""What a ray sees behind the scene.
+"""Backgrounds: what a ray sees behind the scene.
 
 F frames of H x W pixels. Backgrounds do not move: they know directions only.
 """
@@ -24,14 +24,14 @@ from fourdfy.scenes.nerf.mlp import VanillaMLP
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentedConfig(Background.Config):
-    """What the backgrounds share."""
+    """Settings that the backgrounds share."""
 
     n_output_dims: int = number(3, 3, 3)
     """Channels of a colour."""
     random_aug: bool = False
-    """In training, put one random colour in place of the background now and then."""
+    """In training, sometimes replace the background by one random colour."""
     random_aug_prob: float = number(0.5, 0, 1)
-    """Of that, per call; all frames of a call share the colour."""
+    """Probability of ``random_aug`` per call; all frames of a call share the colour."""
     random_aug_colors: list[list[float]] | None = number(None, 0, 1)
     """Colours to draw from; null: uniform in the colour cube."""
 
@@ -45,7 +45,7 @@ class AugmentedConfig(Background.Config):
     def augment(
         self, colors: Float[Tensor, "F H W 3"], generator: torch.Generator | None
     ) -> Float[Tensor, "F H W 3"]:
-        """``colors``, or with the probability of the config one colour for all of them."""
+        """``colors``, or with the config's probability one colour for all of them."""
         if not self.random_aug or generator is None:
             return colors
         # The draws stay on the device: reading one back would stop the host until the GPU caught up.
@@ -66,13 +66,13 @@ class NeuralEnvironmentMap(Background):
     @dataclass(frozen=True, kw_only=True)
     class Config(AugmentedConfig):
         color_activation: str | None = "sigmoid"
-        """Any name of ``ops.activations``."""
+        """Activation, any name of ``ops.activations``."""
         dir_encoding_config: Any = inner_slot(Encoding, "otype", {"otype": "SphericalHarmonics"})
         mlp_network_config: Any = inner_slot(
             VanillaMLP, "otype", {"otype": "VanillaMLP", "n_neurons": 16, "n_hidden_layers": 2}
         )
         eval_color: tuple[float, float, float] | None = number(None, 0, 1)
-        """In evaluation, this colour instead."""
+        """Colour in evaluation, instead of the network's."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -101,7 +101,7 @@ class NeuralEnvironmentMap(Background):
 
 @register("textured-background")
 class Textured(Background):
-    """A picture wrapped around the scene: longitude along its height, the angle from +z along its width."""
+    """An image wrapped around the scene: longitude along its height, the angle from +z along its width."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(AugmentedConfig):
@@ -110,7 +110,7 @@ class Textured(Background):
         width: int = number(64, 1, 4096)
         """Texels over the angle from +z."""
         color_activation: str | None = "sigmoid"
-        """Any name of ``ops.activations``."""
+        """Activation, any name of ``ops.activations``."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -145,7 +145,7 @@ class SolidColor(Background):
         color: tuple[float, float, float] = number((1.0, 1.0, 1.0), 0, 1)
         """RGB."""
         learned: bool = False
-        """Train the colour, from ``color`` on."""
+        """Train the colour, starting from ``color``."""
 
     cfg: Config
 

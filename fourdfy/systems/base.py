@@ -24,11 +24,11 @@ class WandbConfig:
     (``WANDB_MODE=offline``) work."""
 
     enable: bool = False
-    """Send the curves there."""
+    """Whether to log to Weights & Biases."""
     project: str = "fourdfy"
-    """The project there that the run belongs to."""
+    """Project in Weights & Biases that the run belongs to."""
     name: str | None = None
-    """Of the run; null is the trial's folder."""
+    """Name of the run; null: that of the trial's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -51,7 +51,7 @@ class FourdfySystem(System):
     class Config(System.Config, NeRFScene.Config):
         scene_type: str | None = None
         scene: Any = slot(Scene, "scene_type")
-        """A scene of another kind, in place of the NeRF that ``geometry``, ``material``, ``background`` and
+        """A scene of another kind, instead of the NeRF that ``geometry``, ``material``, ``background`` and
         ``renderer`` describe."""
 
         prompt_processor_type: str | None = None
@@ -74,14 +74,14 @@ class FourdfySystem(System):
         exporter: Any = slot(Exporter, "exporter_type")
 
         loss: dict[str, Schedule] = scheduled({}, 0, 1e6)
-        """``lambda_NAME``: scheduled weight of the loss NAME; 0 or absent is off."""
+        """``lambda_NAME`` is the scheduled weight of the loss NAME; 0 or absent switches it off."""
         optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
         scheduler: SchedulerConfig | None = None
-        """How the learning rates move; null: they stay."""
+        """How the learning rates change; null: they are constant."""
         freeze_static_modules: bool = False
-        """In dynamic stages, train the moving part of the scene alone."""
+        """In dynamic stages, train only the moving half of the scene."""
         weights_ignore_modules: list[str] | None = None
-        """Prefixes of parameters not to take from ``weights``."""
+        """Prefixes of parameters that are not loaded from ``weights``."""
 
         def __post_init__(self) -> None:
             if self.scene is None:
@@ -124,7 +124,7 @@ class FourdfySystem(System):
 
         @property
         def scene_cfg(self) -> Scene.Config:
-            """What describes the scene: ``scene`` if it is given, else the NeRF's own keys."""
+            """The config of the scene: ``scene`` if it is given, else the NeRF's own keys."""
             return self.scene or self
 
         @property
@@ -147,7 +147,7 @@ class FourdfySystem(System):
 
     def prepare(self, device: torch.device, *, resumed: bool) -> None:
         weights = {} if resumed else self.read_weights()
-        self.load_weights(weights)  # before the models are: a misfit shows at once
+        self.load_weights(weights)  # before the models, so that a mismatch shows at once
         with seeded(step_seed(self.seed, 0, "guidance parameters")):
             for kind in self.plan.kinds:
                 if kind.prompts is not None:
@@ -158,7 +158,7 @@ class FourdfySystem(System):
                     if kind.prompts is not None:
                         guidance.cfg.check_text_encoder(kind.prompts.pretrained_model_name_or_path)
                     setattr(self, kind.module, guidance)
-        if weights:  # again, now that there is a LoRA to take its own
+        if weights:  # again, now that the LoRA exists and can load its own
             logger.info("system.weights: %d tensors from %s", self.load_weights(weights), self.cfg.weights)
 
     def configure_optimizer(self) -> torch.optim.Optimizer:
@@ -169,7 +169,7 @@ class FourdfySystem(System):
             absent=self.plan.absent | self.cfg.absent_parts,
             untrained=self.parameters_outside(trains),
         )
-        # Only what is in a group still wants gradients; a group that is null is meant so.
+        # Only parameters in a group still require gradients; a group set to null is deliberate.
         for name in sorted({kind.module for kind in self.plan.kinds} - self.cfg.optimizer.params.keys()):
             adapter = list(getattr(self, name).parameters())
             if adapter and not any(p.requires_grad for p in adapter):
@@ -200,7 +200,7 @@ class FourdfySystem(System):
         weighted = [weights[name] * value for name, value in losses.items() if name in weights]
         if not weighted:
             raise ConfigError(
-                f"system.loss: no loss of the {kind.name} steps is on at step {batch.step}; "
+                f"system.loss: no loss of the {kind.name} steps has a weight at step {batch.step}; "
                 f"set one of {', '.join(f'lambda_{name}' for name in losses)}"
             )
         return StepOutput(
@@ -233,7 +233,7 @@ class FourdfySystem(System):
 
     @torch.no_grad()
     def render(self, cameras: Cameras) -> RenderOutput:
-        """Frames as they are evaluated: nothing random, annealing as at ``step``."""
+        """Render frames for evaluation: without randomness, annealed as at ``step``."""
         return self.scene.render(cameras.to(self.device), StepContext(self.step))
 
     def export(self, folder: Path, cameras: Mapping[str, Cameras]) -> list[Path]:
@@ -250,7 +250,7 @@ class FourdfySystem(System):
     # -- checkpoints ----------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **keywords: Any) -> dict[str, Any]:
-        """By the names of 4D-fy's checkpoints: parts of the scene stand beside the guidances."""
+        """Modules under the names of 4D-fy's checkpoints, with the scene beside the guidances."""
         state = super().state_dict(*args, **keywords)
         return {name.removeprefix("scene."): value for name, value in state.items()}
 
@@ -274,7 +274,7 @@ class FourdfySystem(System):
         self.step = checkpoint["global_step"]
 
     def read_weights(self) -> dict[str, Tensor]:
-        """What ``system.weights`` holds, but for ``weights_ignore_modules``; empty where it is not set."""
+        """The tensors of ``system.weights`` without ``weights_ignore_modules``; empty if it is not set."""
         if not self.cfg.weights:
             return {}
         return {
@@ -284,10 +284,10 @@ class FourdfySystem(System):
         }
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> int:
-        """Take what fits by name; gives the number of tensors taken.
+        """Load what fits by name; returns the number of tensors loaded.
 
         Raises:
-            ConfigError: a tensor of another shape, or weights of which none fits.
+            ConfigError: a tensor has another shape, or none of the weights fits.
         """
         own = self.state_dict()
         fits = {key: value for key, value in own_names(weights, own).items() if key in own}
@@ -310,7 +310,7 @@ def _check_shapes(given: Mapping[str, Tensor], own: Mapping[str, Tensor], source
         if value.shape != own[key].shape:
             wanted = list(own[key].shape)
             raise ConfigError(
-                f"{source}: {key} has shape {list(value.shape)}, this config wants {wanted}; {hint}"
+                f"{source}: {key} has shape {list(value.shape)}, this config expects {wanted}; {hint}"
             )
 
 
@@ -322,7 +322,7 @@ def _guidance_losses() -> list[str]:
 
 @contextmanager
 def _errors_of(key: str) -> Iterator[None]:
-    """What a prior finds wrong with its settings when it loads, as an error of the config's ``key``."""
+    """Turn an error of a prior while it loads into an error of the config's ``key``."""
     try:
         yield
     except ConfigError:

@@ -33,7 +33,7 @@ class SchedulerConfig:
     interval: Literal["step"] = "step"
     """The scheduler takes a step after each of the optimizer's; epochs don't count: there is only one."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Its arguments."""
+    """Arguments of the scheduler."""
     schedulers: list[dict[str, Any]] = field(default_factory=list)
     """The parts of a SequentialLR or ChainedScheduler, in this same form."""
     milestones: list[int] = field(default_factory=list)

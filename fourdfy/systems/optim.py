@@ -29,7 +29,7 @@ class OptimizerConfig:
     name: str = "AdamW"
     """A class of torch.optim."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Its arguments, for every group."""
+    """Arguments of the optimizer, for every group."""
     params: dict[str, Any] = keyed_by_path()
     """Dotted path from the system (``geometry.encoding``) -> group options (``{lr: 0.01}``); null
     switches an inherited group off. Parameters that no path names are not trained; without paths, all are."""

@@ -44,12 +44,12 @@ class StepConfig(Schema):
     """``steps.NAME``: a kind of training step besides the original's three."""
 
     probability: float = number(0.0, 0, 1)
-    """Share of all training steps. The original's kinds divide what the others leave."""
+    """Share of all training steps. The original's kinds share the rest."""
     cameras_type: str | None = None
     cameras: Any = slot(CameraSampler, "cameras_type")
     """The sampler of the frames that are rendered in such a step."""
     cameras_of: str | None = None
-    """In place of ``cameras``: one of the original's kinds, say ``video``, whose cameras such a step has."""
+    """Instead of ``cameras``: one of the original's kinds, such as ``video``, whose cameras are used."""
     prompt_processor_type: str | None = None
     prompt_processor: Any = slot(PromptProcessor, "prompt_processor_type")
     """Provides the text; null for a guidance that needs none."""

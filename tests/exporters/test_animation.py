@@ -141,7 +141,7 @@ def test_a_moment_with_nothing_to_see_is_an_empty_key(tmp_path, caplog, deformed
     scales = accessor(gltf, gltf.animations[0].samplers[channel.sampler].output)
     assert scales[:, 0].tolist() == [0, 0, 1, 0, 0]
     assert gltf.nodes[channel.target.node].scale == [1, 1, 1]  # at rest a viewer has something to show
-    assert "nothing to see at time 0.25" in caplog.text
+    assert "nothing is visible at time 0.25" in caplog.text
 
 
 @pytest.mark.parametrize("deformed", [False, True])

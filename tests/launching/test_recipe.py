@@ -105,5 +105,5 @@ def test_an_override_can_be_for_one_stage(tmp_path):
     assert all(stage.experiment.cfg.seed == 5 for stage in stages)
     with pytest.raises(ConfigError, match=r"^stage_\d: .* has 3 stages$"):
         load_recipe([CONFIGS / "shapes.yaml"], ["stage_4.seed=1"])
-    with pytest.raises(ConfigError, match="is no recipe"):
+    with pytest.raises(ConfigError, match="is not a recipe"):
         load_recipe([CONFIGS / "shapes_stage_1.yaml"], ["stage_1.seed=1"])

@@ -70,7 +70,7 @@ def test_another_stage_starts_from_as_many_spheres_as_the_file_holds(whole):
 
 def test_tensors_that_no_rule_fits_are_refused_by_name(whole):
     system = load_experiment(FILES, [*TINY]).build_system()
-    with pytest.raises(ConfigError, match=r"resume: colors has shape \[6, 4\], this config wants \[8, 3\]"):
+    with pytest.raises(ConfigError, match=r"resume: colors has shape \[6, 4\], this config expects \[8, 3\]"):
         torn = state(whole) | {"colors": torch.zeros(6, 4)}
         system.load_checkpoint({"state_dict": torn, "global_step": 1})
 

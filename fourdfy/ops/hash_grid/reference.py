@@ -58,7 +58,7 @@ def _corner_entries(cells: Int[Tensor, "N D"], level: GridLevel) -> Int[Tensor, 
 def gradients(
     x: Tensor, params: Tensor, spec: HashGridSpec, grad_features: Tensor, wants_x: bool, wants_params: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Those gradients of ``x`` and ``params`` that are needed; they can be differentiated again."""
+    """The gradients of ``x`` and ``params`` that are needed; they can be differentiated again."""
     wanted = [tensor for tensor, wants in ((x, wants_x), (params, wants_params)) if wants]
     results = iter(torch.autograd.grad(forward(x, params, spec), wanted, grad_features, create_graph=True))
     return next(results) if wants_x else None, next(results) if wants_params else None

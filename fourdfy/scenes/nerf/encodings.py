@@ -1,4 +1,4 @@
-"""From a point of the unit cube and its time to the features that the networks read.
+"""Encodings: from a point of the unit cube and its time to the features that the networks read.
 
 N points, D dimensions of a point, C features. An encoding holds its tables under the names of
 4D-fy's checkpoints: ``encoding.params`` (space), ``encoding_time`` (space and time), ``time_network``.
@@ -25,7 +25,7 @@ from fourdfy.scenes.nerf.mlp import VanillaMLP
 from fourdfy.types import TensorRecord
 
 INIT_SEED = 1337
-"""tiny-cuda-nn's: every grid draws from the same seed, so two of the same shape start equal."""
+"""As in tiny-cuda-nn, every grid draws from the same seed, so two of the same shape start equal."""
 INIT_BOUND = 1e-4
 
 
@@ -59,7 +59,7 @@ class Encoding(Component, nn.Module, ABC):
         """Features of ``x``, nominally in the unit cube, at ``times`` in 0..1."""
 
     def dynamic_parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that only matter where the scene moves."""
+        """The parameters that matter only if the scene moves."""
         return iter(())
 
     def finest_resolution(self, step: int) -> float:
@@ -74,7 +74,7 @@ class Encoding(Component, nn.Module, ABC):
 
 
 class CompositeEncoding(nn.Module):
-    """An encoding, behind the point itself where its config says ``include_xyz``."""
+    """An encoding, preceded by the point itself if its config says ``include_xyz``."""
 
     def __init__(self, cfg: Encoding.Config, n_input_dims: int) -> None:
         super().__init__()
@@ -113,12 +113,12 @@ class HashTable(nn.Module):
 
 @register("HashGrid")
 class HashGrid(Encoding):
-    """A hash grid that knows no time."""
+    """A hash grid that does not depend on time."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Encoding.Config):
         n_levels: int = number(16, 1, 32)
-        """Grids, from coarse to fine, whose features are put side by side."""
+        """Number of grids, from coarse to fine, whose features are concatenated."""
         n_features_per_level: int = number(2, 1, 8)
         """Channels of each grid."""
         log2_hashmap_size: int = number(19, 3, 24)
@@ -128,9 +128,9 @@ class HashGrid(Encoding):
         per_level_scale: float = number(1.447269237440378, 1, 16)
         """Ratio of two levels' resolutions; with 16 levels from 16 on the finest has 4096 cells."""
         backend: str = "auto"
-        """Of ``ops.hash_grid``."""
+        """Back end of ``ops.hash_grid``."""
         static: bool = False
-        """The scene has no time. 4D-fy's files write it into every grid; only space-time grids read it."""
+        """Whether the scene has no time. 4D-fy's files set it in all grids; only space-time grids use it."""
 
         def __post_init__(self) -> None:
             self.spec(3)
@@ -173,12 +173,12 @@ class Grid(HashGrid):
     @dataclass(frozen=True, kw_only=True)
     class Config(HashGrid.Config):
         type: Literal["Hash"] = "Hash"
-        """The one kind of grid there is."""
+        """Kind of grid; ``Hash`` is the only one."""
 
 
 @register("ProgressiveBandHashGrid")
 class ProgressiveBandHashGrid(HashGrid):
-    """A hash grid whose finer levels join one by one (Neuralangelo's coarse to fine)."""
+    """A hash grid whose finer levels are switched on one by one (coarse to fine, as in Neuralangelo)."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(HashGrid.Config):
@@ -219,14 +219,14 @@ class ProgressiveBandHashGrid(HashGrid):
 class HashGridSpatialTime(HashGrid):
     """The sum of a grid over space and a grid over space and time (Bahmani et al. 2024, sec. 3.1).
 
-    A static scene still reads the second grid, at time 0, so that a scene trained so goes on as it
-    is where time begins.
+    A static scene still reads the second grid, at time 0, so that training a static scene first does not
+    change it at time 0 later.
     """
 
     @dataclass(frozen=True, kw_only=True)
     class Config(HashGrid.Config):
         time_encoding_config: Any = inner_slot(Grid, "otype")
-        """The space-time grid's own shape; null: that of the space grid."""
+        """The shape of the space-time grid; null: that of the space grid."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -261,7 +261,7 @@ class HashGridSpatialTimeDeform(HashGrid):
     """A grid over space, read where a deformation over space and time sends the point.
 
     The displacement is in unit-cube coordinates and may leave the cube. A static scene is not
-    displaced, and its deformation is None; where the scene moves, the grid over space learns no more.
+    displaced, and its deformation is None; if the scene moves, the grid over space is no longer trained.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -273,7 +273,7 @@ class HashGridSpatialTimeDeform(HashGrid):
         time_network_config: Any = inner_slot(
             VanillaMLP, "otype", {"otype": "VanillaMLP", "n_hidden_layers": 2}
         )
-        """From its features to the displacement."""
+        """The network from its features to the displacement."""
 
     cfg: Config
 

@@ -40,7 +40,7 @@ class BlobStdAnnealing:
     min_anneal_step: int = number(low=0)
     """The global step until which the width is ``start_val``."""
     max_anneal_step: int = number(low=1)
-    """The global step from which it is ``end_val``."""
+    """The global step from which the width is ``end_val``."""
     start_val: float = number(above=0, high=1000)
     """Width at the start, in scene units."""
     end_val: float = number(above=0, high=1000)
@@ -56,11 +56,11 @@ class ImplicitVolume(Geometry):
         radius: float = number(1.0, above=0, high=1000)
         """Half side of the scene's cube, in scene units."""
         n_input_dims: int = number(3, 3, 3)
-        """Of space; time is added to them."""
+        """Dimensions of space; time is added to them."""
         n_feature_dims: int = number(3, 0, 256)
         """Channels for the material; 0 for none."""
         density_activation: str | None = "softplus"
-        """Any name of ``ops.activations``."""
+        """Activation, any name of ``ops.activations``."""
         density_bias: float | int | str = number("blob_magic3d", -1e4, 1e4)
         """A number, ``blob_dreamfusion`` or ``blob_magic3d``; added before the activation."""
         density_blob_scale: float = number(10.0, 0, 1e4)
@@ -68,16 +68,16 @@ class ImplicitVolume(Geometry):
         density_blob_std: float = number(0.5, above=0, high=1000)
         """Width of the blob, in scene units."""
         anneal_density_blob_std_config: BlobStdAnnealing | None = None
-        """Takes the place of ``density_blob_std``."""
+        """Replaces ``density_blob_std`` by a ramp over the steps."""
         pos_encoding_config: Any = inner_slot(Encoding, "otype", {"otype": "HashGrid"})
         mlp_network_config: Any = inner_slot(VanillaMLP, "otype", {"otype": "VanillaMLP"})
         normal_type: (
             Literal["finite_difference", "finite_difference_laplacian", "pred", "analytic"] | None
         ) = "finite_difference"
-        """Central differences (both names mean the same six evaluations, as 4D-fy and threestudio call
-        them), a network of their own, or autograd."""
+        """Central differences (4D-fy's and threestudio's names of the same six evaluations), a separate
+        network, or autograd."""
         finite_difference_normal_eps: float | int | str = number(0.01, above=0, high=1000)
-        """In scene units; ``progressive``: one cell of the encoding's finest level in use."""
+        """Step in scene units; ``progressive`` is one cell of the encoding's finest level in use."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -146,7 +146,7 @@ class ImplicitVolume(Geometry):
         """See ``Geometry.forward``. One evaluation of the encoding serves density and features.
 
         Raises:
-            ValueError: normals wanted of a geometry whose ``normal_type`` is null.
+            ValueError: normals are requested and ``normal_type`` is null.
         """
         with torch.autocast(positions.device.type, enabled=False):
             positions, times = positions.to(self.bbox.dtype), times.to(self.bbox.dtype)
@@ -167,7 +167,7 @@ class ImplicitVolume(Geometry):
             return self._sigmas(self._encode(positions, times, step), positions, step)
 
     def density_bias(self, positions: Float[Tensor, "N 3"], *, step: int) -> Float[Tensor, "N"] | float:
-        """What is added to the density before its activation: a ball to start from, where it is a blob."""
+        """The bias added to the density before its activation; a blob is a ball to start from."""
         cfg = self.cfg
         if not isinstance(cfg.density_bias, str):
             return cfg.density_bias
@@ -204,7 +204,7 @@ class ImplicitVolume(Geometry):
         step: int,
         encoded: EncodingOutput,
     ) -> Float[Tensor, "N 3"]:
-        """Unit vectors towards falling density."""
+        """Unit vectors in the direction of decreasing density."""
         match self.cfg.normal_type:
             case "pred":
                 outward = self.normal_network(encoded.features)
@@ -214,7 +214,7 @@ class ImplicitVolume(Geometry):
                 outward = -self._density_difference(positions, times, step)
             case _:
                 raise ValueError(
-                    "geometry.normal_type is null, but the material or a loss wants normals; "
+                    "geometry.normal_type is null, but the material or a loss needs normals; "
                     "use geometry.normal_type=finite_difference"
                 )
         return normalize(outward, dim=-1)
@@ -222,7 +222,7 @@ class ImplicitVolume(Geometry):
     def _density_difference(
         self, positions: Float[Tensor, "N 3"], times: Float[Tensor, "N 1"], step: int
     ) -> Float[Tensor, "N 3"]:
-        """Column d: what the density gains from one step before a point to one after it, along axis d.
+        """Column d is the change of density from one step before a point to one after it, along axis d.
 
         Six evaluations in one call; steps end at the faces of the scene's cube.
         """

@@ -32,7 +32,7 @@ class NoMaterial(Material):
         n_output_dims: int = number(3, 3, 3)
         """Channels of a colour."""
         color_activation: str | None = "sigmoid"
-        """Any name of ``ops.activations``."""
+        """Activation, any name of ``ops.activations``."""
         input_feature_dims: int | None = number(None, 1, 256)
         """Features that the network reads; only with ``mlp_network_config``."""
         mlp_network_config: Any = inner_slot(VanillaMLP, "otype")
@@ -74,7 +74,7 @@ class DiffuseWithPointLight(Material):
     @dataclass(frozen=True, kw_only=True)
     class Config(Material.Config):
         ambient_light_color: tuple[float, float, float] = number((0.1, 0.1, 0.1), 0, 10)
-        """RGB of the light from everywhere."""
+        """RGB of the ambient light."""
         diffuse_light_color: tuple[float, float, float] = number((0.9, 0.9, 0.9), 0, 10)
         """RGB of the point light."""
         ambient_only_steps: int = number(1000, 0)
@@ -84,7 +84,7 @@ class DiffuseWithPointLight(Material):
         textureless_prob: float = number(0.5, 0, 1)
         """Probability that a shaded call shows the shading without the colours."""
         albedo_activation: str | None = "sigmoid"
-        """Any name of ``ops.activations``."""
+        """Activation, any name of ``ops.activations``."""
         soft_shading: bool = False
         """In training, also draw the share of the diffuse light at random."""
 
@@ -143,7 +143,7 @@ class NeuralRadiance(Material):
         input_feature_dims: int = number(8, 1, 256)
         """Number of features; must equal ``geometry.n_feature_dims``."""
         color_activation: str | None = "sigmoid"
-        """Any name of ``ops.activations``."""
+        """Activation, any name of ``ops.activations``."""
         dir_encoding_config: Any = inner_slot(Encoding, "otype", {"otype": "SphericalHarmonics"})
         mlp_network_config: Any = inner_slot(
             VanillaMLP, "otype", {"otype": "VanillaMLP", "n_neurons": 16, "n_hidden_layers": 2}

@@ -32,9 +32,9 @@ class VanillaMLP(Component, nn.Module):
         bias: bool = False
         """Give every layer a bias."""
         activation: Literal["ReLU"] = "ReLU"
-        """After each hidden layer."""
+        """Activation after each hidden layer."""
         output_activation: str | None = "none"
-        """Any name of ``ops.activations``."""
+        """Activation, any name of ``ops.activations``."""
 
         def __post_init__(self) -> None:
             get_activation(self.output_activation)

@@ -67,7 +67,7 @@ class NeRFVolumeRenderer(Renderer):
         radius: float = number(1.0, above=0, high=1000)
         """Half side of the box that rays are marched through, in scene units."""
         num_samples_per_ray: int = number(512, 1, 16384)
-        """Steps that the box's diagonal is cut into."""
+        """Number of steps that the box's diagonal is divided into."""
         randomized: bool = True
         """Whether training shifts the samples of each ray by a random part of a step."""
         eval_chunk_size: int | None = number(None, 1, 1 << 26)

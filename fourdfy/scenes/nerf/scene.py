@@ -16,7 +16,7 @@ from fourdfy.types import Budget, Cameras, RenderOutput, StepContext
 
 
 class NeRFScene(VolumeScene):
-    """Its parts have the names that they have in 4D-fy's checkpoints."""
+    """Its parts have the same names as in 4D-fy's checkpoints."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config(VolumeScene.Config):
