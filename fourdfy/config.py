@@ -98,7 +98,7 @@ def slot(kind: type, by: str, shares: str = "") -> Any:
 
     Args:
         shares: a key of another slot in the same config, such as ``prompt_processor.prompt``. If files and
-        overrides don't set this slot's own ``prompt``, or files set both alike, it follows the other's.
+            overrides don't set this slot's own ``prompt``, or files set both alike, it follows the other's.
     """
     return _holding(Slot(kind, by, inside=False, shares=shares), {})
 

@@ -104,10 +104,10 @@ def load_config(
     sources = dict(_sources(merged))
     for path, owner, node in walk(schema, merged):
         _settle(owner, node, path, sources)
-    lent = _lend(schema, merged, replaced)
+    restored = _restore_referenced(schema, merged, replaced)
     _share(schema, merged, alike=False)
     values = _resolved(merged, sources)
-    for place, name in lent:
+    for place, name in restored:
         del mapping_at(values, place)[name]
     return LoadedConfig(values | plugins, sources)
 
@@ -238,13 +238,13 @@ def _expanded(path: Any, key: str, sources: Mapping[str, str]) -> Any:
         raise config_error("", key, sources, str(error)) from error
 
 
-def _lend(schema: type, merged: Section, replaced: Section) -> list[tuple[str, str]]:
+def _restore_referenced(schema: type, merged: Section, replaced: Section) -> list[tuple[str, str]]:
     """Put back settings of a replaced component that other keys refer to; returns (mapping, name) of each.
 
     Their value is the default of the new class or, if it has none, the one that was dropped. They serve only
     the references.
     """
-    lent = []
+    restored = []
     references = sorted(set(re.findall(r"\$\{([\w.]+)\}", repr(plain(merged)))))
     for owner, left in replaced.items():
         for key in references:
@@ -256,8 +256,8 @@ def _lend(schema: type, merged: Section, replaced: Section) -> list[tuple[str, s
                 if value is None:
                     value = plain((mapping_at(left, place.removeprefix(owner).lstrip(".")) or {}).get(name))
                 merged.put(key.split("."), Leaf(value, ""))
-                lent.append((place, name))
-    return lent
+                restored.append((place, name))
+    return restored
 
 
 def _share(schema: type, merged: Section, *, alike: bool) -> None:

@@ -34,7 +34,7 @@ def hash_grid(
 
     Args:
         x: points, nominally in the unit cube. Nothing is clamped: outside of it, dense levels wrap
-        around and hashed ones continue.
+            around and hashed ones continue.
         params: ``spec.n_params`` numbers, coarse to fine; the same for all back ends.
         backend: ``auto`` selects, for float32, numba on the CPU and triton on CUDA if they are installed,
             and torch otherwise, and on CUDA under ``torch.use_deterministic_algorithms``.
