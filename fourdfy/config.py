@@ -61,9 +61,8 @@ class Component:
         super().__init_subclass__(**kwargs)
         if "Config" not in vars(cls) or "component" in vars(cls.Config):
             names = {"__module__": cls.__module__, "__qualname__": f"{cls.__qualname__}.Config"}
-            cls.Config = dataclass(frozen=True, kw_only=True)(
-                type(cls.Config)("Config", (cls.Config,), names)
-            )
+            own: Any = types.new_class("Config", (cls.Config,), {}, lambda body: body.update(names))
+            cls.Config = dataclass(frozen=True, kw_only=True)(own)  # type: ignore[misc]  # no fixed class
         cls.Config.component = cls
 
 
@@ -75,7 +74,7 @@ class Component:
 class Slot:
     """Holds the config of a component of some kind."""
 
-    kind: type
+    kind: type[Component]
     by: str
     """The key that names the class: beside the slot, or inside it."""
     inside: bool
@@ -91,7 +90,7 @@ class Named:
     default: Mapping[str, Any]
 
 
-def slot(kind: type, by: str, shares: str = "") -> Any:
+def slot(kind: type[Component], by: str, shares: str = "") -> Any:
     """A field holding the config of the ``kind`` that the key ``by``, beside it, names.
 
     If that key is null, the field is None.
@@ -103,7 +102,7 @@ def slot(kind: type, by: str, shares: str = "") -> Any:
     return _holding(Slot(kind, by, inside=False, shares=shares), {})
 
 
-def inner_slot(kind: type, by: str, default: Mapping[str, Any] | None = None) -> Any:
+def inner_slot(kind: type[Component], by: str, default: Mapping[str, Any] | None = None) -> Any:
     """A field holding the config of the ``kind`` that its own key ``by`` (say ``otype``) names.
 
     Given keys are merged over the default's unless they name another class. Without a default, the field
@@ -120,7 +119,7 @@ def named(schema: type, default: Mapping[str, Any] | None = None) -> Any:
     return _holding(Named(schema, default or {}), default or {})
 
 
-def named_slots(kind: type, by: str, default: Mapping[str, Any] | None = None) -> Any:
+def named_slots(kind: type[Component], by: str, default: Mapping[str, Any] | None = None) -> Any:
     """A field holding a mapping from free names to configs of the ``kind`` that each one's key ``by`` names.
 
     Given names are added to the default's, and null switches one off. If a later file or override names
@@ -177,9 +176,12 @@ def held(schema: type | Named, name: str) -> type | Slot | Named | None:
     if isinstance(schema, Named):
         return schema.entry
     f = init_fields(schema).get(name)
-    if f is None or "holds" in f.metadata:
-        return f and f.metadata["holds"]
-    return next((kind for kind in kinds(schema)[name] if dataclasses.is_dataclass(kind)), None)  # type: ignore[return-value]
+    if f is None:
+        return None
+    if "holds" in f.metadata:
+        return f.metadata["holds"]
+    allowed = (kind for kind in kinds(schema)[name] if isinstance(kind, type))
+    return next((kind for kind in allowed if dataclasses.is_dataclass(kind)), None)
 
 
 def default_of(schema: type | Named, name: str) -> Any:
@@ -305,7 +307,8 @@ def _parse_held(
     spec, default = held(schema, name), default_of(schema, name)
     value = given.get(name, default)
     if dataclasses.is_dataclass(value):  # made in Python, or a default
-        if isinstance(spec, Slot) and not issubclass(value.component, spec.kind):
+        component = value.component if isinstance(value, Component.Config) else type(value)
+        if isinstance(spec, Slot) and not issubclass(component, spec.kind):
             problem = f"expected the Config of {spec.kind.__name__}, got {type(value).__qualname__}"
             raise config_error(path, name, sources, problem)
         return value
@@ -326,6 +329,7 @@ def _parse_held(
     base = default if isinstance(default, Mapping) else {}
     if isinstance(spec, Slot):
         return _parse_slot(schema, name, given, base, path, sources)
+    assert spec is not None
     return parse_config(spec, {**base, **value}, here, sources)
 
 
@@ -338,6 +342,7 @@ def _parse_slot(
     sources: Mapping[str, str],
 ) -> Any:
     spec, chosen = held(schema, name), selector(schema, name, given)
+    assert isinstance(spec, Slot)
     inner = dict(given.get(name, default))
     if chosen is None:
         if not spec.inside or (not inner and name not in given):
@@ -345,6 +350,7 @@ def _parse_slot(
         known = ", ".join(registry.names(spec.kind))
         raise config_error(path, _key_of_type(spec, name), sources, f"missing; one of {known}")
     config = schema_at(schema, name, given, path, sources)
+    assert isinstance(config, type)
     if spec.inside:
         inner = {**default, **inner} if chosen == default.get(spec.by) else inner
         del inner[spec.by]

@@ -279,7 +279,8 @@ def expand_path(path: str) -> str:
     Raises:
         ValueError: no such user, or a variable is not set.
     """
-    home, rest = re.match(r"(~[^/\\]*)?(.*)", path, re.DOTALL).groups()  # type: ignore[union-attr]
+    found = re.match(r"~[^/\\]*", path)
+    home = found[0] if found else ""
     if home and os.path.expanduser(home) == home:
         raise ValueError(f"{path!r}: there is no home folder {home}; write ./{home} for a file of that name")
 
@@ -288,7 +289,7 @@ def expand_path(path: str) -> str:
             raise ValueError(f"{path!r}: ${match[1]} is not set; write $$ for a dollar sign")
         return "$" if match[1] == "$" else os.environ[match[1]]
 
-    return os.path.expanduser(home or "") + re.sub(r"\$(\$|\w+)", value, rest)
+    return os.path.expanduser(home) + re.sub(r"\$(\$|\w+)", value, path.removeprefix(home))
 
 
 def join(path: str, key: str) -> str:

@@ -7,7 +7,7 @@ which settings belong to a component that another class replaces.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,8 @@ def _places(keyed: Sequence[str], files: Section, key: str, value: Section | Lea
 def _import_plugins(layers: Sequence[Section], paths: Sequence[str | Path]) -> dict[str, list[str]]:
     """Import the ``plugins`` of all layers; returns what a trial must record to find them again."""
     registry.import_installed_plugins()
-    names, folders = [], []
+    names: list[str] = []
+    folders: list[str] = []
     for layer in layers:
         for key, collected in (("plugins", names), ("plugin_path", folders)):
             given = plain(layer.get(key)) or []
@@ -211,9 +212,11 @@ def _sources(tree: Section, path: str = "") -> Iterator[tuple[str, str]]:
 def _settle(schema: type | Named, node: Section, path: str, sources: Mapping[str, str]) -> None:
     """Replace what YAML read by what was typed in every field that holds text, and expand paths."""
     for name, f in init_fields(schema).items():
-        found, allowed, key = node.get(name), kinds(schema)[name], join(path, name)
+        if (found := node.get(name)) is None:
+            continue
+        allowed, key = kinds(schema)[name], join(path, name)
         value, is_path = plain(found), "path" in f.metadata
-        if found is not None and set(allowed) <= {str, type(None)}:
+        if set(allowed) <= {str, type(None)}:
             if found.text is not None:
                 value = None if found.text == "null" and type(None) in allowed else found.text
             if not isinstance(value, (str, *allowed)):
@@ -282,7 +285,8 @@ def _share(schema: type, merged: Section, *, alike: bool) -> None:
 def _resolved(merged: Section, sources: Mapping[str, str]) -> dict[str, Any]:
     """Plain values, their interpolations replaced."""
     try:
-        return OmegaConf.to_container(OmegaConf.create(plain(merged)), resolve=True)  # type: ignore[return-value]
+        tree = OmegaConf.create(plain(merged))
+        return OmegaConf.to_container(tree, resolve=True)  # type: ignore[return-value]  # a mapping's is a dict
     except InterpolationToMissingValueError as error:
         key = str(error).splitlines()[0].split(": ")[-1]
         raise ConfigError(f"{key}: {MISSES}") from error
@@ -297,7 +301,7 @@ def _resolved(merged: Section, sources: Mapping[str, str]) -> dict[str, Any]:
 
 def register_resolvers() -> None:
     """The resolvers of threestudio's YAML files, under their names."""
-    resolvers = {
+    resolvers: dict[str, Callable[..., Any]] = {
         "calc_exp_lr_decay_rate": lambda factor, n: factor ** (1.0 / n),
         "add": lambda a, b: a + b,
         "sub": lambda a, b: a - b,
