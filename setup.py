@@ -46,6 +46,13 @@ setup(
     ],
     extras_require={
         "textures": ["xatlas>=0.0.10"],
-        "dev": ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.9", "pygltflib>=1.16"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6",
+            "ruff>=0.9",
+            "mypy>=2.4",
+            "pygltflib>=1.16",
+        ],
     },
 )
