@@ -91,6 +91,7 @@ def test_what_a_config_holds_is_parsed_when_it_is_made():
         ({"spare": {"type": "test-wheel"}}, r"^spare\.type: no Engine"),
         ({"trailer": {"lenght": 1}}, r"^trailer\.lenght: unknown key; did you mean 'length'\?$"),
         ({"engine": Wheel.Config()}, r"^engine: expected the Config of Engine, got Wheel\.Config$"),
+        ({"engine": Trailer()}, r"^engine: expected the Config of Engine, got Trailer$"),
         ({"engine": 3}, r"^engine: expected a mapping, got 3$"),
         ({"trailer": None}, r"^trailer: expected a mapping, got null$"),
         ({"engine": {"power": 1}}, r"^engine\.power=1: too weak for the trailer$"),
