@@ -20,6 +20,13 @@ def test_what_is_saved_is_read_back(tmp_path):
     assert read_checkpoint(path)["global_step"] == 3
 
 
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    path, synced = tmp_path / "last.ckpt", []
+    monkeypatch.setattr("os.fsync", lambda file: synced.append(path.exists()))
+    write_checkpoint({"state_dict": {"a": torch.ones(2)}, "global_step": 3}, path)
+    assert synced[0] is False and path.exists()
+
+
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
     path = tmp_path / "last.ckpt"
     write_checkpoint({"state_dict": {}, "global_step": 3}, path)

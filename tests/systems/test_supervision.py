@@ -138,6 +138,13 @@ def test_a_further_kind_may_have_the_cameras_of_another():
     assert chosen["second"].cameras.group_size == 2
 
 
+def test_a_further_kind_may_weigh_losses_otherwise():
+    loss = {"lambda_sds": [10, 0.0, 3.0, 11]}
+    chosen = plan(0.5, 0.5, steps={"a": step(0.1, loss=loss)})
+    assert chosen["a"].loss_weights(10) == {} and chosen["a"].loss_weights(11) == {"sds": 3.0}
+    assert chosen["video"].loss_weights(11) == {}
+
+
 @pytest.mark.parametrize(
     ("steps", "message"),
     [

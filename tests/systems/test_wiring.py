@@ -174,6 +174,18 @@ def test_the_occupancy_of_a_moving_scene_is_refreshed_at_all_times(stage, dynami
     assert torch.equal(drawn, fresh(batch.step, "occupancy"))
 
 
+def test_the_scene_sees_its_gradients_before_the_optimizer_takes_them(monkeypatch):
+    this = experiment("system.loss.lambda_sds=1")
+    system, batch, told = ready(this), batch_of(this, "video", after=5), []
+    monkeypatch.setattr(system.scene, "after_backward", lambda *args: told.append(args))
+    system.training_step(batch).loss.backward()
+    optimizer = torch.optim.Adam(system.parameters())
+    optimizer.param_groups[0]["name"] = "all"
+    system.after_backward(batch, optimizer)
+    ((context, given),) = told
+    assert (context.step, given) == (batch.step, optimizer) and context.generator is not None
+
+
 def test_evaluation_anneals_as_at_the_step_of_the_checkpoint(rendered):
     this = experiment()
     system, saved = this.build_system(), this.build_system()
