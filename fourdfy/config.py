@@ -345,10 +345,11 @@ def _parse_slot(
     assert isinstance(spec, Slot)
     inner = dict(given.get(name, default))
     if chosen is None:
-        if not spec.inside or (not inner and name not in given):
+        forgotten = inner and name in given and spec.by not in given and default_of(schema, spec.by) is None
+        if not (forgotten or (spec.inside and (inner or name in given))):
             return None
-        known = ", ".join(registry.names(spec.kind))
-        raise config_error(path, _key_of_type(spec, name), sources, f"missing; one of {known}")
+        problem = f"missing; one of {registry.choices(spec.kind)}"
+        raise config_error(path, _key_of_type(spec, name), sources, problem)
     config = schema_at(schema, name, given, path, sources)
     assert isinstance(config, type)
     if spec.inside:

@@ -16,6 +16,7 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
@@ -121,18 +122,24 @@ def find(name: str, kind: type[Kind]) -> type[Kind]:
     cls = _CLASSES.get(name)
     if cls is not None and issubclass(cls, kind):
         return cls
-    if cls is not None:
-        raise ValueError(f"{name!r} is a {cls.__name__}, not a {kind.__name__}")
     guess = difflib.get_close_matches(str(name), names(kind), n=1)
-    hint = f"did you mean {guess[0]!r}?" if guess else f"known: {', '.join(names(kind))}"
+    hint = f"did you mean {guess[0]!r}?" if guess else f"expected one of {choices(kind)}"
+    if cls is not None:
+        raise ValueError(f"{name!r} is a {cls.__name__}, not a {kind.__name__}; {hint}")
     raise ValueError(f"no {kind.__name__} is registered as {name!r}; {hint}")
 
 
+def choices(kind: type) -> str:
+    """What can be typed for a class of this kind, for messages."""
+    known = [*names(kind), *getattr(kind, "other_names", ())]
+    return ", ".join(known) or f"the {kind.__name__}s of the modules in plugins (there are none yet)"
+
+
 def names(kind: type) -> list[str]:
-    """All registered names of a kind, sorted."""
+    """All registered names of a kind, sorted, without the pairs that were asked for so far."""
     for module in sorted(set(MODULES.values())):
         import_module(module)
-    return sorted(name for name, cls in _CLASSES.items() if issubclass(cls, kind))
+    return sorted(name for name, cls in _CLASSES.items() if issubclass(cls, kind) and "+" not in name)
 
 
 def canonical(name: str) -> str:
@@ -156,13 +163,22 @@ def import_plugins(modules: Sequence[str], folders: Sequence[Path]) -> list[Path
         except Exception as error:  # anything that a stranger's module raises
             hint = f"; write the module's name, {name[:-3]}" if name.endswith(".py") else ""
             looked = f"; looked in {', '.join(map(str, folders))}" if isinstance(error, ImportError) else ""
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            reason = " ".join(f"{type(error).__name__}: {error}{_place(error, folders)}".split())
             raise ValueError(f"{name} can't be imported ({reason}){hint or looked}") from error
         package = sys.modules[name.partition(".")[0]]
         places = [Path(place).parent for place in getattr(package, "__path__", [])]
         home = places[0] if places else Path(package.__file__ or "").parent
         used += [folder for folder in folders if folder == home.resolve() and folder not in used]
     return used
+
+
+def _place(error: Exception, folders: Sequence[Path]) -> str:
+    """The line of the file in ``folders`` that fails while it is imported, for messages."""
+    for frame in extract_tb(error.__traceback__):
+        file = Path(frame.filename)
+        if any(map(file.is_relative_to, folders)) and not file.is_relative_to(Path(__file__).parent):
+            return f", {file}, line {frame.lineno}"
+    return ""
 
 
 @cache

@@ -35,6 +35,8 @@ class Saw(Tool):
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
+    aid_type: str | None = None
+    aid: Any = slot(Tool, "aid_type")
     probability: float = number(0.5, 0, 1)
     tool_type: str = "test-hammer"
     tool: Any = slot(Tool, "tool_type")
@@ -114,6 +116,7 @@ def test_another_class_leaves_the_settings_of_the_one_it_replaces_behind(load):
         ("tasks: {a: {nota: x}}", r"^tasks\.a\.nota \(in .*0\.yaml\): unknown key; did you mean 'note'\?"),
         ("tasks: {a: {probability: 2}}", r"^tasks\.a\.probability \(in .*\): 2 is outside the range"),
         ("tasks: {a: {tool: {teeth: 2}}}", r"^tasks\.a\.tool\.teeth .* tasks\.a\.tool_type=test-saw$"),
+        ("tasks: {a: {aid: {teeth: 2}}}", r"^tasks\.a\.aid_type: missing; one of test-hammer, test-saw$"),
         ("tasks: {a: 3}", r"^tasks\.a \(in .*0\.yaml\): expected a mapping, got 3$"),
         ("tasks: 3", r"^tasks \(in .*0\.yaml\): expected a mapping, got 3$"),
         ("tasks: {a: {note: [x]}}", r"^tasks\.a\.note \(in .*0\.yaml\): expected a text, got \['x'\]"),

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import zipfile
 
+import pytest
 import torch
 import yaml
 
 import fourdfy
+from fourdfy import registry
 from fourdfy.launching.cli import main
 from fourdfy.systems.checkpoint import read_checkpoint
 from tests.commands import ROOT, TINY, trial
@@ -83,3 +85,11 @@ def test_the_readme_s_callback_looks_on_as_printed_and_a_resumed_run_continues_i
     made = fourdfy.train("shapes_stage_1", given, device="cpu", callbacks=[snapshots(), snapshots()])
     states = read_checkpoint(made.folder)["callback_states"]
     assert states == {"Snapshots": {"taken": 0}, "Snapshots 2": {"taken": 0}}
+
+
+def test_a_kind_without_any_class_says_where_they_come_from():
+    class Gadget:
+        pass
+
+    with pytest.raises(ValueError, match="expected one of the Gadgets of the modules in plugins"):
+        registry.find("test-gadget", Gadget)

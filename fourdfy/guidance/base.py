@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Collection
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -21,6 +22,8 @@ class Guidance(Component, nn.Module, ABC):
 
     Config = Prior.Config
     """What the launcher needs to know of both: models, memory, frames, text encoder."""
+    other_names: ClassVar = ("PRIOR+DISTILLATION",)
+    """What names a guidance besides the names that are registered, for messages."""
     losses: ClassVar[tuple[str, ...]] = ()
     """Names of the losses that it may give: ``system.loss.lambda_sds`` weighs ``sds``."""
 
@@ -45,3 +48,24 @@ class Guidance(Component, nn.Module, ABC):
             text: None if the step has no prompt.
             context: has a generator, from which all randomness comes.
         """
+
+    def check_output(self, output: Any, weighted: Collection[str]) -> None:
+        """Refuse what ``forward`` gives if a plugin is wrong in a way that training would not show.
+
+        Args:
+            weighted: the losses that have a weight, be it 0.
+
+        Raises:
+            ValueError: a loss that nobody weighs, or that is not a scalar; not a ``GuidanceOutput``.
+        """
+        name = f"{type(self).__name__}.forward"
+        if not isinstance(output, GuidanceOutput):
+            raise ValueError(f"{name} gives a {type(output).__name__}, expected a GuidanceOutput")
+        for loss, value in output.losses.items():
+            if loss not in self.losses and loss not in weighted:
+                raise ValueError(
+                    f"{name} gives the loss {loss!r}, which has no weight; "
+                    f"name it in the class's losses and set system.loss.lambda_{loss}"
+                )
+            if value.ndim:
+                raise ValueError(f"{name} gives the loss {loss!r} of shape {list(value.shape)}, expected []")

@@ -25,6 +25,8 @@ def join(pair: str, *fields: tuple[str, Any, Any]) -> type:
         ValueError: there is no such prior, or no such distillation of one.
     """
     first, _, second = pair.partition("+")
+    if not first or not second or "+" in second:
+        raise ValueError(f"expected PRIOR+DISTILLATION, such as zeroscope+sds, got {pair!r}")
     prior, distillation = find(first, Prior), find(second, Distillation)
     if issubclass(distillation, Guidance):
         raise ValueError(f"{second!r} has its prior; after {first}+ comes sds, reconstruction or vsd")

@@ -101,6 +101,12 @@ class FourdfySystem(System):
             self._check_losses(self.loss, "system.loss", plan)
             for kind in plan.kinds:
                 self._check_losses(kind.own_loss, f"steps.{kind.name}.loss", plan)
+                losses = kind.guidance.component.losses
+                if losses and not {f"lambda_{name}" for name in losses} & kind.loss.keys():
+                    raise ConfigError(
+                        f"{kind.guidance_key}: none of its losses has a weight; "
+                        f"set system.loss.lambda_{losses[0]}"
+                    )
 
         def _check_losses(self, loss: Mapping[str, Schedule], where: str, plan: SupervisionPlan) -> None:
             """Every weight has its loss: of a guidance, in this stage or another, or of what is rendered."""
@@ -194,6 +200,8 @@ class FourdfySystem(System):
             guidance: Guidance = getattr(self, kind.module)
             text, context = self.texts.get(kind.name), self._context(batch, "guidance")
             out = guidance(render, text, batch.cameras, context)
+            with _errors_of(kind.guidance_key):
+                guidance.check_output(out, {key.removeprefix("lambda_") for key in kind.loss})
             losses = out.losses | {
                 name: REGULARIZERS[name](render) for name in weights if name in REGULARIZERS
             }

@@ -142,7 +142,7 @@ def plan_supervision(
     further = {name: cfg for name, cfg in (steps or {}).items() if cfg is not None}
     if double := further.keys() & ORIGINAL_KINDS.keys():
         raise ConfigError(f"steps.{min(double)}: the original's keys describe this kind; choose another name")
-    left = 1.0 - sum(cfg.probability for cfg in further.values())
+    left = round(1.0 - sum(cfg.probability for cfg in further.values()), 9)  # 0.2 + 0.7 + 0.1 is below 1
     if left < 0:
         raise ConfigError(f"steps: the probabilities of {', '.join(further)} exceed 1 by {-left:g}")
     rows = [*_original_rows(system, data, left), *_further_rows(further, system, data)]

@@ -133,8 +133,11 @@ def test_the_guidances_with_names_of_their_own_are_pairs():
     [
         ("zerscope+sds", "no Prior is registered as 'zerscope'; did you mean 'zeroscope'"),
         ("zeroscope+vsdd", "no Distillation is registered as 'vsdd'; did you mean 'vsd'"),
-        ("zeroscope", "'zeroscope' is a ZeroScope, not a Guidance"),
-        ("vsd", "'vsd' is a VariationalScoreDistillation, not a Guidance"),
+        ("zeroscope", "'zeroscope' is a ZeroScope, not a Guidance; did you mean 'zeroscope-guidance'"),
+        ("vsd", "'vsd' is a VariationalScoreDistillation, not a Guidance; .*, PRIOR\\+DISTILLATION$"),
+        ("zeroscope+", r"expected PRIOR\+DISTILLATION, such as zeroscope\+sds, got 'zeroscope\+'"),
+        ("+sds", r"expected PRIOR\+DISTILLATION, .* got '\+sds'"),
+        ("zeroscope+sds+vsd", r"expected PRIOR\+DISTILLATION, .* got 'zeroscope\+sds\+vsd'"),
         ("zeroscope+zeroscope-guidance", "'zeroscope-guidance' has its prior"),
         ("sds+zeroscope", "'sds' is a ScoreDistillation, not a Prior"),
     ],

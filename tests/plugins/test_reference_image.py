@@ -2,6 +2,7 @@
 
 import csv
 import sys
+from dataclasses import replace
 
 import imageio.v3 as imageio
 import numpy as np
@@ -98,6 +99,7 @@ def test_alone_it_makes_the_front_look_like_the_picture(tmp_path, photo):
             "lambda_imagee=1: there is no such loss; known: ",
         ),
         ("steps.reference.trains=[moving]", r"steps\.reference\.trains"),
+        ("system.scene.count=3", r"^system\.scene_type: missing; one of "),
     ],
 )
 def test_what_is_wrong_with_it_is_said_with_its_key(word, message, photo):
@@ -114,3 +116,11 @@ def test_its_weights_differ_from_those_of_other_steps_where_it_says_so(photo):
     this = load_experiment(FILES, [*TINY, photo, "steps.reference.loss.lambda_sparsity=7"])
     assert this.plan["reference"].loss_weights(0)["sparsity"] == 7
     assert this.plan["multi_view"].loss_weights(0).get("sparsity") != 7
+
+
+def test_a_guidance_without_any_weight_is_refused(photo):
+    this = load_experiment(FILES, [*TINY, photo])
+    kinds = tuple(replace(kind, loss={"lambda_sds": 1.0}) for kind in this.plan.kinds)
+    message = r"^steps\.reference\.guidance: none of its losses .* set system\.loss\.lambda_image$"
+    with pytest.raises(ConfigError, match=message):
+        this.cfg.system.check(this.cfg.data, replace(this.plan, kinds=kinds))

@@ -159,6 +159,11 @@ def test_shares_that_exceed_1_and_names_that_are_taken_are_refused(steps, messag
         plan(0.5, 0.5, steps=steps)
 
 
+def test_shares_that_make_1_leave_nothing_to_the_other_kinds():
+    steps = {"a": step(0.2), "b": step(0.7), "c": step(0.1)}  # 1.1e-16 below 1 in floats
+    assert [kind.name for kind in plan(0.5, 0.5, steps=steps).kinds] == ["a", "b", "c"]
+
+
 def test_an_unknown_kind_is_named():
     with pytest.raises(KeyError, match="no kind of step 'panorama'; the plan has multi_view, single_view"):
         plan(0.5, 0.0)["panorama"]

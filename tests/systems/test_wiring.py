@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from fourdfy.config import ConfigError
 from fourdfy.guidance.base import Guidance
 from fourdfy.launching.experiment import load_experiment
 from fourdfy.scenes.nerf.scene import NeRFScene
@@ -212,3 +213,24 @@ def test_building_and_preparing_leave_the_global_generator_alone():
     torch.rand(7)
     again = ready(this)
     assert all(torch.equal(p, q) for p, q in zip(system.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("output", "problem"),
+    [
+        (
+            {"sdds": torch.ones(())},
+            r"gives the loss 'sdds', which has no weight; name .* set system\.loss\.lambda_sdds",
+        ),
+        ({"sds": torch.ones(2, 3)}, r"gives the loss 'sds' of shape \[2, 3\], expected \[\]"),
+        (None, "gives a NoneType, expected a GuidanceOutput"),
+    ],
+)
+def test_a_guidance_that_gives_something_else_is_named(output, problem, monkeypatch):
+    made = output and GuidanceOutput(losses={}, metrics={})
+    if made:
+        made.losses.update(output)
+    monkeypatch.setattr(FakeGuidance, "forward", lambda *_: made)
+    this = experiment("system.loss.lambda_sparsity=1")
+    with pytest.raises(ConfigError, match=rf"^system\.guidance_video: FakeGuidance\.forward {problem}"):
+        ready(this).training_step(batch_of(this, "video"))
