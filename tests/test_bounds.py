@@ -12,7 +12,7 @@ from fourdfy import registry
 from fourdfy.bounds import number, scheduled
 from fourdfy.config import Component, ConfigError, parse_config
 from fourdfy.data.base import DataModule
-from fourdfy.data.sampling import MultiViewConfig, SingleViewConfig
+from fourdfy.data.settings import MultiViewConfig, SingleViewConfig
 from fourdfy.guidance.base import Guidance
 from fourdfy.scenes.nerf.base import Background, Geometry, Material, Renderer
 from fourdfy.scenes.nerf.encodings import Encoding

@@ -14,7 +14,8 @@ from fourdfy.bounds import number
 from fourdfy.config import ConfigError
 from fourdfy.data import trajectories
 from fourdfy.data.base import CameraSampler, DataModule, EvalBatch
-from fourdfy.data.sampling import MultiViewConfig, MultiViews, SingleViewConfig, SingleViews, Videos
+from fourdfy.data.sampling import MultiViews, SingleViews, Videos
+from fourdfy.data.settings import MultiViewConfig, SingleViewConfig
 from fourdfy.registry import register
 from fourdfy.seeds import step_generator
 from fourdfy.types import Cameras, StepBatch, StepContext

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fourdfy.data.sampling import SingleViewConfig
+from fourdfy.data.settings import SingleViewConfig
 from fourdfy.ops.cameras import orbit_cameras
 from fourdfy.types import Cameras
 

@@ -8,15 +8,8 @@ import pytest
 import torch
 
 from fourdfy.config import parse_config
-from fourdfy.data.sampling import (
-    MultiViewConfig,
-    SingleViewConfig,
-    at_step,
-    frame_times,
-    sample_multi_view,
-    sample_single_view,
-    sample_video,
-)
+from fourdfy.data.sampling import frame_times, sample_multi_view, sample_single_view, sample_video
+from fourdfy.data.settings import MultiViewConfig, SingleViewConfig, at_step
 from fourdfy.ops.cameras import look_at, spherical_positions
 
 REFERENCE = np.load(Path(__file__).parents[1] / "data" / "cameras_reference.npz")

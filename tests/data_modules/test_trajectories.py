@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fourdfy.data.sampling import SingleViewConfig
+from fourdfy.data.settings import SingleViewConfig
 from fourdfy.data.trajectories import front_video, moving_test, stills, turntable
 
 REFERENCE = np.load(Path(__file__).parents[1] / "data" / "cameras_reference.npz")
