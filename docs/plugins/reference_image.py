@@ -51,7 +51,10 @@ class ImageReconstruction(Guidance):
 
     def __init__(self, cfg, *, device):
         super().__init__(cfg, device=device)
-        pixels = torch.from_numpy(imageio.imread(cfg.image)[..., :3])
+        try:
+            pixels = torch.from_numpy(imageio.imread(cfg.image)[..., :3])
+        except OSError as error:  # a ValueError here becomes a line that names the key of the guidance
+            raise ValueError(f"image={cfg.image} can't be read as a picture ({error})") from error
         self.target = pixels.movedim(-1, 0)[None].to(device).float() / 255
 
     def forward(self, frames, text, cameras, context):

@@ -124,3 +124,11 @@ def test_a_guidance_without_any_weight_is_refused(photo):
     message = r"^steps\.reference\.guidance: none of its losses .* set system\.loss\.lambda_image$"
     with pytest.raises(ConfigError, match=message):
         this.cfg.system.check(this.cfg.data, replace(this.plan, kinds=kinds))
+
+
+@pytest.mark.parametrize("name", ["nowhere.png", "text.png"])
+def test_a_picture_that_can_not_be_read_is_named(name, tmp_path, photo, capfd):
+    (tmp_path / "text.png").write_text("not a picture", encoding="utf-8")
+    given = [f"steps.reference.guidance.image={tmp_path / name}", *SMALL]
+    assert launch(tmp_path, "--train", *given) == 2
+    assert f"error: steps.reference.guidance: image={tmp_path / name} can't be read" in capfd.readouterr().err
