@@ -143,9 +143,13 @@ class LightningSystem(pl.LightningModule):
         self.tell("after_test")
 
     def tell(self, hook: str, *args: Any, **keywords: Any) -> None:
-        """Call a hook of every callback."""
-        for callback in self.callbacks.values():
-            getattr(callback, hook)(self.run, *args, **keywords)
+        """Call a hook of every callback; an error's note says whose it is."""
+        for name, callback in self.callbacks.items():
+            try:
+                getattr(callback, hook)(self.run, *args, **keywords)
+            except Exception as error:
+                error.add_note(f"raised by {hook} of the callback {name!r} ({type(callback).__name__})")
+                raise
 
 
 class LightningData(pl.LightningDataModule):

@@ -113,6 +113,8 @@ class FourdfySystem(System):
             of_stage = {name for kind in plan.kinds for name in kind.guidance.component.losses}
             for key, value in loss.items():
                 name = key.removeprefix("lambda_")
+                if name == key:
+                    raise ConfigError(f"{where}.{key}: unknown key; did you mean 'lambda_{key}'?")
                 if schedule_max(value) == 0 or name in of_stage:
                     continue
                 if (regularizer := REGULARIZERS.get(name)) is None:

@@ -148,8 +148,13 @@ def test_an_interrupted_run_raises_what_interrupted_it_and_ignores_no_signal(tmp
             raise error
 
     before, watch = signal.getsignal(signal.SIGINT), Interrupt()
-    with pytest.raises(error):
+    with pytest.raises(error) as raised:
         train(tmp_path, callbacks=[watch])
+    if error is RuntimeError:
+        assert (
+            "after_step of the callback" in raised.value.__notes__[0]
+            and "Interrupt" in raised.value.__notes__[0]
+        )
     assert signal.getsignal(signal.SIGINT) is before
     assert watch.told[-1][:2] == ("end", 1) and issubclass(watch.told[-1][2], BaseException)
     assert not (trial(tmp_path, "shapes_stage_1") / "ckpts" / "last.ckpt").exists()

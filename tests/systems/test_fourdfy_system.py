@@ -45,6 +45,7 @@ SHADING = "system.material_type=diffuse-with-point-light-material"
         (["system.geometry.n_feature_dims=2", SHADING], "use system.geometry.n_feature_dims=3"),
         (["system.material_type=neural-radiance-material"], "use system.geometry.n_feature_dims=8"),
         (["system.loss.lambda_tv=1"], "lambda_tv=1: there is no such loss"),
+        (["system.loss.sparsity=1"], r"system\.loss\.sparsity: unknown key; did you mean 'lambda_sparsity'"),
         (["system.geometry.normal_type=null", SHADING], "normal_type=null: the material or the renderer"),
         (
             ["system.geometry.normal_type=null", "system.renderer.return_comp_normal=true"],
