@@ -11,6 +11,15 @@ from fourdfy.callbacks.signals import NAMES, Stopped, StopSignals
 HERE = [name for name in NAMES if hasattr(signal, name)]
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """No signal is ignored, even where the tests themselves run under ``nohup`` or in the background."""
+    before = {name: signal.signal(getattr(signal, name), signal.SIG_DFL) for name in HERE}
+    yield
+    for name, handler in before.items():
+        signal.signal(getattr(signal, name), handler)
+
+
 def send(name):
     os.kill(os.getpid(), getattr(signal, name))
 
