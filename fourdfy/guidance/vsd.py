@@ -102,8 +102,9 @@ class VariationalScoreDistillation(Distillation):
         # The LoRA is conditioned on the camera itself, so its text does not mention the view.
         texts = self.prior.condition(for_views(x.text, x.cameras, view_dependent=False), x.cameras)
         camera = self.camera_matrices(x.cameras).flatten(1)
-        guided, _ = self.prior.guided_x0(x.noisy, x.timesteps, x.conditions, self.cfg.guidance_scale)
-        renderings = self.predict_x0_of_renderings(x.noisy, x.timesteps, texts, camera)
+        noisy = x.noisy
+        guided, _ = self.prior.guided_x0(noisy, x.timesteps, x.conditions, self.cfg.guidance_scale)
+        renderings = self.predict_x0_of_renderings(noisy, x.timesteps, texts, camera)
         grad = self.bound(self.prior.adjust(vsd_gradient(guided, renderings, x.scales)), context)
         losses = {"vsd": score_loss(x.latents, grad)}
         if any(parameter.requires_grad for parameter in self.parameters()):

@@ -98,8 +98,7 @@ def evaluate(mode: str, stage: Stage, *, device: str) -> None:
             from fourdfy.evaluation.report import print_report
             from fourdfy.evaluation.scenes import evaluate_system
 
-            prompt = experiment.cfg.system.prompt_processor.prompt
-            print_report(evaluate_system(system, prompt, experiment.trial_dir))
+            print_report(evaluate_system(system, experiment.cfg.system.prompt, experiment.trial_dir))
             logger.info("written to %s", experiment.trial_dir / "save")
         elif mode == "export":
             export(system, experiment)

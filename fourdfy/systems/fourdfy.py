@@ -100,7 +100,8 @@ class FourdfySystem(System):
             self.scene_cfg.check_scene(dynamic=not data.static)
             self._check_losses(self.loss, "system.loss", plan)
             for kind in plan.kinds:
-                self._check_losses(kind.own_loss, f"steps.{kind.name}.loss", plan)
+                own = {key: value for key, value in kind.loss.items() if self.loss.get(key) != value}
+                self._check_losses(own, f"steps.{kind.name}.loss", plan)
                 losses = kind.guidance.component.losses
                 if losses and not {f"lambda_{name}" for name in losses} & kind.loss.keys():
                     raise ConfigError(

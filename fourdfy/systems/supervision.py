@@ -12,7 +12,7 @@ Three rows come from the original's keys, the others from ``steps`` (``StepConfi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -81,8 +81,6 @@ class StepKind:
     budget: Budget
     loss: Mapping[str, Schedule]
     """``lambda_NAME`` -> scheduled weight of the loss NAME."""
-    own_loss: Mapping[str, Schedule] = field(default_factory=dict)
-    """The part of ``loss`` that differs from ``system.loss``."""
     module: str
     """The system's attribute that holds the guidance: its name in checkpoints and optimizer groups."""
     guidance_key: str
@@ -183,7 +181,6 @@ def _further_rows(
             "trains": _trained("image", system, data) if cfg.trains is None else frozenset(cfg.trains),
             "budget": cfg.budget,
             "loss": {**system.loss, **cfg.loss},
-            "own_loss": cfg.loss,
             "module": f"guidance_{name}",
         }
 
