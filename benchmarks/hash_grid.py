@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from fourdfy.ops.hash_grid import BACKENDS, FASTEST, hash_grid
+from fourdfy.ops.hash_grid import OPERATION, hash_grid
 from fourdfy.ops.hash_grid.spec import HashGridSpec
 
 
@@ -114,15 +114,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--per-level-scale", type=float, default=1.447269237440378)
     parser.add_argument("--log2-sizes", type=int, nargs="+", default=[15, 19])
     parser.add_argument(
-        "--backends", nargs="+", choices=BACKENDS, help="default: the device's own, and torch"
+        "--backends", nargs="+", choices=OPERATION.modules, help="default: the device's own, and torch"
     )
-    parser.add_argument("--device", default="cpu", choices=FASTEST)
+    parser.add_argument("--device", default="cpu", choices=OPERATION.fastest)
     parser.add_argument("--threads", type=int, default=0, help="0: torch's default")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--toy", action="store_true", help="tiny shapes, to see that it runs")
     args = parser.parse_args(argv)
-    args.backends = args.backends or [FASTEST[args.device], "torch"]
+    args.backends = args.backends or [OPERATION.fastest[args.device], "torch"]
     if args.toy:
         args.points, args.levels, args.log2_sizes, args.repeats, args.warm_up = 64, 2, [8], 2, 1
     return args

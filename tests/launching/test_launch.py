@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 
 from fourdfy.launching.cli import main
-from fourdfy.ops import hash_grid
+from fourdfy.ops import backends
 from fourdfy.systems.checkpoint import read_checkpoint
 from tests.commands import CONFIGS, ROOT, TINY, launch, trial
 
@@ -114,7 +114,7 @@ def test_a_trial_folder_holds_what_the_documentation_says(trained):
 
 
 def test_a_run_says_little_unless_asked(tmp_path, caplog):
-    hash_grid._log_once.cache_clear()
+    backends._log_once.cache_clear()
     assert launch("shapes_stage_1.yaml", "train", tmp_path, "trainer.max_steps=1") == 0
     begun, ended = [record.getMessage() for record in caplog.records]
     assert begun == f"stage 1/1 shapes_stage_1: writing to {trial(tmp_path, 'shapes_stage_1')}"
@@ -122,7 +122,7 @@ def test_a_run_says_little_unless_asked(tmp_path, caplog):
 
 
 def test_verbose_shows_the_gradients_and_the_back_end(tmp_path, caplog):
-    hash_grid._log_once.cache_clear()
+    backends._log_once.cache_clear()
     assert launch("shapes_stage_1.yaml", "train", tmp_path, "trainer.max_steps=1", "--verbose") == 0
     assert "gradients at the first multi_view step" in caplog.text and "back end for" in caplog.text
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from fourdfy.ops import hash_grid as package
-from fourdfy.ops.hash_grid import hash_grid, pick_backend
+from fourdfy.ops import backends as backends_module
+from fourdfy.ops.backends import Operation, is_installed
+from fourdfy.ops.hash_grid import OPERATION, hash_grid
 from fourdfy.ops.hash_grid.spec import HashGridSpec
 
 ROOT = Path(__file__).parents[2]
@@ -215,27 +216,30 @@ def test_a_gradient_through_the_gradient_is_the_reference_one():
 
 
 def test_auto_takes_numba_for_float32_and_torch_for_float64():
-    assert pick_backend(torch.zeros(1, 3)) == "numba"
-    assert pick_backend(torch.zeros(1, 3, dtype=torch.float64)) == "torch"
+    assert OPERATION.pick(torch.zeros(1, 3)) == "numba"
+    assert OPERATION.pick(torch.zeros(1, 3, dtype=torch.float64)) == "torch"
 
 
 def test_auto_takes_torch_without_numba(monkeypatch):
-    monkeypatch.setattr(package, "_is_installed", lambda name: name != "numba")
-    assert pick_backend(torch.zeros(1, 3)) == "torch"
+    monkeypatch.setattr(backends_module, "is_installed", lambda name: name != "numba")
+    assert OPERATION.pick(torch.zeros(1, 3)) == "torch"
 
 
 def test_a_missing_fast_back_end_is_warned_of(monkeypatch, caplog):
-    monkeypatch.setattr(package, "find_spec", lambda name: None)
-    package._is_installed.cache_clear()
-    assert pick_backend(torch.zeros(1, 3)) == "torch"
-    package._is_installed.cache_clear()
-    assert "numba is not installed: the hash grid will be slow; pip install numba" in caplog.text
+    monkeypatch.setattr(backends_module, "find_spec", lambda name: None)
+    is_installed.cache_clear()
+    assert OPERATION.pick(torch.zeros(1, 3)) == "torch"
+    is_installed.cache_clear()
+    assert (
+        "numba is not installed: the hash grid and other operations will be slow; pip install numba"
+        in caplog.text
+    )
 
 
 def test_asking_for_a_back_end_that_is_not_installed_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.delitem(sys.modules, "fourdfy.ops.hash_grid.numba_cpu", raising=False)
-    package._load_backend.cache_clear()
+    Operation.load.cache_clear()
     x, params, spec = load_case("d3_small")
     with pytest.raises(ValueError, match="pip install numba, or use backend=auto"):
         hash_grid(x, params, spec, "numba")

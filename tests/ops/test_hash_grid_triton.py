@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from fourdfy.ops import hash_grid as package
-from fourdfy.ops.hash_grid import hash_grid, pick_backend, reference
+from fourdfy.ops import backends
+from fourdfy.ops.backends import Operation
+from fourdfy.ops.hash_grid import OPERATION, hash_grid, reference
 from fourdfy.ops.hash_grid.spec import HashGridSpec
 from tests.ops.test_hash_grid import random_case
 
@@ -191,10 +192,10 @@ def test_triton_refuses_the_cpu(monkeypatch):
     ],
 )
 def test_auto_on_cuda(monkeypatch, dtype, installed, deterministic, expected):
-    monkeypatch.setattr(package, "_is_installed", lambda name: installed)
+    monkeypatch.setattr(backends, "is_installed", lambda name: installed)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: deterministic)
     with FakeTensorMode():  # a CUDA tensor where there is no CUDA
-        assert pick_backend(torch.empty(1, 3, device="cuda", dtype=dtype)) == expected
+        assert OPERATION.pick(torch.empty(1, 3, device="cuda", dtype=dtype)) == expected
 
 
 # Trusting it
@@ -202,9 +203,7 @@ def test_auto_on_cuda(monkeypatch, dtype, installed, deterministic, expected):
 
 @kernels
 def test_working_kernels_are_trusted():
-    assert package.agrees_with_reference(
-        "triton", HashGridSpec(n_input_dims=3, n_levels=2), torch.device(DEVICE)
-    )
+    assert OPERATION.agrees("triton", torch.device(DEVICE), HashGridSpec(n_input_dims=3, n_levels=2))
 
 
 @pytest.mark.parametrize(
@@ -217,20 +216,22 @@ def test_working_kernels_are_trusted():
     ids=["features", "position gradient", "launch"],
 )
 def test_broken_kernels_are_not_trusted_and_said_so(broken, monkeypatch, caplog):
-    monkeypatch.setattr(package, "pick_backend", lambda x: "triton")
-    load = package._load_backend
+    monkeypatch.setattr(Operation, "pick", lambda operation, x: "triton")
+    load = Operation.load
     monkeypatch.setattr(
-        package,
-        "_load_backend",
-        lambda name: SimpleNamespace(forward=broken) if name == "triton" else load(name),
+        Operation,
+        "load",
+        lambda operation, name: (
+            SimpleNamespace(forward=broken) if name == "triton" else load(operation, name)
+        ),
     )
-    package.agrees_with_reference.cache_clear()
-    package._log_once.cache_clear()
+    Operation.agrees.cache_clear()
+    backends._log_once.cache_clear()
     spec = HashGridSpec(n_input_dims=3, n_levels=2, log2_hashmap_size=9)
     x, params = random_case(5, spec)
     with caplog.at_level("DEBUG", "fourdfy"):
         assert torch.equal(hash_grid(x, params, spec), reference.forward(x, params, spec))
-    package.agrees_with_reference.cache_clear()
+    Operation.agrees.cache_clear()
     assert "does not work here" in caplog.text
     assert "torch back end for" in caplog.text and "triton back end for" not in caplog.text
 

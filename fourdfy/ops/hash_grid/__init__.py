@@ -5,26 +5,14 @@ N points, D dimensions of a point, K features of a point, P parameters over all 
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fourdfy.ops.backends import Operation
 from fourdfy.ops.hash_grid.spec import HashGridSpec
-
-logger = logging.getLogger(__name__)
-
-BACKENDS = {"torch": ".reference", "numba": ".numba_cpu", "triton": ".triton_gpu"}
-"""Name -> module with ``forward(x, params, spec)``; imported on first use."""
-
-FASTEST = {"cpu": "numba", "cuda": "triton"}
-"""Device -> its fast back end for float32; both need the package of the same name."""
 
 
 def hash_grid(
@@ -51,94 +39,24 @@ def hash_grid(
         raise ValueError(
             f"points are {x.dtype} on {x.device}, params {params.dtype} on {params.device}; move one of them"
         )
-    if backend == "auto":
-        backend = pick_backend(x)
-        if backend == "triton" and not agrees_with_reference(backend, spec, x.device):
-            backend = "torch"
-        _log_once(backend, x.device.type, str(x.dtype))
-    return _load_backend(backend).forward(x, params, spec)
+    return OPERATION.select(backend, x, spec).forward(x, params, spec)
 
 
-def pick_backend(x: Tensor) -> str:
-    """The fastest back end that is installed and serves the device and dtype of ``x``."""
-    name = FASTEST.get(x.device.type)
-    repeatable = name != "triton" or not torch.are_deterministic_algorithms_enabled()
-    if name is None or x.dtype != torch.float32 or not repeatable or not _is_installed(name):
-        name = "torch"
-    return name
-
-
-@cache
-def agrees_with_reference(name: str, spec: HashGridSpec, device: torch.device) -> bool:
-    """Whether a back end gives the reference's features and gradients at some points, on this device.
-
-    Triton's kernels are compiled on the spot by the version that is installed, so ``auto`` checks
-    them first. A warning says if they fail or differ.
-    """
+def _sample(module: ModuleType, device: torch.device, spec: HashGridSpec) -> tuple[Tensor, ...]:
+    """Features and gradients at some points, a few of them outside the unit cube."""
     generator = torch.Generator().manual_seed(0)
-    x = (torch.rand(512, spec.n_input_dims, generator=generator) * 1.2 - 0.1).to(device)
-    params = torch.randn(spec.n_params, generator=generator).to(device)
+    x = (torch.rand(512, spec.n_input_dims, generator=generator) * 1.2 - 0.1).to(device).requires_grad_()
+    params = torch.randn(spec.n_params, generator=generator).to(device).requires_grad_()
     weights = torch.randn(512, spec.n_output_dims, generator=generator).to(device)
-
-    def results(backend: str) -> tuple[Tensor, ...]:
-        with torch.enable_grad():
-            inputs = x.clone().requires_grad_(), params.clone().requires_grad_()
-            features = _load_backend(backend).forward(*inputs, spec)
-            return features.detach(), *torch.autograd.grad(features, inputs, weights)
-
-    try:
-        # Means are compared, because rounding may put a point at a cell's border on either side of it.
-        errors = [
-            float((ours - theirs).abs().mean() / theirs.abs().mean())
-            for ours, theirs in zip(results(name), results("torch"), strict=True)
-        ]
-    except Exception as error:  # anything that a compiler or a driver raises
-        trouble = f"{type(error).__name__}: {error}"
-    else:
-        if all(error < 1e-3 for error in errors):
-            return True
-        trouble = f"its relative errors are {', '.join(f'{error:.1e}' for error in errors)}"
-    logger.warning(
-        "the %s back end of the hash grid does not work here (%s); the slow one is used", name, trouble
-    )
-    return False
+    features = module.forward(x, params, spec)
+    return features.detach(), *torch.autograd.grad(features, (x, params), weights)
 
 
-def check_backend(name: str) -> None:
-    """Raise a ValueError unless ``name`` is ``auto`` or a back end."""
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"hash grid back end {name!r}: expected auto, {', '.join(BACKENDS)}")
-
-
-@cache
-def _load_backend(name: str):
-    check_backend(name)
-    try:
-        return import_module(BACKENDS[name], __name__)
-    except ImportError as error:
-        raise ValueError(
-            f"the {name} back end of the hash grid needs {error.name}: "
-            f"pip install {error.name}, or use backend=auto"
-        ) from error
-
-
-@cache
-def _is_installed(package: str) -> bool:
-    if package == "triton" and not _has_c_compiler():
-        logger.warning(
-            "no C compiler, which Triton starts its kernels with: the hash grid will be slow; install gcc"
-        )
-        return False
-    if find_spec(package) is None:
-        logger.warning("%s is not installed: the hash grid will be slow; pip install %s", package, package)
-        return False
-    return True
-
-
-def _has_c_compiler() -> bool:
-    return bool(os.environ.get("CC")) or any(shutil.which(name) for name in ("gcc", "clang", "cc"))
-
-
-@cache
-def _log_once(name: str, device: str, dtype: str) -> None:
-    logger.debug("hash grid: %s back end for %s on %s", name, dtype, device)
+OPERATION = Operation(
+    name="hash grid",
+    package=__name__,
+    modules={"torch": ".reference", "numba": ".numba_cpu", "triton": ".triton_gpu"},
+    fastest={"cpu": "numba", "cuda": "triton"},
+    sample=_sample,
+    unrepeatable=("triton",),
+)

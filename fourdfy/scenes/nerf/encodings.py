@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fourdfy.bounds import number
 from fourdfy.config import Component, inner_slot
-from fourdfy.ops.hash_grid import check_backend, hash_grid
+from fourdfy.ops.hash_grid import OPERATION, hash_grid
 from fourdfy.ops.hash_grid.spec import HashGridSpec
 from fourdfy.ops.spherical_harmonics import MAX_DEGREE, spherical_harmonics
 from fourdfy.registry import register
@@ -134,7 +134,7 @@ class HashGrid(Encoding):
 
         def __post_init__(self) -> None:
             self.spec(3)
-            check_backend(self.backend)
+            OPERATION.check(self.backend)
 
         def spec(self, n_input_dims: int) -> HashGridSpec:
             return HashGridSpec(
