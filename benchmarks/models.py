@@ -1,0 +1,138 @@
+"""Models of the real size with random weights, in diffusers layout.
+
+They give time and memory and say nothing of the pictures.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[1]))  # for the tests' models
+
+IMAGE = {
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+    "sample_size": 64,
+}
+VIEWS = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 16, "sample_size": 32}
+MODELS = {
+    "stable-diffusion": ("UNet2DConditionModel", IMAGE, "epsilon"),
+    "stable-diffusion-v": ("UNet2DConditionModel", IMAGE | {"upcast_attention": True}, "v_prediction"),
+    "mvdream": ("UNet2DConditionModel", IMAGE | VIEWS, "epsilon"),
+    "zeroscope": ("UNet3DConditionModel", {"sample_size": 32}, "epsilon"),
+    "videocrafter2": ("UNet3DConditionModel", {"sample_size": (40, 64)}, "epsilon"),
+}
+"""Folder -> the U-Net's class and config, and what it predicts."""
+VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+}
+
+
+def make_models(root: Path, names: Iterable[str] = MODELS) -> None:
+    """Write the folders that ``root`` lacks; all share one VAE and one text encoder (3 to 4 GB each)."""
+    for name in names:
+        if (root / name).exists():
+            continue
+        began = time.perf_counter()
+        network, config, prediction = MODELS[name]
+        half_made = root / f"{name}.part"
+        save(network, config, half_made / "unet")
+        save_rest(half_made, root / "common", prediction)
+        if name == "videocrafter2":
+            from diffusers.models.embeddings import TimestepEmbedding
+
+            save_tensors(TimestepEmbedding(320, 1280), half_made / "fps_embedding")
+        half_made.rename(root / name)
+        print(f"{name}: made in {time.perf_counter() - began:.0f} s", file=sys.stderr)
+
+
+def make_tiny_models(root: Path) -> None:
+    """The same folders with the tests' tiny models."""
+    from tests import tiny_models
+
+    for name, save_model in (
+        ("stable-diffusion", tiny_models.save_stable_diffusion),
+        ("stable-diffusion-v", partial(tiny_models.save_stable_diffusion, prediction_type="v_prediction")),
+        ("mvdream", tiny_models.save_multi_view),
+        ("zeroscope", tiny_models.save_zeroscope),
+        ("videocrafter2", tiny_models.save_videocrafter2),
+    ):
+        if not (root / name).exists():
+            save_model(root / name)
+
+
+def model_paths(root: Path, config: str) -> list[str]:
+    """Overrides that let an experiment of the paper use the models in ``root``."""
+    video = "videocrafter2" if "_vc" in config else "zeroscope"
+    models = {
+        "prompt_processor.pretrained_model_name_or_path": "stable-diffusion",
+        "prompt_processor_multi_view.pretrained_model_name_or_path": "stable-diffusion",
+        "prompt_processor_video.pretrained_model_name_or_path": video,
+        "guidance.pretrained_model_name_or_path": "stable-diffusion",
+        "guidance.pretrained_model_name_or_path_lora": "stable-diffusion-v",
+        "guidance_multi_view.pretrained_model_name_or_path": "mvdream",
+        "guidance_video.pretrained_model_name_or_path": video,
+    }
+    return [f"system.{key}={root / name}" for key, name in models.items()]
+
+
+def save_rest(folder: Path, common: Path, prediction: str) -> None:
+    """Save the schedule, and link VAE, tokenizer and a text encoder of the right width (one layer: it runs
+    once)."""
+    from diffusers import DDIMScheduler
+
+    if not common.exists():
+        save("AutoencoderKL", VAE, common / "vae")
+        save_text_encoder(common)
+    for part in ("vae", "tokenizer", "text_encoder"):
+        (folder / part).symlink_to((common / part).absolute())
+    DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1, prediction_type=prediction,
+    ).save_pretrained(folder / "scheduler")  # fmt: skip
+
+
+def save_text_encoder(folder: Path) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from tests.tiny_models import MAX_TOKENS, save_clip_text
+
+    save_clip_text(folder)
+    shape = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 1,
+    }
+    config = CLIPTextConfig(hidden_act="gelu", max_position_embeddings=MAX_TOKENS, **shape)
+    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
+
+
+def save(network: str, config: dict[str, Any], folder: Path) -> None:
+    """Save a network in float16, with PyTorch's initial weights, which a GPU draws faster."""
+    import diffusers
+
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        getattr(diffusers, network)(**config).half().save_pretrained(folder)
+
+
+def save_tensors(network: torch.nn.Module, folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True)
+    save_file(network.state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text("{}", encoding="utf-8")

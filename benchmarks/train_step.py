@@ -1,0 +1,360 @@
+"""Measure every kind of training step of the paper's experiments, with models of the real size.
+
+    python benchmarks/train_step.py fourdfy_stage_3 --out outputs/steps      # about two minutes
+    python benchmarks/train_step.py --out outputs/steps --steps 32           # all twelve, on every GPU
+    python benchmarks/train_step.py fourdfy_stage_3 --toy --out outputs/toy  # seconds; what the test runs
+
+Cameras and seeds are fixed, and learning rates are 0, so that every step sees the same object: ``blob`` is
+the fresh scene of the config, ``ball`` a hard ball of the same radius, which stands for a trained scene.
+Steps are numbered as late in training (occupancy known, full resolution), and also as before the milestone
+of the resolution where the config has one. After a warm-up, the times of consecutive steps are read from CUDA
+events, without any synchronisation; 16 steps include one refresh of the occupancy grid. Then 16 steps are
+timed part by part, with synchronisation, and one is profiled. The mixture is weighted as in the plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, pairwise
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from gpus import environment, spread
+from models import MODELS, make_models, make_tiny_models, model_paths
+from profiling import PARTS, PartTimes, kernels, synchronisations, synchronize
+from torch.utils.data import IterableDataset
+
+from fourdfy.callbacks.base import Callback, Run
+from fourdfy.launching.experiment import Experiment, load_experiment
+from fourdfy.launching.lightning import Trainer
+from fourdfy.types import StepBatch, StepContext
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("fourdfy_stage_*.yaml"))
+STATES = {"ball": ["system.geometry.density_blob_scale=1000"], "blob": []}
+EARLY, LATE = 2000, 6000
+"""Global steps, multiples of the occupancy grid's interval, before and after the paper's milestones."""
+KNOWN_AFTER = 256
+"""Steps of training that the occupancy grid sees first."""
+TOY = (
+    "system.geometry.pos_encoding_config.n_levels=2",
+    "system.renderer.num_samples_per_ray=16",
+    "data.single_view.width=16",
+    "data.single_view.height=16",
+    "data.multi_view.width=[8, 16]",
+    "data.multi_view.height=[8, 16]",
+    "system.guidance_multi_view.height=32",
+    "system.guidance_multi_view.width=32",
+)
+TOY_VIDEO = (
+    "data.single_view.num_frames=2",
+    "data.single_view.width_vid=16",
+    "data.single_view.height_vid=16",
+    "system.guidance_video.height=32",
+    "system.guidance_video.width=32",
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Steps of one kind, from the global step ``start``."""
+
+    kind: str
+    start: int
+    height: int
+    probability: float
+    """Of the kind, at full size; else 0."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.height}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    jobs = [(config, state) for config in args.configs for state in args.state]
+    if len(jobs) == 1:
+        ((config, state),) = jobs
+        result = measure(config, state, args)
+        (args.out / f"{config}-{state}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    else:
+        if not args.toy:
+            make_models(args.models)
+        spread(jobs, lambda job, gpu: measure_apart(*job, gpu, args))
+    results = []
+    for config, state in jobs:
+        if (file := args.out / f"{config}-{state}.json").exists():
+            results.append(json.loads(file.read_text(encoding="utf-8")))
+        else:
+            print(f"{config}, {state} failed; see {args.out / f'{config}-{state}.log'}")
+    print(f"{device_name()}, torch {torch.__version__}\n\n{report(results)}")
+
+
+def measure_apart(config: str, state: str, gpu: str, args: argparse.Namespace) -> None:
+    """Measure one config in its own process; its output is written beside the result."""
+    options = ["--models", str(args.models), "--out", str(args.out), "--state", state]
+    options += ["--steps", str(args.steps), "--warm-up", str(args.warm_up), *["--toy"] * args.toy]
+    (args.out / f"{config}-{state}.json").unlink(missing_ok=True)
+    with open(args.out / f"{config}-{state}.log", "w", encoding="utf-8") as log:
+        command = [sys.executable, __file__, config, *options, *args.overrides]
+        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment(gpu), check=False)
+
+
+def measure(config: str, state: str, args: argparse.Namespace) -> dict[str, Any]:
+    """The measurements of one config, by the name of the block."""
+    began = time.perf_counter()
+    experiment = load_experiment(
+        [ROOT / "configs" / f"{config}.yaml"], [*settings(config, args), *STATES[state], *args.overrides]
+    )
+    needed = {Path(name).name for kind in experiment.plan.kinds for name in models_of(kind)}
+    if args.toy:
+        make_tiny_models(args.models)
+    else:
+        make_models(args.models, [name for name in MODELS if name in needed])
+    made = time.perf_counter()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    system = experiment.build_system().to(device)
+    system.prepare(torch.device(device), resumed=False)
+    synchronize()
+    ready = time.perf_counter()
+    stopwatch = Stopwatch(blocks_of(experiment), args.steps, args.warm_up)
+    data = experiment.build_data()
+    data.train_dataloader = lambda start, parts=1: Batches(experiment, stopwatch, parts)  # type: ignore
+    cfg = replace(experiment.cfg.trainer, max_steps=stopwatch.total, val_check_interval=0)
+    run = Run(
+        system=system,
+        data=data,
+        folder=experiment.trial_dir,
+        label=config,
+        max_steps=stopwatch.total,
+        optimizer=system.configure_optimizer(),
+    )
+    Trainer(cfg, run, {"stopwatch": stopwatch}, device=device).fit(None)
+    return {
+        "config": config,
+        "state": state,
+        "device": device_name(),
+        "torch": torch.__version__,
+        "seconds": {"models": made - began, "load": ready - made, "run": time.perf_counter() - ready},
+        "most_gib": torch.cuda.max_memory_reserved() / 2**30 if device == "cuda" else 0,
+        "blocks": stopwatch.results,
+        "mixture_ms": mixture(stopwatch.results),
+    }
+
+
+def settings(config: str, args: argparse.Namespace) -> list[str]:
+    toy = [*TOY, *(TOY_VIDEO if "stage_3" in config else ())] if args.toy else []
+    # The blob's annealing would change the scene with the step.
+    fixed = ["system.geometry.anneal_density_blob_std_config=null"] if "stage_3" in config else []
+    return [
+        "system.prompt_processor.prompt=a panda dancing",
+        f"exp_root_dir={args.models / 'trials'}",
+        *model_paths(args.models, config),
+        *fixed,
+        *toy,
+    ]
+
+
+def models_of(kind: Any) -> list[str]:
+    names = [name for name, _ in kind.guidance.models()]
+    return names if kind.prompts is None else [*names, kind.prompts.pretrained_model_name_or_path]
+
+
+def blocks_of(experiment: Experiment) -> list[Block]:
+    """Every kind at full size and, where it begins smaller, at that size."""
+    blocks = []
+    for kind in experiment.plan.kinds:
+        early, late = (
+            kind.cameras.sample(StepContext(step, torch.Generator().manual_seed(0))).height
+            for step in (EARLY, LATE)
+        )
+        if early != late:
+            blocks.append(Block(kind.name, EARLY, early, 0.0))
+        blocks.append(Block(kind.name, LATE, late, kind.probability))
+    return blocks
+
+
+class Batches(IterableDataset):
+    """The batches that the stopwatch wants, from the experiment's own loaders."""
+
+    def __init__(self, experiment: Experiment, stopwatch: Stopwatch, parts: int) -> None:
+        self.experiment, self.stopwatch, self.parts = experiment, stopwatch, parts
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        for block in self.stopwatch.blocks:
+            data = self.experiment.build_data()
+            data.choose_kind = lambda step, kind=block.kind: kind  # type: ignore
+            for first, count in self.stopwatch.stretches(block):
+                yield from islice(iter(data.train_dataloader(first, self.parts)), count * self.parts)
+
+
+class Stopwatch(Callback):
+    """Measures blocks of steps, and keeps the scene as it is."""
+
+    def __init__(self, blocks: list[Block], steps: int, warm_up: int) -> None:
+        super().__init__()
+        self.blocks, self.steps, self.warm_up = blocks, steps, warm_up
+        self.in_parts = min(16, steps)
+        self.results: dict[str, dict[str, Any]] = {}
+
+    def stretches(self, block: Block) -> list[tuple[int, int]]:
+        """(first global step, number of steps): warmed up and timed, in parts, profiled and checked."""
+        return [
+            (block.start - self.warm_up, self.warm_up + self.steps),
+            (block.start, self.in_parts),
+            (block.start + 1, 2),
+        ]
+
+    @property
+    def total(self) -> int:
+        return sum(count for block in self.blocks for _, count in self.stretches(block))
+
+    def begin(self, run: Run) -> None:
+        for group in run.optimizer.param_groups:
+            group["lr"] = 0.0
+        batch = run.data.batch(0).to(run.system.device)
+        for step in range(0, KNOWN_AFTER, 16):
+            run.system.before_step(replace(batch, step=step))
+        self.script = self._measure(run)
+        next(self.script)
+
+    def after_step(self, run: Run, batch: StepBatch, losses: Any) -> None:
+        next(self.script, None)
+
+    def _measure(self, run: Run) -> Iterator[None]:
+        """Each ``yield`` is a step of the run."""
+        for block in self.blocks:
+            began = time.perf_counter()
+            for _ in range(self.warm_up):
+                yield
+            synchronize()
+            warm_up = time.perf_counter() - began
+            run.means.take()
+            reset_peaks()
+            marks = [mark()]
+            for _ in range(self.steps):
+                yield
+                marks.append(mark())
+            synchronize()
+            result: dict[str, Any] = {"probability": block.probability, "warm_up_s": warm_up}
+            result |= summary([elapsed_ms(a, b) for a, b in pairwise(marks)]) | peaks()
+            means = run.means.take()
+            result["samples"] = means.get(f"{block.kind}/samples")
+            with PartTimes().watch(run.system) as parts:
+                for _ in range(self.in_parts):
+                    yield
+                    parts.end_step()
+            result["parts_ms"] = {name: 1000 * parts.seconds[name] / self.in_parts for name in PARTS}
+            with kernels() as found:
+                yield
+            result |= found
+            with synchronisations() as waits:
+                yield
+            result["waits"] = dict(waits.most_common())
+            self.results[block.name] = result
+
+
+def mark() -> Any:
+    """A moment on the GPU's own clock, or the CPU's without one."""
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def elapsed_ms(before: Any, after: Any) -> float:
+    return 1000 * (after - before) if isinstance(before, float) else before.elapsed_time(after)
+
+
+def reset_peaks() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peaks() -> dict[str, float]:
+    if not torch.cuda.is_available():
+        return {"peak_gib": 0.0, "reserved_gib": 0.0}
+    return {
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
+    }
+
+
+def summary(ms: list[float]) -> dict[str, Any]:
+    return {"steps": len(ms), "mean": fmean(ms), "median": median(ms), "min": min(ms), "max": max(ms)}
+
+
+def mixture(blocks: dict[str, dict[str, Any]]) -> float:
+    """The mean ms of a step late in training."""
+    return sum(block["probability"] * block["mean"] for block in blocks.values())
+
+
+def report(results: list[dict[str, Any]]) -> str:
+    """Two tables in Markdown: times and memory, and the parts of the mean step."""
+    head = ["config", "state", "step", "mean ms", "median (min to max)", "peak, reserved GiB", "M samples"]
+    times = [row([*head, "kernels' ms, number", "launches", "waits"]), row(["---"] * 10)]
+    parts = [row(["config", "state", "step", *PARTS]), row(["---"] * (3 + len(PARTS)))]
+    for result in results:
+        place = [result["config"].removeprefix("fourdfy_"), result["state"]]
+        for name, block in result["blocks"].items():
+            times.append(row([*place, name, *cells(block)]))
+            parts.append(row([*place, name, *(f"{block['parts_ms'][part]:.1f}" for part in PARTS)]))
+        times.append(row([*place, "mixture", f"{result['mixture_ms']:.1f}", *["-"] * 6]))
+    return "\n".join([*times, "", *parts])
+
+
+def cells(block: dict[str, Any]) -> list[str]:
+    samples = block["samples"]
+    return [
+        f"{block['mean']:.1f}",
+        f"{block['median']:.1f} ({block['min']:.1f} to {block['max']:.1f})",
+        f"{block['peak_gib']:.1f}, {block['reserved_gib']:.1f}",
+        "-" if samples is None else f"{samples / 1e6:.2f}",
+        f"{block['kernels_ms']:.1f}, {block['kernels']}" if "kernels" in block else "-",
+        str(block.get("launches", "-")),
+        str(sum(block["waits"].values())),
+    ]
+
+
+def row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("given", nargs="*", metavar="CONFIG or key=value", help="default: all twelve configs")
+    parser.add_argument("--state", nargs="+", choices=STATES, default=list(STATES))
+    parser.add_argument("--steps", type=int, default=16, help="that are timed, of each kind")
+    parser.add_argument("--warm-up", type=int, default=6)
+    parser.add_argument("--models", type=Path, help="folder of the models, made if missing")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the results in JSON")
+    parser.add_argument("--toy", action="store_true", help="tiny models and images, to see that it runs")
+    args = parser.parse_intermixed_args(argv)
+    args.overrides = [word for word in args.given if "=" in word]
+    args.configs = [word for word in args.given if "=" not in word] or CONFIGS
+    if unknown := set(args.configs) - set(CONFIGS):
+        parser.error(f"{', '.join(sorted(unknown))}: expected {', '.join(CONFIGS)}")
+    if args.models is None:
+        args.models = Path(tempfile.gettempdir()) / f"fourdfy-models-{'toy' if args.toy else 'real'}"
+    if args.toy:
+        args.steps, args.warm_up = 2, 1
+    return args
+
+
+if __name__ == "__main__":
+    main()
