@@ -53,6 +53,7 @@ setup(
             "ruff>=0.9",
             "mypy>=2.4",
             "pygltflib>=1.16",
+            "triton>=3.2; platform_system == 'Linux'",
         ],
     },
 )

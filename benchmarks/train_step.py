@@ -31,7 +31,7 @@ import torch
 from gpus import environment, spread
 from models import MODELS, make_models, make_tiny_models, model_paths
 from profiling import PARTS, PartTimes, kernels, synchronisations, synchronize
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from fourdfy.callbacks.base import Callback, Run
 from fourdfy.launching.experiment import Experiment, load_experiment
@@ -47,7 +47,6 @@ KNOWN_AFTER = 256
 """Steps of training that the occupancy grid sees first."""
 TOY = (
     "system.geometry.pos_encoding_config.n_levels=2",
-    "system.renderer.num_samples_per_ray=16",
     "data.single_view.width=16",
     "data.single_view.height=16",
     "data.multi_view.width=[8, 16]",
@@ -122,14 +121,16 @@ def measure(config: str, state: str, args: argparse.Namespace) -> dict[str, Any]
     else:
         make_models(args.models, [name for name in MODELS if name in needed])
     made = time.perf_counter()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda:0" if torch.cuda.is_available() else "cpu"
     system = experiment.build_system().to(device)
     system.prepare(torch.device(device), resumed=False)
     synchronize()
     ready = time.perf_counter()
     stopwatch = Stopwatch(blocks_of(experiment), args.steps, args.warm_up)
     data = experiment.build_data()
-    data.train_dataloader = lambda start, parts=1: Batches(experiment, stopwatch, parts)  # type: ignore
+    data.train_dataloader = lambda start, parts=1: DataLoader(  # type: ignore
+        Batches(experiment, stopwatch, parts), batch_size=None
+    )
     cfg = replace(experiment.cfg.trainer, max_steps=stopwatch.total, val_check_interval=0)
     run = Run(
         system=system,
@@ -146,7 +147,7 @@ def measure(config: str, state: str, args: argparse.Namespace) -> dict[str, Any]
         "device": device_name(),
         "torch": torch.__version__,
         "seconds": {"models": made - began, "load": ready - made, "run": time.perf_counter() - ready},
-        "most_gib": torch.cuda.max_memory_reserved() / 2**30 if device == "cuda" else 0,
+        "most_gib": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0,
         "blocks": stopwatch.results,
         "mixture_ms": mixture(stopwatch.results),
     }
