@@ -29,6 +29,7 @@ from fourdfy.priors.base import DDPMSchedule, Network
 from fourdfy.priors.convert import no_progress_bar
 from fourdfy.priors.model_folder import ModelNotFound, part_flaw, read_description, weight_files
 from fourdfy.priors.scheduler_file import read_scheduler
+from fourdfy.priors.vae_encoder import posterior
 
 logger = logging.getLogger(__name__)
 
@@ -220,11 +221,11 @@ def encode_images(
     """
     images = images * 2 - 1
     if not 0 < chunk < len(images):
-        mean, std = _posterior(vae, images)
+        mean, std = posterior(vae, images)
     elif gradient == "subset":
         mean, std = _subset_posterior(vae, images, chunk, generator)
     else:
-        again = partial(checkpoint, _posterior, vae, use_reentrant=False)
+        again = partial(checkpoint, posterior, vae, use_reentrant=False)
         mean, std = _joined(again(part) for part in images.split(chunk))
     noise = sample_noise(mean.shape, generator, mean.device, mean.dtype)
     return (mean + std * noise) * vae.config.scaling_factor
@@ -235,19 +236,14 @@ def vae_factor(vae: Network) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def _posterior(vae: Network, images: Float[Tensor, "B 3 H W"]) -> tuple[Tensor, Tensor]:
-    posterior = vae.encode(images.to(vae.dtype)).latent_dist
-    return posterior.mean.float(), posterior.std.float()
-
-
 def _subset_posterior(
     vae: Network, images: Float[Tensor, "B 3 H W"], chunk: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     order = torch.randperm(len(images), generator=generator, device=generator.device).to(images.device)
     learn, *others = images[order].split(chunk)
     with torch.no_grad():
-        fixed = [_posterior(vae, part) for part in others]
-    mean, std = _joined([_posterior(vae, learn), *fixed])
+        fixed = [posterior(vae, part) for part in others]
+    mean, std = _joined([posterior(vae, learn), *fixed])
     back = order.argsort()
     return mean[back], std[back]
 
