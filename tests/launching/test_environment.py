@@ -47,7 +47,7 @@ def test_the_hash_grid_compiles_where_its_code_cannot_be_kept(monkeypatch):
     from numba.core import caching
 
     monkeypatch.setattr(caching.FunctionCache, "_impl_class", NoFolder)
-    found = find_spec("fourdfy.ops.hash_grid.numba_cpu")
+    found = find_spec("fourdfy.ops.hash_grid.numba_kernels")
     kernels = module_from_spec(found)  # a second one, which nothing else sees
     found.loader.exec_module(kernels)
     assert isinstance(kernels._wrap._cache, caching.NullCache)

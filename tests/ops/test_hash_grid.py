@@ -175,15 +175,59 @@ def test_numba_agrees_with_torch_far_outside_the_cube(n_dims, where):
 def test_numba_gives_the_same_bits_on_any_number_of_threads():
     spec = HashGridSpec(n_input_dims=4, n_levels=5, log2_hashmap_size=8, base_resolution=3)
     x, params = random_case(9000, spec)
+    framed = frames([0.1, 0.6], 9000), random_case(0, SPACE_TIME)[1], SPACE_TIME, "numba"
     threads, results = torch.get_num_threads(), []
     try:
         for n_threads in (1, 3):
             torch.set_num_threads(n_threads)
             results.append([hash_grid(x, params, spec, "numba"), *gradients(x, params, spec, "numba")])
+            results[-1] += [hash_grid(*framed), *gradients(*framed)]
     finally:
         torch.set_num_threads(threads)
     for one, three in zip(*results, strict=True):
         assert torch.equal(one, three)
+
+
+SPACE_TIME = HashGridSpec(
+    n_input_dims=4, n_levels=3, log2_hashmap_size=10, base_resolution=3, per_level_scale=1.5
+)
+"""Two dense levels, which wrap around at the cube's far faces, and a hashed one."""
+
+
+def frames(times, size=400):
+    """``size`` points of each of some frames, with their times."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(len(times) * size, 3, generator=generator)
+    points[:8] = torch.tensor([[i & 1, i >> 1 & 1, i >> 2] for i in range(8)])  # the cube's corners
+    return torch.cat([points, torch.tensor(times).repeat_interleave(size)[:, None]], dim=1)
+
+
+@pytest.mark.parametrize("times", [[0.0], [1.0], [0.3, 0.3, 0.9, 0.0]])
+def test_points_of_frames_are_interpolated_in_slices_of_the_grid(times):
+    from fourdfy.ops.hash_grid.slices import find_runs
+
+    x, params = frames(times), random_case(0, SPACE_TIME)[1]
+    assert len(find_runs(x.numpy(), SPACE_TIME)) == len(set(times))
+    by_numba, by_torch = (
+        [hash_grid(x, params, SPACE_TIME, backend), *gradients(x, params, SPACE_TIME, backend)]
+        for backend in ("numba", "torch")
+    )
+    # 1e-5 for unit-normal parameters; position gradients reach 20, entries sum some hundred numbers
+    for ours, theirs, atol in zip(by_numba, by_torch, (1e-5, 1e-4, 1e-3), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=atol, rtol=1e-5)
+
+
+@pytest.mark.parametrize("place", [(5, 0, -0.1), (399, 2, 1.2), (5, 3, 0.7), (0, 3, float("nan"))])
+def test_a_point_outside_the_cube_or_of_another_time_needs_the_whole_grid(place):
+    from fourdfy.ops.hash_grid.slices import find_runs
+
+    x, params = frames([0.25]), random_case(0, SPACE_TIME)[1]
+    assert find_runs(frames([0.25]).numpy(), SPACE_TIME)
+    row, axis, value = place
+    x[row, axis] = value
+    assert find_runs(x.numpy(), SPACE_TIME) is None
+    ours, theirs = (hash_grid(x, params, SPACE_TIME, backend) for backend in ("numba", "torch"))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0, equal_nan=True)
 
 
 def test_numba_accepts_strided_points_and_gradients():
@@ -238,7 +282,8 @@ def test_a_missing_fast_back_end_is_warned_of(monkeypatch, caplog):
 
 def test_asking_for_a_back_end_that_is_not_installed_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "fourdfy.ops.hash_grid.numba_cpu", raising=False)
+    for name in ("fourdfy.ops.hash_grid.numba_cpu", "fourdfy.ops.cpu"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     Operation.load.cache_clear()
     x, params, spec = load_case("d3_small")
     with pytest.raises(ValueError, match="pip install numba, or use backend=auto"):
