@@ -11,13 +11,11 @@ It warms up, repeats, and prints the median in ms and its spread (10th to 90th p
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
-import subprocess
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
+from timing import head, row, spread_of, times_ms, where
 
 from fourdfy.ops.hash_grid import OPERATION, hash_grid
 from fourdfy.ops.hash_grid.spec import HashGridSpec
@@ -26,14 +24,13 @@ from fourdfy.ops.hash_grid.spec import HashGridSpec
 def main(argv: Sequence[str] | None = None) -> None:
     args = _parse(argv)
     torch.set_num_threads(args.threads or torch.get_num_threads())
-    rows = [
-        f"{_device_name(args.device)}; torch {torch.__version__}, python {platform.python_version()}, "
-        f"commit {_commit()}; {torch.get_num_threads()} threads; {args.points} points, "
-        f"{args.levels} levels, 2 features; median of {args.repeats}",
-        "",
-        "| D | T | back end | forward ms | look-ups M/s | backward, params | backward, params + x |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    print(
+        f"{where(args.device)}; {torch.get_num_threads()} threads; {args.points} points, "
+        f"{args.levels} levels, 2 features; median of {args.repeats}\n"
+    )
+    print(
+        head("D", "T", "back end", "forward ms", "look-ups M/s", "backward, params", "backward, params + x")
+    )
     for n_dims in (3, 4):
         for log2_size in args.log2_sizes:
             spec = HashGridSpec(
@@ -43,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 base_resolution=args.base_resolution,
                 per_level_scale=args.per_level_scale,
             )
-            rows += [_row(spec, backend, args) for backend in args.backends]
-    print("\n".join(rows))
+            for backend in args.backends:
+                print(_row(spec, backend, args), flush=True)
 
 
 def _row(spec: HashGridSpec, backend: str, args: argparse.Namespace) -> str:
@@ -54,56 +51,19 @@ def _row(spec: HashGridSpec, backend: str, args: argparse.Namespace) -> str:
     moving = x.clone().requires_grad_()
     grad = torch.randn(args.points, spec.n_output_dims, generator=generator).to(args.device)
 
+    counts = args.repeats, args.warm_up
     with torch.no_grad():
-        forward = _times(lambda: hash_grid(x, params, spec, backend), args)
+        forward = times_ms(lambda: hash_grid(x, params, spec, backend), *counts)
     out = hash_grid(x, params, spec, backend)
-    params_only = _times(lambda: torch.autograd.grad(out, params, grad, retain_graph=True), args)
+    params_only = times_ms(lambda: torch.autograd.grad(out, params, grad, retain_graph=True), *counts)
     out = hash_grid(moving, params, spec, backend)
-    both = _times(lambda: torch.autograd.grad(out, (params, moving), grad, retain_graph=True), args)
+    both = times_ms(lambda: torch.autograd.grad(out, (params, moving), grad, retain_graph=True), *counts)
 
     corners = args.points * spec.n_levels * 2**spec.n_input_dims
     n_workers = torch.get_num_threads() if args.device == "cpu" else 1
-    rate = corners / statistics.median(forward) / 1e6 / n_workers
-    cells = [spec.n_input_dims, f"2^{spec.log2_hashmap_size}", backend, _cell(forward), f"{rate:.0f}"]
-    return "| " + " | ".join(map(str, [*cells, _cell(params_only), _cell(both)])) + " |"
-
-
-def _times(run: Callable[[], object], args: argparse.Namespace) -> list[float]:
-    seconds = []
-    for repeat in range(args.warm_up + args.repeats):
-        _synchronize(args.device)
-        start = time.perf_counter()
-        run()
-        _synchronize(args.device)
-        if repeat >= args.warm_up:
-            seconds.append(time.perf_counter() - start)
-    return seconds
-
-
-def _cell(seconds: list[float]) -> str:
-    ordered = sorted(1e3 * s for s in seconds)
-    low, high = ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]
-    return f"{statistics.median(ordered):.1f} ({low:.1f}-{high:.1f})"
-
-
-def _synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
-def _device_name(device: str) -> str:
-    if device != "cpu":
-        return torch.cuda.get_device_name()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip() if done.returncode == 0 else "unknown"
+    rate = corners / statistics.median(forward) / 1e3 / n_workers
+    cells = [spec.n_input_dims, f"2^{spec.log2_hashmap_size}", backend, spread_of(forward), f"{rate:.0f}"]
+    return row([*cells, spread_of(params_only), spread_of(both)])
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -7,10 +7,12 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import synchronize
 from torch.profiler import ProfilerActivity, profile
 
 from fourdfy.systems.base import System
@@ -18,11 +20,6 @@ from fourdfy.systems.base import System
 PARTS = ("occupancy", "march and prune", "shade", "VAE", "U-Net", "guidance", "backward", "optimizer", "rest")
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
 """Beginnings of the names of the CUDA calls that start work on the GPU."""
-
-
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 class PartTimes:
@@ -35,7 +32,7 @@ class PartTimes:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self._stack = ["rest"]
-        self._watched: list[tuple[Any, str]] = []
+        self._restore: list[Callable[[], None]] = []
         synchronize()
         self._since = time.perf_counter()
 
@@ -50,20 +47,23 @@ class PartTimes:
             guidance = getattr(system, kind.module)
             self._watch(guidance, "forward", "guidance")
             self._watch(guidance.prior, "encode", "VAE")
-            self._watch(guidance.prior, "predict", "U-Net")
+            for method in ("denoise", "predict"):
+                self._watch(guidance.prior, method, "U-Net")
+            for method in ("denoise_renderings", "recorded_lora"):
+                self._watch(guidance, method, "U-Net")
         self._watch(system, "training_step", "rest", then="backward")
         self._watch(system, "after_backward", "rest", then="optimizer")
         try:
             yield self
         finally:
-            for owner, method in self._watched:
-                delattr(owner, method)
+            for restore in self._restore:
+                restore()
 
     def end_step(self) -> None:
         self._change(lambda: self._stack.__setitem__(0, "rest"))
 
     def _watch(self, owner: Any, method: str, part: str, then: str | None = None) -> None:
-        if method in vars(owner) or (original := getattr(owner, method, None)) is None:
+        if (original := getattr(owner, method, None)) is None:
             return
 
         def timed(*args: Any, **keywords: Any) -> Any:
@@ -75,8 +75,11 @@ class PartTimes:
                 if then:
                     self._stack[0] = then
 
+        own = method in vars(owner)
+        self._restore.append(
+            partial(setattr, owner, method, original) if own else partial(delattr, owner, method)
+        )
         setattr(owner, method, timed)
-        self._watched.append((owner, method))
 
     def _change(self, change: Callable[[], Any]) -> None:
         synchronize()

@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from gpus import environment, spread
 from models import MODELS, make_models, make_tiny_models, model_paths
-from profiling import PARTS, PartTimes, kernels, synchronisations, synchronize
+from profiling import PARTS, PartTimes, kernels, synchronisations
+from timing import head, row, synchronize, where
 from torch.utils.data import DataLoader, IterableDataset
 
 from fourdfy.callbacks.base import Callback, Run
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             results.append(json.loads(file.read_text(encoding="utf-8")))
         else:
             print(f"{config}, {state} failed; see {args.out / f'{config}-{state}.log'}")
-    print(f"{device_name()}, torch {torch.__version__}\n\n{report(results)}")
+    print(f"{where(device())}\n\n{report(results)}")
 
 
 def measure_apart(config: str, state: str, gpu: str, args: argparse.Namespace) -> None:
@@ -121,9 +122,8 @@ def measure(config: str, state: str, args: argparse.Namespace) -> dict[str, Any]
     else:
         make_models(args.models, [name for name in MODELS if name in needed])
     made = time.perf_counter()
-    device = "cuda:0" if torch.cuda.is_available() else "cpu"
-    system = experiment.build_system().to(device)
-    system.prepare(torch.device(device), resumed=False)
+    system = experiment.build_system().to(device())
+    system.prepare(torch.device(device()), resumed=False)
     synchronize()
     ready = time.perf_counter()
     stopwatch = Stopwatch(blocks_of(experiment), args.steps, args.warm_up)
@@ -140,12 +140,11 @@ def measure(config: str, state: str, args: argparse.Namespace) -> dict[str, Any]
         max_steps=stopwatch.total,
         optimizer=system.configure_optimizer(),
     )
-    Trainer(cfg, run, {"stopwatch": stopwatch}, device=device).fit(None)
+    Trainer(cfg, run, {"stopwatch": stopwatch}, device=device()).fit(None)
     return {
         "config": config,
         "state": state,
-        "device": device_name(),
-        "torch": torch.__version__,
+        "where": where(device()),
         "seconds": {"models": made - began, "load": ready - made, "run": time.perf_counter() - ready},
         "most_gib": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0,
         "blocks": stopwatch.results,
@@ -265,6 +264,10 @@ class Stopwatch(Callback):
             self.results[block.name] = result
 
 
+def device() -> str:
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
+
+
 def mark() -> Any:
     """A moment on the GPU's own clock, or the CPU's without one."""
     if not torch.cuda.is_available():
@@ -303,9 +306,9 @@ def mixture(blocks: dict[str, dict[str, Any]]) -> float:
 
 def report(results: list[dict[str, Any]]) -> str:
     """Two tables in Markdown: times and memory, and the parts of the mean step."""
-    head = ["config", "state", "step", "mean ms", "median (min to max)", "peak, reserved GiB", "M samples"]
-    times = [row([*head, "kernels' ms, number", "launches", "waits"]), row(["---"] * 10)]
-    parts = [row(["config", "state", "step", *PARTS]), row(["---"] * (3 + len(PARTS)))]
+    columns = ("config", "state", "step", "mean ms", "median (min to max)", "peak, reserved GiB")
+    times = [head(*columns, "M samples", "kernels' ms, number", "launches", "waits")]
+    parts = [head("config", "state", "step", *PARTS)]
     for result in results:
         place = [result["config"].removeprefix("fourdfy_"), result["state"]]
         for name, block in result["blocks"].items():
@@ -326,14 +329,6 @@ def cells(block: dict[str, Any]) -> list[str]:
         str(block.get("launches", "-")),
         str(sum(block["waits"].values())),
     ]
-
-
-def row(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

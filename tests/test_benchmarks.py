@@ -51,3 +51,42 @@ def test_every_kind_of_step_is_measured_at_toy_size(load, tmp_path, capsys):
     mean = (blocks["multi_view 16"]["mean"] + blocks["single_view 16"]["mean"]) / 2
     assert measured["mixture_ms"] == pytest.approx(mean), "half of the steps are multi-view, at full size"
     assert f"| stage_2 | ball | mixture | {mean:.1f} |" in capsys.readouterr().out
+
+
+def rows(table):
+    """Cells of the Markdown table's rows, without its head."""
+    lines = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]
+    return [[cell.strip("| ") for cell in line] for line in lines]
+
+
+def test_the_hash_grid_is_measured_at_toy_size(load, capsys):
+    load("hash_grid").main(["--toy"])
+    found = rows(capsys.readouterr().out)
+    assert [cells[:3] for cells in found] == [
+        [n_dims, "2^8", name] for n_dims in ("3", "4") for name in ("numba", "torch")
+    ]
+    assert all(float(cells[3].split(" ")[0]) >= 0 for cells in found)
+
+
+def test_the_field_is_measured_at_toy_size(load, capsys):
+    load("field").main(["--toy", "--device", "cpu"])
+    found = rows(capsys.readouterr().out)
+    assert [cells[:2] for cells in found] == [
+        [name, f"1,024 {layout}"]
+        for name in ("static", "moving", "deformed")
+        for layout in ("random", "rays")
+    ]
+    assert all(float(cells[5].split(" ")[0]) >= 0 for cells in found)
+
+
+def test_renders_of_all_sizes_are_measured_at_toy_size(load, tmp_path, capsys):
+    scaling = load("scaling")
+    scaling.main(["--toy", "--device", "cpu", "--out", str(tmp_path / "measured.json")])
+    samples = {(axis, value): count for axis, value, count, *_ in rows(capsys.readouterr().out)}
+    axes = json.loads((tmp_path / "measured.json").read_text())["axes"]
+    assert list(axes) == ["rays", "frames", "samples per ray", "levels", "table", "chunk"]
+    everything = samples["chunk", "all"]
+    assert everything != "0"
+    for other in [("frames", "4"), ("rays", "6 x 8"), ("chunk", "50"), ("chunk", "subset 50")]:
+        assert samples[other] == everything, "these render the same samples"
+    assert 1.5 < axes["frames"][3]["samples"] / axes["frames"][2]["samples"] < 2.5, "twice the frames"

@@ -1,6 +1,5 @@
 """The hash grid: tiny-cuda-nn's numbers, right gradients, and back ends that agree."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -332,12 +331,3 @@ def test_numba_is_imported_only_when_used():
     modules = "fourdfy.ops.hash_grid, fourdfy.scenes.nerf.implicit_volume"
     code = f"import sys, {modules}; sys.exit('numba' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-def test_the_benchmark_runs(capsys):
-    spec = importlib.util.spec_from_file_location("hash_grid_benchmark", ROOT / "benchmarks" / "hash_grid.py")
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    benchmark.main(["--toy"])
-    table = capsys.readouterr().out
-    assert all(f"| {n_dims} | 2^8 | {name} |" in table for n_dims in (3, 4) for name in ("torch", "numba"))
