@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from fourdfy.ops.group_norm import OPERATION, add_norm
+from fourdfy.ops.attention import attention
+from fourdfy.ops.group_norm import OPERATION, add, add_norm
 from fourdfy.priors.base import Network
 
 logger = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ class VAEEncoder:
             for level in encoder.down_blocks
         ]
         first, *others = (_Block(block, dtype) for block in encoder.mid_block.resnets)
-        attentions = [_Attention(attention, dtype) for attention in encoder.mid_block.attentions if attention]
+        attentions = [_Attention(layers, dtype) for layers in encoder.mid_block.attentions if layers]
         self.middle = [first, *attentions, *others]
         self.norm_out = encoder.conv_norm_out
         self.quant_conv = vae.quant_conv and _Pointwise(vae.quant_conv, dtype)
@@ -87,11 +88,11 @@ class VAEEncoder:
                     pending = block(pending)
                 for conv in downsamplers:
                     padding = tuple(1 - size % 2 for size in pending.x.shape[-2:])
-                    pending = _Sum(conv(pending.total(), 2, padding), conv.bias)
+                    pending = _Sum(conv(add(*pending), 2, padding), conv.bias)
             for block in self.middle:
                 pending = block(pending)
             normed, _ = add_norm(*pending, self.norm_out, keep_sum=False)
-            moments = _Sum(self.conv_out(normed), self.conv_out.bias).total()
+            moments = self.conv_out(normed) + self.conv_out.bias[:, None, None]
             return (self.quant_conv(moments) if self.quant_conv else moments).flip(2, 3)
 
 
@@ -101,10 +102,6 @@ class _Sum(NamedTuple):
     x: Float[Tensor, "B C H W"]
     bias: Float[Tensor, "C"]
     residual: Float[Tensor, "B C H W"] | None = None
-
-    def total(self) -> Float[Tensor, "B C H W"]:
-        total = self.x + self.bias[:, None, None]
-        return total if self.residual is None else total + self.residual
 
 
 class _Block:
@@ -159,45 +156,18 @@ class _Pointwise:
 class _Attention:
     """Self-attention of one head over all pixels."""
 
-    def __init__(self, attention: Network, dtype: torch.dtype) -> None:
-        assert attention.heads == 1
-        self.norm = attention.group_norm
+    def __init__(self, layers: Network, dtype: torch.dtype) -> None:
+        assert layers.heads == 1
+        self.norm = layers.group_norm
         self.to_q, self.to_k, self.to_v, self.to_out = (
-            _Pointwise(layer, dtype)
-            for layer in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
+            _Pointwise(layer, dtype) for layer in (layers.to_q, layers.to_k, layers.to_v, layers.to_out[0])
         )
 
     def __call__(self, pending: _Sum) -> _Sum:
         normed, total = add_norm(*pending, self.norm, silu=False)
         tokens = (layer(normed).movedim(1, -1).flatten(1, 2) for layer in (self.to_q, self.to_k, self.to_v))
-        mixed = F.linear(_Attend.apply(*tokens), self.to_out.weight)
+        mixed = F.linear(attention(*tokens), self.to_out.weight)
         return _Sum(mixed.unflatten(1, total.shape[-2:]).movedim(-1, 1), self.to_out.bias, total)
-
-
-class _Attend(torch.autograd.Function):
-    """Attention by matrix products; PyTorch's own kernels are slow for heads as wide as 512."""
-
-    @staticmethod
-    def forward(ctx, q, k, v):
-        ctx.scale = q.shape[-1] ** -0.5
-        weights = torch.softmax(_products(q, k) * ctx.scale, -1).to(q.dtype)
-        ctx.save_for_backward(q, k, v, weights)
-        return weights @ v
-
-    @staticmethod
-    def backward(ctx, grad):
-        q, k, v, weights = ctx.saved_tensors
-        grad_weights = _products(grad, v)
-        mean = (grad_weights * weights).sum(-1, keepdim=True)
-        grad_scores = (weights * (grad_weights - mean) * ctx.scale).to(q.dtype)
-        return grad_scores @ k, grad_scores.mT @ q, weights.mT @ grad
-
-
-def _products(rows: Float[Tensor, "B T C"], others: Float[Tensor, "B T C"]) -> Float[Tensor, "B T T"]:
-    """Of all pairs, in at least float32."""
-    if rows.is_cuda and rows.dtype != torch.float32:
-        return torch.bmm(rows, others.mT, out_dtype=torch.float32)
-    return rows @ others.mT
 
 
 def _fast_encoder(vae: Network, images: Tensor) -> VAEEncoder | None:

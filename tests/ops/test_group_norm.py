@@ -1,33 +1,17 @@
 """``add_norm``: what it computes, and that the Triton kernels agree with it, on a GPU or interpreted."""
 
 import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fourdfy.ops.group_norm import OPERATION, add_norm
+from fourdfy.ops.group_norm import OPERATION, add, add_norm
 
-ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INSTALLED = find_spec("triton") is not None
-RUNS = INSTALLED and (DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
-
-kernels = pytest.mark.skipif(not RUNS, reason="needs triton, and CUDA or TRITON_INTERPRET=1")
-
-
-@pytest.mark.skipif(RUNS or not INSTALLED, reason="needs triton (pip install --no-deps triton) and no CUDA")
-def test_the_kernels_pass_these_tests_interpreted():
-    """In a process of its own: the choice is made when triton is imported, and Lightning imports it early."""
-    command = [sys.executable, "-m", "pytest", "-q", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+kernels = pytest.mark.triton
 
 
 def case(size=(2, 16, 5, 7), groups=4, *, mean=0.0, spread=1.0, dtype=torch.float64):
@@ -67,6 +51,7 @@ def test_it_is_torch_s_group_norm_of_a_sum():
     plain, nothing = add_norm(x, bias, None, norm, silu=False, keep_sum=False)
     torch.testing.assert_close(plain, norm(x + bias[None, :, None, None]))
     assert nothing is None
+    assert torch.equal(add(x, bias, residual), total)
 
 
 @kernels
@@ -91,6 +76,16 @@ def test_triton_agrees_with_torch(adds, keep_sum, silu):
 )
 def test_triton_agrees_with_torch_at_any_size(size, groups):
     assert_agree(case(size, groups, dtype=torch.float32))
+
+
+@kernels
+def test_triton_adds_as_torch_does():
+    x, bias, residual, _ = case((2, 24, 33, 7), dtype=torch.float32)
+    sums = [add(x, bias, residual, backend=backend) for backend in ("triton", "torch")]
+    assert torch.equal(*sums)
+    weights = torch.arange(float(sums[0].numel()), device=DEVICE).view_as(sums[0])
+    for gradient in torch.autograd.grad(sums[0], (x, residual), weights):
+        assert torch.equal(gradient, weights)
 
 
 @kernels
@@ -158,8 +153,10 @@ def test_working_kernels_are_trusted_in_every_dtype():
         assert OPERATION.agrees("triton", torch.device(DEVICE), dtype)
 
 
-@pytest.mark.skipif(RUNS, reason="needs no CUDA and no interpreter")
-@pytest.mark.skipif(not INSTALLED, reason="needs triton")
+@pytest.mark.skipif(
+    DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1" or find_spec("triton") is None,
+    reason="needs triton, no CUDA and no interpreter",
+)
 def test_triton_on_the_cpu_is_refused():
     with pytest.raises(ValueError, match="runs on CUDA, not on cpu"):
         add_norm(*case(dtype=torch.float32), backend="triton")

@@ -37,10 +37,20 @@ def add_norm(
         ValueError: the back end asked for is unknown, not installed or cannot compute this dtype here.
     """
     module = OPERATION.select(backend, x, x.dtype)
-    normed, total = module.forward(
+    return module.add_norm(
         x, bias, residual, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, keep_sum
     )
-    return normed, total
+
+
+def add(
+    x: Float[Tensor, "B C H W"],
+    bias: Float[Tensor, "C"],
+    residual: Float[Tensor, "B C H W"],
+    *,
+    backend: str = "auto",
+) -> Float[Tensor, "B C H W"]:
+    """``x + bias + residual`` as ``add_norm`` computes it, where no norm follows."""
+    return OPERATION.select(backend, x, x.dtype).add(x, bias, residual)
 
 
 def _sample(module: ModuleType, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -54,7 +64,8 @@ def _sample(module: ModuleType, device: torch.device, dtype: torch.dtype) -> tup
         return draw(2, 32, 9, 7).to(memory_format=torch.channels_last).requires_grad_()
 
     x, residual, bias = pixels(), pixels(), draw(32) + 3
-    outputs = module.forward(x, bias, residual, draw(32), draw(32), 8, 1e-6, True, True)
+    normed, total = module.add_norm(x, bias, residual, draw(32), draw(32), 8, 1e-6, True, True)
+    outputs = normed, total, module.add(x, bias, residual)
     gradients = torch.autograd.grad(outputs, (x, residual), [draw(2, 32, 9, 7) for _ in outputs])
     return *(output.detach() for output in outputs), *gradients
 

@@ -1,4 +1,4 @@
-"""``add_norm`` on CUDA, as Triton kernels for pixels in channels-last order.
+"""``add_norm`` and ``add`` on CUDA, as Triton kernels for pixels in channels-last order.
 
 B images, N = H*W pixels, C channels in G groups of D, S splits of an image's pixels. Triton's tiles have
 powers of two as sizes, so channels are padded: CP, DP. A tile is [P, CP]: P pixels with all their channels.
@@ -25,7 +25,7 @@ PROGRAMS = 4096
 MAX_SPLITS = 512
 
 
-def forward(
+def add_norm(
     x: Float[Tensor, "B C H W"],
     bias: Float[Tensor, "C"],
     residual: Float[Tensor, "B C H W"] | None,
@@ -37,9 +37,25 @@ def forward(
     keep_sum: bool,
 ) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"] | None]:
     """See ``add_norm``. Runs on the CPU under ``TRITON_INTERPRET=1``, which is for tests."""
-    if not (x.is_cuda or not isinstance(_add_moments, triton.JITFunction)):
-        raise ValueError(f"the triton back end runs on CUDA, not on {x.device}; use backend=auto")
     return _AddNorm.apply(x, bias, residual, scale, shift, groups, eps, silu, keep_sum)
+
+
+def add(
+    x: Float[Tensor, "B C H W"], bias: Float[Tensor, "C"], residual: Float[Tensor, "B C H W"]
+) -> Float[Tensor, "B C H W"]:
+    """See ``add``."""
+    return _Add.apply(x, bias, residual)
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, bias, residual):
+        x = _channels_last(x)
+        return _Passes(x).add(x, bias, residual)[0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None, grad
 
 
 class _AddNorm(torch.autograd.Function):
@@ -47,16 +63,10 @@ class _AddNorm(torch.autograd.Function):
     def forward(ctx, x, bias, residual, scale, shift, groups, eps, silu, keep_sum):
         ctx.set_materialize_grads(False)
         x = _channels_last(x)
-        residual = residual if residual is None else _channels_last(residual)
         passes = _Passes(x, groups, silu)
         # Without a residual and a use of the sum, x is kept instead of it, and the bias added again.
         writes = keep_sum or residual is not None
-        total = torch.empty_like(x) if writes else x
-        partial = passes.partial()
-        passes.run(
-            _add_moments, x, bias, x if residual is None else residual, total, partial,
-            ADDS=residual is not None, WRITES=writes,
-        )  # fmt: skip
+        total, partial = passes.add(x, bias, residual, writes)
         stats = passes.reduce(_statistics, partial, eps=eps)
         normed = torch.empty_like(x)
         passes.tiles(_normalize, total, bias, stats, scale, shift, normed, ADDS=not writes)
@@ -86,7 +96,9 @@ class _AddNorm(torch.autograd.Function):
 class _Passes:
     """Launches over the pixels of tensors of one shape."""
 
-    def __init__(self, x: Tensor, groups: int, silu: bool) -> None:
+    def __init__(self, x: Tensor, groups: int = 1, silu: bool = False) -> None:
+        if not (x.is_cuda or not isinstance(_add_moments, triton.JITFunction)):
+            raise ValueError(f"the triton back end runs on CUDA, not on {x.device}; use backend=auto")
         self.device, self.groups = x.device, groups
         self.images, self.channels, height, width = x.shape
         self.pixels = height * width
@@ -98,6 +110,15 @@ class _Passes:
         self.splits = triton.cdiv(self.n_tiles, self.tiles_of_split)
         depth = self.channels // groups
         self.tile = {"C": self.channels, "CP": padded, "P": per_tile, "D": depth, "SILU": silu}
+
+    def add(
+        self, x: Tensor, bias: Tensor, residual: Tensor | None, writes: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """(the sum, or x unless ``writes``; moments of the sum's parts)."""
+        total, partial = torch.empty_like(x) if writes else x, self.partial()
+        other = x if residual is None else _channels_last(residual)
+        self.run(_add_moments, x, bias, other, total, partial, ADDS=residual is not None, WRITES=writes)
+        return total, partial
 
     def partial(self) -> Tensor:
         return torch.empty(self.images, self.splits, 2, self.channels, device=self.device)
