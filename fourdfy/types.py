@@ -6,7 +6,7 @@ M moments and D view directions of a prompt, L tokens, C channels. All are froze
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -35,6 +35,17 @@ class TensorRecord:
         """Its tensors and records by name, without those that are None or numbers."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor | TensorRecord)}
+
+
+def joined_records(records: Sequence[Self]) -> Self:
+    """Field by field, one after the other; all have the same fields."""
+    names = records[0].tensors()
+    return replace(records[0], **{name: joined([getattr(one, name) for one in records]) for name in names})
+
+
+def joined(values: list[Tensor]) -> Tensor:
+    """Concatenated, without a copy if there is only one."""
+    return values[0] if len(values) == 1 else torch.cat(values)
 
 
 Budget = Literal["image", "video"]

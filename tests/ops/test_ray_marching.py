@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from fourdfy.ops.ray_marching import intersect_box, march, step_size, visible
+from fourdfy.ops.ray_marching import find_visible, reference
+from fourdfy.ops.ray_marching.rays import Rays, SteppedRays, step_size
+from fourdfy.ops.ray_marching.reference import intersect_box, march, visible
 from fourdfy.types import Samples
 
 RADIUS = 1.3
@@ -21,6 +23,12 @@ def random_rays(count=60, seed=0):
     directions[0], origins[0] = torch.tensor([1.0, 0, 0]), torch.tensor([-3.0, 0.2, 0.4])
     directions[1], origins[1] = torch.tensor([0, 0, -1.0]), torch.tensor([0.3, -0.1, 3.0])
     return origins, directions, torch.rand(count, generator=generator, dtype=torch.float64)
+
+
+def cut_into_steps(origins, directions, jitter, **settings):
+    times = torch.linspace(0, 1, len(origins), dtype=origins.dtype)[:, None]
+    rays = Rays(origins=origins, directions=directions, times=times)
+    return SteppedRays(rays=rays, jitter=jitter, **settings)
 
 
 def random_cells(share, seed=1):
@@ -47,15 +55,8 @@ def slow_march(origins, directions, jitter, radius, dt, occupied):
 def test_marching_keeps_exactly_the_intervals_of_a_slow_loop(share, max_candidates):
     origins, directions, jitter = random_rays()
     occupied, dt = random_cells(share), step_size(RADIUS, 40)
-    samples = march(
-        origins,
-        directions,
-        jitter,
-        radius=RADIUS,
-        step_size=dt,
-        occupied=occupied,
-        max_candidates=max_candidates,
-    )
+    stepped = cut_into_steps(origins, directions, jitter, radius=RADIUS, step_size=dt, occupied=occupied)
+    samples = march(stepped, max_candidates=max_candidates)
     k = samples.t_starts / dt - jitter[samples.ray_indices]
     torch.testing.assert_close(k, k.round(), rtol=0, atol=1e-9)
     found = list(zip(samples.ray_indices.tolist(), k.round().long().tolist(), strict=True))
@@ -64,9 +65,11 @@ def test_marching_keeps_exactly_the_intervals_of_a_slow_loop(share, max_candidat
 
 
 def test_without_a_grid_the_whole_box_is_kept():
-    rays = random_rays()
     settings = dict(radius=RADIUS, step_size=step_size(RADIUS, 40))
-    without, full = march(*rays, **settings), march(*rays, **settings, occupied=random_cells(1.1))
+    without, full = (
+        march(cut_into_steps(*random_rays(), **settings, occupied=cells))
+        for cells in (None, random_cells(1.1))
+    )
     assert torch.equal(without.ray_indices, full.ray_indices)
     assert torch.equal(without.t_starts, full.t_starts)
 
@@ -77,11 +80,12 @@ def test_the_step_cuts_the_diagonal_of_the_box():
 
 @pytest.mark.parametrize("occupied", [None, torch.zeros(4, 4, 4, dtype=torch.bool)])
 def test_rays_that_meet_nothing_have_no_samples(occupied):
+    settings = dict(radius=1.0, step_size=0.1, occupied=occupied)
     away = torch.tensor([[3.0, 0, 0]]), torch.tensor([[1.0, 0, 0]]), torch.zeros(1)
-    assert len(march(*away, radius=1.0, step_size=0.1, occupied=occupied)) == 0
+    assert len(march(cut_into_steps(*away, **settings))) == 0
     if occupied is not None:
         towards = torch.tensor([[3.0, 0, 0]]), torch.tensor([[-1.0, 0, 0]]), torch.zeros(1)
-        assert len(march(*towards, radius=1.0, step_size=0.1, occupied=occupied)) == 0
+        assert len(march(cut_into_steps(*towards, **settings))) == 0
 
 
 def test_box_intersection_inside_outside_and_parallel():
@@ -104,3 +108,27 @@ def test_visible_drops_thin_and_hidden_samples():
     assert visible(samples, sigmas, 2, alpha_threshold=0.0).tolist() == [True, True, True, False, True]
     none_hidden = visible(samples, sigmas, 2, alpha_threshold=0.01, transmittance_threshold=0.0)
     assert none_hidden.tolist() == [False, True, True, True, True]
+
+
+def test_no_more_candidates_are_evaluated_at_once_than_allowed():
+    stepped = cut_into_steps(
+        *random_rays(), radius=RADIUS, step_size=step_size(RADIUS, 40), occupied=random_cells(0.6)
+    )
+    calls = []
+
+    def density(positions, times):
+        calls.append(len(positions))
+        return 2 * positions[:, 0].abs() + times[:, 0]
+
+    def find(max_samples):
+        limits = {"alpha_threshold": 0.1, "max_samples": max_samples, "backend": "torch"}
+        return find_visible(stepped, density, **limits)
+
+    whole, parts = find(10_000), find(100)
+    assert calls[0] == len(march(stepped)) > 300 and max(calls[1:]) <= 100
+    for name, value in whole.tensors().items():
+        assert torch.equal(getattr(parts, name), value)
+    by_hand = march(stepped)
+    sigmas = density(*stepped.rays.midpoints(by_hand))
+    seen = reference.visible(by_hand, sigmas, len(stepped), alpha_threshold=0.1)
+    assert torch.equal(whole.t_starts, by_hand.t_starts[seen]) and 0 < len(whole) < len(by_hand)

@@ -6,26 +6,21 @@ R rays, N samples over all rays (packed, sorted by ray).
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TypeVar
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fourdfy.types import RayBundle, RenderOutput, Samples, TensorRecord
-
-Record = TypeVar("Record", bound=TensorRecord)
+from fourdfy.ops.ray_marching.rays import Rays
+from fourdfy.types import RayBundle, RenderOutput, Samples, TensorRecord, joined_records
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlatRays(TensorRecord):
+class FlatRays(Rays):
     """A flat list of rays, each with the data of its frame."""
 
-    origins: Float[Tensor, "R 3"]
-    directions: Float[Tensor, "R 3"]
-    times: Float[Tensor, "R 1"]
     light_positions: Float[Tensor, "R 3"]
 
     @classmethod
@@ -37,12 +32,6 @@ class FlatRays(TensorRecord):
             times=rays.times[:, None].repeat_interleave(per_frame, dim=0),
             light_positions=rays.light_positions.repeat_interleave(per_frame, dim=0),
         )
-
-    def __len__(self) -> int:
-        return len(self.origins)
-
-    def __getitem__(self, index: slice) -> FlatRays:
-        return self.mapped(lambda value: value[index])
 
 
 @dataclass(frozen=True)
@@ -99,16 +88,6 @@ class ShadedRays(TensorRecord):
     t_dirs: Float[Tensor, "N 3"] | None
 
 
-def midpoints(rays: FlatRays, samples: Samples) -> tuple[Float[Tensor, "N 3"], Float[Tensor, "N 1"]]:
-    """Positions and times of samples."""
-    # index_select, here and elsewhere: several times faster than indexing on the CPU.
-    origins, directions, times = (
-        values.index_select(0, samples.ray_indices) for values in (rays.origins, rays.directions, rays.times)
-    )
-    t_mids = (samples.t_starts + samples.t_ends) / 2
-    return torch.addcmul(origins, directions, t_mids[:, None]), times
-
-
 def assemble(
     rays: RayBundle, background: Float[Tensor, "F H W 3"], samples: Samples, parts: Sequence[ShadedRays]
 ) -> RenderOutput:
@@ -139,14 +118,3 @@ def assemble(
 def chunks(positions: Tensor, times: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Pieces of both; one empty piece if there are no points."""
     return zip(positions.split(size), times.split(size), strict=True)
-
-
-def joined_records(records: Sequence[Record]) -> Record:
-    """Field by field, one after the other; all have the same fields."""
-    names = records[0].tensors()
-    return replace(records[0], **{name: joined([getattr(one, name) for one in records]) for name in names})
-
-
-def joined(values: list[Tensor]) -> Tensor:
-    """Concatenated, without a copy if there is only one."""
-    return values[0] if len(values) == 1 else torch.cat(values)

@@ -7,7 +7,6 @@ with a graph, rays are shaded in passes that the backward pass recomputes one at
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,7 +20,8 @@ from torch import Tensor
 from fourdfy.bounds import number
 from fourdfy.config import alias, slot
 from fourdfy.ops.compositing import accumulate, opacity_and_depth, weights_from_density, z_variance
-from fourdfy.ops.ray_marching import intersect_box, march, step_size, visible
+from fourdfy.ops.ray_marching import find_visible, march
+from fourdfy.ops.ray_marching.rays import SteppedRays, step_size
 from fourdfy.ops.recomputation import recomputed
 from fourdfy.registry import register
 from fourdfy.scenes.nerf.base import Parts, Renderer, ShadingPoints
@@ -32,16 +32,22 @@ from fourdfy.scenes.nerf.passes import (
     assemble,
     chunks,
     cut,
-    joined,
-    joined_records,
     last_samples,
-    midpoints,
     split_rays,
 )
 from fourdfy.scenes.nerf.subset import Quotas, draw_subset, interleaved, whole_call
-from fourdfy.types import Budget, FieldOutput, RayBundle, RenderOutput, Samples, StepContext
+from fourdfy.types import (
+    Budget,
+    FieldOutput,
+    RayBundle,
+    RenderOutput,
+    Samples,
+    StepContext,
+    joined,
+    joined_records,
+)
 
-# Steps along rays that are examined at once before pruning, and samples that an evaluation shades at
+# Candidates that are evaluated at once before pruning, and samples that an evaluation shades at
 # once: about 100 bytes each.
 MAX_SAMPLES = 1 << 22
 NO_CAP = 1 << 62
@@ -152,7 +158,7 @@ class NeRFVolumeRenderer(Renderer):
             jitter = self._jitter(rays, context.generator)
             background = self.parts.background(rays.directions, generator=context.generator)
             flat = FlatRays.of(rays)
-            samples = self._visible_samples(flat, jitter, context)
+            samples = self._samples(flat, jitter, context)
             if context.generator is None:
                 passes = split_rays(last_samples(samples, len(flat)), MAX_SAMPLES)
                 shaded = [
@@ -199,48 +205,33 @@ class NeRFVolumeRenderer(Renderer):
             return occs.mean().clamp(max=self.cfg.alpha_thre)
         return (occs.amax() / 10).clamp(max=self.cfg.eval_alpha_thre)
 
-    @torch.no_grad()
-    def _visible_samples(self, rays: FlatRays, jitter: Float[Tensor, "R"], context: StepContext) -> Samples:
-        """The visible samples, found in several passes because most of what is marched is pruned."""
-        thin = self._thin(training=context.generator is not None)
-        t_near, t_far = intersect_box(rays.origins, rays.directions, *self.bbox.to(rays.origins))
-        steps = ((t_far - t_near).clamp(min=0) / self.step_size).ceil().long()
-        return joined_records(
-            [
-                self._march_and_prune(rays[part.rays], jitter[part.rays], part.rays.start, context.step, thin)
-                for part in split_rays(steps.cumsum(0), MAX_SAMPLES)
-            ]
-        )
-
-    def _march_and_prune(
-        self,
-        rays: FlatRays,
-        jitter: Float[Tensor, "R"],
-        first_ray: int,
-        step: int,
-        thin: Float[Tensor, ""],
-    ) -> Samples:
-        """The visible samples of some rays, whose indices begin with ``first_ray``."""
+    def _samples(self, rays: FlatRays, jitter: Float[Tensor, "R"], context: StepContext) -> Samples:
+        """The samples that are shaded."""
         cfg = self.cfg
-        samples = march(
-            rays.origins,
-            rays.directions,
-            jitter,
+        stepped = SteppedRays(
+            rays=rays,
+            jitter=jitter,
             radius=cfg.radius,
             step_size=self.step_size,
             occupied=self.estimator.occupied if cfg.grid_prune else None,
         )
-        if cfg.grid_prune and cfg.prune_alpha_threshold:
-            positions, times = midpoints(rays, samples)
-            sigmas = joined(
+        if not (cfg.grid_prune and cfg.prune_alpha_threshold):
+            return march(stepped)
+
+        def density(positions: Float[Tensor, "M 3"], times: Float[Tensor, "M 1"]) -> Float[Tensor, "M"]:
+            return joined(
                 [
-                    self.parts.geometry.density(some_positions, some_times, step=step)
-                    for some_positions, some_times in chunks(positions, times, self._chunk_size)
+                    self.parts.geometry.density(*chunk, step=context.step)
+                    for chunk in chunks(positions, times, self._chunk_size)
                 ]
             )
-            kept = visible(samples, sigmas, len(rays), alpha_threshold=thin).nonzero().squeeze(1)
-            samples = samples.mapped(lambda value: value.index_select(0, kept))
-        return dataclasses.replace(samples, ray_indices=samples.ray_indices + first_ray)
+
+        return find_visible(
+            stepped,
+            density,
+            alpha_threshold=self._thin(training=context.generator is not None),
+            max_samples=MAX_SAMPLES,
+        )
 
     def _shade_in_passes(
         self, rays: FlatRays, samples: Samples, context: StepContext, cap: int
@@ -262,7 +253,7 @@ class NeRFVolumeRenderer(Renderer):
 
     def _shade(self, rays: FlatRays, samples: Samples, context: StepContext, field_at: FieldAt) -> ShadedRays:
         """Evaluate the field and its colours."""
-        positions, times = midpoints(rays, samples)
+        positions, times = rays.midpoints(samples)
         field = field_at(positions, times, context.step)
         ray_indices, n_rays = samples.ray_indices, len(rays)
         directions = rays.directions.index_select(0, ray_indices)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fourdfy.config import ConfigError, parse_config
 from fourdfy.ops.compositing import alphas_from_density
-from fourdfy.scenes.nerf.passes import FlatRays, midpoints
+from fourdfy.scenes.nerf.passes import FlatRays
 from fourdfy.scenes.nerf.renderer import MaskedVolumeRenderer, NeRFVolumeRenderer
 
 PIXELS = ("comp_rgb", "comp_rgb_fg", "opacity", "depth", "z_variance")
@@ -125,7 +125,7 @@ def thinnest(parts, *, trained):
     """The smallest alpha of the samples of a render."""
     render = parts.renderer(frames(), training() if trained else EVALUATION)
     samples = render.samples
-    positions, times = midpoints(FlatRays.of(frames()), samples)
+    positions, times = FlatRays.of(frames()).midpoints(samples)
     sigmas = parts.scene.geometry.density(positions, times, step=0)
     return alphas_from_density(sigmas, samples.t_starts, samples.t_ends).min().item()
 

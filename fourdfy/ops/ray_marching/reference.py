@@ -1,8 +1,6 @@
-"""Fixed steps along rays through the scene's box, skipping what is known to be empty.
+"""The definition of ray marching: every step is looked up, and every candidate evaluated.
 
-R rays, N samples over all rays (packed, sorted by ray), G cells per side of the occupancy grid.
-Candidate k of a ray is the interval from ``(u + k) dt`` to ``(u + k + 1) dt``, k = 0, 1, ...; it is
-kept where its midpoint lies in the box and in an occupied cell. Nothing here carries a gradient.
+R rays, N samples over all rays (packed, sorted by ray), K steps, G cells per side of the occupancy grid.
 """
 
 from __future__ import annotations
@@ -10,9 +8,9 @@ from __future__ import annotations
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn.functional import pad
 
 from fourdfy.ops.compositing import alphas_from_density, transmittance_from_density
+from fourdfy.ops.ray_marching.rays import Density, SteppedRays
 from fourdfy.types import Samples
 
 # A candidate matrix of this size fits the CPU's caches, where the loop is a third faster than in one
@@ -20,31 +18,40 @@ from fourdfy.types import Samples
 MAX_CANDIDATES = {"cpu": 1 << 17, "cuda": 1 << 25}
 
 
-def step_size(radius: float, num_samples_per_ray: int) -> float:
-    """The interval length that cuts the box's diagonal into ``num_samples_per_ray``."""
-    return 1.732 * 2 * radius / num_samples_per_ray
-
-
-@torch.no_grad()
-def march(
-    origins: Float[Tensor, "R 3"],
-    directions: Float[Tensor, "R 3"],
-    jitter: Float[Tensor, "R"],
+def find_visible(
+    stepped: SteppedRays,
+    density: Density,
     *,
-    radius: float,
-    step_size: float,
-    occupied: Bool[Tensor, "G G G"] | None = None,
-    max_candidates: int | None = None,
+    alpha_threshold: float | Float[Tensor, ""],
+    transmittance_threshold: float,
+    max_samples: int,
 ) -> Samples:
-    """All intervals of all rays whose midpoint lies in ``[-radius, radius]^3`` and in an occupied cell.
+    """See ``ops.ray_marching``."""
+
+    def find(some: SteppedRays) -> Samples:
+        samples = march(some)
+        seen = visible(
+            samples,
+            density(*some.rays.midpoints(samples)),
+            len(some),
+            alpha_threshold=alpha_threshold,
+            transmittance_threshold=transmittance_threshold,
+        )
+        kept = seen.nonzero().squeeze(1)
+        return samples.mapped(lambda value: value.index_select(0, kept))
+
+    return stepped.in_parts(max(1, max_samples // stepped.most_steps), find)
+
+
+def march(stepped: SteppedRays, max_candidates: int | None = None) -> Samples:
+    """See ``ops.ray_marching``.
 
     Args:
-        directions: unit length.
-        jitter: u in [0, 1), one per ray; zeros give the same intervals each time.
-        occupied: cells over the box, indexed x, y, z; None keeps the whole box.
-        max_candidates: bound on intervals examined at once; memory, not the result, depends on it.
+        max_candidates: bound on steps looked up at once; memory, not the result, depends on it.
     """
-    lower, upper = _occupied_bounds(occupied, radius, origins)
+    origins, directions, jitter = stepped.rays.origins, stepped.rays.directions, stepped.jitter
+    radius, step_size = stepped.radius, stepped.step_size
+    lower, upper = _occupied_bounds(stepped.occupied, radius, origins)
     t_near, t_far = intersect_box(origins, directions, lower, upper)
     hits = (t_far > t_near).nonzero().squeeze(1)
     if len(hits) == 0:
@@ -57,7 +64,7 @@ def march(
     steps = int((last - first).max()) + 1
     bound = max_candidates or MAX_CANDIDATES.get(origins.device.type, 1 << 25)
 
-    cells = _padded_cells(occupied, origins.device)
+    cells = stepped.padded_cells()
     to_cells = (len(cells) - 2) / (2 * radius)
     starts = (origins[hits] + radius) * to_cells + 1
     slopes = directions[hits] * to_cells
@@ -87,7 +94,6 @@ def intersect_box(
     return t_near, t_far
 
 
-@torch.no_grad()
 def visible(
     samples: Samples,
     sigmas: Float[Tensor, "N"],
@@ -121,13 +127,6 @@ def _occupied_bounds(
     cells = torch.stack([torch.stack(lower) - 0.5, torch.stack(upper) + 0.5]).to(like)
     bounds = (cells * (2 * radius / size) - radius).clamp(-radius, radius)
     return bounds[0], bounds[1]
-
-
-def _padded_cells(occupied: Bool[Tensor, "G G G"] | None, device: torch.device) -> Bool[Tensor, "P P P"]:
-    """The grid with a rim of empty cells, so that a lookup also answers "outside the box"."""
-    if occupied is None:
-        occupied = torch.ones(1, 1, 1, dtype=torch.bool, device=device)
-    return pad(occupied, (1,) * 6)
 
 
 def _lookup(
