@@ -6,6 +6,7 @@ They give time and memory and say nothing of the pictures.
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from functools import partial
@@ -72,6 +73,11 @@ def make_tiny_models(root: Path) -> None:
     ):
         if not (root / name).exists():
             save_model(root / name)
+
+
+def models_folder(*, toy: bool) -> Path:
+    """Where the models are unless the command line says so."""
+    return Path(tempfile.gettempdir()) / f"fourdfy-models-{'toy' if toy else 'real'}"
 
 
 def model_paths(root: Path, config: str) -> list[str]:

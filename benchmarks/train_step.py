@@ -18,7 +18,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 from gpus import environment, spread
-from models import MODELS, make_models, make_tiny_models, model_paths
+from models import MODELS, make_models, make_tiny_models, model_paths, models_folder
 from profiling import PARTS, PartTimes, kernels, synchronisations
 from timing import head, row, synchronize, where
 from torch.utils.data import DataLoader, IterableDataset
@@ -345,8 +344,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.configs = [word for word in args.given if "=" not in word] or CONFIGS
     if unknown := set(args.configs) - set(CONFIGS):
         parser.error(f"{', '.join(sorted(unknown))}: expected {', '.join(CONFIGS)}")
-    if args.models is None:
-        args.models = Path(tempfile.gettempdir()) / f"fourdfy-models-{'toy' if args.toy else 'real'}"
+    args.models = args.models or models_folder(toy=args.toy)
     if args.toy:
         args.steps, args.warm_up = 2, 1
     return args
