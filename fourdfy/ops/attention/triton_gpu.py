@@ -13,6 +13,7 @@ import torch
 import triton
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from triton import language as tl
 
 
@@ -39,6 +40,7 @@ class _Attention(torch.autograd.Function):
         return weights @ v
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         q, k, v, weights = ctx.saved_tensors
         grad_weights = _products(grad, v)

@@ -16,6 +16,7 @@ import torch
 import triton
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from triton import language as tl
 
 TILE = 2048
@@ -23,6 +24,7 @@ TILE = 2048
 PROGRAMS = 4096
 """Wanted of a pass over all images: as many as an H100 runs at once, twice."""
 MAX_SPLITS = 512
+"""A power of two."""
 
 
 def add_norm(
@@ -69,12 +71,13 @@ class _AddNorm(torch.autograd.Function):
         total, partial = passes.add(x, bias, residual, writes)
         stats = passes.reduce(_statistics, partial, eps=eps)
         normed = torch.empty_like(x)
-        passes.tiles(_normalize, total, bias, stats, scale, shift, normed, ADDS=not writes)
+        passes.tiles(_normalize, total, bias, stats, scale, shift, normed, ADDS=not writes, **passes.norm)
         ctx.passes, ctx.writes, ctx.adds = passes, writes, residual is not None
         ctx.save_for_backward(total, bias, stats, scale, shift)
         return normed, total if keep_sum else None
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_normed, grad_total):
         if grad_normed is None:
             return grad_total, None, grad_total if ctx.adds else None, *[None] * 6
@@ -83,12 +86,12 @@ class _AddNorm(torch.autograd.Function):
         grad_normed = _channels_last(grad_normed)
         inputs = total, bias, stats, scale, shift, grad_normed
         partial = passes.partial()
-        passes.run(_grad_moments, *inputs, partial, ADDS=adds)
+        passes.run(_grad_moments, *inputs, partial, ADDS=adds, **passes.norm)
         means = passes.reduce(_grad_means, partial)
         grad_x = torch.empty_like(total)
         passes.tiles(
             _grad_input, *inputs, means, grad_x if grad_total is None else _channels_last(grad_total), grad_x,
-            ADDS=adds, JOINS=grad_total is not None,
+            ADDS=adds, JOINS=grad_total is not None, **passes.norm,
         )  # fmt: skip
         return grad_x, None, grad_x if ctx.adds else None, *[None] * 6
 
@@ -108,8 +111,8 @@ class _Passes:
         splits = min(MAX_SPLITS, max(1, PROGRAMS // self.images), self.n_tiles)
         self.tiles_of_split = triton.cdiv(self.n_tiles, splits)
         self.splits = triton.cdiv(self.n_tiles, self.tiles_of_split)
-        depth = self.channels // groups
-        self.tile = {"C": self.channels, "CP": padded, "P": per_tile, "D": depth, "SILU": silu}
+        self.tile = {"C": self.channels, "CP": padded, "P": per_tile}
+        self.norm = {"D": self.channels // groups, "SILU": silu}
 
     def add(
         self, x: Tensor, bias: Tensor, residual: Tensor | None, writes: bool = True
@@ -123,23 +126,22 @@ class _Passes:
     def partial(self) -> Tensor:
         return torch.empty(self.images, self.splits, 2, self.channels, device=self.device)
 
-    def run(self, kernel, *tensors: Tensor, **flags: bool) -> None:
+    def run(self, kernel, *tensors: Tensor, **constants: int) -> None:
         """A pass whose programs take ``tiles_of_split`` tiles each."""
         programs, numbers = (self.splits, self.images), (self.pixels, self.tiles_of_split)
-        self._launch(kernel, programs, *tensors, *numbers, **self.tile, **flags)
+        self._launch(kernel, programs, *tensors, *numbers, **self.tile, **constants)
 
-    def tiles(self, kernel, *tensors: Tensor, **flags: bool) -> None:
+    def tiles(self, kernel, *tensors: Tensor, **constants: int) -> None:
         """A pass whose programs take one tile each."""
-        self._launch(kernel, (self.n_tiles, self.images), *tensors, self.pixels, **self.tile, **flags)
+        self._launch(kernel, (self.n_tiles, self.images), *tensors, self.pixels, **self.tile, **constants)
 
     def reduce(self, kernel, partial: Tensor, **numbers: float) -> Tensor:
         """[B, G, 2] from the sums of all splits."""
         result = torch.empty(self.images, self.groups, 2, device=self.device)
         self._launch(
-            kernel, (self.groups, self.images), partial, result, self.pixels,
-            self.tiles_of_split * self.tile["P"], *numbers.values(),
-            C=self.channels, D=self.tile["D"], DP=triton.next_power_of_2(self.tile["D"]),
-            S=self.splits, SP=triton.next_power_of_2(self.splits),
+            kernel, (self.groups, self.images), partial, result, self.pixels, self.splits,
+            self.tiles_of_split * self.tile["P"], *numbers.values(), C=self.channels,
+            D=self.norm["D"], DP=triton.next_power_of_2(self.norm["D"]), SP=MAX_SPLITS,
         )  # fmt: skip
         return result
 
@@ -156,12 +158,11 @@ def _channels_last(x: Tensor) -> Tensor:
 # Kernels. No type checks: Triton compiles a function, not a checking wrapper around it.
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tiles"])
 @no_type_check
 def _add_moments(
     x, bias, residual, total, partial, n_pixels, n_tiles,
-    C: tl.constexpr, CP: tl.constexpr, P: tl.constexpr, D: tl.constexpr, SILU: tl.constexpr,
-    ADDS: tl.constexpr, WRITES: tl.constexpr,
+    C: tl.constexpr, CP: tl.constexpr, P: tl.constexpr, ADDS: tl.constexpr, WRITES: tl.constexpr,
 ):  # fmt: skip
     """Write x + bias + residual; mean and sum of squared deviations of a split's pixels, by channel."""
     split, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -195,15 +196,15 @@ def _add_moments(
     tl.store(row + C, deviations, mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "split_pixels"])
 @no_type_check
 def _statistics(
-    partial, stats, n_pixels, split_pixels, eps,
-    C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
+    partial, stats, n_pixels, splits, split_pixels, eps,
+    C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
     """A group's mean and 1 / standard deviation, of those of its parts (Chan et al. 1979)."""
     group, image = tl.program_id(0), tl.program_id(1)
-    at, mask = _parts(group, image, C, D, DP, S, SP)
+    at, mask = _parts(group, image, splits, C, D, DP, SP)
     s = tl.arange(0, SP)
     counts = tl.minimum(split_pixels, n_pixels - s * split_pixels).to(tl.float32)[:, None]
     means = tl.load(partial + at, mask=mask, other=0.0)
@@ -233,7 +234,7 @@ def _normalize(
     tl.store(normed + at, values.to(normed.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tiles"])
 @no_type_check
 def _grad_moments(
     total, bias, stats, scale, shift, grad_normed, partial, n_pixels, n_tiles,
@@ -256,14 +257,14 @@ def _grad_moments(
     tl.store(row + C, tl.sum(products, axis=0), mask=c < C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "split_pixels"])
 @no_type_check
 def _grad_means(
-    partial, means, n_pixels, split_pixels,
-    C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr,
+    partial, means, n_pixels, splits, split_pixels,
+    C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr,
 ):  # fmt: skip
     group, image = tl.program_id(0), tl.program_id(1)
-    at, mask = _parts(group, image, C, D, DP, S, SP)
+    at, mask = _parts(group, image, splits, C, D, DP, SP)
     size = (n_pixels * D).to(tl.float32)
     row = means + (image * tl.num_programs(0) + group) * 2
     tl.store(row, tl.sum(tl.load(partial + at, mask=mask, other=0.0)) / size)
@@ -302,14 +303,12 @@ def _tile(image, start, n_pixels, C: tl.constexpr, CP: tl.constexpr, P: tl.const
 
 @triton.jit
 @no_type_check
-def _parts(
-    group, image, C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, S: tl.constexpr, SP: tl.constexpr
-):
+def _parts(group, image, splits, C: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, SP: tl.constexpr):
     """Where a group's first sums of all splits are [SP, DP], and which of them exist."""
     s = tl.arange(0, SP)
     d = tl.arange(0, DP)
-    at = (image * S + s)[:, None] * (2 * C) + group * D + d[None, :]
-    return at, (s < S)[:, None] & (d < D)[None, :]
+    at = (image * splits + s)[:, None] * (2 * C) + group * D + d[None, :]
+    return at, (s < splits)[:, None] & (d < D)[None, :]
 
 
 @triton.jit
