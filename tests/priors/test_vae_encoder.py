@@ -183,3 +183,53 @@ def test_gradients_that_are_wrong_are_noticed(trusted, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING):
         posterior(make_vae(), random_images(1, 3, 16, 16, dtype=torch.float32))
     assert "relative differences of" in caplog.text
+
+
+# On a GPU
+
+
+@pytest.fixture
+def real_vae():
+    """Of Stable Diffusion's size, in float32; convolutions are not TF32."""
+    allowed, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    yield make_vae((128, 256, 512, 512), layers=2, groups=32).cuda()
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("size", [(1, 256, 256), (2, 160, 288), (1, 264, 200)])
+def test_the_real_encoder_is_no_less_exact_in_half_precision_than_diffusers_own(real_vae, size):
+    images = random_images(size[0], 3, *size[1:], dtype=torch.float32).cuda()
+    exact = moments_and_gradient(plain(real_vae), images)
+    in_float32 = moments_and_gradient(VAEEncoder(real_vae, torch.float32), images)
+    in_half = moments_and_gradient(VAEEncoder(real_vae, torch.float16), images)
+    half = real_vae.half()
+    theirs = moments_and_gradient(lambda x: plain(half)(x.half()), images)
+    for true, ours, mine, other in zip(exact, in_float32, in_half, theirs, strict=True):
+        assert (ours - true).norm() < 1e-4 * true.norm()
+        assert (mine - true).norm() < 1.05 * (other - true).norm() < 0.02 * true.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_it_can_be_recorded_and_repeats_bit_for_bit_where_it_must(real_vae, caplog):
+    vae, images = real_vae.half(), random_images(2, 3, 160, 288, dtype=torch.float32).cuda().requires_grad_()
+
+    def encode():
+        mean, std = posterior(vae, images)
+        return mean, std, *torch.autograd.grad(mean.sum() + std.sum(), images)
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        first, second = encode(), encode()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, first, second))
+    encode()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = encode()
+    graph.replay()
+    for result, expected in zip(recorded, first, strict=True):
+        assert (result - expected).norm() < 1e-2 * expected.norm()
+    assert not caplog.text
