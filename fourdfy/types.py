@@ -43,9 +43,9 @@ def joined_records(records: Sequence[Self]) -> Self:
     return replace(records[0], **{name: joined([getattr(one, name) for one in records]) for name in names})
 
 
-def joined(values: list[Tensor]) -> Tensor:
+def joined(values: list[Tensor], dim: int = 0) -> Tensor:
     """Concatenated, without a copy if there is only one."""
-    return values[0] if len(values) == 1 else torch.cat(values)
+    return values[0] if len(values) == 1 else torch.cat(values, dim)
 
 
 Budget = Literal["image", "video"]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fourdfy.config import ConfigError
 from fourdfy.exporters.base import TrainedScene
-from fourdfy.ops.compositing import accumulate, weights_from_density
+from fourdfy.ops.compositing.reference import accumulate, weights_from_density
 from fourdfy.ops.isosurface import (
     decimated,
     in_chunks,

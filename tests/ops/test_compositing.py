@@ -7,15 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis.strategies import floats, lists
 
-from fourdfy.ops.compositing import (
+from fourdfy.ops.compositing import composite, expected_depth
+from fourdfy.ops.compositing.reference import (
     accumulate,
-    expected_depth,
-    opacity_and_depth,
     running_sum,
     transmittance_from_density,
     weights_from_density,
-    z_variance,
 )
+from fourdfy.types import Samples
 
 RAY_INDICES = torch.tensor([0, 0, 0, 2, 2, 3, 5, 5, 5, 5])
 N_RAYS = 7  # rays 1 and 4 in the middle and 6 at the end have no samples
@@ -53,11 +52,9 @@ def slow_render(sigmas, t_starts, t_ends, values):
 
 
 def fast_render(sigmas, t_starts, t_ends, values):
-    weights = weights_from_density(sigmas, t_starts, t_ends, RAY_INDICES, N_RAYS)
-    t_mids = (t_starts + t_ends) / 2
-    pixels = accumulate(weights, values, RAY_INDICES, N_RAYS)
-    opacity, depth = opacity_and_depth(weights, t_mids, RAY_INDICES, N_RAYS)
-    return weights, pixels, opacity, depth, z_variance(weights, t_mids, depth, RAY_INDICES)
+    samples = Samples(ray_indices=RAY_INDICES, t_starts=t_starts, t_ends=t_ends)
+    out = composite(sigmas, values, samples, N_RAYS)
+    return out.weights, out.values, out.opacity, out.depth, out.z_variance
 
 
 @pytest.mark.parametrize("quantity", range(5), ids=["weights", "pixels", "opacity", "depth", "z_variance"])
@@ -108,11 +105,11 @@ def test_a_ray_does_not_depend_on_dense_rays_before_it():
 def test_no_samples_give_zero_images_with_a_graph():
     sigmas = torch.zeros(0, requires_grad=True)
     nothing, nowhere = torch.zeros(0), torch.zeros(0, dtype=torch.long)
-    weights = weights_from_density(sigmas, nothing, nothing, nowhere, 4)
-    pixels = accumulate(weights, torch.zeros(0, 3), nowhere, 4)
-    opacity, depth = opacity_and_depth(weights, nothing, nowhere, 4)
-    assert pixels.shape == (4, 3) and not pixels.any() and not opacity.any() and not depth.any()
-    opacity.sum().backward()
+    samples = Samples(ray_indices=nowhere, t_starts=nothing, t_ends=nothing)
+    out = composite(sigmas, torch.zeros(0, 3), samples, 4)
+    assert out.values.shape == (4, 3)
+    assert not any(sums.any() for sums in out.tensors().values())
+    out.opacity.sum().backward()
     assert sigmas.grad.shape == (0,)
 
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fourdfy.ops.compositing import alphas_from_density, transmittance_from_density
+from fourdfy.ops.compositing.reference import alphas_from_density, transmittance_from_density
 from fourdfy.ops.ray_marching.rays import Density, SteppedRays
 from fourdfy.types import Samples
 

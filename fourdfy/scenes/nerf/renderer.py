@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fourdfy.bounds import number
 from fourdfy.config import alias, slot
-from fourdfy.ops.compositing import accumulate, opacity_and_depth, weights_from_density, z_variance
+from fourdfy.ops.compositing import composite
 from fourdfy.ops.ray_marching import find_visible, march
 from fourdfy.ops.ray_marching.rays import SteppedRays, step_size
 from fourdfy.ops.recomputation import recomputed
@@ -255,28 +255,25 @@ class NeRFVolumeRenderer(Renderer):
         """Evaluate the field and its colours."""
         positions, times = rays.midpoints(samples)
         field = field_at(positions, times, context.step)
-        ray_indices, n_rays = samples.ray_indices, len(rays)
-        directions = rays.directions.index_select(0, ray_indices)
+        directions = rays.directions.index_select(0, samples.ray_indices)
         points = ShadingPoints(
-            positions=positions, directions=directions, light_positions=rays.light_positions[ray_indices]
+            positions=positions,
+            directions=directions,
+            light_positions=rays.light_positions[samples.ray_indices],
         )
         # A copy, so that other rays, or these again, are shaded with the same draws.
         rgb = self.parts.material(field, points, context.copied())
-        weights = weights_from_density(field.sigmas, samples.t_starts, samples.t_ends, ray_indices, n_rays)
-        t_mids = (samples.t_starts + samples.t_ends) / 2
-        opacity, depth = opacity_and_depth(weights, t_mids, ray_indices, n_rays)
-
-        def summed(values: Float[Tensor, "N 3"]) -> Float[Tensor, "R 3"]:
-            return accumulate(weights, values, ray_indices, n_rays)
-
+        extras = [extra for extra in (field.normals, field.deformation) if extra is not None]
+        seen = composite(field.sigmas, joined([rgb, *extras], dim=1), samples, len(rays))
+        colors, *sums = seen.values.split(3, dim=1)
         return ShadedRays(
-            rgb=summed(rgb),
-            opacity=opacity,
-            depth=depth,
-            z_variance=z_variance(weights, t_mids, depth, ray_indices),
-            normal=None if field.normals is None else summed(field.normals),
-            deformation=None if field.deformation is None else summed(field.deformation),
-            weights=weights,
+            rgb=colors,
+            opacity=seen.opacity,
+            depth=seen.depth,
+            z_variance=seen.z_variance,
+            normal=None if field.normals is None else sums.pop(0),
+            deformation=None if field.deformation is None else sums.pop(0),
+            weights=seen.weights,
             normals=field.normals,
             t_dirs=None if field.normals is None else directions,
         )

@@ -9,7 +9,7 @@ from analytic_scene import EVALUATION, Paint, frames, generator, make_scene, tra
 from torch import Tensor
 
 from fourdfy.config import ConfigError, parse_config
-from fourdfy.ops.compositing import alphas_from_density
+from fourdfy.ops.compositing.reference import alphas_from_density
 from fourdfy.scenes.nerf.passes import FlatRays
 from fourdfy.scenes.nerf.renderer import MaskedVolumeRenderer, NeRFVolumeRenderer
 

@@ -1,4 +1,4 @@
-"""Volume compositing along rays (Max 1995; Mildenhall et al. 2020, eq. 3).
+"""The definition of compositing, in plain torch. Carries gradients of any order, to the distances too.
 
 R rays, N samples over all rays (packed, sorted by ray), C channels.
 """
@@ -9,6 +9,27 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
+
+from fourdfy.ops.compositing.composite import Composite
+from fourdfy.types import Samples
+
+
+def composite(
+    sigmas: Float[Tensor, "N"], values: Float[Tensor, "N C"], samples: Samples, n_rays: int
+) -> Composite:
+    """See ``ops.compositing``."""
+    ray_indices = samples.ray_indices
+    weights = weights_from_density(sigmas, samples.t_starts, samples.t_ends, ray_indices, n_rays)
+    t_mids = (samples.t_starts + samples.t_ends) / 2
+    depth = accumulate(weights, t_mids[:, None], ray_indices, n_rays)
+    offsets = t_mids - depth[:, 0].index_select(0, ray_indices)
+    return Composite(
+        weights=weights,
+        opacity=_sum_per_ray(weights, ray_indices, n_rays)[:, None],
+        depth=depth,
+        z_variance=accumulate(weights, offsets.square()[:, None], ray_indices, n_rays),
+        values=accumulate(weights, values, ray_indices, n_rays),
+    )
 
 
 def alphas_from_density(
@@ -60,42 +81,6 @@ def accumulate(
     # Summing channel by channel is twice as fast on the CPU as summing rows, forward and backward.
     sums = [_sum_per_ray(weights * value, ray_indices, n_rays) for value in values.unbind(-1)]
     return torch.stack(sums, dim=-1)
-
-
-def opacity_and_depth(
-    weights: Float[Tensor, "N"],
-    t_mids: Float[Tensor, "N"],
-    ray_indices: Int[Tensor, "N"],
-    n_rays: int,
-) -> tuple[Float[Tensor, "R 1"], Float[Tensor, "R 1"]]:
-    """``(sum w, sum w t)``: the depth is in scene units and not divided by the opacity.
-
-    Losses use this sum, as in threestudio; images and files show ``expected_depth``.
-    """
-    opacity = _sum_per_ray(weights, ray_indices, n_rays)
-    return opacity[:, None], accumulate(weights, t_mids[:, None], ray_indices, n_rays)
-
-
-def expected_depth(
-    opacity: Float[Tensor, "*F H W 1"], depth: Float[Tensor, "*F H W 1"]
-) -> Float[Tensor, "*F H W 1"]:
-    """``sum w t / sum w``, the mean distance at which light is stopped; 0 where the opacity is 0.5 or less.
-
-    Args:
-        opacity, depth: the sums of ``opacity_and_depth``.
-    """
-    return torch.where(opacity > 0.5, depth / opacity, 0)
-
-
-def z_variance(
-    weights: Float[Tensor, "N"],
-    t_mids: Float[Tensor, "N"],
-    depth: Float[Tensor, "R 1"],
-    ray_indices: Int[Tensor, "N"],
-) -> Float[Tensor, "R 1"]:
-    """``sum w (t - depth)^2``: how thick the surface looks. Scene units squared."""
-    offsets = t_mids - depth[:, 0].index_select(0, ray_indices)
-    return accumulate(weights, offsets.square()[:, None], ray_indices, len(depth))
 
 
 def running_sum(values: Float[Tensor, "N"]) -> Float[Tensor, "N"]:
