@@ -90,8 +90,9 @@ class PartTimes:
 
 
 @contextmanager
-def kernels() -> Iterator[dict[str, Any]]:
-    """Fill a dict with the GPU's work inside: kernels' ms and number, launches, the ten longest kernels."""
+def kernels(steps: int) -> Iterator[dict[str, Any]]:
+    """Fill a dict with the GPU's work inside, as means of a step: kernels' ms and number, launches, and the ten
+    longest kernels."""
     found: dict[str, Any] = {}
     if not torch.cuda.is_available():
         yield found
@@ -107,10 +108,12 @@ def kernels() -> Iterator[dict[str, Any]]:
             counts[event.name] += 1
         else:
             launches += event.name.startswith(LAUNCHES)
-    found["kernels_ms"] = sum(times.values()) / 1000
-    found["kernels"] = sum(counts.values())
-    found["launches"] = launches
-    found["longest"] = [(round(us / 1000, 3), counts[name], name[:90]) for name, us in times.most_common(10)]
+    found["kernels_ms"] = sum(times.values()) / 1000 / steps
+    found["kernels"] = sum(counts.values()) / steps
+    found["launches"] = launches / steps
+    found["longest"] = [
+        (round(us / 1000 / steps, 3), counts[name] / steps, name[:90]) for name, us in times.most_common(10)
+    ]
 
 
 @contextmanager

@@ -9,8 +9,6 @@ The scene is a soft ball, as at the start of training. "Peak" is the most memory
 beyond that of the scene itself (CUDA only), and "kept" what it holds between the two passes, while a video
 model would run. On the axis ``chunk``, the renderer keeps the graph of all samples (``all``) or that of one
 chunk (``train_max_nums``), and ``subset`` is the original's random choice of samples.
-
-``--plot`` needs matplotlib, which nothing else here does.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from timing import head, row, two_passes, where
 from torch import Tensor
 
@@ -35,6 +34,9 @@ from fourdfy.scenes.nerf.base import Parts, Renderer
 from fourdfy.scenes.nerf.implicit_volume import ImplicitVolume
 from fourdfy.scenes.nerf.materials import NoMaterial
 from fourdfy.types import RayBundle, StepContext
+
+PANEL, TIME, MEMORY = 220, "#1f5fa8", "#c0562c"
+"""Pixels per side of a panel of the plot, and the colours of its lines."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +53,23 @@ class Case:
     gradient: str = "exact"
 
 
-def axes(base: Case, chunks: Sequence[int]) -> dict[str, list[tuple[str, Case]]]:
-    """Axis -> (value, case), small to large."""
+def axes(base: Case, chunks: Sequence[int]) -> dict[str, list[tuple[str, float, Case]]]:
+    """Axis -> (label, size, case), small to large."""
     sides = [(round(base.height * scale), round(base.width * scale)) for scale in (0.5, 0.71, 1, 1.41)]
     tables = range(base.log2_size - 4, base.log2_size + 3, 2)
     subset = replace(base, chunk=chunks[0], gradient="subset")
     return {
-        "rays": [(f"{h} x {w}", replace(base, height=h, width=w)) for h, w in sides],
-        "frames": [(str(n), replace(base, frames=n)) for n in _around(base.frames)],
+        "rays": [(f"{h} x {w}", h * w, replace(base, height=h, width=w)) for h, w in sides],
+        "frames": [(str(n), n, replace(base, frames=n)) for n in _around(base.frames)],
         "samples per ray": [
-            (str(n), replace(base, samples_per_ray=n)) for n in _around(base.samples_per_ray)
+            (str(n), n, replace(base, samples_per_ray=n)) for n in _around(base.samples_per_ray)
         ],
-        "levels": [(str(n), replace(base, levels=n)) for n in _around(base.levels)[:3]],
-        "table": [(f"2^{n}", replace(base, log2_size=n)) for n in tables],
+        "levels": [(str(n), n, replace(base, levels=n)) for n in _around(base.levels)[:3]],
+        "table": [(f"2^{n}", 2**n, replace(base, log2_size=n)) for n in tables],
         "chunk": [
-            ("all", base),
-            *((f"{n:,}", replace(base, chunk=n)) for n in chunks),
-            (f"subset {chunks[0]:,}", subset),
+            ("all", 0, base),
+            *((f"{n:,}", n, replace(base, chunk=n)) for n in chunks),
+            (f"subset {chunks[0]:,}", chunks[0], subset),
         ],
     }
 
@@ -85,24 +87,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(head("axis", "value", "samples", "forward ms", "backward ms", "kept MiB", "peak MiB"))
         for axis, cases in axes(base, args.chunks).items():
             if axis in args.axes:
-                measured["axes"][axis] = [measure_row(axis, value, case, args) for value, case in cases]
+                measured["axes"][axis] = [
+                    {"label": label, "size": size, **measure_row(axis, label, case, args)}
+                    for label, size, case in cases
+                ]
         if args.out:
             args.out.write_text(json.dumps(measured, indent=1), encoding="utf-8")
     else:
         plot(json.loads(args.out.read_text(encoding="utf-8")), args.plot)
 
 
-def measure_row(axis: str, value: str, case: Case, args: argparse.Namespace) -> dict[str, Any]:
-    """The measurements of one case, which are printed too."""
+def measure_row(axis: str, label: str, case: Case, args: argparse.Namespace) -> dict[str, float]:
+    """The measurements of one case, which are printed too; empty if there is too little memory."""
     try:
         found = measure(case, args)
-        cells = [f"{found[key]:.0f}" for key in ("forward_ms", "backward_ms", "kept_mib", "peak_mib")]
-        print(row([axis, value, f"{found['samples']:,}", *cells]), flush=True)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
-        found = {}
-        print(row([axis, value, "out of memory", *["-"] * 4]), flush=True)
-    return {"value": value, **found}
+        print(row([axis, label, "out of memory", *["-"] * 4]), flush=True)
+        return {}
+    cells = [f"{found[key]:.0f}" for key in ("forward_ms", "backward_ms", "kept_mib", "peak_mib")]
+    print(row([axis, label, f"{found['samples']:,}", *cells]), flush=True)
+    return found
 
 
 def measure(case: Case, args: argparse.Namespace) -> dict[str, float]:
@@ -169,33 +174,38 @@ def video(case: Case, args: argparse.Namespace) -> RayBundle:
 
 
 def plot(measured: dict[str, Any], picture: Path) -> None:
-    """Draw time and peak memory against the number of samples or the size that changes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    shown = [name for name in measured["axes"] if name != "chunk"]
-    figure, panels = pyplot.subplots(1, len(shown), figsize=(2.6 * len(shown), 2.6), layout="constrained")
-    for name, panel in zip(shown, panels, strict=True):
-        cases = [case for case in measured["axes"][name] if "samples" in case]
-        values = range(len(cases))
-        time_line = panel.plot(values, [case["forward_ms"] + case["backward_ms"] for case in cases], "o-")
-        panel.set(title=name, ylim=(0, None))
-        panel.set_xticks(values, [case["value"].replace(" x ", "\nx ") for case in cases], fontsize=7)
-        other = panel.twinx()
-        memory_line = other.plot(values, [case["peak_mib"] / 1024 for case in cases], "s--", color="C1")
-        other.set(ylim=(0, None))
-        panel.tick_params(axis="y", labelsize=7, colors="C0")
-        other.tick_params(axis="y", labelsize=7, colors="C1")
-    figure.legend(
-        [time_line[0], memory_line[0]],
-        ["forward and backward, ms", "peak, GiB"],
-        ncols=2,
-        loc="outside lower center",
-    )
+    """Draw time and peak memory along each axis but ``chunk``; all scales are linear and begin at 0."""
+    shown = {
+        name: [case for case in cases if "samples" in case]
+        for name, cases in measured["axes"].items()
+        if name != "chunk"
+    }
+    image = Image.new("RGB", (PANEL * len(shown), PANEL + 40), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
+    for index, (name, cases) in enumerate(shown.items()):
+        left, right, top, bottom = PANEL * index + 44, PANEL * (index + 1) - 44, 30, PANEL - 30
+        draw.rectangle((left, top, right, bottom), outline="lightgrey")
+        draw.text(((left + right) / 2, 14), name, "black", font, "mm")
+        places = [left + (right - left) * case["size"] / cases[-1]["size"] for case in cases]
+        labelled = left
+        for x, case in zip(places, cases, strict=True):
+            if x - labelled > 24:
+                draw.text((x, bottom + 12), case["label"].split(" ")[0], "black", font, "mm")
+                labelled = x
+        ms = [case["forward_ms"] + case["backward_ms"] for case in cases]
+        gib = [case["peak_mib"] / 1024 for case in cases]
+        for values, colour, edge, anchor in ((ms, TIME, left - 4, "rm"), (gib, MEMORY, right + 4, "lm")):
+            most = max(values) or 1
+            draw.text((edge, top), f"{most:.0f}" if most > 99 else f"{most:.2g}", colour, font, anchor)
+            points = [(x, bottom - (bottom - top) * v / most) for x, v in zip(places, values, strict=True)]
+            draw.line(points, colour, 2)
+            for x, y in points:
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
+    middle = image.width / 2
+    draw.text((middle - 10, PANEL + 20), "forward and backward, ms (left)", TIME, font, "rm")
+    draw.text((middle + 10, PANEL + 20), "peak memory, GiB (right)", MEMORY, font, "lm")
     picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=100)
+    image.save(picture, optimize=True)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

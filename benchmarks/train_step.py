@@ -9,7 +9,8 @@ the fresh scene of the config, ``ball`` a hard ball of the same radius, which st
 Steps are numbered as late in training (occupancy known, full resolution), and also as before the milestone
 of the resolution where the config has one. After a warm-up, the times of consecutive steps are read from CUDA
 events, without any synchronisation; 16 steps include one refresh of the occupancy grid. Then 16 steps are
-timed part by part, with synchronisation, and one is profiled. The mixture is weighted as in the plan.
+timed part by part, with synchronisation, and four are profiled; both give means. The mixture is weighted as in
+the plan.
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ class Stopwatch(Callback):
     def __init__(self, blocks: list[Block], steps: int, warm_up: int) -> None:
         super().__init__()
         self.blocks, self.steps, self.warm_up = blocks, steps, warm_up
-        self.in_parts = min(16, steps)
+        self.in_parts, self.profiled = min(16, steps), min(4, steps)
         self.results: dict[str, dict[str, Any]] = {}
 
     def stretches(self, block: Block) -> list[tuple[int, int]]:
@@ -211,7 +212,8 @@ class Stopwatch(Callback):
         return [
             (block.start - self.warm_up, self.warm_up + self.steps),
             (block.start, self.in_parts),
-            (block.start + 1, 2),
+            (block.start + 1, self.profiled),
+            (block.start + 1, self.profiled),
         ]
 
     @property
@@ -254,12 +256,14 @@ class Stopwatch(Callback):
                     yield
                     parts.end_step()
             result["parts_ms"] = {name: 1000 * parts.seconds[name] / self.in_parts for name in PARTS}
-            with kernels() as found:
-                yield
+            with kernels(self.profiled) as found:
+                for _ in range(self.profiled):
+                    yield
             result |= found
             with synchronisations() as waits:
-                yield
-            result["waits"] = dict(waits.most_common())
+                for _ in range(self.profiled):
+                    yield
+            result["waits"] = {place: count / self.profiled for place, count in waits.most_common()}
             self.results[block.name] = result
 
 
@@ -324,9 +328,9 @@ def cells(block: dict[str, Any]) -> list[str]:
         f"{block['median']:.1f} ({block['min']:.1f} to {block['max']:.1f})",
         f"{block['peak_gib']:.1f}, {block['reserved_gib']:.1f}",
         "-" if samples is None else f"{samples / 1e6:.2f}",
-        f"{block['kernels_ms']:.1f}, {block['kernels']}" if "kernels" in block else "-",
-        str(block.get("launches", "-")),
-        str(sum(block["waits"].values())),
+        f"{block['kernels_ms']:.1f}, {block['kernels']:.0f}" if "kernels" in block else "-",
+        f"{block['launches']:.0f}" if "launches" in block else "-",
+        f"{sum(block['waits'].values()):.0f}",
     ]
 
 

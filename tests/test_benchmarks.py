@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image, ImageColor
 
 
 @pytest.fixture
@@ -90,3 +91,8 @@ def test_renders_of_all_sizes_are_measured_at_toy_size(load, tmp_path, capsys):
     for other in [("frames", "4"), ("rays", "6 x 8"), ("chunk", "50"), ("chunk", "subset 50")]:
         assert samples[other] == everything, "these render the same samples"
     assert 1.5 < axes["frames"][3]["samples"] / axes["frames"][2]["samples"] < 2.5, "twice the frames"
+    picture = tmp_path / "scaling.png"
+    scaling.main(["--out", str(tmp_path / "measured.json"), "--plot", str(picture)])
+    with Image.open(picture) as image:
+        colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 16)}
+    assert {ImageColor.getrgb(line) for line in (scaling.TIME, scaling.MEMORY)} <= colours
