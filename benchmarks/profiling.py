@@ -91,8 +91,8 @@ class PartTimes:
 
 @contextmanager
 def kernels(steps: int) -> Iterator[dict[str, Any]]:
-    """Fill a dict with the GPU's work inside, as means of a step: kernels' ms and number, launches, and the ten
-    longest kernels."""
+    """Fill a dict with the GPU's work inside, as means of a step: kernels' ms and number, launches, and the
+    ten longest kernels."""
     found: dict[str, Any] = {}
     if not torch.cuda.is_available():
         yield found

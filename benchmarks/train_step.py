@@ -9,8 +9,8 @@ the fresh scene of the config, ``ball`` a hard ball of the same radius, which st
 Steps are numbered as late in training (occupancy known, full resolution), and also as before the milestone
 of the resolution where the config has one. After a warm-up, the times of consecutive steps are read from CUDA
 events, without any synchronisation; 16 steps include one refresh of the occupancy grid. Then 16 steps are
-timed part by part, with synchronisation, and four are profiled; both give means. The mixture is weighted as in
-the plan.
+timed part by part, with synchronisation, and four are profiled; both give means. The mixture is weighted as
+in the plan.
 """
 
 from __future__ import annotations
