@@ -42,7 +42,7 @@ class PartTimes:
         self._watch(system, "before_step", "occupancy")
         self._watch(system.scene, "render", "shade")
         for module in system.scene.modules():
-            self._watch(module, "_visible_samples", "march and prune")
+            self._watch(module, "_samples", "march and prune")
         for kind in system.plan.kinds:
             guidance = getattr(system, kind.module)
             self._watch(guidance, "forward", "guidance")
