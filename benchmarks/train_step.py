@@ -42,8 +42,9 @@ from fourdfy.types import StepBatch, StepContext
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("fourdfy_stage_*.yaml"))
 STATES = {"ball": ["system.geometry.density_blob_scale=1000"], "blob": []}
-EARLY, LATE = 2000, 6000
-"""Global steps, multiples of the occupancy grid's interval, before and after the paper's milestones."""
+EARLY, MILESTONE, LATE = 2000, 5000, 6000
+"""The paper's milestone of the resolution, and global steps before and after it, multiples of the occupancy
+grid's interval."""
 KNOWN_AFTER = 256
 """Steps of training that the occupancy grid sees first."""
 TOY = (
@@ -71,8 +72,8 @@ class Block:
     kind: str
     start: int
     height: int
-    probability: float
-    """Of the kind, at full size; else 0."""
+    shares: tuple[float, float]
+    """Of all steps before and after the milestone of the resolution."""
 
     @property
     def name(self) -> str:
@@ -141,6 +142,7 @@ def measure(config: str, state: str, args: argparse.Namespace) -> dict[str, Any]
         optimizer=system.configure_optimizer(),
     )
     Trainer(cfg, run, {"stopwatch": stopwatch}, device=device()).fit(None)
+    mixture_ms, max_steps = mixture(stopwatch.results), experiment.cfg.trainer.max_steps
     return {
         "config": config,
         "state": state,
@@ -148,7 +150,9 @@ def measure(config: str, state: str, args: argparse.Namespace) -> dict[str, Any]
         "seconds": {"models": made - began, "load": ready - made, "run": time.perf_counter() - ready},
         "most_gib": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0,
         "blocks": stopwatch.results,
-        "mixture_ms": mixture(stopwatch.results),
+        "mixture_ms": mixture_ms,
+        "max_steps": max_steps,
+        "hours": hours(mixture_ms, max_steps),
     }
 
 
@@ -178,9 +182,10 @@ def blocks_of(experiment: Experiment) -> list[Block]:
             kind.cameras.sample(StepContext(step, torch.Generator().manual_seed(0))).height
             for step in (EARLY, LATE)
         )
+        share = kind.probability
         if early != late:
-            blocks.append(Block(kind.name, EARLY, early, 0.0))
-        blocks.append(Block(kind.name, LATE, late, kind.probability))
+            blocks.append(Block(kind.name, EARLY, early, (share, 0.0)))
+        blocks.append(Block(kind.name, LATE, late, (0.0 if early != late else share, share)))
     return blocks
 
 
@@ -247,7 +252,7 @@ class Stopwatch(Callback):
                 yield
                 marks.append(mark())
             synchronize()
-            result: dict[str, Any] = {"probability": block.probability, "warm_up_s": warm_up}
+            result: dict[str, Any] = {"shares": block.shares, "warm_up_s": warm_up}
             result |= summary([elapsed_ms(a, b) for a, b in pairwise(marks)]) | peaks()
             means = run.means.take()
             result["samples"] = means.get(f"{block.kind}/samples")
@@ -302,9 +307,16 @@ def summary(ms: list[float]) -> dict[str, Any]:
     return {"steps": len(ms), "mean": fmean(ms), "median": median(ms), "min": min(ms), "max": max(ms)}
 
 
-def mixture(blocks: dict[str, dict[str, Any]]) -> float:
-    """The mean ms of a step late in training."""
-    return sum(block["probability"] * block["mean"] for block in blocks.values())
+def mixture(blocks: dict[str, dict[str, Any]]) -> tuple[float, float]:
+    """The mean ms of a step before and after the milestone."""
+    early, late = (sum(block["shares"][era] * block["mean"] for block in blocks.values()) for era in (0, 1))
+    return early, late
+
+
+def hours(mixture_ms: tuple[float, float], steps: int) -> float:
+    """The time of the config's ``steps``."""
+    early, late = mixture_ms
+    return (min(steps, MILESTONE) * early + max(steps - MILESTONE, 0) * late) / 3.6e6
 
 
 def report(results: list[dict[str, Any]]) -> str:
@@ -317,7 +329,8 @@ def report(results: list[dict[str, Any]]) -> str:
         for name, block in result["blocks"].items():
             times.append(row([*place, name, *cells(block)]))
             parts.append(row([*place, name, *(f"{block['parts_ms'][part]:.1f}" for part in PARTS)]))
-        times.append(row([*place, "mixture", f"{result['mixture_ms']:.1f}", *["-"] * 6]))
+        duration = f"{result['max_steps']:,} steps in {result['hours']:.2f} h"
+        times.append(row([*place, "mixture", f"{result['mixture_ms'][1]:.1f}", duration, *["-"] * 5]))
     return "\n".join([*times, "", *parts])
 
 

@@ -49,9 +49,11 @@ def test_every_kind_of_step_is_measured_at_toy_size(load, tmp_path, capsys):
         assert 0 < block["min"] <= block["median"] <= block["max"] and block["steps"] == 2
         parts = block["parts_ms"]
         assert all(parts[part] > 0 for part in load("profiling").PARTS)
-    mean = (blocks["multi_view 16"]["mean"] + blocks["single_view 16"]["mean"]) / 2
-    assert measured["mixture_ms"] == pytest.approx(mean), "half of the steps are multi-view, at full size"
-    assert f"| stage_2 | ball | mixture | {mean:.1f} |" in capsys.readouterr().out
+    small, large, single = (block["mean"] for block in blocks.values())
+    early, late = (small + single) / 2, (large + single) / 2  # half of the steps are multi-view
+    assert measured["mixture_ms"] == pytest.approx([early, late])
+    assert measured["hours"] == pytest.approx((5000 * early + 20000 * late) / 3.6e6)
+    assert f"| stage_2 | ball | mixture | {late:.1f} | 25,000 steps in " in capsys.readouterr().out
 
 
 def rows(table):
