@@ -94,6 +94,13 @@ def test_densities_of_any_size_do(density):
 
 
 @kernels
+def test_an_opaque_sample_leaves_those_before_it_as_they_are():
+    sigmas, *others = case([20])
+    sigmas[10] = 1e25
+    assert_agrees((sigmas, *others))
+
+
+@kernels
 @pytest.mark.parametrize("outputs", [[name] for name in OUTPUTS])
 def test_each_gradient_is_that_of_the_reference(outputs):
     assert_agrees(case(CASES["a few"]), outputs)

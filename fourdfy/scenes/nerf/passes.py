@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -29,8 +29,8 @@ class FlatRays(Rays):
         return cls(
             origins=rays.origins.reshape(-1, 3),
             directions=rays.directions.reshape(-1, 3),
-            times=rays.times[:, None].repeat_interleave(per_frame, dim=0),
-            light_positions=rays.light_positions.repeat_interleave(per_frame, dim=0),
+            times=rays.times[:, None].expand(-1, per_frame).reshape(-1, 1),
+            light_positions=rays.light_positions[:, None].expand(-1, per_frame, -1).reshape(-1, 3),
         )
 
 
@@ -42,25 +42,22 @@ class Pass:
     samples: slice
 
 
-def split_rays(ends: Int[Tensor, "R"], limit: int) -> list[Pass]:
+def split_rays(samples: Samples, n_rays: int, limit: int) -> list[Pass]:
     """Passes of whole rays with at most ``limit`` samples each; a ray that has more is a pass by itself.
 
-    Args:
-        ends: for each ray, the number of samples up to its last; read back to the host once.
+    If there are more samples, where each ray's end is read back to the host once.
     """
-    ends, passes, ray, sample = ends.cpu(), [], 0, 0
-    while ray < len(ends):
+    if len(samples) <= limit:
+        return [Pass(rays=slice(0, n_rays), samples=slice(0, len(samples)))]
+    rays = torch.arange(n_rays, device=samples.ray_indices.device)
+    ends = torch.searchsorted(samples.ray_indices, rays, right=True).cpu()
+    passes, ray, sample = [], 0, 0
+    while ray < n_rays:
         stop = max(ray + 1, int(torch.searchsorted(ends, sample + limit, right=True)))
         last = int(ends[stop - 1])
         passes.append(Pass(rays=slice(ray, stop), samples=slice(sample, last)))
         ray, sample = stop, last
     return passes
-
-
-def last_samples(samples: Samples, n_rays: int) -> Int[Tensor, "R"]:
-    """The ``ends`` of ``split_rays``."""
-    rays = torch.arange(n_rays, device=samples.ray_indices.device)
-    return torch.searchsorted(samples.ray_indices, rays, right=True)
 
 
 def cut(rays: FlatRays, samples: Samples, part: Pass) -> tuple[FlatRays, Samples]:

@@ -32,7 +32,6 @@ from fourdfy.scenes.nerf.passes import (
     assemble,
     chunks,
     cut,
-    last_samples,
     split_rays,
 )
 from fourdfy.scenes.nerf.subset import Quotas, draw_subset, interleaved, whole_call
@@ -160,7 +159,7 @@ class NeRFVolumeRenderer(Renderer):
             flat = FlatRays.of(rays)
             samples = self._samples(flat, jitter, context)
             if context.generator is None:
-                passes = split_rays(last_samples(samples, len(flat)), MAX_SAMPLES)
+                passes = split_rays(samples, len(flat), MAX_SAMPLES)
                 shaded = [
                     self._shade(*cut(flat, samples, part), context, self._field_in_chunks) for part in passes
                 ]
@@ -241,7 +240,7 @@ class NeRFVolumeRenderer(Renderer):
         parameters = *self.parts.geometry.parameters(), *self.parts.material.parameters()
         return recomputed(
             lambda part: self._shade(*cut(rays, samples, part), context, self._field),
-            split_rays(last_samples(samples, len(rays)), cap),
+            split_rays(samples, len(rays), cap),
             inputs=(*parameters, *rays.tensors().values()),
         )
 

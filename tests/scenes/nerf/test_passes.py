@@ -4,7 +4,7 @@ import pytest
 import torch
 from analytic_scene import frames
 
-from fourdfy.scenes.nerf.passes import FlatRays, cut, last_samples, split_rays
+from fourdfy.scenes.nerf.passes import FlatRays, cut, split_rays
 from fourdfy.types import Samples
 
 
@@ -19,7 +19,7 @@ def pack(counts):
 @pytest.mark.parametrize("seed", range(5))
 def test_passes_are_all_rays_in_order_and_as_long_as_the_limit_allows(limit, seed):
     counts = torch.randint(0, 10, (50,), generator=torch.Generator().manual_seed(seed)).tolist()
-    passes = split_rays(last_samples(pack(counts), 50), limit)
+    passes = split_rays(pack(counts), 50, limit)
     assert [ray for part in passes for ray in range(50)[part.rays]] == list(range(50))
     assert [n for part in passes for n in range(sum(counts))[part.samples]] == list(range(sum(counts)))
     for part, following in zip(passes, [*passes[1:], None], strict=True):
@@ -33,7 +33,7 @@ def test_a_pass_counts_its_rays_from_0():
     samples = pack([2, 0, 3, 1])
     rays = FlatRays.of(frames(count=1, size=1))  # three pixels
     rays = FlatRays(**{name: torch.cat([value, value[:1]]) for name, value in vars(rays).items()})
-    some_rays, some = cut(rays, samples, split_rays(last_samples(samples, 4), 4)[1])
+    some_rays, some = cut(rays, samples, split_rays(samples, 4, 4)[1])
     assert torch.equal(some_rays.origins, rays.origins[2:]) and len(some_rays) == 2
     assert some.ray_indices.tolist() == [0, 0, 0, 1]
     assert some.t_starts.tolist() == [2, 3, 4, 5]
@@ -47,4 +47,4 @@ def test_rays_in_a_row_have_the_time_of_their_frame():
 
 
 def test_rays_without_samples_are_one_pass():
-    assert [part.rays for part in split_rays(torch.zeros(9, dtype=torch.long), 1)] == [slice(0, 9)]
+    assert [part.rays for part in split_rays(pack([0] * 9), 9, 1)] == [slice(0, 9)]
