@@ -1,33 +1,14 @@
 """Compositing in Triton agrees with the torch reference: on a GPU where there is one, else interpreted."""
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 import torch
 
 from fourdfy.ops.compositing import OPERATION, composite
 from fourdfy.types import Samples
 
-ROOT = Path(__file__).parents[2]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-INSTALLED = find_spec("triton") is not None
-RUNS = INSTALLED and (DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
-
-kernels = pytest.mark.skipif(not RUNS, reason="needs triton, and CUDA or TRITON_INTERPRET=1")
 OUTPUTS = ("weights", "opacity", "depth", "z_variance", "values")
-
-
-@pytest.mark.skipif(RUNS or not INSTALLED, reason="needs triton (pip install --no-deps triton) and no CUDA")
-def test_the_kernels_pass_these_tests_interpreted():
-    """In a process of its own: the choice is made when triton is imported, and Lightning imports it early."""
-    command = [sys.executable, "-m", "pytest", "-q", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+kernels = pytest.mark.triton
 
 
 def case(counts, density=30.0, channels=3, seed=0):
