@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,7 +30,7 @@ TOLERANCE = {torch.float32: 1e-2, torch.float16: 3e-2, torch.bfloat16: 0.2}
 """Bounds of the difference from ``vae.encode`` relative to its size: a few times that of rounding.
 Convolutions in float32 are TF32 products."""
 
-_encoders: WeakKeyDictionary[nn.Module, dict[torch.dtype, VAEEncoder | None]] = WeakKeyDictionary()
+_encoders: WeakKeyDictionary[nn.Module, dict[Any, VAEEncoder | None]] = WeakKeyDictionary()
 
 
 def posterior(
@@ -157,7 +157,7 @@ class _Attention:
     """Self-attention of one head over all pixels."""
 
     def __init__(self, layers: Network, dtype: torch.dtype) -> None:
-        assert layers.heads == 1
+        assert layers.heads == 1, "attention of several heads"
         self.norm = layers.group_norm
         self.to_q, self.to_k, self.to_v, self.to_out = (
             _Pointwise(layer, dtype) for layer in (layers.to_q, layers.to_k, layers.to_v, layers.to_out[0])
@@ -176,10 +176,10 @@ def _fast_encoder(vae: Network, images: Tensor) -> VAEEncoder | None:
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else vae.dtype
     if OPERATION.select("auto", images, dtype) is OPERATION.load("torch"):
         return None
-    known = _encoders.setdefault(vae, {})
-    if dtype not in known:
-        known[dtype] = _checked_encoder(vae, dtype, images.device)
-    return known[dtype]
+    known, kind = _encoders.setdefault(vae, {}), (dtype, images.device)
+    if kind not in known:
+        known[kind] = _checked_encoder(vae, *kind)
+    return known[kind]
 
 
 def _checked_encoder(vae: Network, dtype: torch.dtype, device: torch.device) -> VAEEncoder | None:
