@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fourdfy.ops.attention import attention
-from fourdfy.ops.group_norm import OPERATION, add, add_norm
+from fourdfy.ops.group_norm import OPERATION, add, add_norm, bias_norm
 from fourdfy.priors.base import Network
 
 logger = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class VAEEncoder:
         ]
         first, *others = (_Block(block, dtype) for block in encoder.mid_block.resnets)
         attentions = [_Attention(layers, dtype) for layers in encoder.mid_block.attentions if layers]
-        self.middle = [first, *attentions, *others]
+        self.middle: list[_Block | _Attention] = [first, *attentions, *others]
         self.norm_out = encoder.conv_norm_out
         self.quant_conv = vae.quant_conv and _Pointwise(vae.quant_conv, dtype)
 
@@ -89,9 +89,9 @@ class VAEEncoder:
                 for conv in downsamplers:
                     padding = tuple(1 - size % 2 for size in pending.x.shape[-2:])
                     pending = _Sum(conv(add(*pending), 2, padding), conv.bias)
-            for block in self.middle:
-                pending = block(pending)
-            normed, _ = add_norm(*pending, self.norm_out, keep_sum=False)
+            for part in self.middle:
+                pending = part(pending)
+            normed, _ = add_norm(*pending, self.norm_out)
             moments = self.conv_out(normed) + self.conv_out.bias[:, None, None]
             return (self.quant_conv(moments) if self.quant_conv else moments).flip(2, 3)
 
@@ -107,21 +107,21 @@ class _Sum(NamedTuple):
 class _Block:
     """A residual block."""
 
-    def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, block: Network, dtype: torch.dtype) -> None:
         self.norm1, self.norm2 = block.norm1, block.norm2
         self.conv1, self.conv2 = _Conv(block.conv1, dtype), _Conv(block.conv2, dtype)
         self.shortcut = block.conv_shortcut and _Pointwise(block.conv_shortcut, dtype)
 
     def __call__(self, pending: _Sum) -> _Sum:
         normed, total = add_norm(*pending, self.norm1)
-        normed, _ = add_norm(self.conv1(normed), self.conv1.bias, None, self.norm2, keep_sum=False)
+        normed = bias_norm(self.conv1(normed), self.conv1.bias, self.norm2)
         return _Sum(self.conv2(normed), self.conv2.bias, self.shortcut(total) if self.shortcut else total)
 
 
 class _Conv:
     """A convolution 3 x 3 without its bias, on mirrored images."""
 
-    def __init__(self, conv: nn.Conv2d, dtype: torch.dtype) -> None:
+    def __init__(self, conv: Network, dtype: torch.dtype) -> None:
         self.weight = conv.weight.detach().to(dtype).flip(2, 3).contiguous(memory_format=torch.channels_last)
         self.bias = conv.bias.detach().to(dtype)
 
@@ -146,7 +146,7 @@ class _FrozenConv(torch.autograd.Function):
 class _Pointwise:
     """A linear layer over the channels, or a convolution 1 x 1."""
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> None:
+    def __init__(self, layer: Network, dtype: torch.dtype) -> None:
         self.weight, self.bias = layer.weight.detach().flatten(1).to(dtype), layer.bias.detach().to(dtype)
 
     def __call__(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D H W"]:
@@ -165,8 +165,8 @@ class _Attention:
 
     def __call__(self, pending: _Sum) -> _Sum:
         normed, total = add_norm(*pending, self.norm, silu=False)
-        tokens = (layer(normed).movedim(1, -1).flatten(1, 2) for layer in (self.to_q, self.to_k, self.to_v))
-        mixed = F.linear(attention(*tokens), self.to_out.weight)
+        q, k, v = (layer(normed).movedim(1, -1).flatten(1, 2) for layer in (self.to_q, self.to_k, self.to_v))
+        mixed = F.linear(attention(q, k, v), self.to_out.weight)
         return _Sum(mixed.unflatten(1, total.shape[-2:]).movedim(-1, 1), self.to_out.bias, total)
 
 
@@ -211,4 +211,4 @@ def _moments_and_gradient(encode: Callable[[Tensor], Tensor], device: torch.devi
     with torch.enable_grad():
         moments = encode(images).float()
         weights = torch.randn(moments.shape, generator=draw).to(device)
-        return moments.detach(), *torch.autograd.grad(moments, images, weights)
+        return moments.detach(), torch.autograd.grad(moments, images, weights)[0]

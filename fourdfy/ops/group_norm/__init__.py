@@ -21,10 +21,9 @@ def add_norm(
     norm: nn.GroupNorm,
     *,
     silu: bool = True,
-    keep_sum: bool = True,
     backend: str = "auto",
-) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"] | None]:
-    """``norm(x + bias + residual)``, with SiLU if asked, and the sum itself if it is to be kept.
+) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
+    """(``norm(x + bias + residual)``, with SiLU if asked; the sum itself).
 
     Gradients reach ``x`` and ``residual`` alone. Statistics are computed in float32, in every dtype.
 
@@ -37,15 +36,21 @@ def add_norm(
         ValueError: the back end asked for is unknown, not installed or cannot compute this dtype here.
     """
     module = OPERATION.select(backend, x, x.dtype)
-    return module.add_norm(
-        x, bias, residual, norm.weight, norm.bias, norm.num_groups, norm.eps, silu, keep_sum
-    )
+    return module.add_norm(x, bias, residual, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
+
+
+def bias_norm(
+    x: Float[Tensor, "B C H W"], bias: Float[Tensor, "C"], norm: nn.GroupNorm, *, backend: str = "auto"
+) -> Float[Tensor, "B C H W"]:
+    """``norm(x + bias)`` with SiLU, as ``add_norm`` computes it, without storing the sum."""
+    module = OPERATION.select(backend, x, x.dtype)
+    return module.bias_norm(x, bias, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
 
 def add(
     x: Float[Tensor, "B C H W"],
     bias: Float[Tensor, "C"],
-    residual: Float[Tensor, "B C H W"],
+    residual: Float[Tensor, "B C H W"] | None,
     *,
     backend: str = "auto",
 ) -> Float[Tensor, "B C H W"]:
@@ -63,9 +68,13 @@ def _sample(module: ModuleType, device: torch.device, dtype: torch.dtype) -> tup
     def pixels() -> Tensor:
         return draw(2, 32, 9, 7).to(memory_format=torch.channels_last).requires_grad_()
 
-    x, residual, bias = pixels(), pixels(), draw(32) + 3
-    normed, total = module.add_norm(x, bias, residual, draw(32), draw(32), 8, 1e-6, True, True)
-    outputs = normed, total, module.add(x, bias, residual)
+    x, residual, bias, norm = pixels(), pixels(), draw(32) + 3, (draw(32), draw(32), 8, 1e-6)
+    outputs = [
+        *module.add_norm(x, bias, residual, *norm, True),
+        *module.add_norm(x, bias, residual, *norm, False),
+        module.bias_norm(x, bias, *norm),
+        module.add(x, bias, residual),
+    ]
     gradients = torch.autograd.grad(outputs, (x, residual), [draw(2, 32, 9, 7) for _ in outputs])
     return *(output.detach() for output in outputs), *gradients
 

@@ -1,4 +1,4 @@
-"""``add_norm`` and ``add`` in torch. B images, C channels, H x W pixels."""
+"""The sums and norms in torch. B images, C channels, H x W pixels."""
 
 from __future__ import annotations
 
@@ -17,23 +17,32 @@ def add_norm(
     groups: int,
     eps: float,
     silu: bool,
-    keep_sum: bool,
-) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"] | None]:
-    """See ``add_norm``."""
+) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
+    """See ``add_norm`` of the package."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    total = _sum(x.to(wide), bias, residual)
+    total = x.to(wide) + bias[:, None, None]
+    if residual is not None:
+        total = total + residual
     normed = F.group_norm(total, groups, scale.to(wide), shift.to(wide), eps)
     normed = F.silu(normed) if silu else normed
-    return normed.to(x.dtype), total.to(x.dtype) if keep_sum else None
+    return normed.to(x.dtype), total.to(x.dtype)
+
+
+def bias_norm(
+    x: Float[Tensor, "B C H W"],
+    bias: Float[Tensor, "C"],
+    scale: Float[Tensor, "C"],
+    shift: Float[Tensor, "C"],
+    groups: int,
+    eps: float,
+) -> Float[Tensor, "B C H W"]:
+    """See ``bias_norm`` of the package."""
+    return add_norm(x, bias, None, scale, shift, groups, eps, True)[0]
 
 
 def add(
-    x: Float[Tensor, "B C H W"], bias: Float[Tensor, "C"], residual: Float[Tensor, "B C H W"]
+    x: Float[Tensor, "B C H W"], bias: Float[Tensor, "C"], residual: Float[Tensor, "B C H W"] | None
 ) -> Float[Tensor, "B C H W"]:
-    """See ``add``."""
-    return _sum(x.to(torch.promote_types(x.dtype, torch.float32)), bias, residual).to(x.dtype)
-
-
-def _sum(x: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
-    total = x + bias[:, None, None]
-    return total if residual is None else total + residual
+    """See ``add`` of the package."""
+    total = x.to(torch.promote_types(x.dtype, torch.float32)) + bias[:, None, None]
+    return (total if residual is None else total + residual).to(x.dtype)

@@ -1,4 +1,4 @@
-"""``add_norm`` and ``add`` on CUDA, as Triton kernels for pixels in channels-last order.
+"""The sums and norms on CUDA, as Triton kernels for pixels in channels-last order.
 
 B images, N = H*W pixels, C channels in G groups of D, S splits of an image's pixels. Triton's tiles have
 powers of two as sizes, so channels are padded: CP, DP. A tile is [P, CP]: P pixels with all their channels.
@@ -36,45 +36,62 @@ def add_norm(
     groups: int,
     eps: float,
     silu: bool,
-    keep_sum: bool,
-) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"] | None]:
-    """See ``add_norm``. Runs on the CPU under ``TRITON_INTERPRET=1``, which is for tests."""
-    return _AddNorm.apply(x, bias, residual, scale, shift, groups, eps, silu, keep_sum)
+) -> tuple[Float[Tensor, "B C H W"], Float[Tensor, "B C H W"]]:
+    """See ``add_norm`` of the package. Runs on the CPU under ``TRITON_INTERPRET=1``, which is for tests.
+
+    Raises:
+        ValueError: the tensors are not on a GPU; so in all functions here.
+    """
+    return _AddNorm.apply(x, bias, residual, scale, shift, groups, eps, silu, True)
+
+
+def bias_norm(
+    x: Float[Tensor, "B C H W"],
+    bias: Float[Tensor, "C"],
+    scale: Float[Tensor, "C"],
+    shift: Float[Tensor, "C"],
+    groups: int,
+    eps: float,
+) -> Float[Tensor, "B C H W"]:
+    """See ``bias_norm`` of the package."""
+    normed, _ = _AddNorm.apply(x, bias, None, scale, shift, groups, eps, True, False)
+    return normed
 
 
 def add(
-    x: Float[Tensor, "B C H W"], bias: Float[Tensor, "C"], residual: Float[Tensor, "B C H W"]
+    x: Float[Tensor, "B C H W"], bias: Float[Tensor, "C"], residual: Float[Tensor, "B C H W"] | None
 ) -> Float[Tensor, "B C H W"]:
-    """See ``add``."""
+    """See ``add`` of the package."""
     return _Add.apply(x, bias, residual)
 
 
 class _Add(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, bias, residual):
+        ctx.adds = residual is not None
         x = _channels_last(x)
-        return _Passes(x).add(x, bias, residual)[0]
+        total, _ = _Passes(x).add(x, bias, residual)
+        return total
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None, grad
+        return grad, None, grad if ctx.adds else None
 
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, residual, scale, shift, groups, eps, silu, keep_sum):
+    def forward(ctx, x, bias, residual, scale, shift, groups, eps, silu, writes):
+        """Unless it ``writes`` the sum, x is kept instead, and the bias added again."""
         ctx.set_materialize_grads(False)
         x = _channels_last(x)
         passes = _Passes(x, groups, silu)
-        # Without a residual and a use of the sum, x is kept instead of it, and the bias added again.
-        writes = keep_sum or residual is not None
         total, partial = passes.add(x, bias, residual, writes)
         stats = passes.reduce(_statistics, partial, eps=eps)
         normed = torch.empty_like(x)
         passes.tiles(_normalize, total, bias, stats, scale, shift, normed, ADDS=not writes, **passes.norm)
         ctx.passes, ctx.writes, ctx.adds = passes, writes, residual is not None
         ctx.save_for_backward(total, bias, stats, scale, shift)
-        return normed, total if keep_sum else None
+        return normed, total if writes else None
 
     @staticmethod
     @once_differentiable
