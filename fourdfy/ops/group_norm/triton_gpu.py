@@ -226,7 +226,7 @@ def _statistics(
     counts = tl.minimum(split_pixels, n_pixels - s * split_pixels).to(tl.float32)[:, None]
     means = tl.load(partial + at, mask=mask, other=0.0)
     deviations = tl.load(partial + at + C, mask=mask, other=0.0)
-    size = (n_pixels * D).to(tl.float32)
+    size = n_pixels * 1.0 * D  # one pixel is a constant, and no tensor
     mean = tl.sum(tl.where(mask, means * (counts / size), 0.0))
     apart = tl.where(mask, (means - mean) * (means - mean) * counts, 0.0)
     variance = tl.sum(deviations + apart) / size
@@ -282,7 +282,7 @@ def _grad_means(
 ):  # fmt: skip
     group, image = tl.program_id(0), tl.program_id(1)
     at, mask = _parts(group, image, splits, C, D, DP, SP)
-    size = (n_pixels * D).to(tl.float32)
+    size = n_pixels * 1.0 * D  # one pixel is a constant, and no tensor
     row = means + (image * tl.num_programs(0) + group) * 2
     tl.store(row, tl.sum(tl.load(partial + at, mask=mask, other=0.0)) / size)
     tl.store(row + 1, tl.sum(tl.load(partial + at + C, mask=mask, other=0.0)) / size)
