@@ -27,6 +27,10 @@ class TensorRecord:
         """A copy with ``Tensor.to(*args, **kwargs)`` applied to every tensor, records included."""
         return self.mapped(lambda value: value.to(*args, **kwargs))
 
+    def pin_memory(self: Self) -> Self:
+        """A copy in memory from which ``to(device, non_blocking=True)`` copies while the host goes on."""
+        return self.mapped(lambda value: value.pin_memory())
+
     def mapped(self: Self, change: Callable[[Any], Any]) -> Self:
         """A copy with ``change(value)`` for each of ``tensors()``, in order."""
         return replace(self, **{name: change(value) for name, value in self.tensors().items()})

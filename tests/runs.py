@@ -6,8 +6,8 @@ from typing import Any
 from fourdfy.callbacks.base import Run, RunningMeans
 
 
-def new_run(step: int = 0, *, max_steps: int = 100, label: str = "", optimizer: Any = None) -> Run:
-    """A run whose system is at ``step``."""
+def new_run(step: int = 0, *, max_steps: int = 100, label: str = "", optimizer: Any = None, **parts: Any) -> Run:
+    """A run whose system is at ``step``; ``parts`` are further attributes."""
     run = object.__new__(Run)
     vars(run).update(
         system=SimpleNamespace(step=step),
@@ -16,5 +16,7 @@ def new_run(step: int = 0, *, max_steps: int = 100, label: str = "", optimizer: 
         optimizer=optimizer,
         means=RunningMeans(),
         stopping=False,
+        scheduler=None,
     )
+    vars(run).update(parts)
     return run

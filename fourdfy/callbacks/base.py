@@ -2,44 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from fourdfy.config import Component
 from fourdfy.data.base import DataModule, EvalBatch
+from fourdfy.ops.reading import Reading
 from fourdfy.systems.base import System
 from fourdfy.types import RenderOutput, StepBatch
 
 
+class Means(Mapping[str, float]):
+    """Means by name. Looking at one waits for all that are still on their way from the GPU."""
+
+    def __init__(self, sums: Mapping[str, tuple[Tensor | float, int]]) -> None:
+        self._sums = dict(sums)
+        self._coming = [n for n, (total, _) in sums.items() if isinstance(total, Tensor) and total.is_cuda]
+        totals = [sums[name][0].double() for name in self._coming]  # type: ignore[union-attr]
+        self._reading = Reading(torch.stack(totals)) if totals else None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether nobody has to wait."""
+        return self._reading is None or self._reading.is_ready
+
+    def __getitem__(self, name: str) -> float:
+        if self._reading is not None:
+            for coming, number in zip(self._coming, self._reading.numbers(), strict=True):
+                self._sums[coming] = number, self._sums[coming][1]
+            self._reading = None
+        total, count = self._sums[name]
+        return float(total) / count
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sums)
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+
 class RunningMeans:
-    """The mean of each scalar since it was last taken; nothing is read from the device before."""
+    """The mean of each scalar since it was last taken; nothing waits for the device."""
 
     def __init__(self) -> None:
         self.sums: dict[str, tuple[Tensor | float, int]] = {}
         """Scalar -> its sum and count since it was last taken; all that a checkpoint needs."""
-        self._taken: dict[str, float] = {}
+        self._taken: dict[str, tuple[Tensor | float, int]] = {}
 
     def add(self, values: Mapping[str, Tensor | float]) -> None:
         for name, value in values.items():
             total, count = self.sums.get(name, (0.0, 0))
-            self.sums[name] = (total + value, count + 1)
+            self.sums[name] = (total + value if count else value, count + 1)
 
-    def take(self) -> dict[str, float]:
+    def take(self) -> Means:
         """The means since the last call; counting then starts again."""
-        means = {name: float(total) / count for name, (total, count) in self.sums.items()}
-        self.sums.clear()
-        self._taken |= means
+        means = Means(self.sums)
+        self._taken |= self.sums
+        self.sums = {}
         return means
 
-    def read(self) -> dict[str, float]:
+    def read(self) -> Means:
         """Every scalar seen so far: its mean since it was last taken, else the value taken then."""
-        return self._taken | {name: float(total) / count for name, (total, count) in self.sums.items()}
+        return Means(self._taken | self.sums)
 
 
 @dataclass(kw_only=True)

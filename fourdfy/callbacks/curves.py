@@ -1,7 +1,8 @@
 """Logging of a training run: TensorBoard, a CSV file and, if enabled, Weights & Biases.
 
 A resumed run continues the earlier curves: their points from its first step on are dropped, and the
-checkpoint holds the sums of the point that was not complete. So nothing is logged twice or lost.
+checkpoint holds the sums of the point that was not complete. So nothing is logged twice or lost. Points are
+written once their numbers have come from the GPU, while it computes a later step.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+from collections import deque
 from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
@@ -20,10 +22,13 @@ from numpy import ndarray
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
-from fourdfy.callbacks.base import Callback, Run
+from fourdfy.callbacks.base import Callback, Means, Run
 from fourdfy.config import ConfigError
 from fourdfy.files.atomic import by_product, whole_file
 from fourdfy.files.images import VALIDATION_FPS
+
+FLUSH_SECONDS = 10
+"""How long TensorBoard's points may wait to be seen."""
 
 MAX_PIXELS = 256
 """Most pixels of a logged image or clip along its longer side; larger ones lose rows and columns."""
@@ -52,6 +57,7 @@ class Curves(Callback):
                     f"system.loggers.wandb.enable=true: {error}; pip install wandb, or set it to false"
                 ) from error
         self.writers: list[Any] = []
+        self._points: deque[tuple[int, Means, dict[str, float]]] = deque()
 
     def begin(self, run: Run) -> None:
         self.writers = []
@@ -62,14 +68,31 @@ class Curves(Callback):
             self.writers.append(WeightsAndBiases(self.folder, self.wandb, self.values))
 
     def after_step(self, run: Run, *args: Any) -> None:
-        if run.step % self.every_n_steps and run.step != run.max_steps:
-            return
-        scalars = run.means.take()
-        for group in run.optimizer.param_groups if run.optimizer else ():
-            scalars[f"lr/{group['name']}"] = group["lr"]
+        if run.step % self.every_n_steps == 0 or run.step == run.max_steps:
+            groups = run.optimizer.param_groups if run.optimizer else ()
+            rates = {f"lr/{group['name']}": group["lr"] for group in groups}
+            self._points.append((run.step - 1, run.means.take(), rates))
+        while self._points and self._points[0][1].is_ready:
+            self._write_next()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: a checkpoint is about to be written, so everything before it is on disk now."""
+        self._flush()
+        return {}
+
+    def _write_next(self) -> None:
+        step, means, rates = self._points.popleft()
+        scalars = {**means, **rates}
         for writer in self.writers:
             with by_product("curves"):
-                writer.scalars(scalars, run.step - 1)
+                writer.scalars(scalars, step)
+
+    def _flush(self) -> None:
+        while self._points:
+            self._write_next()
+        for writer in self.writers:
+            with by_product("curves"):
+                writer.flush()
 
     def images(self, name: str, frames: UInt8[ndarray, "F H W 3"], step: int) -> None:
         """Log one frame as an image or several as a clip; do nothing outside of a run."""
@@ -78,6 +101,7 @@ class Curves(Callback):
             writer.images(name, frames[:, ::stride, ::stride], step)
 
     def end(self, *args: Any) -> None:
+        self._flush()
         for writer in self.writers:
             with by_product("curves"):
                 writer.close()
@@ -88,19 +112,21 @@ class TensorBoard:
     """``version_0`` of a folder, as Lightning names it."""
 
     def __init__(self, folder: Path, start: int) -> None:
-        self.writer = SummaryWriter(folder / "version_0", purge_step=start)
+        self.writer = SummaryWriter(folder / "version_0", purge_step=start, flush_secs=FLUSH_SECONDS)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()
+        self._add([Summary.Value(tag=name, simple_value=value) for name, value in values.items()], step)
 
     def images(self, name: str, frames: UInt8[ndarray, "F H W 3"], step: int) -> None:
         height, width = frames.shape[1:3]
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded(frames))
-        self.writer._get_file_writer().add_summary(
-            Summary(value=[Summary.Value(tag=name, image=image)]), step
-        )
+        self._add([Summary.Value(tag=name, image=image)], step)
+
+    def _add(self, values: list[Summary.Value], step: int) -> None:
+        self.writer._get_file_writer().add_summary(Summary(value=values), step)
+
+    def flush(self) -> None:
+        self.writer.flush()
 
     def close(self) -> None:
         self.writer.close()
@@ -127,8 +153,10 @@ class CsvFile:
     def images(self, name: str, frames: UInt8[ndarray, "F H W 3"], step: int) -> None:
         """Do nothing: a table can't hold images."""
 
-    def close(self) -> None:
+    def flush(self) -> None:
         """Do nothing: no file is open."""
+
+    close = flush
 
     def _rows(self) -> list[dict[str, Any]]:
         if not self.path.exists():
@@ -180,6 +208,9 @@ class WeightsAndBiases:
         else:
             picture = self.wandb.Video(io.BytesIO(encoded(frames)), format="gif")
         self.run.log({name: picture, "global_step": step})
+
+    def flush(self) -> None:
+        """Do nothing: wandb sends by itself."""
 
     def close(self) -> None:
         self.run.finish()

@@ -6,14 +6,14 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
 import torch
 from rich.cells import cell_len, set_cell_size
 
-from fourdfy.callbacks.base import Callback, Run
+from fourdfy.callbacks.base import Callback, Means, Run
 
 try:
     import resource
@@ -33,15 +33,16 @@ class ProgressLine(Callback):
         self._line = LiveLine()
         self._began = self._drawn = 0.0
         self._first_step = 0
+        self._means, self._coming = Means({}), Means({})
 
     def begin(self, run: Run) -> None:
         self._began, self._first_step = time.monotonic(), run.step
         self._line.open()
-        self._show(_pieces(run, 0.0))
+        self._show(_pieces(run, 0.0, {}))
 
     def after_step(self, run: Run, *args: Any) -> None:
         if self._is_due() and run.step < run.max_steps:  # the last line is written at the end
-            self._show(_pieces(run, self._rate(run)))
+            self._show(_pieces(run, self._rate(run), self._latest(run)))
 
     def after_frames(self, run: Run, batch: Any, *args: Any, done: int, total: int) -> None:
         if not batch.split.startswith("test"):
@@ -55,8 +56,15 @@ class ProgressLine(Callback):
 
     def end(self, run: Run, error: BaseException | None) -> None:
         if error is None:
-            self._show(_pieces(run, self._rate(run)))
+            self._show(_pieces(run, self._rate(run), run.means.read()))
         self._line.close()
+
+    def _latest(self, run: Run) -> Means:
+        """The newest means that nobody has to wait for."""
+        for _ in range(2):  # those that were asked for when the line was last drawn, and those of now
+            if self._coming.is_ready:
+                self._means, self._coming = self._coming, run.means.read()
+        return self._means
 
     def _rate(self, run: Run) -> float:
         """Steps per second."""
@@ -124,10 +132,10 @@ class _Call(logging.Handler):
         self._function()
 
 
-def _pieces(run: Run, rate: float) -> list[tuple[int, str]]:
+def _pieces(run: Run, rate: float, means: Mapping[str, float]) -> list[tuple[int, str]]:
     losses = [
         f"{SHORT_NAMES.get(kind, kind)} {_brief(value)}"
-        for name, value in run.means.read().items()
+        for name, value in means.items()
         if name.endswith("/total")
         for kind in [name.split("/")[1]]
     ]

@@ -3,11 +3,56 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from fourdfy.ops.reading import Reading
+
+LEARNING_RATE = " (is its learning rate too high?)"
+
+
+class FiniteCheck:
+    """Refuses steps with a parameter, a loss or a gradient that is not finite, before ``optimizer`` acts.
+
+    An optimizer with fused kernels on a GPU skips such a step there, by what gradient scalers use: the host
+    does not wait for the numbers, and ``settle`` raises later. With others, the check itself raises.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.groups = optimizer.param_groups
+        self._step: StepNumbers | None = None
+        self._skips = getattr(optimizer, "_step_supports_amp_scaling", False) and all(
+            parameter.is_cuda for group in self.groups for parameter in group["params"]
+        )
+        if self._skips:
+            optimizer.register_step_pre_hook(self._mark)
+
+    def __call__(self, losses: Mapping[str, Tensor], where: str, *, scaled: bool = False) -> None:
+        """Check a step, after the one before; the arguments are those of ``check_step``."""
+        self.settle()
+        self._step = StepNumbers(losses, self.groups, where, scaled=scaled)
+        if not self._skips:
+            self.settle()
+
+    def settle(self) -> None:
+        """Raise for a step that was skipped: before the next one, and before anything is saved or shown.
+
+        Raises:
+            FloatingPointError: see ``check_step``.
+        """
+        step, self._step = self._step, None
+        if step is not None:
+            step.refuse_broken()
+
+    def _mark(self, optimizer: Any, *_: Any) -> None:
+        """Tell the kernels whether to skip; a gradient scaler may have told them to do so already."""
+        assert self._step is not None
+        found = getattr(optimizer, "found_inf", None)
+        broken = self._step.is_broken
+        optimizer.found_inf = broken if found is None else torch.maximum(found, broken)
 
 
 def check_step(
@@ -15,9 +60,8 @@ def check_step(
 ) -> None:
     """Refuse a step with a parameter, a loss or a gradient that is not finite.
 
-    One tensor holds every loss and the largest entries of every group's parameters and gradients, so that
-    the device is read once. A prior that fails needs no separate check, as its prediction enters its loss.
-    Parameters do: a density of NaN is pruned like empty space, which no loss shows.
+    A prior that fails needs no separate check, as its prediction enters its loss. Parameters do: a density
+    of NaN is pruned like empty space, which no loss shows.
 
     Args:
         losses: scalars by name.
@@ -28,31 +72,41 @@ def check_step(
     Raises:
         FloatingPointError: says where and what.
     """
-    kinds = (
-        {f"a parameter of {group['name']}": _largest(group["params"]) for group in groups},
-        {f"the loss {name}": loss.detach().float() for name, loss in losses.items()},
-        {} if scaled else {f"the gradient of {g['name']}": _largest(_gradients(g["params"])) for g in groups},
-    )
-    device = next(iter(losses.values())).device
-    values = [value.to(device) for kind in kinds for value in kind.values()]
-    numbers = iter(torch.stack(values).tolist())
-    read = [dict(zip(kind, numbers, strict=False)) for kind in kinds]
-    for kind in read:  # causes before their consequences
-        if wrong := [f"{name} is {x}" for name, x in kind.items() if not math.isfinite(x)]:
-            hint = " (is its learning rate too high?)" if kind is read[0] else ""
-            raise FloatingPointError(
-                f"{where}: {', '.join(wrong)}{hint}; stopped before the optimizer's step"
-            )
+    StepNumbers(losses, groups, where, scaled=scaled).refuse_broken()
 
 
-def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    return [p.grad for p in parameters if p.grad is not None]
+class StepNumbers:
+    """The losses of a step and the largest entry of every parameter and gradient, in one tensor."""
+
+    def __init__(
+        self, losses: Mapping[str, Tensor], groups: Collection[Mapping[str, Any]], where: str, *, scaled: bool
+    ) -> None:
+        self.where = where
+        parameters = [(f"a parameter of {g['name']}", p.detach()) for g in groups for p in g["params"]]
+        gradients = [(f"the gradient of {g['name']}", p.grad) for g in groups for p in g["params"]]
+        largest = [*_filled(parameters), *([] if scaled else _filled(gradients))]
+        sizes = torch._foreach_norm([tensor for _, tensor in largest], math.inf) if largest else ()
+        self.names = [*(f"the loss {name}" for name in losses), *(name for name, _ in largest)]
+        values = torch.stack([value.detach().float() for value in (*losses.values(), *sizes)])
+        self.is_broken = (~values.isfinite()).any().float()
+        self._reading = Reading(values)
+
+    def refuse_broken(self) -> None:
+        wrong: dict[str, float] = {}
+        for name, number in zip(self.names, self._reading.numbers(), strict=True):
+            if not math.isfinite(number):
+                wrong[name] = number + wrong.get(name, 0.0)  # NaN if one of them is
+        for kind in ("a parameter of", "the loss", "the gradient of"):  # causes before their consequences
+            if found := [f"{name} is {number}" for name, number in wrong.items() if name.startswith(kind)]:
+                hint = LEARNING_RATE if kind == "a parameter of" else ""
+                raise FloatingPointError(
+                    f"{self.where}: {', '.join(found)}{hint}; stopped before the optimizer's step"
+                )
 
 
-def _largest(tensors: Sequence[Tensor]) -> Tensor:
-    """The largest absolute value; 0 where there is none."""
-    filled = [tensor.detach() for tensor in tensors if tensor.numel()]  # some layers have empty ones
-    return nn.utils.get_total_norm(filled, math.inf).float()
+def _filled(tensors: Collection[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
+    """Those that have entries; some layers have empty parameters."""
+    return ((name, tensor) for name, tensor in tensors if tensor is not None and tensor.numel())
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -1,0 +1,165 @@
+"""The training loop around a system of one parameter, whose gradients are the steps' numbers."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from fourdfy.callbacks.base import Callback
+from fourdfy.data.base import EvalBatch
+from fourdfy.launching.experiment import TrainerConfig
+from fourdfy.launching.loop import Trainer, half_precision
+from fourdfy.ops.cameras import orbit_cameras
+from fourdfy.systems.base import StepOutput
+from fourdfy.types import StepBatch
+from tests.runs import new_run
+
+ZERO = torch.zeros(1)
+CAMERAS = orbit_cameras(ZERO, ZERO, distance=3.0, fovy_deg=40.0, times=ZERO, height=2, width=2)
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2))
+        self.step, self.seen = 0, []
+
+    def before_step(self, batch):
+        self.seen.append("before")
+
+    def after_backward(self, batch, optimizer):
+        self.seen.append("after")
+
+    def training_step(self, batch):
+        self.seen.append((self.training, torch.is_autocast_enabled("cpu"), torch.is_anomaly_enabled()))
+        loss = (self.weight * torch.tensor([1.0, 10.0]) * (batch.step + 1) * (batch.part + 1)).sum()
+        return StepOutput(loss=loss, losses={"a": loss.detach()}, loss_weights={"a": 1.0}, metrics={})
+
+    def render(self, cameras):
+        self.seen.append((self.training, torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+
+
+class Data:
+    def train_dataloader(self, start, parts=1):
+        return (
+            StepBatch(kind="toy", cameras=CAMERAS, step=step, part=part)
+            for step in range(start, 100)
+            for part in range(parts)
+        )
+
+    def val_dataloader(self):
+        return DataLoader([EvalBatch(split="val", cameras=CAMERAS)] * 3, batch_size=None)
+
+    test_dataloader = val_dataloader
+
+
+class Watch(Callback):
+    def __init__(self):
+        self.gradients, self.losses, self.told = [], [], []
+
+    def after_step(self, run, batch, losses):
+        self.gradients.append(run.system.weight.grad.tolist())
+        self.losses.append({name: float(loss) for name, loss in losses.items()})
+
+    def after_frames(self, run, batch, frames, *, done, total):
+        self.told.append((run.step, done, total))
+
+    def after_validation(self, run):
+        self.told.append((run.step, "validated"))
+
+
+def trainer(optimizer=torch.optim.SGD, **keys):
+    system = Toy()
+    keys = {"max_steps": 2, "val_check_interval": 0} | keys
+    toy = optimizer([{"params": [system.weight], "name": "toy"}], lr=0.1)
+    run = new_run(max_steps=keys["max_steps"], optimizer=toy, system=system, data=Data())
+    made = Trainer(TrainerConfig(**keys), run, {"watch": Watch()}, device="cpu")
+    made.watch = made.callbacks["watch"]
+    return made
+
+
+def fit(**keys):
+    made = trainer(**keys)
+    made.fit(None)
+    return made
+
+
+def test_each_step_follows_its_own_gradient():
+    made = fit()
+    assert made.watch.gradients == [[1, 10], [2, 20]]
+    assert made.run.step == 2
+    torch.testing.assert_close(made.system.weight.detach(), torch.tensor([-0.3, -3.0]))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "expected"), [("value", [1, 5]), ("norm", [5 / 101**0.5, 50 / 101**0.5]), (None, None)]
+)
+def test_gradients_are_clipped(algorithm, expected):
+    made = fit(gradient_clip_val=5.0, gradient_clip_algorithm=algorithm, max_steps=1)
+    expected = expected or [5 / 101**0.5, 50 / 101**0.5]
+    torch.testing.assert_close(torch.tensor(made.watch.gradients[0]), torch.tensor(expected).float())
+
+
+def test_parts_of_a_step_are_averaged():
+    made = fit(accumulate_grad_batches=3)
+    assert made.watch.gradients == [[2, 20], [4, 40]]
+    # The weight is [-0.2, -2] at the second step, whose parts weigh it 2, 4 and 6 times.
+    assert made.watch.losses[1]["a"] == pytest.approx((-0.2 - 20) * 4)
+    assert [x for x in made.system.seen if isinstance(x, str)] == ["before", "after"] * 2
+
+
+def test_validations_come_after_whole_intervals_and_keep_to_their_limit():
+    made = fit(max_steps=5, val_check_interval=2, limit_val_batches=2)
+    shown = [(step, done, 2) for step in (2, 4) for done in (1, 2)]
+    assert made.watch.told == [*shown[:2], (2, "validated"), *shown[2:], (4, "validated")]
+
+
+def test_a_validation_before_training_checks_that_it_can_be_done():
+    assert fit(val_check_interval=9, num_sanity_val_steps=1).watch.told == [(0, 1, 1), (0, "validated")]
+    assert fit(val_check_interval=0, num_sanity_val_steps=1).watch.told == []
+
+
+def test_no_validation_renders_nothing():
+    assert fit(val_check_interval=1, limit_val_batches=0).watch.told == []
+
+
+def test_evaluation_has_its_mode_and_leaves_each_module_in_its_own():
+    made = trainer(max_steps=1, val_check_interval=1)
+    made.system.part = nn.Dropout().eval()
+    made.fit(None)
+    assert made.system.seen[-1] == (False, False, False)
+    assert made.system.training and not made.system.part.training
+
+
+@pytest.mark.parametrize("precision", [32, "bf16-mixed", "bf16"])
+def test_steps_and_renders_have_the_precision_that_is_asked_for(precision):
+    made = fit(precision=precision, detect_anomaly=True, max_steps=1, val_check_interval=1)
+    (step,), render = [x for x in made.system.seen[:2] if x != "before"], made.system.seen[-1]
+    assert step == (True, precision != 32, True)
+    assert render[1] == (precision != 32)
+    assert not torch.is_anomaly_enabled()
+
+
+def test_half_precision_on_a_cpu_says_what_is_used(caplog):
+    assert half_precision(TrainerConfig(precision=16), "cpu") == torch.bfloat16
+    assert "trainer.precision=16: not possible on a CPU; bf16-mixed is used" in caplog.text
+    assert half_precision(TrainerConfig(precision=16), "cuda") == torch.float16
+
+
+def test_an_optimizer_may_evaluate_a_step_several_times():
+    made = fit(optimizer=torch.optim.LBFGS, max_steps=1)
+    assert made.run.step == 1 and made.system.seen.count("after") > 1
+
+
+def test_an_error_is_told_to_the_callbacks_with_its_origin():
+    made = trainer()
+    ends = []
+    made.callbacks = {
+        "bad": SimpleNamespace(begin=lambda run: 1 / 0, end=lambda run, error: ends.append(error))
+    }
+    with pytest.raises(ZeroDivisionError) as caught:
+        made.fit(None)
+    assert ends == [caught.value]
+    assert caught.value.__notes__ == ["raised by begin of the callback 'bad' (SimpleNamespace)"]
