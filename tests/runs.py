@@ -6,7 +6,9 @@ from typing import Any
 from fourdfy.callbacks.base import Run, RunningMeans
 
 
-def new_run(step: int = 0, *, max_steps: int = 100, label: str = "", optimizer: Any = None, **parts: Any) -> Run:
+def new_run(
+    step: int = 0, *, max_steps: int = 100, label: str = "", optimizer: Any = None, **parts: Any
+) -> Run:
     """A run whose system is at ``step``; ``parts`` are further attributes."""
     run = object.__new__(Run)
     vars(run).update(

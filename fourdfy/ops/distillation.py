@@ -26,7 +26,7 @@ def score_loss(latents: Float[Tensor, "B C *S"], grad: Float[Tensor, "B C *S"]) 
     """The loss whose gradient with respect to ``latents`` is ``grad / B``.
 
     SDS (Poole et al. 2022, eq. 3) and VSD (Wang et al. 2023) define an update of the latents, not
-    a loss. AMP and Lightning want a scalar, so one is built around a fixed target.
+    a loss. AMP and ``backward`` want a scalar, so one is built around a fixed target.
 
     Args:
         latents: VAE latents after ``scaling_factor``; they carry the graph.

@@ -52,10 +52,11 @@ class AugmentedConfig(Background.Config):
         chance, pick, *channels = torch.rand(5, generator=generator, device=generator.device).to(colors)
         color = torch.stack(channels)
         if self.random_aug_colors is not None:
-            palette = colors.new_tensor(self.random_aug_colors)
+            palette = torch.tensor(self.random_aug_colors, pin_memory=colors.is_cuda)
+            palette = palette.to(colors, non_blocking=True)
             # rounded to half precision a draw may be 1, one past the last colour
             index = (pick * len(palette)).long().clamp(max=len(palette) - 1)
-            color = palette[index]
+            color = palette.index_select(0, index[None])[0]
         return torch.where(chance < self.random_aug_prob, color, colors)
 
 

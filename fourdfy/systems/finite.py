@@ -24,9 +24,7 @@ class FiniteCheck:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.groups = optimizer.param_groups
         self._step: StepNumbers | None = None
-        self._skips = getattr(optimizer, "_step_supports_amp_scaling", False) and all(
-            parameter.is_cuda for group in self.groups for parameter in group["params"]
-        )
+        self._skips = skips_on_gpu(optimizer)
         if self._skips:
             optimizer.register_step_pre_hook(self._mark)
 
@@ -53,6 +51,13 @@ class FiniteCheck:
         found = getattr(optimizer, "found_inf", None)
         broken = self._step.is_broken
         optimizer.found_inf = broken if found is None else torch.maximum(found, broken)
+
+
+def skips_on_gpu(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether its kernels leave everything as it is where ``optimizer.found_inf`` is 1."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
+        parameter.is_cuda for group in optimizer.param_groups for parameter in group["params"]
+    )
 
 
 def check_step(

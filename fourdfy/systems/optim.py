@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 OPTION_BOUNDS = {"lr": Bounds(0, 1000), "eps": Bounds(high=1, above=0), "weight_decay": Bounds(0, 1000)}
 """Ranges of optimizer options; values outside diverge, or divide by zero if a gradient is zero."""
 
+FUSED = ("Adam", "AdamW", "SGD")
+"""Classes of torch.optim with fused kernels for CUDA."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
@@ -29,7 +32,8 @@ class OptimizerConfig:
     name: str = "AdamW"
     """A class of torch.optim."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the optimizer, for every group."""
+    """Arguments of the optimizer, for every group. On a GPU, ``fused`` is true unless they say otherwise, for
+    the classes that have it."""
     params: dict[str, Any] = keyed_by_path()
     """Dotted path from the system (``geometry.encoding``) -> group options (``{lr: 0.01}``); null
     switches an inherited group off. Parameters that no path names are not trained; without paths, all are."""
@@ -147,7 +151,17 @@ def build_optimizer(
     for parameter in system.parameters():
         if id(parameter) not in trained:
             parameter.requires_grad_(False)
-    return getattr(torch.optim, cfg.name)(groups, **cfg.args)
+    return getattr(torch.optim, cfg.name)(groups, **fused_by_default(cfg.name, cfg.args, groups))
+
+
+def fused_by_default(
+    name: str, args: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    """``args``, with one kernel for all tensors of a group where they are on a GPU and nothing forbids it."""
+    given = args.keys() | {key for group in groups for key in group}
+    on_gpu = all(parameter.is_cuda for group in groups for parameter in group["params"])
+    chosen = given & {"fused", "foreach", "capturable", "differentiable"}
+    return {**args, "fused": True} if name in FUSED and on_gpu and not chosen else args
 
 
 def _is_optimizer(name: str) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fourdfy.callbacks import curves
+from fourdfy.callbacks import base, curves
 from fourdfy.callbacks.curves import Curves
 from fourdfy.config import ConfigError
 from fourdfy.files import atomic
@@ -88,6 +88,41 @@ def test_a_resumed_run_continues_the_curve_without_a_step_twice_or_lost(tmp_path
     assert rows(broken) == rows(whole)
     for name in ("loss/a/sds", "loss/b/sds", "lr/geometry"):
         assert points(broken, name) == points(whole, name)
+
+
+@pytest.fixture
+def arrived(monkeypatch):
+    """Numbers are on their way until their step is put into this set."""
+    steps = set()
+
+    class Slow(base.Means):
+        is_ready = property(lambda self: all(total in steps for total, _ in self._sums.values()))
+
+    monkeypatch.setattr(base, "Means", Slow)
+    return steps
+
+
+def test_points_are_written_in_order_once_their_numbers_have_come(tmp_path, arrived):
+    this = experiment(tmp_path, "trainer.log_every_n_steps=1")
+    callback, run = curves_of(this), new_run(optimizer=OPTIMIZER)
+    callback.begin(run)
+    written = []
+    for step, came in enumerate([(), (1,), (0,), ()]):
+        run.means.add({"loss/a/sds": float(step)})
+        arrived.update(map(float, came))
+        run.system.step = step + 1
+        callback.after_step(run, None, {})
+        written.append([row["step"] for row in rows(this)])
+    assert written == [[], [], [0, 1], [0, 1]]
+    assert callback.state_dict() == {}  # as a checkpoint is written
+    assert [row["step"] for row in rows(this)] == [0, 1, 2, 3]
+    assert [step for step, _ in points(this, "loss/a/sds")] == [0, 1, 2, 3]
+
+
+def test_points_that_are_on_their_way_at_the_end_are_written(tmp_path, arrived):
+    this = experiment(tmp_path)
+    run(this, range(8))
+    assert [row["step"] for row in rows(this)] == [3, 7]
 
 
 def test_pictures_and_clips_go_to_tensorboard_at_a_small_size(tmp_path):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fourdfy.callbacks import progress
+from fourdfy.callbacks import base, progress
 from fourdfy.callbacks.progress import LiveLine, ProgressLine, fit
 from tests.runs import new_run
 
@@ -87,6 +87,23 @@ def test_a_kind_is_shown_as_the_mean_of_its_steps(terminal):
     losses = [2.0] * 10 + [4.0] * 10
     train([pair for loss in losses for pair in (("video", loss), ("multi_view", 7.0))])
     assert "video 3  views 7" in terminal.rows()[0]
+
+
+def test_the_line_shows_the_newest_numbers_that_have_come(terminal, monkeypatch):
+    coming = [True]
+    monkeypatch.setattr(base.Means, "is_ready", property(lambda means: not (coming[0] and len(means))))
+    monkeypatch.setattr(progress, "REDRAW_SECONDS", {True: 0.0})
+    run, callback = new_run(label="stage"), ProgressLine()
+    callback.begin(run)
+    shown = []
+    for step, now in enumerate([True, False, True, True, False]):
+        coming[0] = now
+        run.means.add({"loss/video/total": float(step)})
+        run.means.take()
+        callback.after_step(run, None, {})
+        shown.append(terminal.rows()[0].partition("video ")[2][:1])
+    callback.end(run, None)
+    assert shown == ["", "1", "1", "1", "4"]
 
 
 def test_records_and_warnings_stand_above_the_line(terminal):

@@ -1,5 +1,8 @@
 """The training loop around a system of one parameter, whose gradients are the steps' numbers."""
 
+import csv
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -8,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from fourdfy.callbacks.base import Callback
+from fourdfy.callbacks.curves import Curves
 from fourdfy.data.base import EvalBatch
 from fourdfy.launching.experiment import TrainerConfig
 from fourdfy.launching.loop import Trainer, half_precision
@@ -24,6 +28,7 @@ class Toy(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(2))
+        self.register_buffer("slopes", torch.tensor([1.0, 10.0]))
         self.step, self.seen = 0, []
 
     def before_step(self, batch):
@@ -34,7 +39,7 @@ class Toy(nn.Module):
 
     def training_step(self, batch):
         self.seen.append((self.training, torch.is_autocast_enabled("cpu"), torch.is_anomaly_enabled()))
-        loss = (self.weight * torch.tensor([1.0, 10.0]) * (batch.step + 1) * (batch.part + 1)).sum()
+        loss = (self.weight * self.slopes * (batch.step + 1) * (batch.part + 1)).sum()
         return StepOutput(loss=loss, losses={"a": loss.detach()}, loss_weights={"a": 1.0}, metrics={})
 
     def render(self, cameras):
@@ -70,12 +75,12 @@ class Watch(Callback):
         self.told.append((run.step, "validated"))
 
 
-def trainer(optimizer=torch.optim.SGD, **keys):
-    system = Toy()
+def trainer(optimizer=torch.optim.SGD, device="cpu", **keys):
+    system = Toy().to(device)
     keys = {"max_steps": 2, "val_check_interval": 0} | keys
     toy = optimizer([{"params": [system.weight], "name": "toy"}], lr=0.1)
     run = new_run(max_steps=keys["max_steps"], optimizer=toy, system=system, data=Data())
-    made = Trainer(TrainerConfig(**keys), run, {"watch": Watch()}, device="cpu")
+    made = Trainer(TrainerConfig(**keys), run, {"watch": Watch()}, device=device)
     made.watch = made.callbacks["watch"]
     return made
 
@@ -163,3 +168,46 @@ def test_an_error_is_told_to_the_callbacks_with_its_origin():
         made.fit(None)
     assert ends == [caught.value]
     assert caught.value.__notes__ == ["raised by begin of the callback 'bad' (SimpleNamespace)"]
+
+
+class NoWaiting(Callback):
+    """An error for every wait for the GPU, from the second step on."""
+
+    def after_step(self, run, batch, losses):
+        torch.cuda.set_sync_debug_mode("error")
+
+    def end(self, run, error):
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", [32, "16-mixed"])
+def test_no_step_waits_for_the_gpu(tmp_path, precision):
+    adam = partial(torch.optim.AdamW, fused=True)
+    made = trainer(adam, "cuda", max_steps=9, precision=precision, gradient_clip_val=1.0)
+    off = SimpleNamespace(enable=False)
+    made.callbacks = {"curves": Curves(tmp_path, 1, off, {}), "strict": NoWaiting()}
+    made.fit(None)
+    with open(tmp_path / "csv_logs" / "version_0" / "metrics.csv") as file:
+        assert [row["step"] for row in csv.DictReader(file)] == [str(step) for step in range(9)]
+    assert made.system.weight.abs().min() > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", [32, "16-mixed"])
+def test_a_step_of_nan_ends_the_run_and_changes_nothing_on_a_gpu(precision):
+    made = trainer(partial(torch.optim.AdamW, fused=True), "cuda", max_steps=9, precision=precision)
+    weights = []
+
+    def spoilt(batch):
+        out = Toy.training_step(made.system, batch)
+        weights.append(made.system.weight.detach().clone())
+        loss = out.loss * (float("nan") if batch.step == 3 else 1.0)
+        return replace(out, loss=loss, losses={"a": loss.detach()})
+
+    made.system.training_step = spoilt
+    with pytest.raises(FloatingPointError, match="^global step 3, a toy step: the loss a is nan"):
+        made.fit(None)
+    assert torch.equal(made.system.weight, weights[3])

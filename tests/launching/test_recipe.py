@@ -3,7 +3,6 @@
 import os
 import signal
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 

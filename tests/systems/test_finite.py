@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from fourdfy.launching.experiment import load_experiment
+from fourdfy.systems import finite
 from fourdfy.systems.checkpoint import read_checkpoint, write_checkpoint
-from fourdfy.systems.finite import check_step
+from fourdfy.systems.finite import FiniteCheck, check_step
 from fourdfy.systems.fourdfy import FourdfySystem
 from tests.commands import CONFIGS, TINY, launch, trial
 
@@ -89,6 +90,61 @@ def test_gradients_that_overflow_are_the_scaler_s_affair():
     network, groups = toy()
     network.bias.grad[0] = INF
     check_step({"sds": torch.zeros(())}, groups, "here", scaled=True)
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """The check of an optimizer that skips a broken step by itself, as fused kernels do on a CPU too."""
+    monkeypatch.setattr(finite, "skips_on_gpu", lambda optimizer: optimizer._step_supports_amp_scaling)
+    network, groups = toy()
+    optimizer = torch.optim.AdamW(groups, lr=0.1, fused=True)
+    return FiniteCheck(optimizer), optimizer, network
+
+
+def test_a_broken_step_is_skipped_without_a_word_and_reported_before_the_next(late):
+    check, optimizer, network = late
+    good = {"sds": torch.zeros(())}
+    check(good, "step 0")
+    optimizer.step()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    moments = {key: value.clone() for key, value in optimizer.state[network.weight].items()}
+    network.bias.grad[0] = NAN
+    check(good, "step 1")
+    optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(torch.equal(value, moments[key]) for key, value in optimizer.state[network.weight].items())
+    network.bias.grad[0] = 1.0
+    with pytest.raises(FloatingPointError, match=r"^step 1: the gradient of b is nan; stopped before"):
+        check(good, "step 2")
+
+
+def test_after_good_steps_the_optimizer_goes_on(late):
+    check, optimizer, network = late
+    for step in range(3):
+        before = network.weight.detach().clone()
+        check({"sds": torch.zeros(())}, f"step {step}")
+        optimizer.step()
+        assert not torch.equal(network.weight.detach(), before)
+    check.settle()
+    check.settle()  # there is nothing left to report
+
+
+@pytest.mark.parametrize("found, loss", [(1.0, 0.0), (0.0, NAN)])
+def test_a_gradient_scaler_and_the_check_skip_what_either_of_them_finds(late, found, loss):
+    check, optimizer, network = late
+    before = network.weight.detach().clone()
+    optimizer.found_inf = torch.tensor(found)
+    check({"sds": torch.tensor(loss)}, "here", scaled=True)
+    optimizer.step()
+    assert torch.equal(network.weight.detach(), before)
+
+
+def test_other_optimizers_are_stopped_at_once():
+    network, groups = toy()
+    network.bias.grad[0] = NAN
+    check = FiniteCheck(torch.optim.AdamW(groups, fused=True))
+    with pytest.raises(FloatingPointError, match=r"^here: the gradient of b is nan"):
+        check({"sds": torch.zeros(())}, "here")
 
 
 def test_a_scene_that_is_not_finite_is_not_written_over_one_that_is(tmp_path):

@@ -1,11 +1,22 @@
 """Optimizer groups, scoped freezing, and the gradient audit."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from fourdfy.config import ConfigError
-from fourdfy.systems.optim import GradientAudit, OptimizerConfig, build_optimizer, frozen, parameter_groups
+from fourdfy.systems.learning_rates import continued
+from fourdfy.systems.optim import (
+    GradientAudit,
+    OptimizerConfig,
+    build_optimizer,
+    frozen,
+    fused_by_default,
+    parameter_groups,
+)
 
 
 class Toy(nn.Module):
@@ -174,3 +185,46 @@ def test_the_audit_accepts_a_group_that_one_kind_reaches(toy):
     audit.record("a", groups)
     toy(torch.ones(1, 2)).backward()
     assert "gradient norm" in audit.record("b", groups)
+
+
+GPU, CPU = SimpleNamespace(is_cuda=True), SimpleNamespace(is_cuda=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "group", "fused"),
+    [
+        ("AdamW", {}, {"params": [GPU, GPU]}, True),
+        ("AdamW", {}, {"params": [GPU, CPU]}, None),
+        ("AdamW", {"fused": False}, {"params": [GPU]}, False),
+        ("SGD", {"momentum": 0.9}, {"params": [GPU]}, True),
+        ("Adam", {"foreach": True}, {"params": [GPU]}, None),
+        ("Adam", {}, {"params": [GPU], "capturable": True}, None),
+        ("RMSprop", {}, {"params": [GPU]}, None),
+    ],
+)
+def test_fused_kernels_are_used_on_a_gpu_unless_the_config_says_otherwise(name, args, group, fused):
+    options = fused_by_default(name, args, [group])
+    assert options.get("fused") == fused
+    assert {**options, **args} == options
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_state_without_fused_kernels_is_continued_with_them(toy):
+    def optimizer(device, **args):
+        toy.to(device)
+        return build_optimizer(OptimizerConfig(args=args), toy)
+
+    for before, now in (("cpu", "cuda"), ("cuda", "cpu")):
+        old = optimizer(before)
+        for p in toy.parameters():
+            p.grad = torch.full_like(p, 0.5)
+        old.step()
+        new = optimizer(now)
+        saved = tree_map(lambda x: x.cpu() if isinstance(x, torch.Tensor) else x, old.state_dict())
+        new.load_state_dict(continued(saved, "AdamW", new))
+        for p in toy.parameters():
+            p.grad = torch.full_like(p, 0.5)
+        new.step()
+        assert {int(state["step"]) for state in new.state.values()} == {2}
+        assert new.defaults["fused"] == (True if now == "cuda" else None)
