@@ -208,6 +208,6 @@ def test_a_step_of_nan_ends_the_run_and_changes_nothing_on_a_gpu(precision):
         return replace(out, loss=loss, losses={"a": loss.detach()})
 
     made.system.training_step = spoilt
-    with pytest.raises(FloatingPointError, match="^global step 3, a toy step: the loss a is nan"):
+    with pytest.raises(FloatingPointError, match=r"^global step 3, a toy step: the loss a is nan"):
         made.fit(None)
     assert torch.equal(made.system.weight, weights[3])
