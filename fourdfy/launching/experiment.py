@@ -69,6 +69,10 @@ class TrainerConfig:
     """Bound on the gradients, applied as ``gradient_clip_algorithm`` says; null: none."""
     gradient_clip_algorithm: Literal["norm", "value"] | None = None
     """``norm`` (also null) bounds the norm of all gradients together, ``value`` bounds each element."""
+    memory_budget_gb: float | None = number(None, above=0)
+    """GPU memory of training in GiB, of which a tenth is kept in reserve; null: what is free when the models
+    are loaded. Exact gradients are computed in as many passes as it takes. So a run that is resumed on
+    another card continues within rounding."""
     detect_anomaly: bool = False
     """Name the operation whose gradient is the first NaN; slow."""
     deterministic: bool = False

@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 SCALER = "MixedPrecision"
 """The key of the gradient scaler's state in a checkpoint: Lightning's, which wrote the older ones."""
 
+RESERVE = 0.1
+"""Share of a GPU's memory that is left to fragments, libraries and what is held for moments."""
+
 
 class Trainer:
     """Trains and renders the system of a run, on one device.
@@ -64,6 +67,9 @@ class Trainer:
                 return
             assert run.optimizer is not None, "asked for in training alone"
             self.check = FiniteCheck(run.optimizer)
+            if self.device.type == "cuda":
+                with self.autocast():
+                    self.system.bound_memory(memory_budget(self.device, cfg.memory_budget_gb))
             run.save = self.save
             self.tell("begin")
             batches = iter(run.data.train_dataloader(run.step, cfg.accumulate_grad_batches))
@@ -219,6 +225,14 @@ class Trainer:
         except BaseException as error:
             self.tell("end", error)
             raise
+
+
+def memory_budget(device: torch.device, gib: float | None) -> float:
+    """The bytes of a GPU that a run should take: of ``gib``, or else of what is free or already its own."""
+    if gib is not None:
+        return (1 - RESERVE) * gib * 2**30
+    free, _ = torch.cuda.mem_get_info(device)
+    return (1 - RESERVE) * (free + torch.cuda.memory_reserved(device))
 
 
 def half_precision(cfg: TrainerConfig, device: str) -> torch.dtype | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from rich.text import Text
 
 from fourdfy.config import ConfigError
 from fourdfy.config_files import COMMAND_LINE
-from fourdfy.launching.experiment import Experiment, trial_of
+from fourdfy.launching.experiment import Experiment, TrainerConfig, trial_of
 from fourdfy.priors.hub import locate_model, resolve_model, stored_bytes
 from fourdfy.priors.model_folder import ModelNotFound
 from fourdfy.systems.base import System
@@ -76,7 +77,16 @@ def _stage_lines(experiment: Experiment, system: System) -> Iterator[str]:
         yield f"model: {locate_model(name, parts)}, for its {', '.join(parts)}"
     here = all(stored_bytes(name, parts) is not None for name, parts in models)
     rest = "" if here else ", plus that of the models that are not on this disk"
-    yield f"memory, roughly: {_memory_estimate(experiment, system) / 2**30:.1f} GiB{rest}"
+    yield f"memory, roughly: {memory_line(*_memory_estimate(experiment, system), cfg.trainer)}{rest}"
+
+
+def memory_line(least: float, at_once: float, cfg: TrainerConfig) -> str:
+    """The bytes of a training with the fewest samples at once, and with all of them, as a user needs them."""
+    budget = math.inf if cfg.memory_budget_gb is None else cfg.memory_budget_gb * 2**30
+    line = f"{min(at_once, max(least, budget)) / 2**30:.1f} GiB"
+    if budget == math.inf and at_once - least > 2**30:
+        line += f"; a GPU with less, from {least / 2**30:.1f} GiB on, takes several passes"
+    return line
 
 
 def prompt_line(experiment: Experiment) -> str:
@@ -178,8 +188,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def _memory_estimate(experiment: Experiment, system: System) -> float:
-    """Bytes: the scene with gradients and two moments, the priors as stored here, the largest graph.
+def _memory_estimate(experiment: Experiment, system: System) -> tuple[float, float]:
+    """Bytes: the scene with gradients and two moments, the priors as stored here, the largest graph; first
+    without samples, then with all of them.
 
     It assumes a camera that sees the whole object. A narrow field of view has more samples; the estimate is
     within a third of the largest measured value of a few random cameras.
@@ -190,7 +201,7 @@ def _memory_estimate(experiment: Experiment, system: System) -> float:
         stored_bytes(name, tuple(part for part in parts if part in ("unet", "vae"))) or 0
         for name, parts in needed_models([experiment]).items()
     )
-    graphs = []
+    priors, graphs = [0.0], []
     for kind in experiment.plan.kinds:
         for frames, height, width in kind.cameras.sizes():
             # The object fits the shorter side.
@@ -198,4 +209,5 @@ def _memory_estimate(experiment: Experiment, system: System) -> float:
             samples = cfg.scene_cfg.samples_with_graph(rays, OCCUPIED, kind.budget)
             prior = kind.guidance.activation_bytes(frames, height, width)
             graphs.append(max(samples * BYTES_KEPT + prior, samples * BYTES_AT_PEAK))
-    return scene + stored + max(graphs)
+            priors.append(float(prior))
+    return scene + stored + max(priors), scene + stored + max(graphs)

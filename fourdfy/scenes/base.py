@@ -52,6 +52,11 @@ class Scene(Component, nn.Module, ABC):
     def halves(self) -> dict[str, list[nn.Parameter]]:
         """All parameters: ``dynamic`` ones make the scene move, and the others are ``static``."""
 
+    def bound_memory(self, available: float) -> None:
+        """Keep what a training step stores for its backward pass within so many bytes of GPU memory, as far
+        as that changes no result beyond rounding. Called once before training, on a GPU."""
+        return
+
     def before_step(self, context: StepContext, *, dynamic: bool) -> None:
         """Called before each training step; ``dynamic`` says whether the scene moves in this stage."""
         return

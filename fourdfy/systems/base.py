@@ -98,6 +98,11 @@ class System(Component, nn.Module):
         """Prepare for training: load the priors onto ``device`` and, unless ``resumed``, load what fits by
         name from ``system.weights``."""
 
+    def bound_memory(self, budget: float) -> None:
+        """Keep training within so many bytes of GPU memory, as far as that changes no result beyond rounding.
+        Called once before the first step, on a GPU."""
+        return
+
     @abstractmethod
     def configure_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer, after ``prepare``; each of its groups has a ``name``."""

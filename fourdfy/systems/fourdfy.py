@@ -170,6 +170,20 @@ class FourdfySystem(System):
         if weights:  # again, now that the LoRA exists and can load its own
             logger.info("system.weights: %d tensors from %s", self.load_weights(weights), self.cfg.weights)
 
+    def bound_memory(self, budget: float) -> None:
+        # A gradient, that of a pass which is added to it, and the optimizer's moments.
+        later = 4 * sum(p.numel() * p.element_size() for p in self.parameters() if p.requires_grad)
+        priors = max(
+            kind.guidance.activation_bytes(*size) for kind in self.plan.kinds for size in kind.cameras.sizes()
+        )
+        available = budget - torch.cuda.memory_allocated(self.device) - later - priors
+        if available <= 0:
+            logger.warning(
+                "trainer.memory_budget_gb: the models and the scene alone take about %.1f GiB",
+                (budget - available) / 2**30,
+            )
+        self.scene.bound_memory(available)
+
     def configure_optimizer(self) -> torch.optim.Optimizer:
         trains = frozenset[Half]().union(*(kind.trains for kind in self.plan.kinds))
         optimizer = build_optimizer(

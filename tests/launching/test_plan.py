@@ -11,7 +11,8 @@ import pytest
 from fourdfy.config import ConfigError
 from fourdfy.launching import plan
 from fourdfy.launching.cli import main
-from fourdfy.launching.experiment import Experiment, load_experiment
+from fourdfy.launching.experiment import Experiment, TrainerConfig, load_experiment
+from fourdfy.launching.plan import memory_line
 from fourdfy.launching.recipe import load_recipe
 from fourdfy.prompts import base
 from fourdfy.shapes.grammar import GRAMMAR
@@ -34,6 +35,17 @@ PEAK_GIB = {
 }
 """The most that a step took on an NVIDIA H200."""
 
+MEASURED_WITH = {
+    name: {"train_max_nums": count, "train_max_nums_static": count}
+    for count, names in {
+        2_000_000: [name for name in PEAK_GIB if name.startswith(("stage_1_low", "stage_2_low"))],
+        100_000: ["stage_3_low_vram", "stage_3_low_vram_vc", "stage_3_vc"],
+        140_000: ["stage_3_low_vram_vc_deformation", "stage_3_vc_deformation"],
+    }.items()
+    for name in names
+}
+"""The samples at once of these measurements, where the config leaves them to the memory."""
+
 STORED_GIB = {"MVDream": 1.8, "stabilityai": 1.8, "cerspense": 2.8, "VideoCrafter": 2.8}
 """U-Net and VAE in 16 bits, by the first part of a model's name."""
 
@@ -46,8 +58,9 @@ def load(name: str, *overrides: str) -> Experiment:
 @pytest.mark.parametrize("name", PEAK_GIB)
 def test_the_memory_is_about_what_was_measured(name, monkeypatch):
     monkeypatch.setattr(plan, "stored_bytes", lambda model, parts: STORED_GIB[model.split("/")[0]] * 2**30)
-    this = load(name)
-    estimate = plan._memory_estimate(this, this.build_system()) / 2**30
+    bounds = [f"system.renderer.base_renderer.{key}={n}" for key, n in MEASURED_WITH.get(name, {}).items()]
+    this = load(name, *bounds)
+    _, estimate = (size / 2**30 for size in plan._memory_estimate(this, this.build_system()))
     assert PEAK_GIB[name] / 1.45 < estimate < PEAK_GIB[name] * 1.33
 
 
@@ -197,3 +210,20 @@ def test_training_finds_what_a_check_finds(tmp_path, capsys):
     assert launch("shapes.yaml", "train", tmp_path, long) == 2
     assert "error: system.prompt_processor_video: a prompt has" in capsys.readouterr().err
     assert not list(tmp_path.iterdir()), "it began all the same"
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("least", "at_once", "budget", "line"),
+    [
+        (10 * GIB, 60 * GIB, None, "60.0 GiB; a GPU with less, from 10.0 GiB on, takes several passes"),
+        (10 * GIB, 60 * GIB, 24.0, "24.0 GiB"),
+        (10 * GIB, 60 * GIB, 4.0, "10.0 GiB"),
+        (10 * GIB, 10.5 * GIB, None, "10.5 GiB"),
+        (10 * GIB, 12 * GIB, 24.0, "12.0 GiB"),
+    ],
+)
+def test_the_memory_is_bounded_by_the_budget_and_by_what_is_needed(least, at_once, budget, line):
+    assert memory_line(float(least), float(at_once), TrainerConfig(memory_budget_gb=budget)) == line

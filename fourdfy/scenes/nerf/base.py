@@ -142,6 +142,10 @@ class Renderer(Component, nn.Module, ABC):
     def forward(self, rays: RayBundle, context: StepContext, budget: Budget = "image") -> RenderOutput:
         """Images of all frames of ``rays``; see ``Scene.render``."""
 
+    def bound_memory(self, available: float) -> None:
+        """See ``Scene.bound_memory``."""
+        return
+
     def update_occupancy(self, context: StepContext, *, dynamic: bool) -> None:
         """Update the knowledge of empty space; called before every training step."""
         return

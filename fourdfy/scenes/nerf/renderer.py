@@ -7,6 +7,7 @@ with a graph, rays are shaded in passes that the backward pass recomputes one at
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from fourdfy.ops.ray_marching.rays import SteppedRays, step_size
 from fourdfy.ops.recomputation import recomputed
 from fourdfy.registry import register
 from fourdfy.scenes.nerf.base import Parts, Renderer, ShadingPoints
+from fourdfy.scenes.nerf.memory import bytes_per_sample
 from fourdfy.scenes.nerf.occupancy import OccupancyGrid
 from fourdfy.scenes.nerf.passes import (
     FlatRays,
@@ -46,10 +48,14 @@ from fourdfy.types import (
     joined_records,
 )
 
+logger = logging.getLogger(__name__)
+
 # Candidates that are evaluated at once before pruning, and samples that an evaluation shades at
 # once: about 100 bytes each.
 MAX_SAMPLES = 1 << 22
 NO_CAP = 1 << 62
+FEWEST = 1 << 17
+"""The least that memory bounds the samples with a graph to: fewer take hardly less beside the hash tables."""
 
 
 FieldAt = Callable[[Tensor, Tensor, int], FieldOutput]
@@ -109,8 +115,9 @@ class NeRFVolumeRenderer(Renderer):
         """Cells around an occupied one that count as occupied too, in dynamic scenes. Without it, a
         few random times miss the rim of moving objects: 2 to 3 % of their samples."""
         train_max_nums: int | None = number(None, 1)
-        """Samples of a video step that have a graph at once; null: all. A ray is never cut in two. Small
-        numbers are slow: each pass makes and adds a gradient of the whole hash tables."""
+        """Most samples of a video step that have a graph at once; null, the best choice: as many as fit into
+        ``trainer.memory_budget_gb`` on a GPU, all on a CPU. A ray is never cut in two. Small numbers are
+        slow: each pass makes and adds a gradient of the whole hash tables."""
         train_max_nums_static: int | None = number(None, 1)
         """The same for all other steps."""
         gradient: Literal["exact", "subset"] = "exact"
@@ -149,6 +156,8 @@ class NeRFVolumeRenderer(Renderer):
         self.step_size = step_size(cfg.radius, cfg.num_samples_per_ray)
         self.register_buffer("bbox", torch.tensor([[-cfg.radius] * 3, [cfg.radius] * 3]))
         self.estimator = OccupancyGrid(cfg.grid_resolution, cfg.radius)
+        self.fitting = NO_CAP
+        """Samples with a graph that fit into memory; see ``bound_memory``."""
 
     def forward(self, rays: RayBundle, context: StepContext, budget: Budget = "image") -> RenderOutput:
         """See ``Renderer``: march, prune, shade, put together."""
@@ -164,11 +173,25 @@ class NeRFVolumeRenderer(Renderer):
                     self._shade(*cut(flat, samples, part), context, self._field_in_chunks) for part in passes
                 ]
             elif self.cfg.gradient == "exact":
-                shaded = self._shade_in_passes(flat, samples, context.copied(), self.cfg.cap(budget))
+                cap = min(self.cfg.cap(budget), self.fitting)
+                shaded = self._shade_in_passes(flat, samples, context.copied(), cap)
             else:
                 quotas = self.share_out(rays, self.cfg.cap(budget))
                 shaded = [self._shade_with_subset(flat, samples, context.copied(), quotas)]
             return assemble(rays, background, samples, shaded)
+
+    def bound_memory(self, available: float) -> None:
+        """See ``Scene.bound_memory``; ``gradient: subset`` keeps its caps, which are part of its method."""
+        if self.cfg.gradient == "subset":
+            return
+        context = StepContext(0, torch.Generator(self.bbox.device).manual_seed(0))
+        each = bytes_per_sample(
+            lambda rays, samples: self._shade(rays, samples, context, self._field),
+            [p for part in (self.parts.geometry, self.parts.material) for p in part.parameters()],
+            self.cfg.radius,
+        )
+        self.fitting = max(FEWEST, int(available / each))
+        logger.debug("renderer: %d bytes for each sample, at most %d at once", each, self.fitting)
 
     @torch.no_grad()
     def update_occupancy(self, context: StepContext, *, dynamic: bool) -> None:
@@ -313,8 +336,8 @@ class MaskedVolumeRenderer(NeRFVolumeRenderer):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(NeRFVolumeRenderer.Config):
-        train_max_nums: int = number(100_000, 1)
-        train_max_nums_static: int = number(2_000_000, 1)
+        train_max_nums: int | None = number(100_000, 1)
+        train_max_nums_static: int | None = number(2_000_000, 1)
 
     cfg: Config
 

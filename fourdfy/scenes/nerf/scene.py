@@ -89,6 +89,9 @@ class NeRFScene(VolumeScene):
         moving = {id(parameter) for parameter in dynamic}
         return {"static": [p for p in self.parameters() if id(p) not in moving], "dynamic": dynamic}
 
+    def bound_memory(self, available: float) -> None:
+        self.renderer.bound_memory(available)
+
     def before_step(self, context: StepContext, *, dynamic: bool) -> None:
         self.renderer.update_occupancy(context, dynamic=dynamic)
 

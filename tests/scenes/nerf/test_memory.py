@@ -1,0 +1,122 @@
+"""The samples with a graph are bounded by what fits into a GPU's memory."""
+
+import pytest
+import torch
+from analytic_scene import frames, make_scene, training
+
+from fourdfy.launching.experiment import load_experiment
+from fourdfy.launching.loop import memory_budget
+from fourdfy.scenes.nerf import renderer as module
+from fourdfy.scenes.nerf.memory import through_the_box
+from tests.commands import CONFIGS, TINY
+
+GIB = 2**30
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Each sample takes 1000 bytes, and few suffice."""
+    monkeypatch.setattr(module, "bytes_per_sample", lambda *args: 1000.0)
+    monkeypatch.setattr(module, "FEWEST", 10)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Lengths of all passes that are shaded."""
+    lengths, shade = [], module.NeRFVolumeRenderer._shade
+
+    def counted(self, rays, samples, *others):
+        lengths.append(len(samples))
+        return shade(self, rays, samples, *others)
+
+    monkeypatch.setattr(module.NeRFVolumeRenderer, "_shade", counted)
+    return lengths
+
+
+def test_a_step_is_shaded_in_passes_that_fit(measured, passes):
+    made = make_scene()
+    whole = made.renderer(frames(), training())
+    assert passes == [len(whole.samples)]
+    passes.clear()
+    made.renderer.bound_memory(100_500.0)
+    parts = made.renderer(frames(), training())
+    assert len(passes) > 3 and max(passes) <= 100 and sum(passes) == len(whole.samples)
+    torch.testing.assert_close(parts.comp_rgb, whole.comp_rgb)
+
+
+@pytest.mark.parametrize(
+    ("given", "available", "most"),
+    [({"train_max_nums_static": 40}, 1e5, 40), ({"train_max_nums_static": 400}, 1e5, 100), ({}, -1e9, 20)],
+)
+def test_a_bound_that_is_given_stays_one_and_little_memory_still_renders(
+    measured, passes, given, available, most
+):
+    made = make_scene(**given)
+    made.renderer.bound_memory(available)
+    made.renderer(frames(), training())
+    assert max(passes) <= most
+
+
+def test_the_original_s_subsets_do_not_depend_on_memory(measured):
+    made = make_scene(gradient="subset", train_max_nums=50, train_max_nums_static=50)
+    before = made.renderer.fitting
+    made.renderer.bound_memory(1e5)
+    assert made.renderer.fitting == before
+
+
+def test_what_is_measured_lies_in_the_box_and_is_sorted_by_ray():
+    rays, samples = through_the_box(640, 1.5, torch.device("cpu"))
+    positions, times = rays.midpoints(samples)
+    assert len(samples) == 640 and (samples.ray_indices.diff() >= 0).all()
+    assert positions.norm(dim=-1).max() < 1.5 and times.min() >= 0 and times.max() <= 1
+
+
+def test_the_priors_and_what_the_optimizer_will_need_come_off_the_budget(monkeypatch):
+    system = load_experiment([CONFIGS / "shapes_stage_1.yaml"], TINY).build_system()
+    told = []
+    monkeypatch.setattr(type(system.scene), "bound_memory", lambda self, available: told.append(available))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * GIB)
+    system.bound_memory(8.0 * GIB)
+    (kind,) = system.plan.kinds
+    later = 16 * sum(p.numel() for p in system.parameters() if p.requires_grad)
+    assert told == [6 * GIB - later - kind.guidance.activation_bytes(4, 16, 16)]
+
+
+def test_a_budget_without_room_for_samples_is_warned_of(monkeypatch, caplog):
+    system = load_experiment([CONFIGS / "shapes_stage_1.yaml"], TINY).build_system()
+    monkeypatch.setattr(type(system.scene), "bound_memory", lambda self, available: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * GIB)
+    system.bound_memory(1.0 * GIB)
+    assert "trainer.memory_budget_gb: the models and the scene alone take about 2.0 GiB" in caplog.text
+
+
+def test_the_budget_is_what_is_given_or_free_less_a_reserve(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * GIB)
+    assert memory_budget(torch.device("cuda"), 20.0) == pytest.approx(18 * GIB)
+    assert memory_budget(torch.device("cuda"), None) == pytest.approx(36 * GIB)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_that_does_not_fit_at_once_stays_within_its_memory():
+    given = ["system.prompt_processor.prompt=x", "system.geometry.pos_encoding_config.log2_hashmap_size=12"]
+    system = load_experiment([CONFIGS / "fourdfy_stage_1.yaml"], given).build_system().to("cuda")
+    renderer, context = system.scene.renderer, training_on_gpu()
+    peaks = []
+    for available in (1e12, 4e8):
+        renderer.bound_memory(available)
+        for _ in range(2):
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            image = renderer(frames(4, 96).to("cuda"), context).comp_rgb
+            rendered = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            image.square().sum().backward()
+            peaks.append((torch.cuda.max_memory_allocated() - before, rendered))
+    assert renderer.fitting < 10_000_000
+    assert peaks[-1][0] < 6e8 < peaks[1][0]
+
+
+def training_on_gpu():
+    return module.StepContext(0, torch.Generator("cuda").manual_seed(0))
