@@ -29,7 +29,8 @@ class TensorRecord:
 
     def pin_memory(self: Self) -> Self:
         """A copy in memory from which ``to(device, non_blocking=True)`` copies while the host goes on."""
-        return self.mapped(lambda value: value.pin_memory())
+        # Only contiguous tensors can be pinned.
+        return self.mapped(lambda v: (v.contiguous() if isinstance(v, Tensor) else v).pin_memory())
 
     def mapped(self: Self, change: Callable[[Any], Any]) -> Self:
         """A copy with ``change(value)`` for each of ``tensors()``, in order."""

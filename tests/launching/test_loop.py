@@ -20,7 +20,7 @@ from fourdfy.systems.base import StepOutput
 from fourdfy.types import StepBatch
 from tests.runs import new_run
 
-ZERO = torch.zeros(1)
+ZERO = torch.zeros(1).expand(2)  # as the times of a step are
 CAMERAS = orbit_cameras(ZERO, ZERO, distance=3.0, fovy_deg=40.0, times=ZERO, height=2, width=2)
 
 
