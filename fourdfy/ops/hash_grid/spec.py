@@ -7,8 +7,8 @@ stand side by side. Checkpoints therefore move between the back ends, and to and
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 
 import numpy as np
 
@@ -90,3 +90,9 @@ class HashGridSpec:
     @property
     def n_output_dims(self) -> int:
         return self.n_levels * self.n_features_per_level
+
+
+@cache
+def over_time(spec: HashGridSpec) -> HashGridSpec:
+    """The same shape with time as the last dimension."""
+    return replace(spec, n_input_dims=spec.n_input_dims + 1)
