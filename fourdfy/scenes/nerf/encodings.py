@@ -7,7 +7,7 @@ N points, D dimensions of a point, C features. An encoding holds its tables unde
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from fourdfy.bounds import number
 from fourdfy.config import Component, inner_slot
+from fourdfy.ops.field import field, serves
 from fourdfy.ops.hash_grid import OPERATION, hash_grid
-from fourdfy.ops.hash_grid.spec import HashGridSpec
+from fourdfy.ops.hash_grid.spec import HashGridSpec, over_time
 from fourdfy.ops.spherical_harmonics import MAX_DEGREE, spherical_harmonics
 from fourdfy.registry import register
-from fourdfy.scenes.nerf.mlp import VanillaMLP
+from fourdfy.scenes.nerf.mlp import VanillaMLP, stacked, stacked_sizes
 from fourdfy.types import TensorRecord
 
 INIT_SEED = 1337
@@ -36,6 +37,16 @@ class EncodingOutput(TensorRecord):
     features: Float[Tensor, "N C"]
     deformation: Float[Tensor, "N 3"] | None = None
     """In unit-cube coordinates; None without a deformation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodingReadings:
+    """What networks make of the features of N points."""
+
+    outputs: list[Tensor]
+    """[N, O] of each network."""
+    deformation: Float[Tensor, "N 3"] | None = None
+    """See ``EncodingOutput``."""
 
 
 class Encoding(Component, nn.Module, ABC):
@@ -57,6 +68,20 @@ class Encoding(Component, nn.Module, ABC):
     @abstractmethod
     def forward(self, x: Float[Tensor, "N D"], times: Float[Tensor, "N 1"], *, step: int) -> EncodingOutput:
         """Features of ``x``, nominally in the unit cube, at ``times`` in 0..1."""
+
+    def read(
+        self,
+        networks: Sequence[VanillaMLP],
+        x: Float[Tensor, "N D"],
+        times: Float[Tensor, "N 1"],
+        *,
+        step: int,
+    ) -> EncodingReadings:
+        """What ``networks`` make of the features at ``x``."""
+        out = self(x, times, step=step)
+        return EncodingReadings(
+            outputs=[network(out.features) for network in networks], deformation=out.deformation
+        )
 
     def dynamic_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that matter only if the scene moves."""
@@ -88,6 +113,19 @@ class CompositeEncoding(nn.Module):
             return out
         features = torch.cat([2 * x - 1, out.features], dim=-1)
         return EncodingOutput(features=features, deformation=out.deformation)
+
+    def read(
+        self,
+        networks: Sequence[VanillaMLP],
+        x: Float[Tensor, "N D"],
+        times: Float[Tensor, "N 1"],
+        *,
+        step: int,
+    ) -> EncodingReadings:
+        """See ``Encoding.read``."""
+        if not self.include_xyz:
+            return self.encoding.read(networks, x, times, step=step)
+        return Encoding.read(self, networks, x, times, step=step)
 
     def dynamic_parameters(self) -> Iterator[nn.Parameter]:
         return self.encoding.dynamic_parameters()
@@ -250,6 +288,28 @@ class HashGridSpatialTime(HashGrid):
         times = torch.zeros_like(times) if self.cfg.static else times
         return EncodingOutput(
             features=self.encoding(x) + self.encoding_time(torch.cat([x, times.to(x.dtype)], dim=-1))
+        )
+
+    def read(
+        self,
+        networks: Sequence[VanillaMLP],
+        x: Float[Tensor, "N D"],
+        times: Float[Tensor, "N 1"],
+        *,
+        step: int,
+    ) -> EncodingReadings:
+        """In one operation, whose features are never seen, where ``ops.field`` has a fast back end for it."""
+        spec, alike = self.encoding.spec, self.encoding_time.spec == over_time(self.encoding.spec)
+        plain = all(network.is_plain for network in networks)
+        if not (plain and alike and self.cfg.backend == "auto" and serves(x, spec, stacked_sizes(networks))):
+            return super().read(networks, x, times, step=step)
+        moments = (torch.zeros_like(times) if self.cfg.static else times.to(x.dtype))[:, 0]
+        tables = self.encoding.params, self.encoding_time.params
+        columns = field(x, moments, *tables, spec, *stacked(networks)).split(
+            [len(network.matrices[1]) for network in networks], dim=1
+        )
+        return EncodingReadings(
+            outputs=[network.output_activation(some) for network, some in zip(networks, columns, strict=True)]
         )
 
     def dynamic_parameters(self) -> Iterator[nn.Parameter]:

@@ -6,7 +6,7 @@ the unit cube. Nothing is clamped there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,7 +23,7 @@ from fourdfy.scenes.nerf.base import Geometry
 from fourdfy.scenes.nerf.encodings import (
     CompositeEncoding,
     Encoding,
-    EncodingOutput,
+    EncodingReadings,
     HashGridSpatialTimeDeform,
 )
 from fourdfy.scenes.nerf.mlp import VanillaMLP
@@ -150,21 +150,31 @@ class ImplicitVolume(Geometry):
         """
         with torch.autocast(positions.device.type, enabled=False):
             positions, times = positions.to(self.bbox.dtype), times.to(self.bbox.dtype)
-            encoded = self._encode(positions, times, step)
-            sigmas = self._sigmas(encoded, positions, step)
+            networks = [self.density_network]
             if self.cfg.n_feature_dims > 0:
-                features = self.feature_network(encoded.features)
+                networks.append(self.feature_network)
+            if want_normals and self.cfg.normal_type == "pred":
+                networks.append(self.normal_network)
+            read = self._read(networks, positions, times, step)
+            outputs = dict(zip(networks, read.outputs, strict=True))
+            sigmas = self._sigmas(outputs[self.density_network], positions, step)
+            if self.cfg.n_feature_dims > 0:
+                features = outputs[self.feature_network]
             else:
                 features = sigmas.new_zeros(len(sigmas), 0)
-            normals = self._normals(positions, times, step, encoded) if want_normals else None
-        return FieldOutput(sigmas=sigmas, features=features, normals=normals, deformation=encoded.deformation)
+            normals = None
+            if want_normals:
+                predicted = outputs[self.normal_network] if self.cfg.normal_type == "pred" else None
+                normals = self._normals(positions, times, step, predicted)
+        return FieldOutput(sigmas=sigmas, features=features, normals=normals, deformation=read.deformation)
 
     def density(
         self, positions: Float[Tensor, "N 3"], times: Float[Tensor, "N 1"], *, step: int
     ) -> Float[Tensor, "N"]:
         with torch.autocast(positions.device.type, enabled=False):
             positions, times = positions.to(self.bbox.dtype), times.to(self.bbox.dtype)
-            return self._sigmas(self._encode(positions, times, step), positions, step)
+            (raw,) = self._read([self.density_network], positions, times, step).outputs
+            return self._sigmas(raw, positions, step)
 
     def density_bias(self, positions: Float[Tensor, "N 3"], *, step: int) -> Float[Tensor, "N"] | float:
         """The bias added to the density before its activation; a blob is a ball to start from."""
@@ -185,29 +195,32 @@ class ImplicitVolume(Geometry):
             [ramp.min_anneal_step, ramp.start_val, ramp.end_val, ramp.max_anneal_step], step
         )
 
-    def _encode(
-        self, positions: Float[Tensor, "N 3"], times: Float[Tensor, "N 1"], step: int
-    ) -> EncodingOutput:
+    def _read(
+        self,
+        networks: Sequence[VanillaMLP],
+        positions: Float[Tensor, "N 3"],
+        times: Float[Tensor, "N 1"],
+        step: int,
+    ) -> EncodingReadings:
         x = (positions - self.bbox[0]) / (self.bbox[1] - self.bbox[0])
-        return self.encoding(x, times, step=step)
+        return self.encoding.read(networks, x, times, step=step)
 
     def _sigmas(
-        self, encoded: EncodingOutput, positions: Float[Tensor, "N 3"], step: int
+        self, raw: Float[Tensor, "N 1"], positions: Float[Tensor, "N 3"], step: int
     ) -> Float[Tensor, "N"]:
-        raw = self.density_network(encoded.features)[:, 0]
-        return self.density_activation(raw + self.density_bias(positions, step=step))
+        return self.density_activation(raw[:, 0] + self.density_bias(positions, step=step))
 
     def _normals(
         self,
         positions: Float[Tensor, "N 3"],
         times: Float[Tensor, "N 1"],
         step: int,
-        encoded: EncodingOutput,
+        predicted: Float[Tensor, "N 3"] | None,
     ) -> Float[Tensor, "N 3"]:
         """Unit vectors in the direction of decreasing density."""
         match self.cfg.normal_type:
             case "pred":
-                outward = self.normal_network(encoded.features)
+                outward = predicted
             case "analytic":
                 outward = -self._density_gradient(positions, times, step)
             case "finite_difference" | "finite_difference_laplacian":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from fourdfy.bounds import number
 from fourdfy.config import Component
 from fourdfy.ops.activations import get_activation
+from fourdfy.ops.mlp import mlp
 from fourdfy.registry import register
 
 
@@ -57,4 +59,28 @@ class VanillaMLP(Component, nn.Module):
 
     def forward(self, x: Float[Tensor, "N I"]) -> Float[Tensor, "N O"]:
         with torch.autocast(x.device.type, enabled=False):
-            return self.output_activation(self.layers(x.to(self.dtype)))
+            x = x.to(self.dtype)
+            return self.output_activation(mlp(x, *self.matrices) if self.is_plain else self.layers(x))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is no more than two matrices and a ReLU between them, as ``ops.mlp``."""
+        return self.cfg.n_hidden_layers == 1 and not self.cfg.bias
+
+    @property
+    def matrices(self) -> tuple[Float[Tensor, "H I"], Float[Tensor, "O H"]]:
+        """Those of a plain network."""
+        first, _, last = self.layers
+        return first.weight, last.weight
+
+
+def stacked(networks: Sequence[VanillaMLP]) -> tuple[Float[Tensor, "H I"], Float[Tensor, "O H"]]:
+    """The matrices of one network that computes what these plain ones do, side by side."""
+    hidden, output = zip(*(network.matrices for network in networks), strict=True)
+    return torch.cat(hidden), torch.block_diag(*output)
+
+
+def stacked_sizes(networks: Sequence[VanillaMLP]) -> tuple[int, int, int]:
+    """Inputs, hidden neurons and outputs of ``stacked``."""
+    hidden, output = zip(*(network.matrices for network in networks), strict=True)
+    return hidden[0].shape[1], sum(map(len, hidden)), sum(map(len, output))

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
-from field_cases import at, make_geometry, points
+from field_cases import GRID, at, make_geometry, points
 from torch.nn.functional import normalize
 
 from fourdfy.config import ConfigError
+from fourdfy.ops.field import field
+from fourdfy.scenes.nerf import encodings
 from fourdfy.scenes.nerf.implicit_volume import ImplicitVolume
 
 X = points()
@@ -48,7 +50,7 @@ def test_the_encoding_sees_the_cube_of_the_radius_as_the_unit_cube():
 
 def test_forward_evaluates_the_encoding_once(monkeypatch):
     geometry, calls = make_geometry(), []
-    geometry.encoding.register_forward_hook(lambda *_: calls.append(1))
+    geometry.encoding.encoding.register_forward_hook(lambda *_: calls.append(1))
     geometry(X, at(0.3), step=0)
     assert len(calls) == 1
 
@@ -202,7 +204,7 @@ def test_normals_of_a_ball_point_outwards(kind, tolerance):
 def test_differences_end_at_the_faces_of_the_cube():
     geometry = make_geometry(finite_difference_normal_eps=0.5)
     seen = []
-    geometry.encoding.register_forward_hook(lambda module, given, out: seen.append(given[0]))
+    geometry.encoding.encoding.register_forward_hook(lambda module, given, out: seen.append(given[0]))
     geometry(X, at(0.0), step=0, want_normals=True)
     shifted = 2 * seen[1].view(40, 6, 3) - 1
     steps = 0.5 * torch.cat([torch.eye(3), -torch.eye(3)])
@@ -287,3 +289,53 @@ def test_a_wrong_config_is_an_error_that_names_the_mend(keys, message):
 def test_wanting_normals_of_a_geometry_without_is_an_error():
     with pytest.raises(ValueError, match=r"use geometry\.normal_type=finite_difference"):
         make_geometry(normal_type=None)(X, at(0.0), step=0, want_normals=True)
+
+
+# In one operation
+
+
+@pytest.fixture
+def one_operation(monkeypatch):
+    """As on a GPU: what ``ops.field`` fits goes through it; returns what did."""
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return field(*arguments)
+
+    monkeypatch.setattr(encodings, "serves", lambda x, *_: not x.requires_grad)
+    monkeypatch.setattr(encodings, "field", counted)
+    return calls
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("normal_type", ["finite_difference", "pred", "analytic"])
+def test_the_field_in_one_operation_is_that_of_its_parts(normal_type, static, one_operation, monkeypatch):
+    geometry = make_geometry(encoding={"static": static}, normal_type=normal_type).double()
+    positions, times = X.double(), at(0.3).double()
+    results = []
+    for _ in range(2):
+        out = geometry(positions, times, step=0, want_normals=True)
+        values = out.sigmas, out.features, out.normals
+        total = sum((value * torch.linspace(1, 2, value.numel()).view_as(value)).sum() for value in values)
+        results.append([*values, *torch.autograd.grad(total, list(geometry.parameters()))])
+        monkeypatch.setattr(encodings, "serves", lambda *_: False)
+    assert len(one_operation) == (2 if normal_type == "finite_difference" else 1)
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"encoding": {"include_xyz": True}},
+        {"encoding": {"backend": "torch"}},
+        {"encoding": {"time_encoding_config": {"otype": "Grid", **GRID, "base_resolution": 3}}},
+        {"mlp_network_config": {"n_hidden_layers": 2}},
+        {"mlp_network_config": {"bias": True}},
+    ],
+    ids=str,
+)
+def test_another_field_is_evaluated_in_parts(keys, one_operation):
+    make_geometry(**keys)(X, at(0.3), step=0)
+    assert not one_operation
