@@ -42,7 +42,10 @@ class Walk(ABC):
 
     @abstractmethod
     def count(self, limit: int, counts: Int[Tensor, "R"]) -> None:
-        """Set the number of candidates that each ray has from its next step on, at most ``limit``."""
+        """Set the number of candidates that each ray has from its next step on, at most ``limit``.
+
+        The next step may become the first of these.
+        """
 
     @abstractmethod
     def take(
@@ -125,10 +128,11 @@ def _find(walk: Walk, density: Density, thin: Float[Tensor, ""], hidden: float, 
     found, limit, steps, ends = [], FEWEST, None, None
     while True:
         walk.count(limit, tallies[0])
-        sums = tallies.cumsum(1)
-        total, kept = sums[:, -1].tolist()  # all that a round reads back from the device
-        if kept:
-            found.append(walk.collect(steps, ends, sums[1], kept))
+        # In one piece, because CUDA sums rows of a matrix one number at a time.
+        sums = tallies.flatten().cumsum(0).view_as(tallies)
+        total, all_told = sums[:, -1].tolist()  # all that a round reads back from the device
+        if kept := all_told - total:
+            found.append(walk.collect(steps, ends, sums[1] - total, kept))
         if not total:
             return _samples(walk, found)
         ends = sums[0]

@@ -20,7 +20,8 @@ from fourdfy.ops.ray_marching import rounds
 from fourdfy.ops.ray_marching.rays import Density, SteppedRays
 from fourdfy.types import Samples
 
-BLOCK = 128
+BLOCK = 32
+"""Rays of a program, which is one warp: they go on together until the last one is done."""
 
 
 def march(stepped: SteppedRays) -> Samples:
@@ -56,11 +57,9 @@ class TritonWalk(rounds.Walk):
         return steps, positions, times
 
     def prune(self, steps, sigmas, ends, thin, hidden, counts):
-        step_size = self.stepped.step_size
+        packed = steps, sigmas.contiguous(), self.inputs[3], ends
         state = self.depths, self.next_steps, counts
-        self._launch(
-            _prune, steps, sigmas.contiguous(), self.inputs[3], ends, *state, thin, hidden, step_size
-        )
+        self._launch(_prune, *packed, *state, thin, hidden, self.stepped.step_size, PASSED=self.PASSED)
 
     def collect(self, steps, ends, kept_ends, kept):
         rays, kept_steps, ranks = (steps.new_empty(kept) for _ in range(3))
@@ -81,7 +80,7 @@ class TritonWalk(rounds.Walk):
         n_rays = len(self.stepped)
         with torch.cuda.device_of(self.totals):
             kernel[(triton.cdiv(n_rays, BLOCK),)](
-                *arguments, n_rays, B=BLOCK, enable_fp_fusion=False, **constants
+                *arguments, n_rays, B=BLOCK, num_warps=1, enable_fp_fusion=False, **constants
             )
 
 
@@ -125,8 +124,9 @@ def _follow(
     near = tl.maximum(tl.maximum(near_x, near_y), tl.maximum(near_z, 0.0))
     far = tl.minimum(tl.minimum(far_x, far_y), far_z)
     # One more step at either end: the midpoint decides below, not the rounding of the entry.
-    first = tl.minimum(tl.maximum(tl.floor(near / step_size - u - 0.5), 0.0), 1e9)
-    last = tl.minimum(tl.ceil(far / step_size - u - 0.5), first + most_steps)
+    per_unit, to_middle = 1.0 / step_size, u + 0.5
+    first = tl.minimum(tl.maximum(tl.floor(near * per_unit - to_middle), 0.0), 1e9)
+    last = tl.minimum(tl.ceil(far * per_unit - to_middle), first + most_steps)
     step = tl.maximum(tl.load(next_steps + ray, mask=exists, other=0), first.to(tl.int32))
 
     begin, wanted = tl.zeros((B,), tl.int64), tl.full((B,), 0, tl.int64) + limit
@@ -134,7 +134,7 @@ def _follow(
         begin, end = _own_part(numbers, ray, exists)
         wanted = end - begin
         time = tl.load(times + ray, mask=exists, other=0.0)
-    taken = tl.zeros((B,), tl.int64)
+    taken, first_taken = tl.zeros((B,), tl.int64), step
     going = exists & (step <= last) & (taken < wanted)
     while tl.max(going.to(tl.int32), axis=0) > 0:
         k = step.to(tl.float32) + u
@@ -158,20 +158,34 @@ def _follow(
         # The last step before the far side of an empty cell: what lies between is in the same cell.
         leave_x, leave_y = _leaving(cell_x, x, slope_x, inverse_x), _leaving(cell_y, y, slope_y, inverse_y)
         leave = tl.minimum(tl.minimum(leave_x, leave_y), _leaving(cell_z, z, slope_z, inverse_z))
-        beyond = tl.minimum(tl.maximum(tl.floor(leave / step_size - u - 0.5), 0.0), last + 1.0)
+        beyond = tl.minimum(tl.maximum(tl.floor(leave * per_unit - to_middle), 0.0), last + 1.0)
         following = tl.where(full, step + 1, tl.maximum(step + 1, beyond.to(tl.int32)))
         step = tl.where(going, following, step)
+        first_taken = tl.where(taken > 0, first_taken, step)
         going = going & (step <= last) & (taken < wanted)
     if TAKING:
         tl.store(next_steps + ray, step, mask=exists)
     else:
+        tl.store(next_steps + ray, first_taken, mask=exists)
         tl.store(numbers + ray, taken.to(tl.int32), mask=exists)
 
 
 @triton.jit(do_not_specialize=["n_rays"])
 @no_type_check
 def _prune(
-    steps, sigmas, jitter, ends, depths, next_steps, counts, thin, hidden, step_size, n_rays, B: tl.constexpr
+    steps,
+    sigmas,
+    jitter,
+    ends,
+    depths,
+    next_steps,
+    counts,
+    thin,
+    hidden,
+    step_size,
+    n_rays,
+    PASSED: tl.constexpr,
+    B: tl.constexpr,
 ):
     ray, exists = _rays_of_program(n_rays, B)
     at, end = _own_part(ends, ray, exists)
@@ -191,7 +205,7 @@ def _prune(
         at += 1
     tl.store(counts + ray, kept, mask=exists)
     tl.store(depths + ray, before, mask=exists)
-    tl.store(next_steps + ray, 2147483647, mask=exists & ~(before <= hidden))
+    tl.store(next_steps + ray, PASSED, mask=exists & ~(before <= hidden))
 
 
 @triton.jit(do_not_specialize=["n_rays"])

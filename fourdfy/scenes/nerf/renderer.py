@@ -50,8 +50,8 @@ from fourdfy.types import (
 
 logger = logging.getLogger(__name__)
 
-# Candidates that are evaluated at once before pruning, and samples that an evaluation shades at
-# once: about 100 bytes each.
+# Samples that an evaluation shades at once, about 100 bytes each; and candidates that are evaluated at once
+# before pruning, of which a GPU has four times as many.
 MAX_SAMPLES = 1 << 22
 NO_CAP = 1 << 62
 FEWEST = 1 << 17
@@ -252,7 +252,7 @@ class NeRFVolumeRenderer(Renderer):
             stepped,
             density,
             alpha_threshold=self._thin(training=context.generator is not None),
-            max_samples=MAX_SAMPLES,
+            max_samples=MAX_SAMPLES * 4 if self.bbox.is_cuda else MAX_SAMPLES,
         )
 
     def _shade_in_passes(
