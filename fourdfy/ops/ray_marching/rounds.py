@@ -125,7 +125,8 @@ def _find(walk: Walk, density: Density, thin: Float[Tensor, ""], hidden: float, 
     worthwhile = min(WORTHWHILE.get(thin.device.type, 1 << 20), max_samples)
     # Of each ray, the candidates of the coming round and the visible ones of the last.
     tallies = torch.zeros(2, len(walk.stepped), dtype=torch.int32, device=thin.device)
-    found, limit, steps, ends = [], FEWEST, None, None
+    steps, ends, limit = tallies[0, :0], tallies[0], FEWEST
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
     while True:
         walk.count(limit, tallies[0])
         # In one piece, because CUDA sums rows of a matrix one number at a time.
