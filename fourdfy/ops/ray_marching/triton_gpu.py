@@ -8,11 +8,10 @@ Products and sums are rounded one by one, as in torch, unless ``fma`` says other
 
 from __future__ import annotations
 
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton
-from jaxtyping import Float
 from torch import Tensor
 from triton import language as tl
 
@@ -29,9 +28,7 @@ def march(stepped: SteppedRays) -> Samples:
     return rounds.march(TritonWalk(stepped))
 
 
-def find_visible(
-    stepped: SteppedRays, density: Density, **limits: Float[Tensor, ""] | float | int
-) -> Samples:
+def find_visible(stepped: SteppedRays, density: Density, **limits: Any) -> Samples:
     """See ``ops.ray_marching``."""
     return rounds.find_visible(TritonWalk, stepped, density, **limits)
 
