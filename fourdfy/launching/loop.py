@@ -65,8 +65,7 @@ class Trainer:
                 self._validate(cfg.num_sanity_val_steps)
             if run.step >= cfg.max_steps:
                 return
-            assert run.optimizer is not None, "asked for in training alone"
-            self.check = FiniteCheck(run.optimizer)
+            self.check = FiniteCheck(self.optimizer)
             if self.device.type == "cuda":
                 with self.autocast():
                     self.system.bound_memory(memory_budget(self.device, cfg.memory_budget_gb))
@@ -104,8 +103,8 @@ class Trainer:
             {
                 "global_step": run.step,
                 "state_dict": self.system.state_dict(),
-                "optimizer": type(run.optimizer).__name__,
-                "optimizer_states": [run.optimizer.state_dict()],
+                "optimizer": type(self.optimizer).__name__,
+                "optimizer_states": [self.optimizer.state_dict()],
                 "running_means": run.means.sums,
                 **({"callback_states": states} if states else {}),
                 **({} if self.scaler is None else {SCALER: self.scaler.state_dict()}),
@@ -124,15 +123,20 @@ class Trainer:
             advance(run.scheduler, self.system.step)
         # Rates and options are the config's; the moments are the checkpoint's.
         saved, name = checkpoint["optimizer_states"][0], checkpoint.get("optimizer")
-        run.optimizer.load_state_dict(continued(saved, name, run.optimizer))
+        self.optimizer.load_state_dict(continued(saved, name, self.optimizer))
         if self.scaler is not None and SCALER in checkpoint:
             self.scaler.load_state_dict(checkpoint[SCALER])
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        assert self.run.optimizer is not None, "asked for in training alone"
+        return self.run.optimizer
 
     # -- training -------------------------------------------------------------------------------
 
     def _step(self, parts: list[StepBatch]) -> None:
         """One global step, whose gradients are the means over its parts."""
-        run, optimizer = self.run, self.run.optimizer
+        run, optimizer = self.run, self.optimizer
         parts = [self._moved(batch) for batch in parts]
         self.system.before_step(parts[0])
         if isinstance(optimizer, torch.optim.LBFGS):  # it evaluates a step several times
@@ -149,7 +153,7 @@ class Trainer:
 
     def _gradients(self, parts: list[StepBatch]) -> Tensor:
         """The gradients of a step, checked and clipped; returns the loss."""
-        optimizer, cfg, batch = self.run.optimizer, self.cfg, parts[-1]
+        optimizer, cfg, batch = self.optimizer, self.cfg, parts[-1]
         optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
         for part in parts:
