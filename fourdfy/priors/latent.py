@@ -32,8 +32,9 @@ from fourdfy.priors.frozen import (
 )
 from fourdfy.priors.hub import resolve_model, stored_description, stored_folder
 
-VAE_BYTES_PER_PIXEL = 11_000
-"""Activations of Stable Diffusion's VAE encoder in 16 bits, per pixel of its input."""
+VAE_BYTES_PER_PIXEL = 2_500
+"""What ``vae_encoder.VAEEncoder`` takes at its peak in 16 bits, per pixel of its input, of Stable Diffusion's
+VAE; diffusers' own encoder takes 6,100."""
 
 
 class LatentPrior(Prior):
@@ -65,7 +66,8 @@ class LatentPrior(Prior):
             return [(self.pretrained_model_name_or_path, self.parts)]
 
         def activation_bytes(self, frames: int, height: int, width: int) -> int:
-            return frames * (self.height or height) * (self.width or width) * VAE_BYTES_PER_PIXEL
+            pixels = frames * (self.height or height) * (self.width or width)
+            return pixels * VAE_BYTES_PER_PIXEL * (2 if self.half_precision_weights is False else 1)
 
         def check_models(self) -> None:
             for name, parts in self.models():

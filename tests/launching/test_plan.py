@@ -14,6 +14,7 @@ from fourdfy.launching.cli import main
 from fourdfy.launching.experiment import Experiment, TrainerConfig, load_experiment
 from fourdfy.launching.plan import memory_line
 from fourdfy.launching.recipe import load_recipe
+from fourdfy.priors import latent
 from fourdfy.prompts import base
 from fourdfy.shapes.grammar import GRAMMAR
 from tests.commands import CONFIGS, ROOT, launch
@@ -33,7 +34,7 @@ PEAK_GIB = {
     "stage_3_vc": 16.3,
     "stage_3_vc_deformation": 35.3,
 }
-"""The most that a step took on an NVIDIA H200."""
+"""The most that a step took on an NVIDIA H200, with diffusers' own VAE encoder."""
 
 MEASURED_WITH = {
     name: {"train_max_nums": count, "train_max_nums_static": count}
@@ -58,6 +59,7 @@ def load(name: str, *overrides: str) -> Experiment:
 @pytest.mark.parametrize("name", PEAK_GIB)
 def test_the_memory_is_about_what_was_measured(name, monkeypatch):
     monkeypatch.setattr(plan, "stored_bytes", lambda model, parts: STORED_GIB[model.split("/")[0]] * 2**30)
+    monkeypatch.setattr(latent, "VAE_BYTES_PER_PIXEL", 6100)  # as diffusers' encoder
     bounds = [f"system.renderer.base_renderer.{key}={n}" for key, n in MEASURED_WITH.get(name, {}).items()]
     this = load(name, *bounds)
     _, estimate = (size / 2**30 for size in plan._memory_estimate(this, this.build_system()))
@@ -72,6 +74,14 @@ def test_frames_in_the_vae_at_once_are_counted():
     )
     assert config.activation_bytes(16, 80, 128) == all_16.activation_bytes(16, 80, 128)
     assert all_16.activation_bytes(16, 80, 128) == 16 * one.activation_bytes(16, 80, 128)
+
+
+def test_a_vae_in_float32_takes_twice_as_much():
+    half, full = (
+        load("stage_3", f"system.guidance_video.half_precision_weights={given}").cfg.system.guidance_video
+        for given in ("true", "false")
+    )
+    assert full.activation_bytes(2, 80, 128) == 2 * half.activation_bytes(2, 80, 128) > 0
 
 
 def test_every_stretch_of_resolutions_is_shown(capsys, monkeypatch):
