@@ -20,9 +20,13 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 
-def compiled(function: Callable) -> Callable:
-    """``njit``; the machine code is cached on disk if numba finds a writable folder."""
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+def compiled(function: Callable, *, fuse: bool = True) -> Callable:
+    """``njit``; the machine code is cached on disk if numba finds a writable folder.
+
+    Args:
+        fuse: whether a product and a sum may be rounded once together.
+    """
+    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"} if fuse else False}
     try:
         return njit(function, cache=True, **options)
     except RuntimeError as error:  # raised at the definition

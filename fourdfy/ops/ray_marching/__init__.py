@@ -88,7 +88,7 @@ def _sample(module: ModuleType, device: torch.device, family: None) -> tuple[Ten
 OPERATION = Operation(
     name="ray marching",
     package=__name__,
-    modules={"torch": ".reference", "triton": ".triton_gpu"},
-    fastest={"cuda": "triton"},
+    modules={"torch": ".reference", "numba": ".numba_cpu", "triton": ".triton_gpu"},
+    fastest={"cpu": "numba", "cuda": "triton"},
     sample=_sample,
 )

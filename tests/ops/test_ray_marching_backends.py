@@ -1,4 +1,7 @@
-"""Marching in rounds finds what the reference finds: on a GPU where there is one, else interpreted."""
+"""Marching in rounds finds what the reference finds.
+
+Triton runs on a GPU where there is one, else interpreted; numba on the CPU.
+"""
 
 import pytest
 import torch
@@ -8,7 +11,8 @@ from fourdfy.ops.ray_marching import OPERATION, find_visible, march, rounds
 from fourdfy.ops.ray_marching.rays import Rays, SteppedRays
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-kernels = pytest.mark.triton
+numba = pytest.param("numba", marks=pytest.mark.skipif(DEVICE != "cpu", reason="the cases are on the GPU"))
+kernels = pytest.mark.parametrize("backend", [pytest.param("triton", marks=pytest.mark.triton), numba])
 
 
 def stepped(origins, directions, *, jitter=0.0, radius=1.0, step_size=0.15, occupied=None):
@@ -79,35 +83,35 @@ def in_steps(case, samples):
 
 @kernels
 @cases
-def test_candidates_are_those_of_the_reference(make):
+def test_candidates_are_those_of_the_reference(backend, make):
     case = make()
-    ours, theirs = march(case, backend="triton"), march(case, backend="torch")
+    ours, theirs = march(case, backend=backend), march(case, backend="torch")
     assert in_steps(case, ours) == in_steps(case, theirs)
     torch.testing.assert_close(ours.t_starts, theirs.t_starts)
 
 
 @kernels
 @cases
-def test_visible_samples_are_those_of_the_reference(make):
-    assert_same_as_the_reference(make(), scale=2.0)
+def test_visible_samples_are_those_of_the_reference(backend, make):
+    assert_same_as_the_reference(make(), 2.0, backend)
 
 
 @kernels
 @pytest.mark.parametrize("scale", [0.0, 0.05, 0.3, 50.0, 1e30])
-def test_densities_of_any_size_do(scale):
-    assert_same_as_the_reference(random_case(), scale)
+def test_densities_of_any_size_do(backend, scale):
+    assert_same_as_the_reference(random_case(), scale, backend)
 
 
-def assert_same_as_the_reference(case, scale):
+def assert_same_as_the_reference(case, scale, backend):
     limits = {"alpha_threshold": torch.tensor(0.013, device=DEVICE), "transmittance_threshold": 1e-3}
-    found = [find_visible(case, waves(scale), **limits, backend=name) for name in ("triton", "torch")]
+    found = [find_visible(case, waves(scale), **limits, backend=name) for name in (backend, "torch")]
     assert in_steps(case, found[0]) == in_steps(case, found[1])
 
 
 @kernels
 @pytest.mark.parametrize("alpha_threshold", [0.0, 1.0])
 @pytest.mark.parametrize("transmittance_threshold", [0.0, 0.5])
-def test_thresholds_are_those_of_the_reference(alpha_threshold, transmittance_threshold):
+def test_thresholds_are_those_of_the_reference(backend, alpha_threshold, transmittance_threshold):
     case = random_case()
     density = lambda positions, times: torch.where(positions[:, 0] > 0, 3.0, 1e4)  # noqa: E731
     found = [
@@ -118,7 +122,7 @@ def test_thresholds_are_those_of_the_reference(alpha_threshold, transmittance_th
             transmittance_threshold=transmittance_threshold,
             backend=name,
         )
-        for name in ("triton", "torch")
+        for name in (backend, "torch")
     ]
     assert in_steps(case, found[0]) == in_steps(case, found[1])
 
@@ -126,7 +130,7 @@ def test_thresholds_are_those_of_the_reference(alpha_threshold, transmittance_th
 @kernels
 @pytest.mark.parametrize("worthwhile", [1, 10_000])
 @pytest.mark.parametrize("max_samples", [160, 10_000])
-def test_rounds_of_any_size_find_the_same(worthwhile, max_samples, monkeypatch):
+def test_rounds_of_any_size_find_the_same(backend, worthwhile, max_samples, monkeypatch):
     case, sizes = random_case(), []
     monkeypatch.setitem(rounds.WORTHWHILE, DEVICE, worthwhile)
 
@@ -134,7 +138,7 @@ def test_rounds_of_any_size_find_the_same(worthwhile, max_samples, monkeypatch):
         sizes.append(len(positions))
         return waves(1.0)(positions, times)
 
-    found = find_visible(case, density, alpha_threshold=0.01, max_samples=max_samples, backend="triton")
+    found = find_visible(case, density, alpha_threshold=0.01, max_samples=max_samples, backend=backend)
     assert in_steps(case, found) == in_steps(
         case, find_visible(case, waves(1.0), alpha_threshold=0.01, backend="torch")
     )
@@ -142,27 +146,27 @@ def test_rounds_of_any_size_find_the_same(worthwhile, max_samples, monkeypatch):
 
 
 @kernels
-def test_what_lies_behind_opaque_samples_is_not_evaluated():
+def test_what_lies_behind_opaque_samples_is_not_evaluated(backend):
     case, evaluated = random_case(share=1.1), []
 
     def density(positions, times):
         evaluated.append(len(positions))
         return torch.full_like(positions[:, 0], 1e4)
 
-    find_visible(case, density, alpha_threshold=0.01, backend="triton")
+    find_visible(case, density, alpha_threshold=0.01, backend=backend)
     candidates = march(case, backend="torch")
     assert evaluated == [int(torch.bincount(candidates.ray_indices).clamp(max=rounds.FEWEST).sum())]
 
 
 @kernels
-def test_the_density_sees_midpoints_and_their_times():
+def test_the_density_sees_midpoints_and_their_times(backend):
     case, seen = random_case(), []
 
     def density(positions, times):
         seen.append((positions, times))
         return torch.zeros_like(positions[:, 0])
 
-    find_visible(case, density, alpha_threshold=0.0, transmittance_threshold=0.0, backend="triton")
+    find_visible(case, density, alpha_threshold=0.0, transmittance_threshold=0.0, backend=backend)
     positions, times = (torch.cat(parts) for parts in zip(*seen, strict=True))
     expected = torch.cat(case.rays.midpoints(march(case, backend="torch")), dim=1)
     ours = torch.cat([positions, times], dim=1)
@@ -175,14 +179,27 @@ def test_the_density_sees_midpoints_and_their_times():
 
 
 @kernels
-def test_a_density_that_is_not_a_number_hides_only_what_is_behind_it():
+def test_a_density_that_is_not_a_number_hides_only_what_is_behind_it(backend):
     case = stepped([[-2.0, 0, 0], [-2.0, 0.1, 0]], [[1.0, 0, 0]] * 2, step_size=0.1)
     bad = lambda p, t: torch.where((p[:, 1] == 0) & (p[:, 0] > 0), torch.nan, 1.0)  # noqa: E731
-    found = find_visible(case, bad, alpha_threshold=0.0, backend="triton")
+    found = find_visible(case, bad, alpha_threshold=0.0, backend=backend)
     counts = torch.bincount(found.ray_indices).tolist()
     assert counts[0] == pytest.approx(10, abs=1) and counts[1] == pytest.approx(20, abs=1)
 
 
 @kernels
-def test_auto_trusts_the_kernels():
-    assert OPERATION.agrees("triton", torch.device(DEVICE), None)
+def test_auto_trusts_the_kernels(backend):
+    assert OPERATION.agrees(backend, torch.device(DEVICE), None)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the cases are on the GPU")
+def test_threads_do_not_change_what_numba_finds():
+    case, threads, found = random_case(count=700), torch.get_num_threads(), []
+    try:
+        for n_threads in (1, 3):
+            torch.set_num_threads(n_threads)
+            found.append(find_visible(case, waves(1.0), alpha_threshold=0.01, backend="numba"))
+    finally:
+        torch.set_num_threads(threads)
+    for name, value in found[0].tensors().items():
+        assert torch.equal(value, getattr(found[1], name))
