@@ -34,6 +34,14 @@ class Guidance(Component, nn.Module, ABC):
         self.cfg = cfg
         self.device = device
 
+    def accelerate(self, compile_small: bool) -> None:
+        """Called once, before training on a GPU: whatever is called with the same shapes in each step may be
+        compiled and recorded (``system.compile``).
+
+        Args:
+            compile_small: compile also what is too small to earn it back.
+        """
+
     @abstractmethod
     def forward(
         self,

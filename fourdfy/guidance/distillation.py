@@ -106,6 +106,9 @@ class Distillation(Component, nn.Module, ABC):
         self.device = torch.device(device)
         self.prior = self.prior_class(cfg, device=self.device)
 
+    def accelerate(self, compile_small: bool) -> None:
+        self.prior.accelerate(compile_small)
+
     def forward(
         self, frames: RenderOutput, text: TextEmbeddings, cameras: Cameras, context: StepContext
     ) -> GuidanceOutput:

@@ -7,7 +7,8 @@ frozen prior's score and the LoRA's.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -28,6 +29,8 @@ from fourdfy.ops.diffusion import (
     x0_from_prediction,
 )
 from fourdfy.ops.distillation import score_loss, vsd_gradient
+from fourdfy.ops.replay import Replay
+from fourdfy.priors.acceleration import compiled
 from fourdfy.priors.lora import LoRA
 from fourdfy.prompts.views import for_views
 from fourdfy.registry import register
@@ -95,6 +98,20 @@ class VariationalScoreDistillation(Distillation):
         *_, last = (layer for layer in layers if isinstance(layer, nn.Linear))
         self.camera_embedding = TimestepEmbedding(16, last.out_features).to(self.device)
         self.lora = LoRA(network, cfg.lora_rank, self.prior.lora_targets)
+        self.denoise_renderings: Callable[..., Tensor] = self.predict_renderings
+        """``predict_renderings`` for use without gradients."""
+        self.recorded_lora: Replay | None = None
+        """``lora_gradients``, if it can be recorded."""
+
+    def accelerate(self, compile_small: bool) -> None:
+        super().accelerate(compile_small)
+        if not self.prior.can_be_recorded:
+            return
+        name = f"the LoRA on {self.cfg.pretrained_model_name_or_path_lora or 'the prior'}"
+        self.denoise_renderings, self.recorded_lora = (
+            Replay(compiled(call, self.renderings.network, name, small_too=compile_small), name)
+            for call in (self.predict_renderings, self.lora_gradients)
+        )
 
     def distil(
         self, x: NoisyLatents, context: StepContext
@@ -107,7 +124,7 @@ class VariationalScoreDistillation(Distillation):
         renderings = self.predict_x0_of_renderings(noisy, x.timesteps, texts, camera)
         grad = self.bound(self.prior.adjust(vsd_gradient(guided, renderings, x.scales)), context)
         losses = {"vsd": score_loss(x.latents, grad)}
-        if any(parameter.requires_grad for parameter in self.parameters()):
+        if self._learning():
             losses["lora"] = self.lora_loss(x.clean, texts, camera, context.random)
         return losses, grad
 
@@ -116,7 +133,8 @@ class VariationalScoreDistillation(Distillation):
         if self.cfg.camera_condition_type == "extrinsics":
             return cameras.c2w
         projection = projection_matrix(cameras.fovy_deg, cameras.width / cameras.height)
-        return projection @ torch.linalg.inv(cameras.c2w)
+        # inv waits for the device, to see whether it failed; a pose can be inverted.
+        return projection @ torch.linalg.inv_ex(cameras.c2w).inverse
 
     @torch.no_grad()
     def predict_x0_of_renderings(
@@ -133,7 +151,7 @@ class VariationalScoreDistillation(Distillation):
         # At 1 the unconditional half would be multiplied by zero.
         halves = ((texts.text, camera), (texts.uncond, torch.zeros_like(camera)))[: 1 if scale == 1 else 2]
         text, told = (torch.cat(x) for x in zip(*halves, strict=True))
-        prediction = self.predict_renderings(
+        prediction = self.denoise_renderings(
             torch.cat([noisy] * len(halves)),
             torch.cat([timesteps] * len(halves)),
             text,
@@ -164,9 +182,32 @@ class VariationalScoreDistillation(Distillation):
             chance = torch.rand((), generator=generator, device=generator.device).to(self.device)
             camera = torch.where(chance < CAMERA_DROP, torch.zeros_like(camera), camera)
         scales = schedule.scales(timesteps, latents.ndim)
-        noisy = add_noise(latents, noise, scales)
-        prediction = self.predict_renderings(noisy, timesteps, text, camera, told)
-        return F.mse_loss(prediction, prediction_target(latents, noise, scales, schedule.prediction))
+        target = prediction_target(latents, noise, scales, schedule.prediction)
+        inputs = (add_noise(latents, noise, scales), timesteps, text, camera, told)
+        if self.recorded_lora is None:
+            return F.mse_loss(self.predict_renderings(*inputs), target)
+        loss, gradient = self.recorded_lora(
+            target, *inputs, variant=tuple(p.requires_grad for p in self.parameters())
+        )
+        return _LossOfKnownGradient.apply(loss, gradient, *self._learning())
+
+    def lora_gradients(
+        self, target: Float[Tensor, "B C *S"], *inputs: Tensor | None
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "P"]]:
+        """The LoRA's loss and its gradient, all parameters that learn in one row.
+
+        Args:
+            inputs: those of ``predict_renderings``.
+        """
+        with torch.enable_grad():
+            loss = F.mse_loss(self.predict_renderings(*inputs), target)
+            # A mean's gradients are small for half precision. A power of two rounds nothing.
+            scale = 2.0 ** round(math.log2(target.numel()))
+            grads = torch.autograd.grad(scale * loss, self._learning())
+        return loss.detach(), torch.cat([grad.flatten() for grad in grads]) / scale
+
+    def _learning(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def predict_renderings(
         self,
@@ -198,3 +239,20 @@ class VariationalScoreDistillation(Distillation):
             yield
         finally:
             hook.remove()
+
+
+class _LossOfKnownGradient(torch.autograd.Function):
+    """A loss whose gradient on some parameters, in one row, was computed with it."""
+
+    @staticmethod
+    def forward(ctx, loss, gradient, *parameters):
+        ctx.save_for_backward(gradient)
+        ctx.shapes = [parameter.shape for parameter in parameters]
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        parts = (upstream * gradient).split([shape.numel() for shape in ctx.shapes])
+        return None, None, *(part.view(shape) for part, shape in zip(parts, ctx.shapes, strict=True))

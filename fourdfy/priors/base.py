@@ -140,6 +140,9 @@ class Prior(Component, ABC):
     """Whether it is conditioned on the text of each latent's view instead of the plain prompt."""
     joint_latents: int = 1
     """Neighbours in a batch that the network denoises together: with one noise level and one spread."""
+    can_be_recorded: bool = False
+    """Whether ``predict`` is as ``ops.replay.Replay`` wants it: computed from its tensors and from weights
+    that stay in place, without a look at values."""
 
     def __init__(self, cfg: Config, *, device: torch.device) -> None:
         self.cfg = cfg
@@ -165,6 +168,18 @@ class Prior(Component, ABC):
         cameras: Float[Tensor, "B K"] | None = None,
     ) -> Float[Tensor, "B C *S"]:
         """The raw prediction, in float32, of the prior's network or one like it; carries its graph."""
+
+    def denoise(self, *inputs: Tensor) -> Float[Tensor, "B C *S"]:
+        """``predict`` by the prior's own network, for use without gradients."""
+        return self.predict(self.denoiser.network, *inputs)
+
+    def accelerate(self, compile_small: bool) -> None:
+        """Called once, before training on a GPU: whatever is called with the same shapes in each step may be
+        compiled and recorded (``system.compile``).
+
+        Args:
+            compile_small: compile also what is too small to earn it back.
+        """
 
     def condition(self, texts: Conditions, cameras: Cameras) -> Conditions:
         """The conditioning of B latents: ``texts`` and more; ``cameras`` are those of their first frames."""
@@ -199,8 +214,8 @@ class Prior(Component, ABC):
         texts = (conditions.text, conditions.uncond, *conditions.negatives)
         inputs = [noisy, timesteps] if conditions.cameras is None else [noisy, timesteps, conditions.cameras]
         noisy_all, timesteps_all, *cameras_all = (torch.cat([x] * len(texts)) for x in inputs)
-        network, schedule = self.denoiser
-        prediction = self.predict(network, noisy_all, timesteps_all, torch.cat(texts), *cameras_all)
+        schedule = self.denoiser.schedule
+        prediction = self.denoise(noisy_all, timesteps_all, torch.cat(texts), *cameras_all)
         scales = schedule.scales(timesteps, noisy.ndim)
         with_text, without, *with_negatives = (
             x0_from_prediction(part, noisy, scales, schedule.prediction)

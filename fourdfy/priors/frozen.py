@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
@@ -21,15 +21,16 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from fourdfy.config_files import ConfigError
 from fourdfy.ops.diffusion import sample_noise
+from fourdfy.ops.recomputation import recomputed
 from fourdfy.priors.base import DDPMSchedule, Network
 from fourdfy.priors.convert import no_progress_bar
 from fourdfy.priors.model_folder import ModelNotFound, part_flaw, read_description, weight_files
 from fourdfy.priors.scheduler_file import read_scheduler
 from fourdfy.priors.vae_encoder import posterior
+from fourdfy.types import TensorRecord
 
 logger = logging.getLogger(__name__)
 
@@ -206,6 +207,7 @@ def encode_images(
     generator: torch.Generator,
     chunk: int = 0,
     gradient: Gradient = "exact",
+    posterior_of: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> Float[Tensor, "B C h w"]:
     """Latents drawn from the VAE's posterior, times its ``scaling_factor``, in float32.
 
@@ -218,15 +220,20 @@ def encode_images(
     Args:
         images: in 0..1.
         generator: of the subset, and of the posterior's noise, drawn for all images at once.
+        posterior_of: something faster that computes ``posterior`` of this VAE and some images.
     """
     images = images * 2 - 1
+    posterior_of = posterior_of or partial(posterior, vae)
     if not 0 < chunk < len(images):
-        mean, std = posterior(vae, images)
+        mean, std = posterior_of(images)
     elif gradient == "subset":
-        mean, std = _subset_posterior(vae, images, chunk, generator)
+        mean, std = _subset_posterior(posterior_of, images, chunk, generator)
     else:
-        again = partial(checkpoint, posterior, vae, use_reentrant=False)
-        mean, std = _joined(again(part) for part in images.split(chunk))
+        rows = torch.arange(len(images)).split(chunk)
+        parts = recomputed(
+            lambda part: _Posterior(*posterior_of(images[part[0] : part[-1] + 1])), rows, [images]
+        )
+        mean, std = _joined([(part.mean, part.std) for part in parts])
     noise = sample_noise(mean.shape, generator, mean.device, mean.dtype)
     return (mean + std * noise) * vae.config.scaling_factor
 
@@ -236,19 +243,28 @@ def vae_factor(vae: Network) -> int:
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
+@dataclass(frozen=True)
+class _Posterior(TensorRecord):
+    mean: Float[Tensor, "B C h w"]
+    std: Float[Tensor, "B C h w"]
+
+
 def _subset_posterior(
-    vae: Network, images: Float[Tensor, "B 3 H W"], chunk: int, generator: torch.Generator
+    posterior_of: Callable[..., tuple[Tensor, Tensor]],
+    images: Float[Tensor, "B 3 H W"],
+    chunk: int,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
     order = torch.randperm(len(images), generator=generator, device=generator.device).to(images.device)
     learn, *others = images[order].split(chunk)
     with torch.no_grad():
-        fixed = [posterior(vae, part) for part in others]
-    mean, std = _joined([posterior(vae, learn), *fixed])
+        fixed = [posterior_of(part) for part in others]
+    mean, std = _joined([posterior_of(learn), *fixed])
     back = order.argsort()
     return mean[back], std[back]
 
 
-def _joined(parts: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _joined(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     mean, std = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return mean, std
 

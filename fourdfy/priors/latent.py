@@ -7,6 +7,7 @@ channels), C channels, L tokens, E text channels, K numbers of a camera.
 from __future__ import annotations
 
 import contextlib
+import logging
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from fourdfy.bounds import number
 from fourdfy.config import file_path
+from fourdfy.ops.replay import Replay
+from fourdfy.priors.acceleration import compiled
 from fourdfy.priors.base import Denoiser, Prior
 from fourdfy.priors.frozen import (
     Gradient,
@@ -31,6 +34,9 @@ from fourdfy.priors.frozen import (
     vae_factor,
 )
 from fourdfy.priors.hub import resolve_model, stored_description, stored_folder
+from fourdfy.priors.vae_encoder import posterior
+
+logger = logging.getLogger(__name__)
 
 VAE_BYTES_PER_PIXEL = 2_500
 """What ``vae_encoder.VAEEncoder`` takes at its peak in 16 bits, per pixel of its input, of Stable Diffusion's
@@ -132,6 +138,19 @@ class LatentPrior(Prior):
         apply_memory_options(network, self.cfg, self.device)
         return network
 
+    @property
+    def can_be_recorded(self) -> bool:
+        return not self.cfg.enable_sequential_cpu_offload
+
+    def accelerate(self, compile_small: bool) -> None:
+        name, _ = self.cfg.models()[0]
+        if not self.can_be_recorded:
+            logger.warning("%s is neither compiled nor recorded: its weights move in each call", name)
+            return
+        unet = compiled(self.denoise, self.denoiser.network, f"the U-Net of {name}", small_too=compile_small)
+        self.denoise = Replay(unet, f"the U-Net of {name}")
+        self.posterior = Replay(self.posterior, f"the VAE of {name}")
+
     def encode(
         self, rgb: Float[Tensor, "N H W 3"], group_size: int, generator: torch.Generator
     ) -> Float[Tensor, "B C *S"]:
@@ -149,7 +168,11 @@ class LatentPrior(Prior):
         if images.shape[-2:] != self.image_size:
             images = F.interpolate(images, self.image_size, mode="bilinear", align_corners=False)
         with self._precision():
-            return encode_images(self.vae, images, generator, chunk, gradient)
+            return encode_images(self.vae, images, generator, chunk, gradient, self.posterior)
+
+    def posterior(self, images: Float[Tensor, "N 3 H W"]) -> tuple[Tensor, Tensor]:
+        """See ``vae_encoder.posterior``."""
+        return posterior(self.vae, images)
 
     def predict(
         self,

@@ -73,6 +73,10 @@ class FourdfySystem(System):
         exporter_type: str = "mesh-exporter"
         exporter: Any = slot(Exporter, "exporter_type")
 
+        compile: bool | str = "auto"
+        """How frozen networks run on a GPU. auto: recorded as CUDA graphs, and large ones (over 100 million
+        parameters) compiled by torch.compile, which takes about a minute each, once; true: all are compiled,
+        on a CPU too; false: neither."""
         loss: dict[str, Schedule] = scheduled({}, 0, 1e6)
         """``lambda_NAME`` is the scheduled weight of the loss NAME; 0 or absent switches it off."""
         optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -84,6 +88,8 @@ class FourdfySystem(System):
         """Prefixes of parameters that are not loaded from ``weights``."""
 
         def __post_init__(self) -> None:
+            if self.compile not in (True, False, "auto"):
+                raise ValueError(f"compile={self.compile!r}; expected auto, true or false")
             if self.scene is None:
                 NeRFScene.Config.__post_init__(self)
 
@@ -166,6 +172,8 @@ class FourdfySystem(System):
                     guidance: Guidance = kind.guidance.build(device=device)
                     if kind.prompts is not None:
                         guidance.cfg.check_text_encoder(kind.prompts.pretrained_model_name_or_path)
+                    if self.cfg.compile is True or (self.cfg.compile == "auto" and device.type == "cuda"):
+                        guidance.accelerate(compile_small=self.cfg.compile is True)
                     setattr(self, kind.module, guidance)
         if weights:  # again, now that the LoRA exists and can load its own
             logger.info("system.weights: %d tensors from %s", self.load_weights(weights), self.cfg.weights)

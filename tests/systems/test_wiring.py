@@ -35,6 +35,9 @@ class FakeGuidance(Guidance):
         self.adapter = nn.Parameter(torch.ones(1))
         self.asked = []
 
+    def accelerate(self, compile_small):
+        self.compile_small = compile_small
+
     def forward(self, frames, text, cameras, context):
         self.asked.append((frames, text, cameras, context))
         return GuidanceOutput(losses={"sds": frames.comp_rgb.mean(), "lora": self.adapter.sum()}, metrics={})
@@ -234,3 +237,14 @@ def test_a_guidance_that_gives_something_else_is_named(output, problem, monkeypa
     this = experiment("system.loss.lambda_sparsity=1")
     with pytest.raises(ConfigError, match=rf"^system\.guidance_video: FakeGuidance\.forward {problem}"):
         ready(this).training_step(batch_of(this, "video"))
+
+
+@pytest.mark.parametrize(("setting", "asked"), [("auto", None), ("false", None), ("true", True)])
+def test_networks_are_accelerated_as_the_config_says(setting, asked):
+    system = ready(experiment(f"system.compile={setting}"))
+    assert getattr(system.guidance_video, "compile_small", None) is asked
+
+
+def test_a_way_to_compile_that_does_not_exist_is_refused():
+    with pytest.raises(ConfigError, match="compile='fast'; expected auto, true or false"):
+        experiment("system.compile=fast")

@@ -1,0 +1,95 @@
+"""torch.compile for large frozen networks, whose calls are replayed as CUDA graphs (``ops.replay``).
+
+A CUDA graph spares the launches and changes nothing else. Compiling also joins what lies between
+convolutions, matrix products and attention: results differ by rounding, of which there is less. It takes
+about a minute for a network and its results are kept below the project's cache.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from fourdfy.priors.base import Network
+from fourdfy.priors.hub import cache_root
+
+logger = logging.getLogger(__name__)
+
+LARGE = 100_000_000
+"""Parameters from which on a network earns back the time of compiling it."""
+
+BLOCKS = ("transformer_in", "down_blocks", "mid_block", "up_blocks")
+"""What is compiled of a diffusers U-Net: nearly all, but not the embedding of the noise level, to which hooks
+may add (``guidance.vsd``) that compiled code would not notice."""
+
+CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
+
+VERSIONS = 256
+"""Compiled versions of one piece of code: all blocks of a class share theirs, in all networks."""
+
+
+def compiled(
+    function: Callable[..., Any], network: Network, name: str, *, small_too: bool
+) -> Callable[..., Any]:
+    """``function``, which calls ``network``, with the network's blocks compiled if it is large.
+
+    Args:
+        name: for messages.
+        small_too: compile a small network as well.
+    """
+    if small_too or sum(parameter.numel() for parameter in network.parameters()) > LARGE:
+        return Compiled(function, network, name)
+    return function
+
+
+class Compiled:
+    """A function that calls a network, whose blocks are compiled in the first call of each kind.
+
+    If that fails, the function is called as it is, after one warning that says why.
+    """
+
+    def __init__(self, function: Callable[..., Any], network: Network, name: str) -> None:
+        self.function, self.name = function, name
+        self.blocks = list(_blocks(network))
+        if not self.blocks:
+            logger.warning("%s can't be compiled: it has none of %s", name, ", ".join(BLOCKS))
+
+    def __call__(self, *inputs: Any) -> Any:
+        if not self.blocks:
+            return self.function(*inputs)
+        try:
+            return self._compiled(*inputs)
+        except Exception as error:
+            for block in self.blocks:
+                block._compiled_call_impl = None
+            self.blocks = []
+            results = self.function(*inputs)  # raises the error again if compiling is not its cause
+            reason = str(error).strip().partition("\n")[0]
+            logger.warning("%s can't be compiled: %s: %s", self.name, type(error).__name__, reason)
+            return results
+
+    def _compiled(self, *inputs: Any) -> Any:
+        os.environ.setdefault(CACHE_VARIABLE, str(cache_root() / "compiled"))
+        import torch._dynamo as dynamo
+
+        for block in self.blocks:
+            if block._compiled_call_impl is None:
+                block.compile(dynamic=False)
+        began, made = time.perf_counter(), dynamo.utils.counters["stats"]["unique_graphs"]
+        with dynamo.config.patch(recompile_limit=VERSIONS):
+            results = self.function(*inputs)
+        if dynamo.utils.counters["stats"]["unique_graphs"] > made:
+            seconds, place = time.perf_counter() - began, os.environ[CACHE_VARIABLE]
+            logger.info("%s: compiled in %.0f s; kept in %s", self.name, seconds, place)
+        return results
+
+
+def _blocks(network: Network) -> Iterator[nn.Module]:
+    for part in (getattr(network, name, None) for name in BLOCKS):
+        if part is not None:
+            yield from part if isinstance(part, nn.ModuleList) else [part]

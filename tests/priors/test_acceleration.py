@@ -1,0 +1,196 @@
+"""Compiled and recorded networks: the same predictions, losses and gradients."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from fourdfy.ops import replay
+from fourdfy.priors import acceleration
+from fourdfy.priors.acceleration import CACHE_VARIABLE, compiled
+from tests.guidance.networks import ALL, generator, make_any, make_vsd, run
+from tests.recordings import FakeGraphs
+from tests.tiny_models import save_multi_view, save_stable_diffusion, save_videocrafter2, save_zeroscope
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tiny_models")
+    return {
+        "sd": save_stable_diffusion(root / "sd"),
+        "sd_v": save_stable_diffusion(root / "sd_v", prediction_type="v_prediction", seed=1),
+        "multi_view": save_multi_view(root / "multi_view"),
+        "zeroscope": save_zeroscope(root / "zeroscope"),
+        "videocrafter": save_videocrafter2(root / "videocrafter"),
+    }
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    graphs = FakeGraphs()
+    monkeypatch.setattr(replay, "graphs_of", lambda device: graphs)
+    return graphs
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch):
+    """torch.compile without its code generator: what it traces and when it does so again are genuine."""
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="eager"))
+    monkeypatch.setenv(CACHE_VARIABLE, "unused")
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def twice(make):
+    """Two equal guidances."""
+    first, second = make(), make()
+    second.load_state_dict(first.state_dict())
+    return first, second
+
+
+def results(guidance, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Losses and gradients of a step."""
+    rgb, out = run(guidance, seed=seed)
+    guidance.zero_grad()
+    sum(out.losses.values()).backward()
+    grads = {name: p.grad for name, p in guidance.named_parameters() if p.grad is not None}
+    return {**out.losses, "images": rgb.grad, **grads}
+
+
+def moved(guidance) -> None:
+    """A LoRA, if there is one, that is not the identity any more."""
+    g = generator(5)
+    with torch.no_grad():
+        for parameter in guidance.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=g)
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_an_accelerated_guidance_gives_what_it_gave(tiny, recorder, kind):
+    plain, quick = twice(lambda: make_any(tiny, kind))
+    quick.accelerate(compile_small=False)
+    for guidance in (plain, quick):
+        moved(guidance)
+    for seed in range(replay.WARM_UP + 2):
+        torch.testing.assert_close(results(quick, seed), results(plain, seed))
+    recorded = [quick.prior.denoise, quick.prior.posterior]
+    if kind == "vsd":
+        recorded += [quick.denoise_renderings, quick.recorded_lora]
+    assert all(any(call._recordings.values()) for call in recorded)
+
+
+def test_a_recorded_lora_follows_its_weights_and_what_is_trained(tiny, recorder):
+    plain, quick = twice(lambda: make_vsd(tiny))
+    quick.accelerate(compile_small=False)
+    for step in range(2 * replay.WARM_UP + 4):
+        if step == replay.WARM_UP + 2:  # a group that is switched off
+            for guidance in (plain, quick):
+                guidance.lora.requires_grad_(False)
+        found = [results(guidance, step) for guidance in (quick, plain)]
+        torch.testing.assert_close(*found)
+        assert ("lora.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.weight" in found[0]) == (
+            step < replay.WARM_UP + 2
+        )
+        for guidance in (plain, quick):
+            moved(guidance)
+
+
+def test_the_loras_gradient_follows_its_weight(tiny, recorder):
+    guidance = make_vsd(tiny)
+    guidance.accelerate(compile_small=False)
+    weight = guidance.camera_embedding.linear_2.bias
+    grads = [
+        torch.autograd.grad(factor * run(guidance)[1].losses["lora"], weight)[0] for factor in (1.0, 0.0, 3.0)
+    ]
+    torch.testing.assert_close(grads[2], 3 * grads[0])
+    assert grads[0].any() and not grads[1].any()
+
+
+@pytest.mark.parametrize("kind", ["sds", "video"])
+def test_a_compiled_guidance_gives_what_it_gave(tiny, quick_compiler, kind):
+    plain, quick = twice(lambda: make_any(tiny, kind))
+    quick.accelerate(compile_small=True)
+    for guidance in (plain, quick):
+        moved(guidance)
+    for seed in range(2):
+        torch.testing.assert_close(results(quick, seed), results(plain, seed))
+    assert all(block._compiled_call_impl for block in quick.prior.denoiser.network.up_blocks)
+
+
+def test_one_compiled_network_is_the_prior_and_carries_the_lora(tiny, quick_compiler):
+    """What is compiled with the adapter is not used without it, nor the reverse."""
+    plain, quick = twice(lambda: make_vsd(tiny))
+    assert quick.renderings is quick.prior.denoiser
+    quick.accelerate(compile_small=True)
+    for seed in range(3):
+        torch.testing.assert_close(results(quick, seed), results(plain, seed))
+        for guidance in (plain, quick):
+            moved(guidance)
+
+
+def test_only_large_networks_are_compiled_unless_all_shall_be(monkeypatch):
+    network = nn.Module()
+    network.mid_block = nn.Linear(100, 100)
+
+    def call(x):
+        return network.mid_block(x)
+
+    assert compiled(call, network, "it", small_too=False) is call
+    assert compiled(call, network, "it", small_too=True) is not call
+    monkeypatch.setattr(acceleration, "LARGE", 10_000)
+    assert compiled(call, network, "it", small_too=False) is not call
+
+
+def test_what_can_t_be_compiled_runs_as_it_is_and_is_told_once(monkeypatch, caplog):
+    network = nn.Module()
+    network.up_blocks = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+
+    def fail(self, **options):
+        self._compiled_call_impl = lambda *args: (_ for _ in ()).throw(RuntimeError("no compiler\nat all"))
+
+    monkeypatch.setattr(nn.Module, "compile", fail)
+    call = compiled(lambda x: network.up_blocks[0](x), network, "the net", small_too=True)
+    x = torch.randn(2, 3)
+    for _ in range(3):
+        torch.testing.assert_close(call(x), network.up_blocks[0](x))
+    (record,) = caplog.records
+    assert record.message == "the net can't be compiled: RuntimeError: no compiler"
+
+
+def test_an_error_of_the_network_is_not_taken_for_one_of_the_compiler(quick_compiler, caplog):
+    network = nn.Module()
+    network.mid_block = nn.Linear(3, 3)
+    call = compiled(lambda x: network.mid_block(x), network, "it", small_too=True)
+    with pytest.raises(RuntimeError):
+        call(torch.randn(2, 4))
+    assert not caplog.records
+
+
+def test_a_network_without_blocks_is_not_compiled(caplog):
+    call = compiled(lambda x: x, nn.Linear(3, 3), "it", small_too=True)
+    x = torch.randn(2)
+    assert call(x) is x and "down_blocks" in caplog.text
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_compiler_s_cache_is_ours_unless_there_is_one(monkeypatch, tmp_path, quick_compiler, given):
+    monkeypatch.delenv(CACHE_VARIABLE)
+    if given:
+        monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "elsewhere"))
+    monkeypatch.setenv("FOURDFY_CACHE", str(tmp_path))
+    network = nn.Module()
+    network.mid_block = nn.Linear(3, 3)
+    compiled(lambda x: network.mid_block(x), network, "it", small_too=True)(torch.randn(2, 3))
+    assert os.environ[CACHE_VARIABLE] == str(tmp_path / ("elsewhere" if given else "compiled"))
+
+
+def test_weights_that_move_are_neither_compiled_nor_recorded(tiny, caplog):
+    guidance = make_any(tiny, "sds", enable_sequential_cpu_offload=True)
+    denoise = guidance.prior.denoise
+    guidance.accelerate(compile_small=True)
+    assert guidance.prior.denoise == denoise and "neither compiled nor recorded" in caplog.text
