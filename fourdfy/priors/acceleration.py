@@ -23,20 +23,21 @@ logger = logging.getLogger(__name__)
 LARGE = 100_000_000
 """Parameters from which on a network earns back the time of compiling it."""
 
-BLOCKS = ("transformer_in", "down_blocks", "mid_block", "up_blocks")
-"""What is compiled of a diffusers U-Net: nearly all, but not the embedding of the noise level, to which hooks
-may add (``guidance.vsd``) that compiled code would not notice."""
+BLOCKS = ("down_blocks", "mid_block", "up_blocks")
+"""Where the layers of a diffusers U-Net are that are compiled (residual blocks, transformers, convolutions in
+time), each for itself, so that equal ones share what is made for one of them. The embedding of the noise level
+is not there: hooks may add to it (``guidance.vsd``), which compiled code would not notice."""
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 VERSIONS = 256
-"""Compiled versions of one piece of code: all blocks of a class share theirs, in all networks."""
+"""Compiled versions of one piece of code: all layers of a class share theirs, in all networks."""
 
 
 def compiled(
     function: Callable[..., Any], network: Network, name: str, *, small_too: bool
 ) -> Callable[..., Any]:
-    """``function``, which calls ``network``, with the network's blocks compiled if it is large.
+    """``function``, which calls ``network``, with the network's layers compiled if it is large.
 
     Args:
         name: for messages.
@@ -48,26 +49,26 @@ def compiled(
 
 
 class Compiled:
-    """A function that calls a network, whose blocks are compiled in the first call of each kind.
+    """A function that calls a network, whose layers are compiled in the first call of each kind.
 
     If that fails, the function is called as it is, after one warning that says why.
     """
 
     def __init__(self, function: Callable[..., Any], network: Network, name: str) -> None:
         self.function, self.name = function, name
-        self.blocks = list(_blocks(network))
-        if not self.blocks:
-            logger.warning("%s can't be compiled: it has none of %s", name, ", ".join(BLOCKS))
+        self.layers = list(_layers(network))
+        if not self.layers:
+            logger.warning("%s can't be compiled: no layers in its %s", name, ", ".join(BLOCKS))
 
     def __call__(self, *inputs: Any) -> Any:
-        if not self.blocks:
+        if not self.layers:
             return self.function(*inputs)
         try:
             return self._compiled(*inputs)
         except Exception as error:
-            for block in self.blocks:
-                block._compiled_call_impl = None
-            self.blocks = []
+            for layer in self.layers:
+                layer._compiled_call_impl = None
+            self.layers = []
             results = self.function(*inputs)  # raises the error again if compiling is not its cause
             reason = str(error).strip().partition("\n")[0]
             logger.warning("%s can't be compiled: %s: %s", self.name, type(error).__name__, reason)
@@ -77,9 +78,9 @@ class Compiled:
         os.environ.setdefault(CACHE_VARIABLE, str(cache_root() / "compiled"))
         import torch._dynamo as dynamo
 
-        for block in self.blocks:
-            if block._compiled_call_impl is None:
-                block.compile(dynamic=False)
+        for layer in self.layers:
+            if layer._compiled_call_impl is None:
+                layer.compile(dynamic=False)
         began, made = time.perf_counter(), dynamo.utils.counters["stats"]["unique_graphs"]
         with dynamo.config.patch(recompile_limit=VERSIONS):
             results = self.function(*inputs)
@@ -89,7 +90,10 @@ class Compiled:
         return results
 
 
-def _blocks(network: Network) -> Iterator[nn.Module]:
+def _layers(network: Network) -> Iterator[nn.Module]:
+    if first := getattr(network, "transformer_in", None):
+        yield first
     for part in (getattr(network, name, None) for name in BLOCKS):
-        if part is not None:
-            yield from part if isinstance(part, nn.ModuleList) else [part]
+        for block in part if isinstance(part, nn.ModuleList) else [part] if part else []:
+            for child in block.children():
+                yield from child if isinstance(child, nn.ModuleList) else []

@@ -16,7 +16,7 @@ from tests.recordings import FakeGraphs
 def device(request, monkeypatch):
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    graphs = FakeGraphs() if request.param == "cpu" else replay.Graphs(torch.device("cuda"))
+    graphs = FakeGraphs() if request.param == "cpu" else replay.Graphs(torch.device("cuda", 0))
     record, graphs.memories = graphs.record, []
 
     def noted(work, memory):

@@ -53,6 +53,14 @@ def twice(make):
     return first, second
 
 
+def network_of(*layers: nn.Module) -> nn.Module:
+    """A network with its layers where those of a U-Net are."""
+    network = nn.Module()
+    network.mid_block = nn.Module()
+    network.mid_block.resnets = nn.ModuleList(layers)
+    return network
+
+
 def results(guidance, seed: int = 0) -> dict[str, torch.Tensor]:
     """Losses and gradients of a step."""
     rgb, out = run(guidance, seed=seed)
@@ -119,7 +127,8 @@ def test_a_compiled_guidance_gives_what_it_gave(tiny, quick_compiler, kind):
         moved(guidance)
     for seed in range(2):
         torch.testing.assert_close(results(quick, seed), results(plain, seed))
-    assert all(block._compiled_call_impl for block in quick.prior.denoiser.network.up_blocks)
+    layers = quick.prior.denoiser.network.up_blocks[1].attentions
+    assert len(layers) and all(layer._compiled_call_impl for layer in layers)
 
 
 def test_one_compiled_network_is_the_prior_and_carries_the_lora(tiny, quick_compiler):
@@ -134,11 +143,10 @@ def test_one_compiled_network_is_the_prior_and_carries_the_lora(tiny, quick_comp
 
 
 def test_only_large_networks_are_compiled_unless_all_shall_be(monkeypatch):
-    network = nn.Module()
-    network.mid_block = nn.Linear(100, 100)
+    network = network_of(nn.Linear(100, 100))
 
     def call(x):
-        return network.mid_block(x)
+        return network.mid_block.resnets[0](x)
 
     assert compiled(call, network, "it", small_too=False) is call
     assert compiled(call, network, "it", small_too=True) is not call
@@ -147,25 +155,23 @@ def test_only_large_networks_are_compiled_unless_all_shall_be(monkeypatch):
 
 
 def test_what_can_t_be_compiled_runs_as_it_is_and_is_told_once(monkeypatch, caplog):
-    network = nn.Module()
-    network.up_blocks = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)])
+    network = network_of(nn.Linear(3, 3), nn.Linear(3, 3))
 
     def fail(self, **options):
         self._compiled_call_impl = lambda *args: (_ for _ in ()).throw(RuntimeError("no compiler\nat all"))
 
     monkeypatch.setattr(nn.Module, "compile", fail)
-    call = compiled(lambda x: network.up_blocks[0](x), network, "the net", small_too=True)
+    call = compiled(lambda x: network.mid_block.resnets[0](x), network, "the net", small_too=True)
     x = torch.randn(2, 3)
     for _ in range(3):
-        torch.testing.assert_close(call(x), network.up_blocks[0](x))
+        torch.testing.assert_close(call(x), network.mid_block.resnets[0](x))
     (record,) = caplog.records
     assert record.message == "the net can't be compiled: RuntimeError: no compiler"
 
 
 def test_an_error_of_the_network_is_not_taken_for_one_of_the_compiler(quick_compiler, caplog):
-    network = nn.Module()
-    network.mid_block = nn.Linear(3, 3)
-    call = compiled(lambda x: network.mid_block(x), network, "it", small_too=True)
+    network = network_of(nn.Linear(3, 3))
+    call = compiled(lambda x: network.mid_block.resnets[0](x), network, "it", small_too=True)
     with pytest.raises(RuntimeError):
         call(torch.randn(2, 4))
     assert not caplog.records
@@ -183,9 +189,8 @@ def test_the_compiler_s_cache_is_ours_unless_there_is_one(monkeypatch, tmp_path,
     if given:
         monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "elsewhere"))
     monkeypatch.setenv("FOURDFY_CACHE", str(tmp_path))
-    network = nn.Module()
-    network.mid_block = nn.Linear(3, 3)
-    compiled(lambda x: network.mid_block(x), network, "it", small_too=True)(torch.randn(2, 3))
+    network = network_of(nn.Linear(3, 3))
+    compiled(lambda x: network.mid_block.resnets[0](x), network, "it", small_too=True)(torch.randn(2, 3))
     assert os.environ[CACHE_VARIABLE] == str(tmp_path / ("elsewhere" if given else "compiled"))
 
 
