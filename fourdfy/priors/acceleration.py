@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from fourdfy.priors.base import Network
+from fourdfy.priors.frozen import to_channels_last
 from fourdfy.priors.hub import cache_root
 
 logger = logging.getLogger(__name__)
@@ -24,9 +25,9 @@ LARGE = 100_000_000
 """Parameters from which on a network earns back the time of compiling it."""
 
 BLOCKS = ("down_blocks", "mid_block", "up_blocks")
-"""Where the layers of a diffusers U-Net are that are compiled (residual blocks, transformers, convolutions in
-time), each for itself, so that equal ones share what is made for one of them. The embedding of the noise level
-is not there: hooks may add to it (``guidance.vsd``), which compiled code would not notice."""
+"""Where the layers of a diffusers U-Net are that are compiled (residual blocks, transformers, convolutions
+in time), each for itself, so that equal ones share what is made for one. The embedding of the noise level is
+not among them: hooks may add to it (``guidance.vsd``), which compiled code would not notice."""
 
 CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
@@ -37,12 +38,13 @@ VERSIONS = 256
 def compiled(
     function: Callable[..., Any], network: Network, name: str, *, small_too: bool
 ) -> Callable[..., Any]:
-    """``function``, which calls ``network``, with the network's layers compiled if it is large.
+    """``function``, which calls ``network``, with its weights channels last and, if it is large, compiled.
 
     Args:
         name: for messages.
         small_too: compile a small network as well.
     """
+    to_channels_last(network)
     if small_too or sum(parameter.numel() for parameter in network.parameters()) > LARGE:
         return Compiled(function, network, name)
     return function

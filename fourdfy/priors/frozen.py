@@ -189,7 +189,7 @@ def apply_memory_options(network: Network, options: MemoryOptions, device: torch
     if options.enable_attention_slicing and hasattr(network, "set_attention_slice"):
         network.set_attention_slice("auto")
     if options.enable_channels_last_format:
-        _to_channels_last(network)
+        to_channels_last(network)
     if options.enable_sequential_cpu_offload:
         if device.type == "cpu":
             _say_once("enable_sequential_cpu_offload: without effect on the CPU")
@@ -275,7 +275,8 @@ def _say_once(message: str) -> None:
     logger.info(message)
 
 
-def _to_channels_last(network: nn.Module) -> None:
+def to_channels_last(network: nn.Module) -> None:
+    """Store the weights of 2D convolutions channels last, in place."""
     # Not network.to(memory_format=...): the video U-Net's 5-axis weights have no such format.
     for parameter in network.parameters():
         if parameter.ndim == 4:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -41,6 +42,11 @@ logger = logging.getLogger(__name__)
 VAE_BYTES_PER_PIXEL = 2_500
 """What ``vae_encoder.VAEEncoder`` takes at its peak in 16 bits, per pixel of its input, of Stable Diffusion's
 VAE; diffusers' own encoder takes 6,100."""
+
+
+RECORDED_PIXELS = 2**20
+"""Images with more pixels in all keep a GPU busy for longer than launching takes, and what a recording keeps
+for its backward pass is reserved for good."""
 
 
 class LatentPrior(Prior):
@@ -109,6 +115,7 @@ class LatentPrior(Prior):
         self.dtype = cfg.dtype(self.device)
         self.denoiser, self.vae = self.load()
         self.image_size = self._image_size()
+        self.recorded_vae: Replay | None = None
 
     def load(self) -> tuple[Denoiser, nn.Module]:
         """The frozen networks: (denoiser, VAE)."""
@@ -140,16 +147,18 @@ class LatentPrior(Prior):
 
     @property
     def can_be_recorded(self) -> bool:
-        return not self.cfg.enable_sequential_cpu_offload
+        return not self.cfg.enable_sequential_cpu_offload  # which copies weights in each call
 
     def accelerate(self, compile_small: bool) -> None:
         name, _ = self.cfg.models()[0]
         if not self.can_be_recorded:
-            logger.warning("%s is neither compiled nor recorded: its weights move in each call", name)
+            logger.warning(
+                "%s is neither compiled nor replayed as CUDA graphs; its code copies tensors", name
+            )
             return
         unet = compiled(self.denoise, self.denoiser.network, f"the U-Net of {name}", small_too=compile_small)
         self.denoise = Replay(unet, f"the U-Net of {name}")
-        self.posterior = Replay(self.posterior, f"the VAE of {name}")
+        self.recorded_vae = Replay(partial(posterior, self.vae), f"the VAE of {name}")
 
     def encode(
         self, rgb: Float[Tensor, "N H W 3"], group_size: int, generator: torch.Generator
@@ -168,11 +177,7 @@ class LatentPrior(Prior):
         if images.shape[-2:] != self.image_size:
             images = F.interpolate(images, self.image_size, mode="bilinear", align_corners=False)
         with self._precision():
-            return encode_images(self.vae, images, generator, chunk, gradient, self.posterior)
-
-    def posterior(self, images: Float[Tensor, "N 3 H W"]) -> tuple[Tensor, Tensor]:
-        """See ``vae_encoder.posterior``."""
-        return posterior(self.vae, images)
+            return encode_images(self.vae, images, generator, chunk, gradient, self._posterior)
 
     def predict(
         self,
@@ -190,6 +195,11 @@ class LatentPrior(Prior):
                 noisy.to(self.dtype), timesteps, encoder_hidden_states=texts, return_dict=False, **told
             )
         return prediction.float()
+
+    def _posterior(self, images: Float[Tensor, "N 3 H W"]) -> tuple[Tensor, Tensor]:
+        if self.recorded_vae is None or images[:, 0].numel() > RECORDED_PIXELS:
+            return posterior(self.vae, images)
+        return self.recorded_vae(images)
 
     def _precision(self) -> contextlib.AbstractContextManager:
         if self.follows_autocast:

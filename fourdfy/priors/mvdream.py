@@ -45,9 +45,8 @@ class MVDream(LatentPrior):
         """The original's checkpoint file, or a folder in diffusers layout, instead of the hub's model."""
         backend: Literal["diffusers", "mvdream"] = "diffusers"
         """The networks' code: ours on diffusers, or the authors' package for comparison. The package
-        supports only checkpoint files and float32, and no options for memory."""
-        half_precision_weights: bool | str = False
-        """False, unlike in other priors: the published runs kept this prior in float32."""
+        supports only checkpoint files and float32, whatever ``half_precision_weights`` says, and no options
+        for memory."""
         image_size: int | None = number(None, 1, 8192)
         """Height and width if these are null."""
         n_view: int = number(PUBLISHED_VIEWS, 2, 64)
@@ -82,6 +81,9 @@ class MVDream(LatentPrior):
                 if getattr(self, side) is None:
                     object.__setattr__(self, side, self.image_size)
 
+        def dtype(self, device: torch.device) -> torch.dtype:
+            return torch.float32 if self.backend == "mvdream" else super().dtype(device)
+
         def check_group_size(self, size: int, key: str) -> None:
             if size != self.n_view:
                 raise ValueError(
@@ -94,6 +96,10 @@ class MVDream(LatentPrior):
     def __init__(self, cfg: Config, *, device: torch.device) -> None:
         super().__init__(cfg, device=device)
         self.joint_latents = cfg.n_view
+
+    @property
+    def can_be_recorded(self) -> bool:
+        return super().can_be_recorded and self.cfg.backend == "diffusers"
 
     def load(self) -> tuple[Denoiser, nn.Module]:
         if self.cfg.backend == "diffusers":

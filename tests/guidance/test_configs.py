@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from fourdfy.config import ConfigError, parse_config
 from fourdfy.guidance.base import Guidance
+from fourdfy.priors.base import Prior
 from fourdfy.registry import find
 from tests.guidance.networks import make
 from tests.guidance.reference import CPU
@@ -92,3 +94,10 @@ def test_an_image_model_in_place_of_a_video_model_is_named(tiny):
 def test_the_folders_are_those_of_the_hub(tiny):
     index = json.loads((tiny["sd"] / "model_index.json").read_text())
     assert set(index) - {"_class_name"} == {"scheduler", "text_encoder", "tokenizer", "unet", "vae"}
+
+
+def test_four_views_are_denoised_in_half_precision_except_by_the_authors_package():
+    cls, gpu = find("mvdream", Prior), torch.device("cuda")
+    assert parse_config(cls.Config, {}).dtype(gpu) == torch.float16
+    assert parse_config(cls.Config, {"half_precision_weights": False}).dtype(gpu) == torch.float32
+    assert parse_config(cls.Config, {"backend": "mvdream"}).dtype(gpu) == torch.float32

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from fourdfy.ops import replay
-from fourdfy.priors import acceleration
+from fourdfy.priors import acceleration, latent
 from fourdfy.priors.acceleration import CACHE_VARIABLE, compiled
-from tests.guidance.networks import ALL, generator, make_any, make_vsd, run
+from tests.guidance.networks import ALL, generator, images, make_any, make_vsd, run
 from tests.recordings import FakeGraphs
 from tests.tiny_models import save_multi_view, save_stable_diffusion, save_videocrafter2, save_zeroscope
 
@@ -70,6 +70,13 @@ def results(guidance, seed: int = 0) -> dict[str, torch.Tensor]:
     return {**out.losses, "images": rgb.grad, **grads}
 
 
+def agree(found: dict, expected: dict) -> None:
+    """But for rounding: weights are in another order."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] - value).norm() <= 5e-3 * value.norm(), name
+
+
 def moved(guidance) -> None:
     """A LoRA, if there is one, that is not the identity any more."""
     g = generator(5)
@@ -85,8 +92,8 @@ def test_an_accelerated_guidance_gives_what_it_gave(tiny, recorder, kind):
     for guidance in (plain, quick):
         moved(guidance)
     for seed in range(replay.WARM_UP + 2):
-        torch.testing.assert_close(results(quick, seed), results(plain, seed))
-    recorded = [quick.prior.denoise, quick.prior.posterior]
+        agree(results(quick, seed), results(plain, seed))
+    recorded = [quick.prior.denoise, quick.prior.recorded_vae]
     if kind == "vsd":
         recorded += [quick.denoise_renderings, quick.recorded_lora]
     assert all(any(call._recordings.values()) for call in recorded)
@@ -100,7 +107,7 @@ def test_a_recorded_lora_follows_its_weights_and_what_is_trained(tiny, recorder)
             for guidance in (plain, quick):
                 guidance.lora.requires_grad_(False)
         found = [results(guidance, step) for guidance in (quick, plain)]
-        torch.testing.assert_close(*found)
+        agree(*found)
         assert ("lora.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_B.weight" in found[0]) == (
             step < replay.WARM_UP + 2
         )
@@ -126,7 +133,7 @@ def test_a_compiled_guidance_gives_what_it_gave(tiny, quick_compiler, kind):
     for guidance in (plain, quick):
         moved(guidance)
     for seed in range(2):
-        torch.testing.assert_close(results(quick, seed), results(plain, seed))
+        agree(results(quick, seed), results(plain, seed))
     layers = quick.prior.denoiser.network.up_blocks[1].attentions
     assert len(layers) and all(layer._compiled_call_impl for layer in layers)
 
@@ -137,7 +144,7 @@ def test_one_compiled_network_is_the_prior_and_carries_the_lora(tiny, quick_comp
     assert quick.renderings is quick.prior.denoiser
     quick.accelerate(compile_small=True)
     for seed in range(3):
-        torch.testing.assert_close(results(quick, seed), results(plain, seed))
+        agree(results(quick, seed), results(plain, seed))
         for guidance in (plain, quick):
             moved(guidance)
 
@@ -198,4 +205,15 @@ def test_weights_that_move_are_neither_compiled_nor_recorded(tiny, caplog):
     guidance = make_any(tiny, "sds", enable_sequential_cpu_offload=True)
     denoise = guidance.prior.denoise
     guidance.accelerate(compile_small=True)
-    assert guidance.prior.denoise == denoise and "neither compiled nor recorded" in caplog.text
+    assert guidance.prior.denoise == denoise and "neither compiled nor replayed" in caplog.text
+
+
+def test_many_pixels_are_encoded_without_a_recording(tiny, recorder, monkeypatch):
+    guidance = make_any(tiny, "sds")
+    guidance.accelerate(compile_small=False)
+    monkeypatch.setattr(latent, "RECORDED_PIXELS", 3 * 32 * 32)
+    for _ in range(replay.WARM_UP + 1):
+        few, many = (guidance.prior.encode(images(count), 1, generator()) for count in (3, 4))
+        torch.testing.assert_close(few, many[:3])
+    (kind,) = guidance.prior.recorded_vae._recordings
+    assert (3, 3, 32, 32) in [shape for shape, *_ in kind[1][:1]]
