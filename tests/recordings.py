@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 from fourdfy.ops.replay import Graphs
 
 
@@ -11,15 +13,17 @@ class FakeGraphs(Graphs):
     shared = "shared"
 
     def __init__(self) -> None:
-        pass
+        self.lock = threading.Lock()
 
     def new_memory(self):
         return object()
 
     def record(self, work, memory):
+        assert self.lock.locked()
         results = work()
 
         def repeat() -> None:
+            assert self.lock.locked()
             for place, value in zip(results, work(), strict=True):
                 place.copy_(value)
 

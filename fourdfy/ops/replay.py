@@ -13,6 +13,7 @@ its memory lies is part of a recording, so:
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -86,7 +87,8 @@ class Replay:
         if sum(recording is not None for recording in self._recordings.values()) == MOST:
             return self._refused(f"there are {MOST} recordings of other shapes already")
         try:
-            return (_Learning if _learns(inputs) else _Recording)(self.function, inputs, graphs)
+            with graphs.lock:
+                return (_Learning if _learns(inputs) else _Recording)(self.function, inputs, graphs)
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             return self._refused(f"{type(error).__name__}: {reason}")
@@ -100,6 +102,8 @@ class Graphs:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.lock = threading.RLock()
+        """Held while something is recorded, and from a replay until its results are copied."""
         self.stream = torch.cuda.Stream(device)
         self.shared = self.new_memory()
 
@@ -142,14 +146,15 @@ class _Recording:
         for place, given in zip(self.inputs, inputs, strict=True):
             if self.learns and given is not None:
                 place.requires_grad_(given.requires_grad)
-        self.function, self.several = function, False
+        self.function, self.several, self.lock = function, False, graphs.lock
         self.replay, self.results = graphs.record(self._call, self._memory(graphs))
 
     @torch.no_grad()
     def __call__(self, inputs: Arguments) -> Tensors:
-        _copy(self.inputs, inputs)
-        self.replay()
-        return tuple(result.clone() for result in self.results)
+        with self.lock:
+            _copy(self.inputs, inputs)
+            self.replay()
+            return tuple(result.clone() for result in self.results)
 
     def _memory(self, graphs: Graphs) -> Any:
         return graphs.shared
@@ -191,10 +196,11 @@ class _Learning(_Recording):
 
     def backward(self, upstream: Sequence[Tensor]) -> list[Tensor | None]:
         """Gradients of all arguments; None for those that do not learn."""
-        _copy(self.upstream, upstream)
-        self.replay_backward()
-        grads = iter(self.grads)
-        return [next(grads).clone() if x is not None and x.requires_grad else None for x in self.inputs]
+        with self.lock:
+            _copy(self.upstream, upstream)
+            self.replay_backward()
+            grads = iter(self.grads)
+            return [next(grads).clone() if x is not None and x.requires_grad else None for x in self.inputs]
 
     def _memory(self, graphs: Graphs) -> Any:
         return self.memory
