@@ -105,7 +105,13 @@ class Graphs:
         self.lock = threading.RLock()
         """Held while something is recorded, and from a replay until its results are copied."""
         self.stream = torch.cuda.Stream(device)
-        self.shared = self.new_memory()
+        self._shared, self._sharing = self.new_memory(), weakref.WeakSet[torch.cuda.CUDAGraph]()
+
+    def shared_memory(self) -> Any:
+        """The memory that recordings share; another one once all that lay in the last one are gone."""
+        if not self._sharing:
+            self._shared = self.new_memory()
+        return self._shared
 
     def new_memory(self) -> Any:
         """A handle of memory that no recording lies in yet."""
@@ -114,6 +120,8 @@ class Graphs:
     def record(self, work: Callable[[], Tensors], memory: Any) -> tuple[Callable[[], None], Tensors]:
         """(what repeats ``work``, the tensors in which its results then lie); nothing is computed yet."""
         graph = torch.cuda.CUDAGraph()
+        generator = torch.cuda.default_generators[self.device.index]
+        numbers = generator.clone_state()
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # what others have freed, for this recording's memory
@@ -124,8 +132,11 @@ class Graphs:
             except BaseException:
                 with suppress(RuntimeError):  # the recording is void; the cause is what matters
                     graph.capture_end()
+                generator.graphsafe_set_state(numbers)  # it waits for the end of the recording
                 raise
             graph.capture_end()
+        if memory == self._shared:
+            self._sharing.add(graph)
         return graph.replay, results
 
 
@@ -157,7 +168,7 @@ class _Recording:
             return tuple(result.clone() for result in self.results)
 
     def _memory(self, graphs: Graphs) -> Any:
-        return graphs.shared
+        return graphs.shared_memory()
 
     def _call(self) -> Tensors:
         device = _device(self.inputs).type
@@ -182,7 +193,7 @@ class _Learning(_Recording):
         self.memory = graphs.new_memory()
         self.owner: weakref.ref | None = None
         super().__init__(function, inputs, graphs)
-        self.upstream = [torch.empty_like(result) for result in self.results]
+        self.upstream = [torch.empty_like(x) for x, on in zip(self.results, self.learned, strict=True) if on]
         self.replay_backward, self.grads = graphs.record(self._differentiate, self.memory)
         self.graph: Tensors = ()  # nothing else is recorded into this memory, so what it kept stays there
 
@@ -195,9 +206,9 @@ class _Learning(_Recording):
         return _Replayed.apply(self, *inputs)
 
     def backward(self, upstream: Sequence[Tensor]) -> list[Tensor | None]:
-        """Gradients of all arguments; None for those that do not learn."""
+        """Gradients of all arguments, None for those that do not learn, from those of all results."""
         with self.lock:
-            _copy(self.upstream, upstream)
+            _copy(self.upstream, [x for x, on in zip(upstream, self.learned, strict=True) if on])
             self.replay_backward()
             grads = iter(self.grads)
             return [next(grads).clone() if x is not None and x.requires_grad else None for x in self.inputs]
@@ -206,8 +217,10 @@ class _Learning(_Recording):
         return self.memory
 
     def _call(self) -> Tensors:
-        self.graph = super()._call()
-        return tuple(result.detach() for result in self.graph)
+        results = super()._call()
+        self.learned = [result.requires_grad for result in results]
+        self.graph = tuple(result for result in results if result.requires_grad)
+        return tuple(result.detach() for result in results)
 
     def _differentiate(self) -> Tensors:
         learning = [x for x in self.inputs if x is not None and x.requires_grad]
@@ -220,6 +233,7 @@ class _Replayed(torch.autograd.Function):
         results = _Recording.__call__(recording, inputs)
         ctx.recording, ctx.token = recording, _Token()
         recording.owner = weakref.ref(ctx.token)
+        ctx.mark_non_differentiable(*(x for x, on in zip(results, recording.learned, strict=True) if not on))
         return results
 
     @staticmethod

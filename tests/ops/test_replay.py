@@ -82,7 +82,7 @@ def test_arguments_may_be_absent_or_strided(device, weight):
 
 
 @pytest.mark.parametrize("learning", [(True, False), (False, True), (True, True)])
-def test_gradients_are_those_of_the_function(device, weight, learning):
+def test_gradients_are_those_of_the_function(device, weight, learning, memories):
     def function(x, y):
         return (x @ weight).tanh() * y, (x * x).sum()
 
@@ -94,10 +94,12 @@ def test_gradients_are_those_of_the_function(device, weight, learning):
         found = []
         for f in (replayed, function):
             a, b = f(x, y)
+            assert (a.requires_grad, b.requires_grad) == (True, learning[0])
             loss = (a**2).sum() + 3 * b if b.requires_grad else (a**2).sum()
             found.append(torch.autograd.grad(loss, [t for t in (x, y) if t.requires_grad]))
         for got, expected in zip(*found, strict=True):
             torch.testing.assert_close(got, expected)
+    assert len(memories) == 2
 
 
 def test_a_second_call_before_the_first_one_s_backward_pass_changes_neither(device, weight, memories):
@@ -178,9 +180,19 @@ def test_only_recordings_without_gradients_share_their_memory(device, weight, me
         learning(some(5, 3, device=device))
         for rows in (5, 6):
             learning(some(rows, 3, device=device, learns=True)).sum().backward()
-    shared = request.node.graphs.shared
+    shared = request.node.graphs.shared_memory()
     assert sum(memory == shared for memory in memories) == 2
     assert len({id(memory) if device == "cpu" else memory for memory in memories if memory != shared}) == 2
+
+
+def test_shared_memory_can_be_given_up_and_shared_again(device, weight, caplog):
+    for _ in range(2):
+        replayed = Replay(lambda x: x @ weight, "it")
+        x = some(5, 3, device=device)
+        for _ in range(WARM_UP + 2):
+            torch.testing.assert_close(replayed(x), x @ weight)
+        del replayed
+    assert not caplog.records
 
 
 def refuses(caplog, reason):
