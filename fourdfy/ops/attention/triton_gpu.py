@@ -23,10 +23,14 @@ def forward(
     """See ``attention``. Runs on the CPU under ``TRITON_INTERPRET=1``, which is for tests.
 
     Raises:
-        ValueError: the tensors are not on a GPU.
+        ValueError: float64, or not on CUDA.
     """
-    if not (q.is_cuda or not isinstance(_softmax, triton.JITFunction)):
-        raise ValueError(f"the triton back end runs on CUDA, not on {q.device}; use backend=auto")
+    interpreted = not isinstance(_softmax, triton.JITFunction)
+    if q.dtype == torch.float64 or not (q.is_cuda or interpreted):
+        raise ValueError(
+            f"the triton back end computes up to 32 bits on CUDA, not {q.dtype} on {q.device}; "
+            f"use backend=auto"
+        )
     return _Attention.apply(q, k, v)
 
 

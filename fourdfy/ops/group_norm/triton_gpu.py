@@ -40,7 +40,7 @@ def add_norm(
     """See ``add_norm`` of the package. Runs on the CPU under ``TRITON_INTERPRET=1``, which is for tests.
 
     Raises:
-        ValueError: the tensors are not on a GPU; so in all functions here.
+        ValueError: float64, or not on CUDA; so in all functions here.
     """
     return _AddNorm.apply(x, bias, residual, scale, shift, groups, eps, silu, True)
 
@@ -86,7 +86,7 @@ class _AddNorm(torch.autograd.Function):
         x = _channels_last(x)
         passes = _Passes(x, groups, silu)
         total, partial = passes.add(x, bias, residual, writes)
-        stats = passes.reduce(_statistics, partial, eps=eps)
+        stats = passes.reduce(_statistics, partial, eps)
         normed = torch.empty_like(x)
         passes.tiles(_normalize, total, bias, stats, scale, shift, normed, ADDS=not writes, **passes.norm)
         ctx.passes, ctx.writes, ctx.adds = passes, writes, residual is not None
@@ -117,8 +117,12 @@ class _Passes:
     """Launches over the pixels of tensors of one shape."""
 
     def __init__(self, x: Tensor, groups: int = 1, silu: bool = False) -> None:
-        if not (x.is_cuda or not isinstance(_add_moments, triton.JITFunction)):
-            raise ValueError(f"the triton back end runs on CUDA, not on {x.device}; use backend=auto")
+        interpreted = not isinstance(_add_moments, triton.JITFunction)
+        if x.dtype == torch.float64 or not (x.is_cuda or interpreted):
+            raise ValueError(
+                f"the triton back end computes up to 32 bits on CUDA, not {x.dtype} on {x.device}; "
+                f"use backend=auto"
+            )
         self.device, self.groups = x.device, groups
         self.images, self.channels, height, width = x.shape
         self.pixels = height * width
@@ -152,12 +156,12 @@ class _Passes:
         """A pass whose programs take one tile each."""
         self._launch(kernel, (self.n_tiles, self.images), *tensors, self.pixels, **self.tile, **constants)
 
-    def reduce(self, kernel, partial: Tensor, **numbers: float) -> Tensor:
+    def reduce(self, kernel, partial: Tensor, *numbers: float) -> Tensor:
         """[B, G, 2] from the sums of all splits."""
         result = torch.empty(self.images, self.groups, 2, device=self.device)
         self._launch(
             kernel, (self.groups, self.images), partial, result, self.pixels, self.splits,
-            self.tiles_of_split * self.tile["P"], *numbers.values(), C=self.channels,
+            self.tiles_of_split * self.tile["P"], *numbers, C=self.channels,
             D=self.norm["D"], DP=triton.next_power_of_2(self.norm["D"]), SP=MAX_SPLITS,
         )  # fmt: skip
         return result
