@@ -1,5 +1,8 @@
 """Which processor ``--gpu`` names."""
 
+import platform
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -100,3 +103,25 @@ def test_a_cpu_nobody_asked_for_is_mentioned(gpu, said, gpus, caplog, tmp_path):
     with caplog.at_level("INFO"), pytest.raises(ConfigError, match="no checkpoint"):
         run("test", config, given, gpu=gpu, command=[])
     assert ("no GPU found" in caplog.text) == said
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_used_again_without_being_cleared():
+    script = """
+import resource
+import torch
+from fourdfy.devices import keep_freed_memory
+
+def page_faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(1 << 24)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+returned = min(page_faults() for _ in range(3))
+keep_freed_memory()
+kept = min(page_faults() for _ in range(3))
+print(returned, kept)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    returned, kept = map(int, done.stdout.split())
+    assert kept < 10 < returned

@@ -22,7 +22,7 @@ from fourdfy.callbacks.progress import ProgressLine
 from fourdfy.callbacks.signals import StopSignals
 from fourdfy.config import ConfigError
 from fourdfy.config_files import CONFIGS
-from fourdfy.devices import on_device, select_device
+from fourdfy.devices import keep_freed_memory, on_device, select_device
 from fourdfy.evaluation.report import ShapesReport, summary_table, write_json
 from fourdfy.evaluation.scenes import Render, evaluate_scene, scene_renderer
 from fourdfy.shapes.grammar import ShapePrompt, parse_prompt
@@ -88,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         device = select_device(args.gpu)
     except ConfigError as error:
         parser.error(str(error))
+    if device == "cpu":
+        keep_freed_memory()
     rows = []
     with on_device(device):
         for prompt in prompts:

@@ -12,7 +12,7 @@ from pathlib import Path
 from fourdfy.callbacks.base import Run
 from fourdfy.callbacks.signals import StopSignals
 from fourdfy.config_files import COMMAND_LINE, PROMPT, ConfigError
-from fourdfy.devices import on_device, select_device
+from fourdfy.devices import keep_freed_memory, on_device, select_device
 from fourdfy.launching.experiment import PARSED, Experiment, trial_of
 from fourdfy.launching.loop import Trainer
 from fourdfy.launching.plan import check_run, fetch_models, print_plan, prompt_line
@@ -49,6 +49,8 @@ def run(
         return print_plan(experiments)
     if device == "cpu" and gpu is None:
         logger.info("no GPU found: running on the CPU")
+    if device == "cpu":
+        keep_freed_memory()
     with on_device(device):
         if mode == "train":
             train(stages, device, command)
