@@ -9,6 +9,7 @@ from analytic_scene import EVALUATION, Paint, frames, generator, make_scene, tra
 from torch import Tensor
 
 from fourdfy.config import ConfigError, parse_config
+from fourdfy.ops.backends import REFERENCE, Operation
 from fourdfy.ops.compositing.reference import alphas_from_density
 from fourdfy.scenes.nerf.passes import FlatRays
 from fourdfy.scenes.nerf.renderer import MaskedVolumeRenderer, NeRFVolumeRenderer
@@ -61,6 +62,18 @@ def test_each_frame_shows_its_own_time():
     moving, still = parts.renderer(rays, EVALUATION), parts.renderer(first, EVALUATION)
     assert torch.equal(moving.comp_rgb[0], still.comp_rgb[0])
     assert (moving.comp_rgb[2] - still.comp_rgb[2]).abs().max() > 0.1
+
+
+def test_every_back_end_renders_what_the_reference_renders(monkeypatch):
+    parts, results = make_scene(extras=True, return_comp_normal=True, peak=400.0), []
+    for pick in (Operation.pick, lambda operation, example: REFERENCE):
+        monkeypatch.setattr(Operation, "pick", pick)
+        render = parts.renderer(frames(), training())
+        image = torch.cat([getattr(render, name) for name in (*PIXELS, "comp_normal", "deformation")], dim=-1)
+        gradient = torch.stack(gradients(parts, image)["geometry"][:2])
+        results.append([render.samples.ray_indices, render.samples.t_starts, render.weights, image, gradient])
+    for fast, reference in zip(*results, strict=True):
+        torch.testing.assert_close(fast, reference, rtol=1e-4, atol=1e-6)
 
 
 def test_an_empty_scene_renders_the_background():
