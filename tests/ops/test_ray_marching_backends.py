@@ -27,7 +27,7 @@ def stepped(origins, directions, *, jitter=0.0, radius=1.0, step_size=0.15, occu
     )
 
 
-def random_case(count=60, share=0.5, cells=6, seed=0, **settings):
+def random_case(count=32, share=0.5, cells=6, seed=0, **settings):
     """From outside and inside the box, some missing it."""
     generator = torch.Generator().manual_seed(seed)
     origins = 4 * torch.rand(count, 3, generator=generator) - 2
@@ -61,7 +61,7 @@ CASES = {
     "fine cells": lambda: random_case(count=20, cells=100, share=0.01),
     "cells smaller than a step": lambda: random_case(count=20, cells=40, share=0.3),
     "one ray": lambda: random_case(count=1, share=1.1, seed=5),
-    "more rays than a program has": lambda: random_case(count=140, step_size=0.3),
+    "more rays than a program has": lambda: random_case(count=70, step_size=0.3),
     "no rays": lambda: random_case(count=0),
 }
 

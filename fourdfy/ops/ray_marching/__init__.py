@@ -55,16 +55,16 @@ def find_visible(
 def _sample(module: ModuleType, device: torch.device, family: None) -> tuple[Tensor, ...]:
     """Number, sum of distances and of their squares of each ray's samples in a half full box."""
     generator = torch.Generator().manual_seed(0)
-    origins = 4 * torch.rand(128, 3, generator=generator) - 2
-    targets = torch.rand(128, 3, generator=generator) - 0.5
+    origins = 4 * torch.rand(64, 3, generator=generator) - 2
+    targets = torch.rand(64, 3, generator=generator) - 0.5
     rays = Rays(
         origins=origins,
         directions=torch.nn.functional.normalize(targets - origins, dim=-1),
-        times=torch.rand(128, 1, generator=generator),
+        times=torch.rand(64, 1, generator=generator),
     )
     stepped = SteppedRays(
         rays=rays.to(device),
-        jitter=torch.rand(128, generator=generator).to(device),
+        jitter=torch.rand(64, generator=generator).to(device),
         radius=1.0,
         step_size=0.1,
         occupied=(torch.rand(8, 8, 8, generator=generator) < 0.5).to(device),
@@ -79,7 +79,7 @@ def _sample(module: ModuleType, device: torch.device, family: None) -> tuple[Ten
         module.find_visible(stepped, density, alpha_threshold=torch.full((), 0.02, device=device), **limits),
     )
     return tuple(
-        torch.zeros(128, device=device).index_add(0, samples.ray_indices, samples.t_starts**power)
+        torch.zeros(64, device=device).index_add(0, samples.ray_indices, samples.t_starts**power)
         for samples in found
         for power in range(3)
     )
