@@ -39,7 +39,7 @@ MIN_POINTS = 1 << 17
 """Fewer points never pay for slices."""
 POINTS_PER_ENTRY = 1 / 16
 """Slices are made if there are at least so many points for each entry of a level's slices."""
-TILE = 1024
+TILE = 2048
 """Numbers of a [B, 8, F] tile."""
 
 

@@ -15,8 +15,8 @@ from fourdfy.scenes.nerf.passes import FlatRays, ShadedRays
 from fourdfy.types import Samples
 
 SAMPLES_PER_RAY = 64
-COUNTS = (1 << 16, 1 << 19)
-"""Samples of the two measurements, large beside what the allocator rounds to."""
+COUNTS = (1 << 18, 1 << 20)
+"""Samples of the two measurements, so many that whatever is made for many samples alone exists in both."""
 
 
 def bytes_per_sample(
