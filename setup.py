@@ -21,6 +21,7 @@ setup(
     entry_points={"console_scripts": ["fourdfy = fourdfy.launching.cli:main"]},
     install_requires=[
         "torch>=2.6",
+        "pytorch-lightning>=2.6",
         "omegaconf>=2.4",
         "pyyaml>=6.0",
         "filelock>=3.12",

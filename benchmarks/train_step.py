@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from fourdfy.callbacks.base import Callback, Run
 from fourdfy.launching.experiment import Experiment, load_experiment
-from fourdfy.launching.loop import Trainer
+from fourdfy.launching.lightning import Trainer
 from fourdfy.types import StepBatch, StepContext
 
 ROOT = Path(__file__).parents[1]

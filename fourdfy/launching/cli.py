@@ -131,7 +131,7 @@ def _quieten_libraries(verbose: bool) -> None:
     """Silence the libraries' start-up messages, which are of no use to a user; errors still appear."""
     if verbose:
         return
-    for name in ("numba", "httpx"):
+    for name in ("pytorch_lightning", "lightning_fabric", "numba", "httpx"):
         logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=name)
 

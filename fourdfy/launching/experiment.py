@@ -47,7 +47,7 @@ FOLLOWING = ("exp_dir", "trial_name", "trial_dir")
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """``trainer``: how the stage is trained; Lightning's names."""
+    """``trainer``: how Lightning's Trainer runs the stage."""
 
     max_steps: int = number(10000, 0)
     """Training ends after this global step."""
@@ -62,7 +62,7 @@ class TrainerConfig:
     check_val_every_n_epoch: int | None = None
     """Refused, because there is only one epoch."""
     precision: Literal[32, "32-true", "16-mixed", "bf16-mixed", 16, "bf16"] = 32
-    """Of autocast in steps and renders; ``16`` and ``bf16`` are older names of the mixed ones."""
+    """Lightning's precision; ``16`` and ``bf16`` are older names of the mixed ones."""
     accumulate_grad_batches: int = number(1, 1)
     """Batches of one kind whose gradients are averaged for a step."""
     gradient_clip_val: float | None = number(None, 0)

@@ -14,10 +14,9 @@ from fourdfy.callbacks.signals import StopSignals
 from fourdfy.config_files import COMMAND_LINE, PROMPT, ConfigError
 from fourdfy.devices import keep_freed_memory, on_device, select_device
 from fourdfy.launching.experiment import PARSED, Experiment, trial_of
-from fourdfy.launching.loop import Trainer
 from fourdfy.launching.plan import check_run, fetch_models, print_plan, prompt_line
 from fourdfy.launching.recipe import Stage, load_recipe
-from fourdfy.launching.train import configured, train_stages
+from fourdfy.launching.train import configured, import_trainer, train_stages
 from fourdfy.launching.trial import command_for, results_folder
 from fourdfy.systems.base import System
 from fourdfy.systems.checkpoint import checkpoint_file
@@ -119,7 +118,7 @@ def render_views(mode: str, system: System, experiment: Experiment, device: str)
     cfg = replace(experiment.cfg.trainer, val_check_interval=1, limit_val_batches=None)
     looking_on = {"progress": ProgressLine(), "renders": SaveRenders(folder / "save"), **configured(cfg)}
     run = Run(system=system, data=experiment.build_data(), folder=folder, label=mode, max_steps=cfg.max_steps)
-    trainer = Trainer(cfg, run, looking_on, device=device)
+    trainer = import_trainer()(cfg, run, looking_on, device=device)
     trainer.test() if mode == "test" else trainer.validate()
     logger.info("written to %s", folder / "save")
 

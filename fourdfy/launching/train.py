@@ -9,6 +9,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,12 +22,14 @@ from fourdfy.launching.experiment import (
     load_experiment,
     trial_arguments,
 )
-from fourdfy.launching.loop import Trainer
 from fourdfy.launching.plan import check_run
 from fourdfy.launching.recipe import Stage, load_recipe
 from fourdfy.launching.trial import owned, prepare_trial
 from fourdfy.systems.base import System
 from fourdfy.types import Cameras, RenderOutput
+
+if TYPE_CHECKING:
+    from fourdfy.launching.lightning import Trainer
 
 logger = logging.getLogger(__name__)
 
@@ -126,11 +129,12 @@ def _train_stage(
     stage: Stage, device: str, command: Sequence[str], callbacks: Sequence[Callback], test: bool
 ) -> bool:
     """Train a stage from where it stands, then render its test views; False if it was stopped."""
-    # TensorBoard takes a while to import, so this waits until there is something to run.
+    # Lightning and TensorBoard take seconds to import, so this waits until there is something to run.
     from fourdfy.callbacks.curves import Curves
     from fourdfy.callbacks.last_checkpoint import LastCheckpoint
     from fourdfy.callbacks.renders import SaveRenders
 
+    Trainer = import_trainer()
     experiment, folder = stage.experiment, stage.experiment.trial_dir
     cfg, checkpoints = experiment.cfg.trainer, experiment.cfg.checkpoint
     curves = Curves(folder, cfg.log_every_n_steps, experiment.cfg.system.loggers.wandb, experiment.values)
@@ -182,3 +186,15 @@ def named(callbacks: Sequence[Callback]) -> dict[str, Callback]:
         count = sum(type(other) is type(callback) for other in names.values())
         names[f"{kind} {count + 1}" if count else kind] = callback
     return names
+
+
+def import_trainer() -> type[Trainer]:
+    """The class that runs the loops; the log levels and handlers that Lightning sets on import are undone."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning_fabric")]
+    before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
+    from fourdfy.launching.lightning import Trainer
+
+    for this, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        this.setLevel(level)
+        this.propagate, this.handlers[:] = propagate, handlers
+    return Trainer

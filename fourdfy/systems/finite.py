@@ -22,17 +22,21 @@ class FiniteCheck:
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.groups = optimizer.param_groups
+        self.optimizer, self.groups = optimizer, optimizer.param_groups
         self._step: StepNumbers | None = None
+        self._scaled = False
         self._skips = skips_on_gpu(optimizer)
         if self._skips:
-            optimizer.register_step_pre_hook(self._mark)
+            optimizer.register_step_pre_hook(self._tell)
 
     def __call__(self, losses: Mapping[str, Tensor], where: str, *, scaled: bool = False) -> None:
         """Check a step, after the one before; the arguments are those of ``check_step``."""
         self.settle()
         self._step = StepNumbers(losses, self.groups, where, scaled=scaled)
-        if not self._skips:
+        self._scaled = scaled
+        if self._skips:
+            self.optimizer.found_inf = self._step.is_broken  # type: ignore[attr-defined]
+        else:
             self.settle()
 
     def settle(self) -> None:
@@ -45,19 +49,22 @@ class FiniteCheck:
         if step is not None:
             step.refuse_broken()
 
-    def _mark(self, optimizer: Any, *_: Any) -> None:
-        """Tell the kernels whether to skip; a gradient scaler may have told them to do so already."""
-        assert self._step is not None
-        found = getattr(optimizer, "found_inf", None)
-        broken = self._step.is_broken
-        optimizer.found_inf = broken if found is None else torch.maximum(found, broken)
+    def _tell(self, optimizer: Any, *_: Any) -> None:
+        """Tell the kernels again: a gradient scaler has just told them what it found instead."""
+        if self._scaled and self._step is not None:
+            optimizer.found_inf = torch.maximum(optimizer.found_inf, self._step.is_broken)
 
 
 def skips_on_gpu(optimizer: torch.optim.Optimizer) -> bool:
     """Whether its kernels leave everything as it is where ``optimizer.found_inf`` is 1."""
-    return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
+    return is_fused(optimizer) and all(
         parameter.is_cuda for group in optimizer.param_groups for parameter in group["params"]
     )
+
+
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether gradient scalers leave unscaling and skipping to its kernels."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def check_step(

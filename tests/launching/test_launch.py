@@ -55,7 +55,7 @@ def test_checking_and_finding_a_typo_import_no_library_that_takes_seconds():
 import sys
 from fourdfy.launching.cli import main
 main(["--config", "configs/shapes.yaml", "--check", "--gpu", "cpu", *sys.argv[1:]])
-slow = {"torch._dynamo", "diffusers", "transformers", "numba", "scipy", "peft"}
+slow = {"torch._dynamo", "pytorch_lightning", "diffusers", "transformers", "numba", "scipy", "peft"}
 assert not slow & set(sys.modules), slow & set(sys.modules)
 """
     for typo in ([], ["sede=1"]):
@@ -241,7 +241,7 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_is_written(tmp_path,
 
 
 def test_what_a_scheduler_leaves_in_the_environment_changes_nothing(tmp_path):
-    """Nor does a checkpoint in the working directory of something else; nor no git."""
+    """Nor does a checkpoint in the working directory that Lightning's own would pick up; nor no git."""
     names = "LOCAL_RANK RANK GROUP_RANK NODE_RANK SLURM_PROCID SLURM_LOCALID JSM_NAMESPACE_RANK LSB_JOBID"
     sizes = "WORLD_SIZE SLURM_NTASKS SLURM_NTASKS_PER_NODE JSM_NAMESPACE_SIZE"
     given = {

@@ -95,7 +95,7 @@ def test_a_check_imports_no_library_of_models_and_no_trainer():
     code = (
         "import sys; from fourdfy.launching.cli import main; "
         "main(['--config', 'configs/shapes.yaml', '--check', '--gpu', 'cpu']); "
-        "heavy = {'diffusers', 'transformers', 'torch._dynamo', 'numba'}; "
+        "heavy = {'diffusers', 'transformers', 'pytorch_lightning', 'torch._dynamo', 'numba'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

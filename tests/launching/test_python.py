@@ -26,7 +26,7 @@ from tests.commands import TINY
 
 def state():
     numbers = [n for n in signal.valid_signals() if n not in (signal.SIGKILL, signal.SIGSTOP)]
-    loggers = [logging.getLogger(name) for name in ("", "fourdfy")]
+    loggers = [logging.getLogger(name) for name in ("", "fourdfy", "pytorch_lightning", "lightning_fabric")]
     return (
         [signal.getsignal(n) for n in numbers],
         [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers],

@@ -3,11 +3,12 @@
 import os
 import signal
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from fourdfy.config import ConfigError
-from fourdfy.launching.loop import Trainer
+from fourdfy.launching.lightning import LightningSystem
 from fourdfy.launching.recipe import load_recipe
 from fourdfy.systems.checkpoint import read_checkpoint
 from tests.commands import launch, trial
@@ -19,17 +20,17 @@ STAGES = ("shapes_stage_1", "shapes_stage_2", "shapes_stage_3")
 def steps(monkeypatch):
     """(stage's first guidance, global step) of every training step that is computed."""
     computed = []
-    original = Trainer._step
+    original = LightningSystem.training_step
 
-    def counted(self, parts):
-        computed.append((self.run.folder.parent.name, self.run.step))
+    def counted(self, batch, batch_idx):
+        computed.append((Path(self.trainer.default_root_dir).parent.name, self.global_step))
         for action in counted.actions.get(len(computed), ()):
             action()
-        return original(self, parts)
+        return original(self, batch, batch_idx)
 
     counted.actions = {}
     computed_actions = counted.actions
-    monkeypatch.setattr(Trainer, "_step", counted)
+    monkeypatch.setattr(LightningSystem, "training_step", counted)
     return computed, computed_actions
 
 

@@ -133,8 +133,8 @@ def test_after_good_steps_the_optimizer_goes_on(late):
 def test_a_gradient_scaler_and_the_check_skip_what_either_of_them_finds(late, found, loss):
     check, optimizer, network = late
     before = network.weight.detach().clone()
-    optimizer.found_inf = torch.tensor(found)
     check({"sds": torch.tensor(loss)}, "here", scaled=True)
+    optimizer.found_inf = torch.tensor(found)  # as a scaler does right before the step
     optimizer.step()
     assert torch.equal(network.weight.detach(), before)
 

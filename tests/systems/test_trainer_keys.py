@@ -5,6 +5,7 @@ import torch
 
 from fourdfy.config import ConfigError
 from fourdfy.launching.experiment import CheckpointConfig, TrainerConfig, load_experiment
+from fourdfy.launching.lightning import build_loops
 from fourdfy.systems.checkpoint import read_checkpoint
 from tests.commands import CONFIGS, TINY, launch, trial
 
@@ -116,3 +117,23 @@ def test_validation_comes_after_steps_or_a_share_of_them(given, steps):
 def test_saving_once_at_the_end_of_a_long_run_is_warned_of_and_not_done(every, max_steps, expected, caplog):
     assert CheckpointConfig(every_n_train_steps=every).interval(max_steps) == expected
     assert ("is the whole run" in caplog.text) == (every != expected)
+
+
+def test_trainer_keys_reach_the_trainer(tmp_path):
+    keys = {"accumulate_grad_batches": 3, "limit_val_batches": 2, "gradient_clip_val": 0.5}
+    given = [f"trainer.{key}={value}" for key, value in keys.items()]
+    given += ["trainer.gradient_clip_algorithm=value", "trainer.detect_anomaly=true"]
+    given += ["trainer.max_steps=40", "trainer.val_check_interval=0.25"]
+    cfg = load_experiment([CONFIGS / "shapes_stage_1.yaml"], [*TINY, *given]).cfg.trainer
+    trainer = build_loops(cfg, tmp_path, "cpu")
+    assert {key: getattr(trainer, key) for key in keys} == keys
+    assert trainer.gradient_clip_algorithm == "value" and trainer._detect_anomaly
+    assert trainer.val_check_interval == 10 * 3  # Lightning counts batches
+
+
+def test_half_precision_on_a_cpu_says_what_is_used(tmp_path, caplog):
+    given = ["trainer.precision=16"]
+    cfg = load_experiment([CONFIGS / "shapes_stage_1.yaml"], [*TINY, *given]).cfg.trainer
+    trainer = build_loops(cfg, tmp_path, "cpu")
+    assert trainer.precision == "bf16-mixed"
+    assert "trainer.precision=16: not possible on a CPU; bf16-mixed is used" in caplog.text

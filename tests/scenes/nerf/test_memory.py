@@ -5,7 +5,7 @@ import torch
 from analytic_scene import frames, make_scene, training
 
 from fourdfy.launching.experiment import load_experiment
-from fourdfy.launching.loop import memory_budget
+from fourdfy.launching.lightning import memory_budget
 from fourdfy.scenes.nerf import renderer as module
 from fourdfy.scenes.nerf.memory import through_the_box
 from tests.commands import CONFIGS, TINY

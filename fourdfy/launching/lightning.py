@@ -1,0 +1,362 @@
+"""The only place where a system, its data and callbacks meet Lightning: thin shells that only delegate.
+
+Nothing here waits for a GPU. What must not be late is settled before anything is saved or shown, see
+``systems.finite``.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.plugins import Precision
+from pytorch_lightning.plugins.environments import LightningEnvironment
+from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.strategies import SingleDeviceStrategy
+from pytorch_lightning.utilities import GradClipAlgorithmType
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fourdfy.callbacks.base import Callback, Run
+from fourdfy.data.base import DataModule, EvalBatch
+from fourdfy.launching.experiment import TrainerConfig
+from fourdfy.systems.checkpoint import read_checkpoint, write_checkpoint
+from fourdfy.systems.finite import FiniteCheck, is_fused
+from fourdfy.systems.learning_rates import advance, continued
+from fourdfy.types import RenderOutput, StepBatch, TensorRecord
+
+logger = logging.getLogger(__name__)
+
+RESERVE = 0.1
+"""Share of a GPU's memory that is left to fragments, libraries and what is held for moments."""
+
+
+class LightningSystem(pl.LightningModule):
+    """Wraps a run's system for Lightning; ``state_dict`` is the system's own, without the shell.
+
+    Args:
+        callbacks: by the names of their states in a checkpoint; called in this order.
+        memory_budget_gb: of the trainer's config.
+    """
+
+    def __init__(
+        self, run: Run, callbacks: Mapping[str, Callback], memory_budget_gb: float | None = None
+    ) -> None:
+        super().__init__()
+        self.memory_budget_gb = memory_budget_gb
+        self.system, self.run, self.callbacks = run.system, run, callbacks
+        self._resumed: dict[str, Any] | None = None
+        self._check: FiniteCheck | None = None
+
+    def state_dict(self, *args: Any, **keywords: Any) -> dict[str, Any]:
+        return self.system.state_dict(*args, **keywords)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.system.load_checkpoint(checkpoint)
+        self.run.means.sums = checkpoint.get("running_means", {})
+        states = checkpoint.get("callback_states", {})
+        for name in states.keys() & self.callbacks.keys():
+            self.callbacks[name].load_state_dict(states[name])
+        self._resumed = checkpoint
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["running_means"] = self.run.means.sums
+        checkpoint["optimizer"] = type(self.optimizer).__name__
+        if states := {name: state for name, c in self.callbacks.items() if (state := c.state_dict())}:
+            checkpoint["callback_states"] = states
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> None:
+        """Do nothing: ``on_load_checkpoint`` has loaded it, with its step."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer, scheduler = self.optimizer, self.run.scheduler
+        if self._resumed is not None:
+            # Lightning restores from the checkpoint after this; rates and options are the config's.
+            if scheduler is not None:
+                advance(scheduler, self.system.step)
+            states, name = self._resumed["optimizer_states"], self._resumed.get("optimizer")
+            states[:] = [continued(states[0], name, optimizer)]
+            self._resumed["lr_schedulers"] = []
+            self._resumed = None
+        if scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        assert self.run.optimizer is not None, "asked for in training alone"
+        return self.run.optimizer
+
+    def on_train_start(self) -> None:
+        self._check = FiniteCheck(self.optimizer)
+        if self.device.type == "cuda":
+            with self.trainer.precision_plugin.forward_context():
+                self.system.bound_memory(memory_budget(self.device, self.memory_budget_gb))
+        self.run.save = self._save
+        self.tell("begin")
+
+    def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
+        if batch.part == 0:
+            self.optimizer.zero_grad()  # Lightning's own comes after the forward pass, which would hold both
+            self.system.before_step(batch)
+            self._losses: dict[str, Tensor] = {}
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
+        out = self.system.training_step(batch)
+        self._batch = batch
+        for name, loss in out.losses.items():  # of all parts of the step
+            self._losses[name] = self._losses[name] + loss if name in self._losses else loss
+        losses = {**out.losses, "total": out.loss.detach()}
+        self.run.means.add({f"loss/{batch.kind}/{name}": value for name, value in losses.items()})
+        self.run.means.add({f"weight/{batch.kind}/{name}": value for name, value in out.loss_weights.items()})
+        self.run.means.add({f"{batch.kind}/{name}": value for name, value in out.metrics.items()})
+        return out.loss
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if scaler is not None and is_fused(optimizer):
+            scaler.unscale_(optimizer)  # Lightning leaves it to the fused kernels
+        where = f"global step {self._batch.step}, a {self._batch.kind} step"
+        assert self._check is not None
+        self._check(self._losses, where, scaled=scaler is not None)
+        self.system.after_backward(self._batch, optimizer)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning does, also for fused optimizers in mixed precision, as gradients are unscaled."""
+        algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+        Precision.clip_gradients(
+            self.trainer.precision_plugin, optimizer, gradient_clip_val or 0.0, algorithm
+        )
+
+    def on_train_batch_end(self, outputs: Any, batch: StepBatch, batch_idx: int) -> None:
+        parts = self.trainer.accumulate_grad_batches
+        if batch.part + 1 == parts:  # half a step can't be continued
+            self.system.step = self.global_step
+            losses = self._losses
+            if parts > 1:
+                losses = {name: loss / parts for name, loss in losses.items()}
+            self.tell("after_step", batch, losses)
+            self.trainer.should_stop |= self.run.stopping
+
+    def on_train_end(self) -> None:
+        self._settle()
+        self.tell("end", None)
+
+    def on_validation_start(self) -> None:
+        self._settle()
+
+    def _settle(self) -> None:
+        if self._check is not None:
+            self._check.settle()
+
+    def _save(self, path: Path) -> None:
+        self._settle()
+        self.trainer.save_checkpoint(path, weights_only=False)  # the optimizer too
+
+    def validation_step(self, batch: EvalBatch, batch_idx: int) -> RenderOutput:
+        return self.system.render(batch.cameras)
+
+    def test_step(self, batch: EvalBatch, batch_idx: int) -> RenderOutput:
+        return self.system.render(batch.cameras)
+
+    def on_validation_batch_end(self, outputs: RenderOutput, batch: EvalBatch, batch_idx: int) -> None:
+        trainer = self.trainer
+        count = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
+        self.tell("after_frames", batch, outputs, done=batch_idx + 1, total=count[0])
+
+    def on_validation_epoch_end(self) -> None:
+        self.tell("after_validation")
+
+    def on_test_batch_end(self, outputs: RenderOutput, batch: EvalBatch, batch_idx: int) -> None:
+        total = self.trainer.num_test_batches[0]
+        self.tell("after_frames", batch, outputs, done=batch_idx + 1, total=total)
+
+    def on_test_epoch_end(self) -> None:
+        self.tell("after_test")
+
+    def tell(self, hook: str, *args: Any, **keywords: Any) -> None:
+        """Call a hook of every callback; an error's note says whose it is."""
+        for name, callback in self.callbacks.items():
+            try:
+                getattr(callback, hook)(self.run, *args, **keywords)
+            except Exception as error:
+                error.add_note(f"raised by {hook} of the callback {name!r} ({type(callback).__name__})")
+                raise
+
+
+class LightningData(pl.LightningDataModule):
+    """Wraps a data module for Lightning."""
+
+    def __init__(self, data: DataModule) -> None:
+        super().__init__()
+        self.data = data
+
+    def train_dataloader(self) -> DataLoader:
+        assert self.trainer is not None
+        return self.data.train_dataloader(self.trainer.global_step, self.trainer.accumulate_grad_batches)
+
+    def val_dataloader(self) -> DataLoader:
+        return self.data.val_dataloader()
+
+    def test_dataloader(self) -> DataLoader:
+        return self.data.test_dataloader()
+
+    def transfer_batch_to_device(
+        self, batch: TensorRecord, device: torch.device, dataloader_idx: int
+    ) -> TensorRecord:
+        if device.type == "cuda":
+            batch = batch.pin_memory()
+        return batch.to(device, non_blocking=True)
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints atomically; reads tensors and plain values only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        write_checkpoint(checkpoint, path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> Any:
+        return read_checkpoint(path)
+
+
+class OneProcess(LightningEnvironment):
+    """A run of one process, regardless of what a cluster's scheduler left in the environment.
+
+    Lightning would take rank and size of the run from it, and with the rank whether to log at all.
+    """
+
+    creates_processes_externally = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_global_rank(0)  # also for users of rank_zero_only, which read the environment at import
+
+    def local_rank(self) -> int:
+        return 0
+
+    def node_rank(self) -> int:
+        return 0
+
+    def teardown(self) -> None:
+        """Leave the environment as it is."""
+
+
+class Interrupted(BaseException):
+    """A KeyboardInterrupt, hidden from Lightning: it would ignore SIGINT from then on and call ``exit``."""
+
+
+class OneDevice(SingleDeviceStrategy):
+    """A run in this process, as its own launcher."""
+
+    is_interactive_compatible = True
+
+    @property
+    def launcher(self) -> Any:
+        return self
+
+    def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **keywords: Any) -> Any:
+        try:
+            return function(*args, **keywords)
+        except KeyboardInterrupt as error:
+            raise Interrupted from error
+
+    def kill(self, number: int) -> None:
+        """There are no other processes."""
+
+
+class SignalsKept(pl.Callback):
+    """Puts the handler of SIGTERM back that Lightning replaces in every run."""
+
+    def __init__(self) -> None:
+        self.handler = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, *args: Any, **keywords: Any) -> None:
+        if threading.current_thread() is threading.main_thread() and self.handler is not None:
+            signal.signal(signal.SIGTERM, self.handler)
+
+    on_validation_start = on_test_start = on_train_start
+
+
+class Trainer:
+    """Trains and renders the system of a run, on one device.
+
+    Args:
+        callbacks: by the names of their states in a checkpoint; called in this order.
+    """
+
+    def __init__(
+        self, cfg: TrainerConfig, run: Run, callbacks: Mapping[str, Callback], *, device: str
+    ) -> None:
+        self.system = LightningSystem(run, callbacks, cfg.memory_budget_gb)
+        self.data = LightningData(run.data)
+        self.loops = build_loops(cfg, run.folder, device)
+
+    def fit(self, resume_from: Path | None) -> None:
+        self._run(self.loops.fit, ckpt_path=resume_from)
+
+    def validate(self) -> None:
+        self._run(self.loops.validate, verbose=False)
+
+    def test(self) -> None:
+        self._run(self.loops.test, verbose=False)
+
+    def _run(self, loop: Callable[..., Any], **given: Any) -> None:
+        try:
+            loop(self.system, self.data, weights_only=True, **given)
+        except BaseException as error:
+            self.system.tell("end", error)
+            if isinstance(error, Interrupted):
+                raise KeyboardInterrupt from error
+            raise
+
+
+def memory_budget(device: torch.device, gib: float | None) -> float:
+    """The bytes of a GPU that a run should take: of ``gib``, or else of what is free or already its own."""
+    if gib is not None:
+        return (1 - RESERVE) * gib * 2**30
+    free, _ = torch.cuda.mem_get_info(device)
+    return (1 - RESERVE) * (free + torch.cuda.memory_reserved(device))
+
+
+def build_loops(cfg: TrainerConfig, folder: Path, device: str) -> pl.Trainer:
+    """Lightning's Trainer, without its own writing, logging and saving."""
+    if device == "cpu" and cfg.precision in (16, "16-mixed"):
+        logger.warning("trainer.precision=%s: not possible on a CPU; bf16-mixed is used", cfg.precision)
+    return pl.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu" if device == "cpu" else "gpu",
+        strategy=OneDevice(device),
+        devices=1 if device == "cpu" else [torch.device(device).index or 0],
+        max_steps=cfg.max_steps,
+        min_epochs=0,
+        log_every_n_steps=cfg.log_every_n_steps,
+        num_sanity_val_steps=cfg.num_sanity_val_steps,
+        val_check_interval=cfg.steps_between_validations * cfg.accumulate_grad_batches or None,
+        limit_val_batches=cfg.limit_val_batches if cfg.val_check_interval else 0,
+        precision=cfg.precision,
+        accumulate_grad_batches=cfg.accumulate_grad_batches,
+        gradient_clip_val=cfg.gradient_clip_val,
+        gradient_clip_algorithm=cfg.gradient_clip_algorithm,
+        detect_anomaly=cfg.detect_anomaly,
+        deterministic=cfg.deterministic,
+        inference_mode=False,
+        logger=False,
+        callbacks=[SignalsKept()],
+        plugins=[SafeCheckpointIO(), OneProcess()],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
