@@ -63,7 +63,7 @@ def test_the_memory_is_about_what_was_measured(name, monkeypatch):
     bounds = [f"system.renderer.base_renderer.{key}={n}" for key, n in MEASURED_WITH.get(name, {}).items()]
     this = load(name, *bounds)
     _, estimate = (size / 2**30 for size in plan._memory_estimate(this, this.build_system()))
-    assert PEAK_GIB[name] / 1.45 < estimate < PEAK_GIB[name] * 1.33
+    assert PEAK_GIB[name] / 1.5 < estimate < PEAK_GIB[name] * 1.33
 
 
 def test_frames_in_the_vae_at_once_are_counted():
