@@ -98,3 +98,11 @@ def test_renders_of_all_sizes_are_measured_at_toy_size(load, tmp_path, capsys):
     with Image.open(picture) as image:
         colours = {colour for _, colour in image.convert("RGB").getcolors(1 << 16)}
     assert {ImageColor.getrgb(line) for line in (scaling.TIME, scaling.MEMORY)} <= colours
+
+
+def test_the_priors_are_measured_at_toy_size(load, tmp_path, capsys):
+    load("priors").main(["--toy", "--models", str(tmp_path)])
+    found = rows(capsys.readouterr().out)
+    kinds, networks = ("multi_view", "single_view", "video"), ("U-Net", "VAE", "all")
+    assert [cells[0] for cells in found] == [f"{kind}: {network}" for kind in kinds for network in networks]
+    assert all(float(cells[-1]) > 0.9999 for cells in found), "the same numbers in every way"
