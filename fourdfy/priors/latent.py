@@ -32,9 +32,11 @@ from fourdfy.priors.frozen import (
     encode_images,
     load_noise_schedule,
     load_part,
+    to_channels_last,
     vae_factor,
 )
 from fourdfy.priors.hub import resolve_model, stored_description, stored_folder
+from fourdfy.priors.prefix import compute_prefix_once
 from fourdfy.priors.vae_encoder import posterior
 
 logger = logging.getLogger(__name__)
@@ -143,6 +145,10 @@ class LatentPrior(Prior):
     def load_network(self, folder: Path, part: str, class_name: str) -> nn.Module:
         network = load_part(folder, part, class_name, dtype=self.dtype, device=self.device)
         apply_memory_options(network, self.cfg, self.device)
+        if self.device.type == "cpu" and part == "vae":
+            to_channels_last(network)  # a seventh faster there; U-Nets are not
+        elif self.device.type == "cpu":
+            compute_prefix_once(network)
         return network
 
     @property
