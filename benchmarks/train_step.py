@@ -20,7 +20,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, pairwise
 from pathlib import Path
@@ -85,9 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     jobs = [(config, state) for config in args.configs for state in args.state]
     if len(jobs) == 1:
-        ((config, state),) = jobs
-        result = measure(config, state, args)
-        (args.out / f"{config}-{state}.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+        measure(*jobs[0], args)
     else:
         if not args.toy:
             make_models(args.models)
@@ -104,19 +102,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 def measure_apart(config: str, state: str, gpu: str, args: argparse.Namespace) -> None:
     """Measure one config in its own process; its output is written beside the result."""
     options = ["--models", str(args.models), "--out", str(args.out), "--state", state]
-    options += ["--steps", str(args.steps), "--warm-up", str(args.warm_up), *["--toy"] * args.toy]
+    options += ["--steps", str(args.steps), "--warm-up", str(args.warm_up)]
+    options += ["--toy"] * args.toy + ["--times-only"] * args.times_only
+    options += ["--kinds", *args.kinds] if args.kinds else []
     (args.out / f"{config}-{state}.json").unlink(missing_ok=True)
     with open(args.out / f"{config}-{state}.log", "w", encoding="utf-8") as log:
         command = [sys.executable, __file__, config, *options, *args.overrides]
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment(gpu), check=False)
 
 
-def measure(config: str, state: str, args: argparse.Namespace) -> dict[str, Any]:
-    """The measurements of one config, by the name of the block."""
+def measure(config: str, state: str, args: argparse.Namespace) -> None:
+    """Measure one config in this process, and write down each block as soon as it is measured."""
     began = time.perf_counter()
     experiment = load_experiment(
         [ROOT / "configs" / f"{config}.yaml"], [*settings(config, args), *STATES[state], *args.overrides]
     )
+    experiment = restricted(experiment, args.kinds)
     needed = {Path(name).name for kind in experiment.plan.kinds for name in models_of(kind)}
     if args.toy:
         make_tiny_models(args.models)
@@ -126,8 +127,24 @@ def measure(config: str, state: str, args: argparse.Namespace) -> dict[str, Any]
     system = experiment.build_system().to(device())
     system.prepare(torch.device(device()), resumed=False)
     synchronize()
-    ready = time.perf_counter()
-    stopwatch = Stopwatch(blocks_of(experiment), args.steps, args.warm_up)
+    result = {
+        "config": config,
+        "state": state,
+        "where": where(device()),
+        "max_steps": experiment.cfg.trainer.max_steps,
+        "seconds": {"models": made - began, "load": time.perf_counter() - made},
+        "blocks": {},
+    }
+
+    def write_down(block: Block, found: dict[str, Any]) -> None:
+        result["blocks"][block.name] = found
+        file = args.out / f"{config}-{state}.json"
+        file.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        seconds = ", ".join(f"{name} {spent:.0f} s" for name, spent in found["seconds"].items())
+        print(f"{config}, {state}, {block.name}: {found['mean']:.1f} ms ({seconds})", file=sys.stderr)
+
+    print(f"{config}, {state}: {result['seconds']}", file=sys.stderr)
+    stopwatch = Stopwatch(experiment, args, write_down)
     data = experiment.build_data()
     data.train_dataloader = lambda start, parts=1: DataLoader(  # type: ignore
         Batches(experiment, stopwatch, parts), batch_size=None
@@ -142,18 +159,14 @@ def measure(config: str, state: str, args: argparse.Namespace) -> dict[str, Any]
         optimizer=system.configure_optimizer(),
     )
     Trainer(cfg, run, {"stopwatch": stopwatch}, device=device()).fit(None)
-    mixture_ms, max_steps = mixture(stopwatch.results), experiment.cfg.trainer.max_steps
-    return {
-        "config": config,
-        "state": state,
-        "where": where(device()),
-        "seconds": {"models": made - began, "load": ready - made, "run": time.perf_counter() - ready},
-        "most_gib": torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else 0,
-        "blocks": stopwatch.results,
-        "mixture_ms": mixture_ms,
-        "max_steps": max_steps,
-        "hours": hours(mixture_ms, max_steps),
-    }
+
+
+def restricted(experiment: Experiment, kinds: Sequence[str]) -> Experiment:
+    """The experiment with the priors of these kinds of step alone, or all if there are none."""
+    plan = experiment.plan
+    kept = tuple(kind for kind in plan.kinds if not kinds or kind.name in kinds)
+    gone = {kind.module for kind in plan.kinds} - {kind.module for kind in kept}
+    return replace(experiment, plan=replace(plan, kinds=kept, absent=plan.absent | gone))
 
 
 def settings(config: str, args: argparse.Namespace) -> list[str]:
@@ -206,11 +219,18 @@ class Batches(IterableDataset):
 class Stopwatch(Callback):
     """Measures blocks of steps, and keeps the scene as it is."""
 
-    def __init__(self, blocks: list[Block], steps: int, warm_up: int) -> None:
+    def __init__(
+        self,
+        experiment: Experiment,
+        args: argparse.Namespace,
+        done: Callable[[Block, dict[str, Any]], None],
+    ) -> None:
         super().__init__()
-        self.blocks, self.steps, self.warm_up = blocks, steps, warm_up
-        self.in_parts, self.profiled = min(16, steps), min(4, steps)
-        self.results: dict[str, dict[str, Any]] = {}
+        self.blocks, self.done = blocks_of(experiment), done
+        self.steps, self.warm_up = args.steps, args.warm_up
+        self.in_parts, self.profiled = (
+            (0, 0) if args.times_only else (min(16, self.steps), min(4, self.steps))
+        )
 
     def stretches(self, block: Block) -> list[tuple[int, int]]:
         """(first global step, number of steps): warmed up and timed, in parts, profiled and checked."""
@@ -244,7 +264,8 @@ class Stopwatch(Callback):
             for _ in range(self.warm_up):
                 yield
             synchronize()
-            warm_up = time.perf_counter() - began
+            warm = time.perf_counter()
+            found: dict[str, Any] = {"shares": block.shares}
             run.means.take()
             reset_peaks()
             marks = [mark()]
@@ -252,24 +273,30 @@ class Stopwatch(Callback):
                 yield
                 marks.append(mark())
             synchronize()
-            result: dict[str, Any] = {"shares": block.shares, "warm_up_s": warm_up}
-            result |= summary([elapsed_ms(a, b) for a, b in pairwise(marks)]) | peaks()
-            means = run.means.take()
-            result["samples"] = means.get(f"{block.kind}/samples")
-            with PartTimes().watch(run.system) as parts:
-                for _ in range(self.in_parts):
-                    yield
-                    parts.end_step()
-            result["parts_ms"] = {name: 1000 * parts.seconds[name] / self.in_parts for name in PARTS}
-            with kernels(self.profiled) as found:
-                for _ in range(self.profiled):
-                    yield
-            result |= found
-            with synchronisations() as waits:
-                for _ in range(self.profiled):
-                    yield
-            result["waits"] = {place: count / self.profiled for place, count in waits.most_common()}
-            self.results[block.name] = result
+            timed = time.perf_counter()
+            found |= summary([elapsed_ms(a, b) for a, b in pairwise(marks)]) | peaks()
+            found["samples"] = run.means.take().get(f"{block.kind}/samples")
+            found["seconds"] = {"warm-up": warm - began, "timed": timed - warm}
+            if self.in_parts:
+                self.done(block, found)  # the rest may fail
+                yield from self._profile(run, found)
+                found["seconds"]["profiled"] = time.perf_counter() - timed
+            self.done(block, found)
+
+    def _profile(self, run: Run, found: dict[str, Any]) -> Iterator[None]:
+        with PartTimes().watch(run.system) as parts:
+            for _ in range(self.in_parts):
+                yield
+                parts.end_step()
+        found["parts_ms"] = {name: 1000 * parts.seconds[name] / self.in_parts for name in PARTS}
+        with kernels(self.profiled) as work:
+            for _ in range(self.profiled):
+                yield
+        found |= work
+        with synchronisations() as waits:
+            for _ in range(self.profiled):
+                yield
+        found["waits"] = {place: count / self.profiled for place, count in waits.most_common()}
 
 
 def device() -> str:
@@ -307,8 +334,10 @@ def summary(ms: list[float]) -> dict[str, Any]:
     return {"steps": len(ms), "mean": fmean(ms), "median": median(ms), "min": min(ms), "max": max(ms)}
 
 
-def mixture(blocks: dict[str, dict[str, Any]]) -> tuple[float, float]:
-    """The mean ms of a step before and after the milestone."""
+def mixture(blocks: dict[str, dict[str, Any]]) -> tuple[float, float] | None:
+    """The mean ms of a step before and after the milestone; None if a kind is missing."""
+    if any(abs(sum(block["shares"][era] for block in blocks.values()) - 1) > 1e-6 for era in (0, 1)):
+        return None
     early, late = (sum(block["shares"][era] * block["mean"] for block in blocks.values()) for era in (0, 1))
     return early, late
 
@@ -328,10 +357,13 @@ def report(results: list[dict[str, Any]]) -> str:
         place = [result["config"].removeprefix("fourdfy_"), result["state"]]
         for name, block in result["blocks"].items():
             times.append(row([*place, name, *cells(block)]))
-            parts.append(row([*place, name, *(f"{block['parts_ms'][part]:.1f}" for part in PARTS)]))
-        duration = f"{result['max_steps']:,} steps in {result['hours']:.2f} h"
-        times.append(row([*place, "mixture", f"{result['mixture_ms'][1]:.1f}", duration, *["-"] * 5]))
-    return "\n".join([*times, "", *parts])
+            if "parts_ms" in block:
+                parts.append(row([*place, name, *(f"{block['parts_ms'][part]:.1f}" for part in PARTS)]))
+        if mixture_ms := mixture(result["blocks"]):
+            steps = result["max_steps"]
+            duration = f"{steps:,} steps in {hours(mixture_ms, steps):.2f} h"
+            times.append(row([*place, "mixture", f"{mixture_ms[1]:.1f}", duration, *["-"] * 5]))
+    return "\n".join([*times, *(["", *parts] if len(parts) > 1 else [])])
 
 
 def cells(block: dict[str, Any]) -> list[str]:
@@ -343,7 +375,7 @@ def cells(block: dict[str, Any]) -> list[str]:
         "-" if samples is None else f"{samples / 1e6:.2f}",
         f"{block['kernels_ms']:.1f}, {block['kernels']:.0f}" if "kernels" in block else "-",
         f"{block['launches']:.0f}" if "launches" in block else "-",
-        f"{sum(block['waits'].values()):.0f}",
+        f"{sum(block['waits'].values()):.0f}" if "waits" in block else "-",
     ]
 
 
@@ -355,6 +387,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=6)
     parser.add_argument("--models", type=Path, help="folder of the models, made if missing")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results in JSON")
+    parser.add_argument("--kinds", nargs="+", default=[], help="of step; only their priors are loaded")
+    parser.add_argument("--times-only", action="store_true", help="no parts and no profile")
     parser.add_argument("--toy", action="store_true", help="tiny models and images, to see that it runs")
     args = parser.parse_intermixed_args(argv)
     args.overrides = [word for word in args.given if "=" in word]
