@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, no_type_check
 
 import torch
 from jaxtyping import Float
@@ -155,6 +155,7 @@ class MultiViewAttention:
         self.kernel = kernel
         self.num_views = num_views
 
+    @no_type_check  # torch.compile can't look into a checker
     def __call__(
         self,
         attn: nn.Module,

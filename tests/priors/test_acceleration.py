@@ -126,7 +126,7 @@ def test_the_loras_gradient_follows_its_weight(tiny, recorder):
     assert grads[0].any() and not grads[1].any()
 
 
-@pytest.mark.parametrize("kind", ["sds", "video"])
+@pytest.mark.parametrize("kind", ["multi_view", "video"])
 def test_a_compiled_guidance_gives_what_it_gave(tiny, quick_compiler, kind):
     plain, quick = twice(lambda: make_any(tiny, kind))
     quick.accelerate(compile_small=True)
