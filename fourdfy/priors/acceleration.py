@@ -2,7 +2,7 @@
 
 A CUDA graph spares the launches and changes nothing else. Compiling also joins what lies between
 convolutions, matrix products and attention: results differ by rounding, of which there is less. It takes
-about a minute for a network and its results are kept below the project's cache.
+a minute or two for a network, and its results are kept below the project's cache.
 """
 
 from __future__ import annotations

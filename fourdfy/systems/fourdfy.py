@@ -75,7 +75,7 @@ class FourdfySystem(System):
 
         compile: bool | str = "auto"
         """How frozen networks run on a GPU. auto: recorded as CUDA graphs, and large ones (over 100 million
-        parameters) compiled by torch.compile, which takes about a minute each, once; true: all are compiled,
+        parameters) compiled by torch.compile, which takes a minute or two each, once; true: all are compiled,
         on a CPU too; false: neither."""
         loss: dict[str, Schedule] = scheduled({}, 0, 1e6)
         """``lambda_NAME`` is the scheduled weight of the loss NAME; 0 or absent switches it off."""
