@@ -110,7 +110,7 @@ class VariationalScoreDistillation(Distillation):
         name = f"the LoRA on {self.cfg.pretrained_model_name_or_path_lora or 'the prior'}"
         self.denoise_renderings, self.recorded_lora = (
             Replay(compiled(call, self.renderings.network, name, small_too=compile_small), name)
-            for call in (self.predict_renderings, self.lora_gradients)
+            for call in (self._denoised_as_in_training, self.lora_gradients)
         )
 
     def distil(
@@ -205,6 +205,11 @@ class VariationalScoreDistillation(Distillation):
             scale = 2.0 ** round(math.log2(target.numel()))
             grads = torch.autograd.grad(scale * loss, self._learning())
         return loss.detach(), torch.cat([grad.flatten() for grad in grads]) / scale
+
+    def _denoised_as_in_training(self, *inputs: Tensor | None) -> Float[Tensor, "B C *S"]:
+        """``predict_renderings`` without its graph, by what is compiled for ``lora_gradients``."""
+        with torch.enable_grad():
+            return self.predict_renderings(*inputs).detach()
 
     def _learning(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
