@@ -20,33 +20,27 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice, pairwise
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
 import torch
 from gpus import environment, spread
 from models import MODELS, make_models, make_tiny_models, model_paths, models_folder
-from profiling import PARTS, PartTimes, kernels, synchronisations
+from profiling import PARTS
+from stopwatch import MILESTONE, Batches, Block, Stopwatch
 from timing import head, row, synchronize, where
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
-from fourdfy.callbacks.base import Callback, Run
+from fourdfy.callbacks.base import Run
 from fourdfy.launching.experiment import Experiment, load_experiment
 from fourdfy.launching.lightning import Trainer
-from fourdfy.types import StepBatch, StepContext
+from fourdfy.systems.base import System
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("fourdfy_stage_*.yaml"))
 STATES = {"ball": ["system.geometry.density_blob_scale=1000"], "blob": []}
-EARLY, MILESTONE, LATE = 2000, 5000, 6000
-"""The paper's milestone of the resolution, and global steps before and after it, multiples of the occupancy
-grid's interval."""
-KNOWN_AFTER = 256
-"""Steps of training that the occupancy grid sees first."""
 TOY = (
     "system.geometry.pos_encoding_config.n_levels=2",
     "data.single_view.width=16",
@@ -63,21 +57,6 @@ TOY_VIDEO = (
     "system.guidance_video.height=32",
     "system.guidance_video.width=32",
 )
-
-
-@dataclass(frozen=True)
-class Block:
-    """Steps of one kind, from the global step ``start``."""
-
-    kind: str
-    start: int
-    height: int
-    shares: tuple[float, float]
-    """Of all steps before and after the milestone of the resolution."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.kind} {self.height}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -144,7 +123,11 @@ def measure(config: str, state: str, args: argparse.Namespace) -> None:
         print(f"{config}, {state}, {block.name}: {found['mean']:.1f} ms ({seconds})", file=sys.stderr)
 
     print(f"{config}, {state}: {result['seconds']}", file=sys.stderr)
-    stopwatch = Stopwatch(experiment, args, write_down)
+    train(experiment, system, Stopwatch(experiment, args, write_down))
+
+
+def train(experiment: Experiment, system: System, stopwatch: Stopwatch) -> None:
+    """Take the steps that the stopwatch wants."""
     data = experiment.build_data()
     data.train_dataloader = lambda start, parts=1: DataLoader(  # type: ignore
         Batches(experiment, stopwatch, parts), batch_size=None
@@ -154,7 +137,7 @@ def measure(config: str, state: str, args: argparse.Namespace) -> None:
         system=system,
         data=data,
         folder=experiment.trial_dir,
-        label=config,
+        label=experiment.cfg.name,
         max_steps=stopwatch.total,
         optimizer=system.configure_optimizer(),
     )
@@ -187,151 +170,8 @@ def models_of(kind: Any) -> list[str]:
     return names if kind.prompts is None else [*names, kind.prompts.pretrained_model_name_or_path]
 
 
-def blocks_of(experiment: Experiment) -> list[Block]:
-    """Every kind at full size and, where it begins smaller, at that size."""
-    blocks = []
-    for kind in experiment.plan.kinds:
-        early, late = (
-            kind.cameras.sample(StepContext(step, torch.Generator().manual_seed(0))).height
-            for step in (EARLY, LATE)
-        )
-        share = kind.probability
-        if early != late:
-            blocks.append(Block(kind.name, EARLY, early, (share, 0.0)))
-        blocks.append(Block(kind.name, LATE, late, (0.0 if early != late else share, share)))
-    return blocks
-
-
-class Batches(IterableDataset):
-    """The batches that the stopwatch wants, from the experiment's own loaders."""
-
-    def __init__(self, experiment: Experiment, stopwatch: Stopwatch, parts: int) -> None:
-        self.experiment, self.stopwatch, self.parts = experiment, stopwatch, parts
-
-    def __iter__(self) -> Iterator[StepBatch]:
-        for block in self.stopwatch.blocks:
-            data = self.experiment.build_data()
-            data.choose_kind = lambda step, kind=block.kind: kind  # type: ignore
-            for first, count in self.stopwatch.stretches(block):
-                yield from islice(iter(data.train_dataloader(first, self.parts)), count * self.parts)
-
-
-class Stopwatch(Callback):
-    """Measures blocks of steps, and keeps the scene as it is."""
-
-    def __init__(
-        self,
-        experiment: Experiment,
-        args: argparse.Namespace,
-        done: Callable[[Block, dict[str, Any]], None],
-    ) -> None:
-        super().__init__()
-        self.blocks, self.done = blocks_of(experiment), done
-        self.steps, self.warm_up = args.steps, args.warm_up
-        self.in_parts, self.profiled = (
-            (0, 0) if args.times_only else (min(16, self.steps), min(4, self.steps))
-        )
-
-    def stretches(self, block: Block) -> list[tuple[int, int]]:
-        """(first global step, number of steps): warmed up and timed, in parts, profiled and checked."""
-        return [
-            (block.start - self.warm_up, self.warm_up + self.steps),
-            (block.start, self.in_parts),
-            (block.start + 1, self.profiled),
-            (block.start + 1, self.profiled),
-        ]
-
-    @property
-    def total(self) -> int:
-        return sum(count for block in self.blocks for _, count in self.stretches(block))
-
-    def begin(self, run: Run) -> None:
-        for group in run.optimizer.param_groups:
-            group["lr"] = 0.0
-        batch = run.data.batch(0).to(run.system.device)
-        for step in range(0, KNOWN_AFTER, 16):
-            run.system.before_step(replace(batch, step=step))
-        self.script = self._measure(run)
-        next(self.script)
-
-    def after_step(self, run: Run, batch: StepBatch, losses: Any) -> None:
-        next(self.script, None)
-
-    def _measure(self, run: Run) -> Iterator[None]:
-        """Each ``yield`` is a step of the run."""
-        for block in self.blocks:
-            began = time.perf_counter()
-            for _ in range(self.warm_up):
-                yield
-            synchronize()
-            warm = time.perf_counter()
-            found: dict[str, Any] = {"shares": block.shares}
-            run.means.take()
-            reset_peaks()
-            marks = [mark()]
-            for _ in range(self.steps):
-                yield
-                marks.append(mark())
-            synchronize()
-            timed = time.perf_counter()
-            found |= summary([elapsed_ms(a, b) for a, b in pairwise(marks)]) | peaks()
-            found["samples"] = run.means.take().get(f"{block.kind}/samples")
-            found["seconds"] = {"warm-up": warm - began, "timed": timed - warm}
-            if self.in_parts:
-                self.done(block, found)  # the rest may fail
-                yield from self._profile(run, found)
-                found["seconds"]["profiled"] = time.perf_counter() - timed
-            self.done(block, found)
-
-    def _profile(self, run: Run, found: dict[str, Any]) -> Iterator[None]:
-        with PartTimes().watch(run.system) as parts:
-            for _ in range(self.in_parts):
-                yield
-                parts.end_step()
-        found["parts_ms"] = {name: 1000 * parts.seconds[name] / self.in_parts for name in PARTS}
-        with kernels(self.profiled) as work:
-            for _ in range(self.profiled):
-                yield
-        found |= work
-        with synchronisations() as waits:
-            for _ in range(self.profiled):
-                yield
-        found["waits"] = {place: count / self.profiled for place, count in waits.most_common()}
-
-
 def device() -> str:
     return "cuda:0" if torch.cuda.is_available() else "cpu"
-
-
-def mark() -> Any:
-    """A moment on the GPU's own clock, or the CPU's without one."""
-    if not torch.cuda.is_available():
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def elapsed_ms(before: Any, after: Any) -> float:
-    return 1000 * (after - before) if isinstance(before, float) else before.elapsed_time(after)
-
-
-def reset_peaks() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peaks() -> dict[str, float]:
-    if not torch.cuda.is_available():
-        return {"peak_gib": 0.0, "reserved_gib": 0.0}
-    return {
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
-    }
-
-
-def summary(ms: list[float]) -> dict[str, Any]:
-    return {"steps": len(ms), "mean": fmean(ms), "median": median(ms), "min": min(ms), "max": max(ms)}
 
 
 def mixture(blocks: dict[str, dict[str, Any]]) -> tuple[float, float] | None:
