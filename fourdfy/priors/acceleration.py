@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from fourdfy.priors.base import Network
@@ -58,13 +59,15 @@ class Compiled:
 
     def __init__(self, function: Callable[..., Any], network: Network, name: str) -> None:
         self.function, self.name = function, name
-        self.layers = list(_layers(network))
+        self.layers, self.called = list(_layers(network)), False
         if not self.layers:
             logger.warning("%s can't be compiled: no layers in its %s", name, ", ".join(BLOCKS))
 
     def __call__(self, *inputs: Any) -> Any:
         if not self.layers:
             return self.function(*inputs)
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return self._compiled(*inputs)  # all is compiled by now: an error is the recorder's
         try:
             return self._compiled(*inputs)
         except Exception as error:
@@ -80,6 +83,10 @@ class Compiled:
         os.environ.setdefault(CACHE_VARIABLE, str(cache_root() / "compiled"))
         import torch._dynamo as dynamo
 
+        place = os.environ[CACHE_VARIABLE]
+        if not self.called:
+            self.called = True
+            logger.info("%s: compiling, for a minute or two unless %s holds it", self.name, place)
         for layer in self.layers:
             if layer._compiled_call_impl is None:
                 layer.compile(dynamic=False)
@@ -87,7 +94,7 @@ class Compiled:
         with dynamo.config.patch(recompile_limit=VERSIONS):
             results = self.function(*inputs)
         if dynamo.utils.counters["stats"]["unique_graphs"] > made:
-            seconds, place = time.perf_counter() - began, os.environ[CACHE_VARIABLE]
+            seconds = time.perf_counter() - began
             logger.info("%s: compiled in %.0f s; kept in %s", self.name, seconds, place)
         return results
 

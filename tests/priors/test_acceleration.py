@@ -229,3 +229,21 @@ def test_many_pixels_are_encoded_without_a_recording(tiny, recorder, monkeypatch
         torch.testing.assert_close(few, many[:3])
     (kind,) = guidance.prior.recorded_vae._recordings
     assert (3, 3, 32, 32) in [shape for shape, *_ in kind[1][:1]]
+
+
+def test_what_fails_while_it_is_recorded_stays_compiled(quick_compiler, monkeypatch):
+    network, failing = network_of(nn.Linear(3, 3)), []
+
+    def function(x):
+        if failing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return network.mid_block.resnets[0](x)
+
+    call = compiled(function, network, "it", small_too=True)
+    call(torch.randn(2, 3))
+    failing.append(True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="not permitted"):
+        call(torch.randn(2, 3))
+    assert network.mid_block.resnets[0]._compiled_call_impl
