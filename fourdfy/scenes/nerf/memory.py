@@ -26,7 +26,7 @@ def bytes_per_sample(
 
     Args:
         shade: renders samples, with a graph.
-        parameters: what gets gradients.
+        parameters: what gets gradients; not frozen.
         radius: half side of the box that the samples are drawn in.
     """
     few, many = COUNTS

@@ -182,12 +182,14 @@ class NeRFVolumeRenderer(Renderer):
 
     def bound_memory(self, available: float) -> None:
         """See ``Scene.bound_memory``; ``gradient: subset`` keeps its caps, which are part of its method."""
-        if self.cfg.gradient == "subset":
+        parameters = [p for part in (self.parts.geometry, self.parts.material) for p in part.parameters()]
+        learning = [parameter for parameter in parameters if parameter.requires_grad]
+        if self.cfg.gradient == "subset" or not learning:
             return
         context = StepContext(0, torch.Generator(self.bbox.device).manual_seed(0))
         each = bytes_per_sample(
             lambda rays, samples: self._shade(rays, samples, context, self._field),
-            [p for part in (self.parts.geometry, self.parts.material) for p in part.parameters()],
+            learning,
             self.cfg.radius,
         )
         self.fitting = max(FEWEST, int(available / each))

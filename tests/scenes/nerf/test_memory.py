@@ -6,6 +6,7 @@ from analytic_scene import frames, make_scene, training
 
 from fourdfy.launching.experiment import load_experiment
 from fourdfy.launching.lightning import memory_budget
+from fourdfy.scenes.nerf import memory
 from fourdfy.scenes.nerf import renderer as module
 from fourdfy.scenes.nerf.memory import through_the_box
 from tests.commands import CONFIGS, TINY
@@ -62,6 +63,29 @@ def test_the_original_s_subsets_do_not_depend_on_memory(measured):
     before = made.renderer.fitting
     made.renderer.bound_memory(1e5)
     assert made.renderer.fitting == before
+
+
+@pytest.mark.parametrize("frozen", [(), ("orbit",), "all"])
+def test_samples_are_measured_whatever_is_frozen(monkeypatch, frozen):
+    """The memory of a GPU is pretended: 10 bytes for each sample."""
+    seen, shade = [0], module.NeRFVolumeRenderer._shade
+
+    def counted(self, rays, samples, *others):
+        seen.append(len(samples))
+        return shade(self, rays, samples, *others)
+
+    monkeypatch.setattr(module.NeRFVolumeRenderer, "_shade", counted)
+    monkeypatch.setattr(memory, "COUNTS", (128, 256))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5000 + 10 * seen[-1])
+    monkeypatch.setattr(module, "FEWEST", 1)
+    made = make_scene()
+    for name, parameter in made.scene.geometry.named_parameters():
+        parameter.requires_grad_(frozen != "all" and name not in frozen)
+    made.renderer.bound_memory(1000.0)
+    assert made.renderer.fitting == (module.NO_CAP if frozen == "all" else 100)
+    assert all(parameter.grad is None for parameter in made.scene.geometry.parameters())
 
 
 def test_what_is_measured_lies_in_the_box_and_is_sorted_by_ray():
