@@ -3,12 +3,13 @@
 import csv
 from dataclasses import replace
 from functools import partial
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
+from pytorch_lightning.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -18,10 +19,12 @@ from fourdfy.data.base import DataModule, EvalBatch
 from fourdfy.launching.experiment import TrainerConfig
 from fourdfy.launching.lightning import Trainer
 from fourdfy.ops.cameras import orbit_cameras
+from fourdfy.systems import finite
 from fourdfy.systems.base import StepOutput
 from fourdfy.types import RenderOutput, StepBatch
 from tests.runs import new_run
 
+NAN = float("nan")
 ZERO = torch.zeros(1).expand(2)  # as the times of a step are
 CAMERAS = orbit_cameras(ZERO, ZERO, distance=3.0, fovy_deg=40.0, times=ZERO, height=2, width=2)
 
@@ -181,6 +184,46 @@ def test_an_error_is_told_to_the_callbacks_with_its_origin():
     assert caught.value.__notes__ == ["raised by begin of the callback 'bad' (SimpleNamespace)"]
 
 
+def fit_mixed(spoil, weights, monkeypatch):
+    """Six steps with a gradient scaler and fused AdamW, whose kernels do on a CPU what they do on a GPU; the
+    fourth goes through ``spoil(output, weight)``. Notes the ``weights`` before each step and at the end."""
+    monkeypatch.setattr(finite, "skips_on_gpu", finite.is_fused)
+    made = trainer(partial(torch.optim.AdamW, fused=True), max_steps=6, gradient_clip_val=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    made.loops.strategy.precision_plugin = MixedPrecision("16-mixed", "cpu", scaler)
+
+    def spoilt(batch):
+        out = Toy.training_step(made.toy, batch)
+        weights.append(made.toy.weight.detach().clone())
+        return spoil(out, made.toy.weight) if batch.step == 3 else out
+
+    made.toy.training_step = spoilt
+    try:
+        made.fit(None)
+    finally:
+        weights.append(made.toy.weight.detach().clone())
+    return made
+
+
+def test_in_mixed_precision_fused_optimizers_are_clipped_and_skip_what_overflows(monkeypatch):
+    weights = []
+    made = fit_mixed(
+        lambda out, weight: replace(out, loss=out.loss + weight.sum() * 1e38), weights, monkeypatch
+    )
+    norms = torch.stack(made.watch.gradients).norm(dim=-1)
+    torch.testing.assert_close(norms[[0, 1, 2, 4, 5]], torch.ones(5))
+    assert [not torch.equal(*pair) for pair in pairwise(weights)] == [True, True, True, False, True, True]
+
+
+def test_in_mixed_precision_a_step_of_nan_ends_the_run_and_changes_nothing(monkeypatch):
+    weights = []
+    with pytest.raises(FloatingPointError, match=r"^global step 3, a toy step: the loss a is nan"):
+        fit_mixed(
+            lambda out, weight: replace(out, losses={"a": torch.tensor(NAN)}), weights, monkeypatch
+        )  # the gradients are finite: the scaler alone would not skip it
+    assert torch.equal(weights[-1], weights[3]) and not torch.equal(weights[3], weights[2])
+
+
 class NoWaiting(Callback):
     """An error for every wait for the GPU, from the second step on."""
 
@@ -214,7 +257,7 @@ def test_a_step_of_nan_ends_the_run_and_changes_nothing_on_a_gpu(precision):
     def spoilt(batch):
         out = Toy.training_step(made.toy, batch)
         weights.append(made.toy.weight.detach().clone())
-        loss = out.loss * (float("nan") if batch.step == 3 else 1.0)
+        loss = out.loss * (NAN if batch.step == 3 else 1.0)
         return replace(out, loss=loss, losses={"a": loss.detach()})
 
     made.toy.training_step = spoilt
