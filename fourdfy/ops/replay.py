@@ -38,10 +38,10 @@ Tensors = tuple[Tensor, ...]
 class Replay:
     """A function of tensors; on CUDA each kind of call is recorded at its third time, and then replayed.
 
-    A kind is the shapes, types and devices of the arguments, which of them learn, the state of autocast, and
-    ``variant``, which stands for whatever else the function depends on. It must be computed from its
-    arguments and from tensors that stay where they are (weights; their values may change), without random
-    numbers and without reading a value on the host. Gradients reach its arguments and no other tensor.
+    A kind is the shapes, types and devices of the arguments, which of them learn, the states of autograd and
+    autocast, and ``variant``, which stands for whatever else the function depends on. It must be computed
+    from its arguments and from tensors that stay where they are (weights; their values may change), without
+    random numbers and without reading a value on the host. Gradients reach its arguments and no other tensor.
 
     What can't be recorded is computed as without this class, with one warning that says why.
 
@@ -72,13 +72,15 @@ class Replay:
             self._recordings[kind] = self._recorded(graphs, inputs)
         recording = self._recordings[kind]
         if recording is None or recording.busy:
-            return self.function(*inputs)
+            with _as_recorded(inputs):
+                return self.function(*inputs)
         results = recording(inputs)
         return results if recording.several else results[0]
 
     def _checked(self, kind: Hashable, inputs: Arguments) -> Any:
         """The function's own results, unless they carry gradients to what a recording would not know."""
-        results = self.function(*inputs)
+        with _as_recorded(inputs):
+            results = self.function(*inputs)
         if not _learns(inputs) and any(result.requires_grad for result in _tuple(results)):
             self._recordings[kind] = self._refused("gradients reach more than its arguments")
         return results
@@ -158,6 +160,7 @@ class _Recording:
             if self.learns and given is not None:
                 place.requires_grad_(given.requires_grad)
         self.function, self.several, self.lock = function, False, graphs.lock
+        self.with_graph = torch.is_grad_enabled()
         self.replay, self.results = graphs.record(self._call, self._memory(graphs))
 
     @torch.no_grad()
@@ -171,14 +174,7 @@ class _Recording:
         return graphs.shared_memory()
 
     def _call(self) -> Tensors:
-        device = _device(self.inputs).type
-        autocast = torch.autocast(
-            device,
-            dtype=torch.get_autocast_dtype(device),
-            enabled=torch.is_autocast_enabled(device),
-            cache_enabled=False,  # a weight that was cast outside of the recording would be gone
-        )
-        with autocast, torch.set_grad_enabled(self.learns):
+        with _as_recorded(self.inputs), torch.set_grad_enabled(self.with_graph):
             results = self.function(*self.inputs)
         self.several = isinstance(results, tuple)
         return _tuple(results)
@@ -251,11 +247,22 @@ class _Token:
     """Lives as long as the autograd graph of a call."""
 
 
+def _as_recorded(inputs: Arguments) -> torch.autocast:
+    """Autocast as it is, but without its cache: a weight that was cast outside of a recording would be gone.
+
+    Calls before the recording have no cache either: torch.compile makes other code where there is one, and
+    nothing can be compiled in a recording.
+    """
+    device = _device(inputs).type
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
 def _kind(inputs: Arguments) -> Hashable:
     learns, device = torch.is_grad_enabled(), _device(inputs).type
     tensors = (x if x is None else (x.shape, x.dtype, x.device, learns and x.requires_grad) for x in inputs)
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-    return *tensors, autocast, torch.are_deterministic_algorithms_enabled()
+    return *tensors, learns, autocast, torch.are_deterministic_algorithms_enabled()
 
 
 def _learns(inputs: Arguments) -> bool:

@@ -160,7 +160,7 @@ def test_each_kind_of_call_has_its_recording(device, weight, memories):
     assert calls(some(5, 3, device=device)) == 4
     assert calls(some(5, 3, device=device, learns=True)) == 6
     with torch.no_grad():
-        assert calls(some(5, 3, device=device, learns=True)) == 6
+        assert calls(some(5, 3, device=device, learns=True)) == 7
 
 
 def test_autocast_is_part_of_the_kind(device, weight, memories):
@@ -171,6 +171,19 @@ def test_autocast_is_part_of_the_kind(device, weight, memories):
         with torch.autocast(device, dtype=torch.bfloat16):
             lower = replayed(x)
     assert (plain.dtype, lower.dtype, len(memories)) == (torch.float32, torch.bfloat16, 2)
+
+
+def test_nothing_is_compiled_in_a_recording(device, weight):
+    """torch.compile makes code for each state of autocast and autograd, which a recording can't do."""
+    states = []
+    function = torch.compile(lambda x: x @ weight, backend=lambda graph, _: states.append(1) or graph)
+    replayed = Replay(function, "it")
+    for learns in (False, True):
+        for call in range(WARM_UP + 2):
+            with torch.autocast(device, enabled=False):
+                replayed(some(5, 3, device=device, learns=learns).mT.contiguous().mT)
+            compiled = compiled if call else len(states)
+        assert len(states) == compiled == 1 + learns
 
 
 def test_only_recordings_without_gradients_share_their_memory(device, weight, memories, request):
