@@ -5,8 +5,8 @@ powers of two as sizes, so inputs and outputs are padded: CP, KP. The inputs of 
 [1, N, C], or in L groups of F, as the levels of a hash grid do: [L, N, F].
 
 The hidden activations stay in registers, and the backward pass computes them again. A product of float32
-matrices is made of three in TF32 (of the leading bits, and of these with the rest), whose sum is as
-accurate as float32. No addition is atomic, so all results are reproducible.
+matrices is made of three in TF32 (of the leading bits, and of these with the rest) or six in bfloat16,
+whichever is faster; the sum is as accurate as float32. No addition is atomic: all results are reproducible.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _MLP(torch.autograd.Function):
 def outputs_of(x: Float[Tensor, "L N F"], hidden: Tensor, output: Tensor) -> Float[Tensor, "N K"]:
     """``forward`` without a graph, of contiguous tensors."""
     outputs = x.new_empty(x.shape[1], len(output))
-    _launch(_evaluate, triton.cdiv(x.shape[1], BLOCK), 1, x, hidden, output, outputs)
+    _launch(_evaluate, "tf32x3", triton.cdiv(x.shape[1], BLOCK), 1, x, hidden, output, outputs)
     return outputs
 
 
@@ -74,7 +74,8 @@ def input_gradient(
 ) -> Float[Tensor, "L N F"]:
     """The gradient of ``x``, written to ``into``, which may be ``x`` itself."""
     into = torch.empty_like(x) if into is None else into
-    _launch(_to_inputs, triton.cdiv(x.shape[1], BLOCK), 1, x, hidden, output, grad_outputs, into)
+    n_programs = triton.cdiv(x.shape[1], BLOCK)
+    _launch(_to_inputs, "bf16x6", n_programs, 1, x, hidden, output, grad_outputs, into)
     return into
 
 
@@ -85,11 +86,13 @@ def weight_gradients(
     n_programs = min(triton.cdiv(x.shape[1], BLOCK), 2 * _processors(x.device))
     n_chunks = triton.cdiv(len(hidden), CHUNK)
     sums = x.new_empty(n_programs, *hidden.shape), x.new_empty(n_programs, *output.shape)
-    _launch(_to_weights, n_programs, n_chunks, x, hidden, output, grad_outputs, *sums)
+    _launch(_to_weights, "tf32x3", n_programs, n_chunks, x, hidden, output, grad_outputs, *sums)
     return sums[0].sum(dim=0), sums[1].sum(dim=0)
 
 
-def _launch(kernel, n_programs: int, n_chunks: int, x: Tensor, hidden: Tensor, output: Tensor, *others):
+def _launch(
+    kernel, precision: str, n_programs: int, n_chunks: int, x: Tensor, hidden: Tensor, output: Tensor, *others
+):
     n_groups, n_points, group = x.shape
     if n_points == 0:
         return
@@ -108,6 +111,8 @@ def _launch(kernel, n_programs: int, n_chunks: int, x: Tensor, hidden: Tensor, o
             K=len(output),
             KP=max(16, triton.next_power_of_2(len(output))),
             B=BLOCK,
+            PRECISION="ieee" if _is_interpreted() else precision,
+            num_stages=1,
         )
 
 
@@ -140,6 +145,7 @@ def _evaluate(
     K: tl.constexpr,
     KP: tl.constexpr,
     B: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     points = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     values = _load_inputs(x, points, n_points, F, C, CP)
@@ -149,8 +155,8 @@ def _evaluate(
         w_in = _load(hidden, h, H, tl.arange(0, CP), C)
         w_out = _load(output, tl.arange(0, KP), K, h, H)
         # NaN stays NaN, as in torch.
-        active = tl.maximum(_dot(values, tl.trans(w_in)), 0.0, propagate_nan=tl.PropagateNan.ALL)
-        sums += _dot(active, tl.trans(w_out))
+        active = tl.maximum(_dot(values, tl.trans(w_in), PRECISION), 0.0, propagate_nan=tl.PropagateNan.ALL)
+        sums += _dot(active, tl.trans(w_out), PRECISION)
     _store(outputs, points, n_points, tl.arange(0, KP), K, sums)
 
 
@@ -171,6 +177,7 @@ def _to_inputs(
     K: tl.constexpr,
     KP: tl.constexpr,
     B: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     points = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
     values = _load_inputs(x, points, n_points, F, C, CP)
@@ -180,8 +187,8 @@ def _to_inputs(
         h = first + tl.arange(0, HC)
         w_in = _load(hidden, h, H, tl.arange(0, CP), C)
         w_out = _load(output, tl.arange(0, KP), K, h, H)
-        before = _dot(values, tl.trans(w_in))
-        sums += _dot(tl.where(before <= 0, 0.0, _dot(grads, w_out)), w_in)
+        before = _dot(values, tl.trans(w_in), PRECISION)
+        sums += _dot(tl.where(before <= 0, 0.0, _dot(grads, w_out, PRECISION)), w_in, PRECISION)
     at, mask = _inputs(points, n_points, F, C, CP)
     tl.store(grad_x + at, sums, mask=mask)
 
@@ -204,6 +211,7 @@ def _to_weights(
     K: tl.constexpr,
     KP: tl.constexpr,
     B: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """A chunk of hidden neurons, summed over every n-th block of points; neurons are rows here."""
     program = tl.program_id(0).to(tl.int64)
@@ -217,17 +225,19 @@ def _to_weights(
         points = block * B + tl.arange(0, B)
         values = _load_inputs(x, points, n_points, F, C, CP)
         grads = _load(grad_outputs, points, n_points, o, K)
-        before = _dot(w_in, tl.trans(values))
-        to_output += _dot(tl.maximum(before, 0.0, propagate_nan=tl.PropagateNan.ALL), grads)
-        to_hidden += _dot(tl.where(before <= 0, 0.0, _dot(w_out, tl.trans(grads))), values)
+        before = _dot(w_in, tl.trans(values), PRECISION)
+        to_output += _dot(tl.maximum(before, 0.0, propagate_nan=tl.PropagateNan.ALL), grads, PRECISION)
+        to_hidden += _dot(
+            tl.where(before <= 0, 0.0, _dot(w_out, tl.trans(grads), PRECISION)), values, PRECISION
+        )
     _store(hidden_sums + program * H * C, h, H, i, C, to_hidden)
     _store(output_sums + program * K * H, o, K, h, H, tl.trans(to_output))
 
 
 @triton.jit
 @no_type_check
-def _dot(a, b):
-    return tl.dot(a, b, input_precision="tf32x3")
+def _dot(a, b, PRECISION: tl.constexpr):
+    return tl.dot(a, b, input_precision=PRECISION)
 
 
 @triton.jit
