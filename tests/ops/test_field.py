@@ -97,7 +97,7 @@ def test_triton_agrees_with_torch_at_cell_borders():
 @pytest.mark.parametrize("slices", [False, True])
 def test_each_gradient_is_right_by_itself(trained, slices):
     """Half of the scene is often frozen."""
-    x, times, spec, learning = case(50, [0.1, 0.6])
+    x, times, spec, learning = case(16, [0.1, 0.6])
     for k, tensor in enumerate(learning):
         tensor.requires_grad_(k == trained)
     expected, ours = (
@@ -113,7 +113,7 @@ def test_each_gradient_is_right_by_itself(trained, slices):
 @kernels
 def test_a_graph_can_be_used_twice():
     """The first backward pass overwrites the features."""
-    x, times, spec, (space, space_time, *networks) = case(50, [0.1, 0.6])
+    x, times, spec, (space, space_time, *networks) = case(16, [0.1, 0.6])
     energy = OPERATION.load("triton").forward(x, times, space, space_time, spec, *networks).square().sum()
     first, second = (torch.autograd.grad(energy, space, retain_graph=True)[0] for _ in range(2))
     torch.testing.assert_close(first, second)
@@ -121,7 +121,7 @@ def test_a_graph_can_be_used_twice():
 
 @kernels
 def test_nothing_but_points_and_features_is_kept():
-    x, times, spec, (space, space_time, *networks) = case(50, [0.1])
+    x, times, spec, (space, space_time, *networks) = case(16, [0.1])
     outputs = OPERATION.load("triton").forward(x, times, space, space_time, spec, *networks)
     of_points = [tensor for tensor in outputs.grad_fn.saved_tensors if len(tensor) == len(x)]
     assert sum(tensor.numel() for tensor in of_points) == 4 * len(x)
