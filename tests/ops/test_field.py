@@ -112,11 +112,14 @@ def test_each_gradient_is_right_by_itself(trained, slices):
 
 @kernels
 def test_a_graph_can_be_used_twice():
-    """The first backward pass overwrites the features."""
+    """The first backward pass writes the features' gradient over them."""
     x, times, spec, (space, space_time, *networks) = case(16, [0.1, 0.6])
-    energy = OPERATION.load("triton").forward(x, times, space, space_time, spec, *networks).square().sum()
+    outputs = OPERATION.load("triton").forward(x, times, space, space_time, spec, *networks)
+    features = outputs.grad_fn.features
+    before, energy = features.clone(), outputs.square().sum()
     first, second = (torch.autograd.grad(energy, space, retain_graph=True)[0] for _ in range(2))
     torch.testing.assert_close(first, second)
+    assert not torch.equal(features, before)
 
 
 @kernels
