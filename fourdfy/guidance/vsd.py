@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -192,7 +192,7 @@ class VariationalScoreDistillation(Distillation):
         return _LossOfKnownGradient.apply(loss, gradient, *self._learning())
 
     def lora_gradients(
-        self, target: Float[Tensor, "B C *S"], *inputs: Tensor | None
+        self, target: Float[Tensor, "B C *S"], *inputs: Any
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "P"]]:
         """The LoRA's loss and its gradient, all parameters that learn in one row.
 
@@ -206,7 +206,7 @@ class VariationalScoreDistillation(Distillation):
             grads = torch.autograd.grad(scale * loss, self._learning())
         return loss.detach(), torch.cat([grad.flatten() for grad in grads]) / scale
 
-    def _denoised_as_in_training(self, *inputs: Tensor | None) -> Float[Tensor, "B C *S"]:
+    def _denoised_as_in_training(self, *inputs: Any) -> Float[Tensor, "B C *S"]:
         """``predict_renderings`` without its graph, by what is compiled for ``lora_gradients``."""
         with torch.enable_grad():
             return self.predict_renderings(*inputs).detach()

@@ -82,20 +82,23 @@ class Replay:
         with _as_recorded(inputs):
             results = self.function(*inputs)
         if not _learns(inputs) and any(result.requires_grad for result in _tuple(results)):
-            self._recordings[kind] = self._refused("gradients reach more than its arguments")
+            self._recordings[kind] = None
+            self._warn("gradients reach more than its arguments")
         return results
 
     def _recorded(self, graphs: Graphs, inputs: Arguments) -> _Recording | None:
         if sum(recording is not None for recording in self._recordings.values()) == MOST:
-            return self._refused(f"there are {MOST} recordings of other shapes already")
+            self._warn(f"there are {MOST} recordings of other shapes already")
+            return None
         try:
             with graphs.lock:
                 return (_Learning if _learns(inputs) else _Recording)(self.function, inputs, graphs)
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
-            return self._refused(f"{type(error).__name__}: {reason}")
+            self._warn(f"{type(error).__name__}: {reason}")
+            return None
 
-    def _refused(self, reason: str) -> None:
+    def _warn(self, reason: str) -> None:
         _warn_once(f"{self.name} can't be replayed as a CUDA graph and is launched anew each time: {reason}")
 
 
@@ -157,7 +160,7 @@ class _Recording:
     def __init__(self, function: Callable[..., Any], inputs: Arguments, graphs: Graphs) -> None:
         self.inputs = [x if x is None else x.detach().clone() for x in inputs]
         for place, given in zip(self.inputs, inputs, strict=True):
-            if self.learns and given is not None:
+            if self.learns and place is not None and given is not None:
                 place.requires_grad_(given.requires_grad)
         self.function, self.several, self.lock = function, False, graphs.lock
         self.with_graph = torch.is_grad_enabled()
@@ -275,7 +278,7 @@ def _device(inputs: Arguments) -> torch.device:
 
 def _copy(places: Arguments, values: Arguments) -> None:
     for place, value in zip(places, values, strict=True):
-        if place is not None:
+        if place is not None and value is not None:
             place.copy_(value)
 
 

@@ -140,13 +140,16 @@ class Prior(Component, ABC):
     """Whether it is conditioned on the text of each latent's view instead of the plain prompt."""
     joint_latents: int = 1
     """Neighbours in a batch that the network denoises together: with one noise level and one spread."""
-    can_be_recorded: bool = False
-    """Whether ``predict`` is as ``ops.replay.Replay`` wants it: computed from its tensors and from weights
-    that stay in place, without a look at values."""
 
     def __init__(self, cfg: Config, *, device: torch.device) -> None:
         self.cfg = cfg
         self.device = torch.device(device)
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether ``predict`` is as ``ops.replay.Replay`` wants it: a function of its tensors and of weights
+        that stay in place, which looks at no value."""
+        return False
 
     @abstractmethod
     def encode(

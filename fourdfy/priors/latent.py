@@ -163,7 +163,9 @@ class LatentPrior(Prior):
             )
             return
         unet = compiled(self.denoise, self.denoiser.network, f"the U-Net of {name}", small_too=compile_small)
-        self.denoise = Replay(unet, f"the U-Net of {name}")
+        self.denoise = Replay(  # type: ignore[method-assign]
+            unet, f"the U-Net of {name}"
+        )
         self.recorded_vae = Replay(partial(posterior, self.vae), f"the VAE of {name}")
 
     def encode(

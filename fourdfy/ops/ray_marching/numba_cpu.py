@@ -7,11 +7,10 @@ ray's sums are its own, so results do not depend on the number of threads.
 from __future__ import annotations
 
 from functools import partial
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fourdfy.ops.cpu import array, compiled, in_parallel, shares
@@ -30,9 +29,7 @@ def march(stepped: SteppedRays) -> Samples:
     return rounds.march(NumbaWalk(stepped))
 
 
-def find_visible(
-    stepped: SteppedRays, density: Density, **limits: Float[Tensor, ""] | float | int
-) -> Samples:
+def find_visible(stepped: SteppedRays, density: Density, **limits: Any) -> Samples:
     """See ``ops.ray_marching``."""
     return rounds.find_visible(NumbaWalk, stepped, density, **limits)
 
@@ -54,8 +51,8 @@ class NumbaWalk(rounds.Walk):
         self._share_out(_enter, *self.inputs, self.next_steps, self.last_steps, *bounds, *self.shape[:3])
 
     def count(self, limit, counts):
-        nothing = self.totals[:0], *(self.depths[:0].float().view(0, width) for width in (3, 1))
-        self._follow(counts, *nothing, limit)
+        positions, times = (self.depths[:0].float().view(0, width) for width in (3, 1))
+        self._follow(counts, self.totals[:0], positions, times, limit)
 
     def take(self, ends, total):
         steps = self.totals.new_empty(total)
