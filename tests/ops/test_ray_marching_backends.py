@@ -142,7 +142,7 @@ def test_rounds_of_any_size_find_the_same(backend, worthwhile, max_samples, monk
     assert in_steps(case, found) == in_steps(
         case, find_visible(case, waves(1.0), alpha_threshold=0.01, backend="torch")
     )
-    assert max(sizes) <= max(max_samples, rounds.FEWEST)
+    assert max(sizes) <= max(max_samples, rounds.FEWEST[DEVICE])
 
 
 @kernels
@@ -155,7 +155,7 @@ def test_what_lies_behind_opaque_samples_is_not_evaluated(backend):
 
     find_visible(case, density, alpha_threshold=0.01, backend=backend)
     candidates = march(case, backend="torch")
-    assert evaluated == [int(torch.bincount(candidates.ray_indices).clamp(max=rounds.FEWEST).sum())]
+    assert evaluated == [int(torch.bincount(candidates.ray_indices).clamp(max=rounds.FEWEST[DEVICE]).sum())]
 
 
 @kernels

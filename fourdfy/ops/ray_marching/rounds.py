@@ -17,10 +17,10 @@ from torch import Tensor
 from fourdfy.ops.ray_marching.rays import Density, SteppedRays
 from fourdfy.types import Samples
 
-FEWEST = 8
-"""Candidates of a ray in the first round, and at least in every other: those behind an opaque one are
-evaluated for nothing."""
-WORTHWHILE = {"cpu": 1 << 14, "cuda": 1 << 20}
+FEWEST = {"cpu": 8, "cuda": 16}
+"""Device type -> candidates of a ray in the first round, and at least in every other: those behind an opaque
+one are evaluated for nothing."""
+WORTHWHILE = {"cpu": 1 << 14, "cuda": 1 << 21}
 """Device type -> the number of candidates at which a round's fixed cost does not matter."""
 
 
@@ -116,16 +116,16 @@ def find_visible(
     def find(some: SteppedRays) -> Samples:
         return _find(make_walk(some), density, thin, hidden, max_samples)
 
-    return stepped.in_parts(max(1, max_samples // FEWEST), find)
+    return stepped.in_parts(max(1, max_samples // FEWEST[thin.device.type]), find)
 
 
 def _find(walk: Walk, density: Density, thin: Float[Tensor, ""], hidden: float, max_samples: int) -> Samples:
     if len(walk.stepped) == 0:
         return _samples(walk, [])
-    worthwhile = min(WORTHWHILE.get(thin.device.type, 1 << 20), max_samples)
+    fewest, worthwhile = FEWEST[thin.device.type], min(WORTHWHILE[thin.device.type], max_samples)
     # Of each ray, the candidates of the coming round and the visible ones of the last.
     tallies = torch.zeros(2, len(walk.stepped), dtype=torch.int32, device=thin.device)
-    steps, ends, limit = tallies[0, :0], tallies[0], FEWEST
+    steps, ends, limit = tallies[0, :0], tallies[0], fewest
     found: list[tuple[Tensor, Tensor, Tensor]] = []
     while True:
         walk.count(limit, tallies[0])
@@ -140,7 +140,7 @@ def _find(walk: Walk, density: Density, thin: Float[Tensor, ""], hidden: float, 
         steps, positions, times = walk.take(ends, total)
         walk.prune(steps, density(positions, times), ends, thin, hidden, tallies[1])
         # At most total / limit rays are still on their way: the others had fewer candidates.
-        limit = min(max(FEWEST, worthwhile * limit // total), walk.stepped.most_steps)
+        limit = min(max(fewest, worthwhile * limit // total), walk.stepped.most_steps)
 
 
 def _samples(walk: Walk, found: list[tuple[Tensor, Tensor, Tensor]]) -> Samples:
