@@ -159,8 +159,10 @@ def test_what_lies_behind_opaque_samples_is_not_evaluated(backend):
 
 
 @kernels
-def test_the_density_sees_midpoints_and_their_times(backend):
+def test_the_density_sees_midpoints_and_their_times(backend, monkeypatch):
     case, seen = random_case(), []
+    monkeypatch.setitem(rounds.FEWEST, DEVICE, 3)
+    monkeypatch.setitem(rounds.WORTHWHILE, DEVICE, 100)
 
     def density(positions, times):
         seen.append((positions, times))
@@ -170,7 +172,7 @@ def test_the_density_sees_midpoints_and_their_times(backend):
     positions, times = (torch.cat(parts) for parts in zip(*seen, strict=True))
     expected = torch.cat(case.rays.midpoints(march(case, backend="torch")), dim=1)
     ours = torch.cat([positions, times], dim=1)
-    assert len(seen) > 1 and len(ours) == len(expected)
+    assert len(seen) > 2 and len(ours) == len(expected)
 
     def in_order(rows):
         return rows[(rows.double() @ torch.tensor([1.0, 7.0, 50.0, 1e3]).double().to(DEVICE)).argsort()]

@@ -24,7 +24,6 @@ from fourdfy.types import Samples
 
 RAYS = 16
 SAMPLES = 16
-WARPS = 4
 
 
 def composite(
@@ -77,9 +76,7 @@ def _launch(kernel, ends: Int[Tensor, "R"], channels: int, *arguments: Tensor, *
     if len(ends):
         sizes = {"C": channels, "CP": triton.next_power_of_2(channels), "B": RAYS, "W": SAMPLES}
         with torch.cuda.device_of(ends):
-            kernel[(triton.cdiv(len(ends), RAYS),)](
-                ends, *arguments, len(ends), **sizes, **flags, num_warps=WARPS
-            )
+            kernel[(triton.cdiv(len(ends), RAYS),)](ends, *arguments, len(ends), **sizes, **flags)
 
 
 # ---------------------------------------------------------------------------------------------
