@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 
-def compute_prefix_once(unet: nn.Module) -> None:
+def compute_prefix_once(unet: Any) -> None:
     """Have the layers before a diffusers U-Net's first cross-attention compute equal halves of a batch once.
 
     Works in place, where no graph is made. Results differ by rounding alone, whatever the batch is.
     """
-    layers = [unet.transformer_in] if hasattr(unet, "transformer_in") else []
+    layers: list[Any] = [unet.transformer_in] if hasattr(unet, "transformer_in") else []
     for block in getattr(unet, "down_blocks", [])[:1]:
         layers += [block.resnets[0], *getattr(block, "temp_convs", [])[:1]]
         layers += [

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import torch
 import triton
@@ -141,7 +141,8 @@ def _add_gradients(
 ) -> None:
     """The gradients of the tables that are not None, added to them."""
     _, passes = _passes(points, spec)
-    sliced, walk = bool(passes) and grad_time is not None, {"R": COPIES, "K": RUN}
+    sliced = bool(passes) and grad_time is not None
+    walk: dict[str, Any] = {"R": COPIES, "K": RUN}
     if grad_space is not None:
         with copies_of_coarse_levels(grad_space, spec) as copies:
             to_space = points, spec, range(spec.n_levels), grads, grad_space, *copies

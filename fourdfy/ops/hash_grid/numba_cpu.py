@@ -103,7 +103,7 @@ def _scatter(
 ) -> None:
     """Levels are shared out, every k-th to the same thread, since coarse ones are cheaper than fine ones."""
     n_dims, levels = x.shape[1], level_table(spec)
-    slice_levels = None if runs is None else slice_table(spec)
+    slice_levels = slice_table(spec)
 
     def entries_of(index: int) -> np.ndarray:
         start, size = int(levels[index]["offset"]), int(levels[index]["entries"])

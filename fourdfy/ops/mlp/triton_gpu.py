@@ -49,13 +49,14 @@ class _MLP(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_outputs):
-        x, *weights = ctx.saved_tensors
+        x, hidden, output = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return (*reference.gradients((x, *weights), grad_outputs, ctx.needs_input_grad),)
+            return (*reference.gradients((x, hidden, output), grad_outputs, ctx.needs_input_grad),)
         grad_outputs = grad_outputs.contiguous()
         wants_x, *wants_weights = ctx.needs_input_grad
-        grads = weight_gradients(x[None], *weights, grad_outputs) if any(wants_weights) else (None, None)
-        return input_gradient(x[None], *weights, grad_outputs)[0] if wants_x else None, *grads
+        given = x[None], hidden, output, grad_outputs
+        grads = weight_gradients(*given) if any(wants_weights) else (None, None)
+        return input_gradient(*given)[0] if wants_x else None, *grads
 
 
 def outputs_of(x: Float[Tensor, "L N F"], hidden: Tensor, output: Tensor) -> Float[Tensor, "N K"]:

@@ -78,10 +78,7 @@ class Encoding(Component, nn.Module, ABC):
         step: int,
     ) -> EncodingReadings:
         """What ``networks`` make of the features at ``x``."""
-        out = self(x, times, step=step)
-        return EncodingReadings(
-            outputs=[network(out.features) for network in networks], deformation=out.deformation
-        )
+        return _read(self(x, times, step=step), networks)
 
     def dynamic_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that matter only if the scene moves."""
@@ -96,6 +93,11 @@ class Encoding(Component, nn.Module, ABC):
         raise ValueError(
             f"{type(self).__name__} has no resolution; give finite_difference_normal_eps a number"
         )
+
+
+def _read(out: EncodingOutput, networks: Sequence[VanillaMLP]) -> EncodingReadings:
+    outputs = [network(out.features) for network in networks]
+    return EncodingReadings(outputs=outputs, deformation=out.deformation)
 
 
 class CompositeEncoding(nn.Module):
@@ -125,7 +127,7 @@ class CompositeEncoding(nn.Module):
         """See ``Encoding.read``."""
         if not self.include_xyz:
             return self.encoding.read(networks, x, times, step=step)
-        return Encoding.read(self, networks, x, times, step=step)
+        return _read(self(x, times, step=step), networks)
 
     def dynamic_parameters(self) -> Iterator[nn.Parameter]:
         return self.encoding.dynamic_parameters()

@@ -220,6 +220,7 @@ class ImplicitVolume(Geometry):
         """Unit vectors in the direction of decreasing density."""
         match self.cfg.normal_type:
             case "pred":
+                assert predicted is not None
                 outward = predicted
             case "analytic":
                 outward = -self._density_gradient(positions, times, step)

@@ -71,6 +71,7 @@ class VanillaMLP(Component, nn.Module):
     def matrices(self) -> tuple[Float[Tensor, "H I"], Float[Tensor, "O H"]]:
         """Those of a plain network."""
         first, _, last = self.layers
+        assert isinstance(first, nn.Linear) and isinstance(last, nn.Linear)
         return first.weight, last.weight
 
 
