@@ -103,7 +103,6 @@ def _scatter(
 ) -> None:
     """Levels are shared out, every k-th to the same thread, since coarse ones are cheaper than fine ones."""
     n_dims, levels = x.shape[1], level_table(spec)
-    slice_levels = slice_table(spec)
 
     def entries_of(index: int) -> np.ndarray:
         start, size = int(levels[index]["offset"]), int(levels[index]["entries"])
@@ -113,6 +112,7 @@ def _scatter(
         if runs is None:
             scatter(x, n_dims, levels, index, grad, entries_of(index), 0, len(x))
             return
+        slice_levels = slice_table(spec)
         for start, stop in runs:
             sliced = np.zeros(int(slice_levels[index]["entries"]) * spec.n_features_per_level, np.float32)
             scatter(x, n_dims - 1, slice_levels, index, grad, sliced, start, stop)
