@@ -27,6 +27,7 @@ ACCEPTED = (
     (0, "data.prob_multi_view data.single_view.prob_single_view_video data.*_perturb"),
     (0, "data.*.elevation_range.*"),
     (0, "system.geometry.density_blob_scale system.background.* system.renderer.alpha_thre"),
+    (0, "system.renderer.occ_dilation"),
     (0, "system.prompt_processor.*_threshold system.guidance*.guidance_scale"),
     (0, "system.guidance*.min_step_percent* system.guidance*.recon_std_rescale"),
     (0, "system.loss.lambda_* system.optimizer.params.*.lr"),
