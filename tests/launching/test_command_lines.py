@@ -1,6 +1,5 @@
 """Every command line of the original's README, and every knob it names, with tiny models on the CPU."""
 
-import importlib
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -229,7 +228,10 @@ def grid_levels(watch: Watch) -> int:
 
 KNOBS: dict[str, tuple[list[str], Callable[[Watch], Any], Any]] = {
     "train_max_nums": (
-        ["system.renderer.base_renderer.train_max_nums=50"],
+        [
+            "system.renderer.base_renderer.train_max_nums=50",
+            "system.renderer.base_renderer.train_max_nums_static=50",
+        ],
         lambda w: max(w.points) <= 50,
         True,
     ),
@@ -279,15 +281,3 @@ def test_without_the_knob_more_points_have_a_graph_at_once(models, tmp_path, mon
     ]
     assert main([*line, *toy(name, models)]) == 0
     assert max(watch.points) > 50
-
-
-def test_the_benchmark_of_the_experiments_times_every_step_kind(models, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    benchmark = importlib.import_module("experiments")
-    name = "fourdfy_stage_3_low_vram"
-    reduced = toy(name, models)
-    reduced.append(f"seed={seed_of_all_kinds(experiment(name, reduced))}")
-    result = benchmark.measure(name, models, STEPS, reduced)
-    assert {kind.split()[0] for kind in result["kinds"]} == {"multi_view", "video"}
-    assert all(kind["ms"] > 0 for kind in result["kinds"].values())
-    assert "stage_3_low_vram" in benchmark.table({name: result})

@@ -57,7 +57,7 @@ CASES = {
     "no grid": lambda: along_the_axes(occupied=None),
     "an empty grid": lambda: random_case(share=-1.0),
     "along axes and borders": along_the_axes,
-    "backwards": lambda: along_the_axes(jitter=0.5, radius=0.875),
+    "half a step further": lambda: along_the_axes(jitter=0.5, radius=0.5),
     "fine cells": lambda: random_case(count=20, cells=100, share=0.01),
     "cells smaller than a step": lambda: random_case(count=20, cells=40, share=0.3),
     "one ray": lambda: random_case(count=1, share=1.1, seed=5),
