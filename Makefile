@@ -6,15 +6,22 @@ VENV ?= .venv
 PROMPT ?= a red cube bouncing
 ARGS ?=
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint install lock clean
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: requirements.txt setup.py
+# Hashes verify all packages but PyTorch, which may come from an index for the CPU (README, "Install").
+$(VENV)/.installed: requirements.txt requirements.lock setup.py
 	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --no-deps --require-hashes -r requirements.lock
 	$(VENV)/bin/python -m pip install --quiet -r requirements.txt
-	$(VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	$(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
+
+# Writes requirements*.lock anew, for all systems and Python versions; needs uv (pip install uv).
+lock:
+	uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate requirements.txt \
+	| awk '/^[a-z]/ { file = /^(torch=|nvidia-|cuda-)/ ? "requirements-cuda.lock" : "requirements.lock" } { print > file }'
 
 demo: install
 	$(VENV)/bin/python launch.py --config configs/shapes.yaml --train --prompt "$(PROMPT)" $(ARGS)
