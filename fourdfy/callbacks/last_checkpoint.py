@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fourdfy.callbacks.base import Callback, Run
-from fourdfy.files.atomic import whole_file
+from fourdfy.files.atomic import by_product, whole_file
 
 
 class LastCheckpoint(Callback):
@@ -38,5 +38,6 @@ class LastCheckpoint(Callback):
             self._saved_step = run.step
             saves, beside = divmod(run.step, self.every_n_train_steps)
             if self.keep_every and not beside and saves % self.keep_every == 0:
-                with whole_file(self.path.with_name(f"step_{run.step}.ckpt")) as copy:
+                kept = self.path.with_name(f"step_{run.step}.ckpt")
+                with by_product(str(kept)), whole_file(kept) as copy:
                     shutil.copyfile(self.path, copy)

@@ -52,7 +52,7 @@ def read_torch_file(path: str | Path) -> dict[str, Any]:
             # Our own unpickler, which looks nothing up, instead of torch's.
             content = torch.load(path, "cpu", InertPickle, weights_only=False, mmap=mmap)
     except Exception as error:  # a broken pickle may fail in any way
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].partition(". ")[0]
         raise ValueError(
             f"{path} can't be read as a torch file ({type(error).__name__}: {reason}); is it cut short?"
         ) from error

@@ -27,7 +27,7 @@ from fourdfy.files.names import sanitize_tag
 from fourdfy.original.keys import without_effect_dropped
 from fourdfy.systems.agreement import check_agreement
 from fourdfy.systems.base import System
-from fourdfy.systems.checkpoint import LAST, read_checkpoint
+from fourdfy.systems.checkpoint import LAST, has_checkpoint, read_checkpoint
 from fourdfy.systems.supervision import StepConfig, SupervisionPlan
 
 logger = logging.getLogger(__name__)
@@ -250,7 +250,7 @@ def parse_experiment(loaded: LoadedConfig) -> Experiment:
         values["timestamp"] = datetime.now().strftime("@%Y%m%d-%H%M%S-%f")
     given_by = {loaded.sources[key] for key in PLACE if key in loaded.sources}
     trial = trial_of(Path(*given_by)) if len(given_by) == 1 and "trial_dir" not in values else None
-    if trial and loaded.sources.get("resume") in given_by and (trial / LAST).exists():
+    if trial and loaded.sources.get("resume") in given_by and has_checkpoint(trial / LAST):
         values["resume"] = None  # where the trial started; by now it has its own checkpoint
     cfg = parse_config(
         ExperimentConfig, without_effect_dropped(ExperimentConfig, values), sources=loaded.sources
@@ -268,9 +268,10 @@ def parse_experiment(loaded: LoadedConfig) -> Experiment:
 
 
 def new_trial(cfg: ExperimentConfig) -> Path:
-    """``exp_root_dir/name/tag@timestamp``; a name or tag cannot lead out of ``exp_root_dir``."""
+    """``exp_root_dir/name/tag@timestamp``; nothing in it can lead out of ``exp_root_dir``."""
     timestamp = cfg.timestamp if cfg.use_timestamp else ""
-    return Path(cfg.exp_root_dir).absolute() / sanitize_tag(cfg.name) / (sanitize_tag(cfg.tag) + timestamp)
+    trial = sanitize_tag(cfg.tag) + (timestamp and sanitize_tag(timestamp))
+    return Path(cfg.exp_root_dir).absolute() / sanitize_tag(cfg.name) / trial
 
 
 def trial_of(file: Path) -> Path | None:
@@ -298,4 +299,4 @@ def trial_arguments(given: Path, given_as: str = "--trial ") -> tuple[Path, list
         hint = "; there are " + ", ".join(str(path.parents[1]) for path in reversed(below)) if below else ""
         raise ConfigError(f"{given_as}{given}: not a trial folder (it has no {PARSED.as_posix()}){hint}")
     last = str(trial / LAST).replace("$", "$$")
-    return file, [literal_override("resume", last)] if (trial / LAST).exists() else []
+    return file, [literal_override("resume", last)] if has_checkpoint(trial / LAST) else []

@@ -16,7 +16,7 @@ from fourdfy.launching.experiment import Experiment, TrainerConfig, trial_of
 from fourdfy.priors.hub import locate_model, resolve_model, stored_bytes
 from fourdfy.priors.model_folder import ModelNotFound
 from fourdfy.systems.base import System
-from fourdfy.systems.checkpoint import checkpoint_file
+from fourdfy.systems.checkpoint import has_checkpoint
 from fourdfy.systems.optim import parameters_of
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ def check_files(experiments: Sequence[Experiment]) -> None:
     for experiment in experiments:
         cfg = experiment.cfg
         for key, file in (("resume", cfg.resume), ("system.weights", cfg.system.weights)):
-            if file and Path(file) not in written and not checkpoint_file(file).is_file():
+            if file and Path(file) not in written and not has_checkpoint(file):
                 raise ConfigError(f"{key}={file}: no such checkpoint")
         written.add(experiment.last_checkpoint)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from fourdfy.config_files import ConfigError, find_config, literal_override, plain, read_layers
 from fourdfy.config_layers import load_config
 from fourdfy.launching.experiment import PARSED, Experiment, ExperimentConfig, load_experiment
-from fourdfy.systems.checkpoint import checkpoint_file, read_own_checkpoint
+from fourdfy.systems.checkpoint import checkpoint_file, has_checkpoint, read_own_checkpoint
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Stage:
         """
         trial, last = self.experiment.trial_dir, self.experiment.last_checkpoint
         if not self.experiment.cfg.resume:
-            if not last.exists():
+            if not has_checkpoint(last):
                 return None
             self._check_same_settings()
             return last
@@ -53,7 +53,7 @@ class Stage:
         if given.resolve().is_relative_to(trial.resolve()):
             # Rates, weights and lengths may change; a change of these would make it another scene.
             self._check_same_settings(lambda key: key == "seed" or key.endswith(".prompt"))
-        elif last.exists():
+        elif has_checkpoint(last):
             raise ConfigError(
                 f"resume={given}: {trial} holds another run already; continue that one (without resume=), "
                 "or give this one its own folder: tag=NAME"

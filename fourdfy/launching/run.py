@@ -19,7 +19,7 @@ from fourdfy.launching.recipe import Stage, load_recipe
 from fourdfy.launching.train import configured, import_trainer, train_stages
 from fourdfy.launching.trial import command_for, results_folder
 from fourdfy.systems.base import System
-from fourdfy.systems.checkpoint import checkpoint_file
+from fourdfy.systems.checkpoint import checkpoint_file, has_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ def evaluate(mode: str, stage: Stage, *, device: str) -> None:
         checkpoint = checkpoint_file(experiment.cfg.resume)
         if not experiment.is_placed:
             experiment = replace(experiment, trial_dir=trial_of(checkpoint) or experiment.trial_dir)
-    elif not checkpoint.exists():
+    elif not has_checkpoint(checkpoint):
         raise ConfigError(
             f"{stage.label}: no checkpoint in {checkpoint.parent}; train it first, or name what was trained: "
             "--trial DIR"

@@ -1,18 +1,24 @@
-"""Checkpoints: small, safe to read, never half written."""
+"""Checkpoints: small, safe to read, never half written; a damaged one is replaced by the one before."""
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
+import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fourdfy import __version__
 from fourdfy.config import ConfigError
-from fourdfy.files.atomic import whole_file
+from fourdfy.files.atomic import warn_once, whole_file
+from fourdfy.files.checksum import check_file, save_with_checksum
 from fourdfy.files.safe_load import read_torch_file
 from fourdfy.systems.finite import not_finite
+
+logger = logging.getLogger(__name__)
 
 MADE_HERE = "fourdfy"
 """The key of a checkpoint that holds the version of fourdfy which wrote it."""
@@ -24,8 +30,11 @@ LAST = Path("ckpts", "last.ckpt")
 def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """Write to a temporary name, sync, rename: the old file stays until the new one is complete.
 
+    It then stays as ``one_before(path)``, unless the disk has no room for three.
+
     Raises:
         FloatingPointError: a tensor of the scene is not finite; nothing is written.
+        OSError: names ``path``, which stays as it was.
     """
     target = Path(path)
     if broken := not_finite(checkpoint["state_dict"]):
@@ -33,8 +42,29 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
             f"global step {checkpoint['global_step']}: {broken[0]} is not finite (is its learning rate too "
             f"high?); {target} stays as it was"
         )
-    with whole_file(target, sync=True) as half_written:
-        torch.save({MADE_HERE: __version__, **checkpoint}, half_written)
+    try:
+        _write(checkpoint, target)
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full or not one_before(target).exists():
+            raise OSError(error.errno, error.strerror, str(target)) from error
+        logger.warning("%s: no space; deleting %s to make room", target, one_before(target).name)
+        one_before(target).unlink()
+        write_checkpoint(checkpoint, target)
+
+
+def _write(checkpoint: Mapping[str, Any], target: Path) -> None:
+    # The replaced file takes its new name last: there is a good one under either name at any time.
+    with (
+        whole_file(one_before(target)) if target.exists() else nullcontext() as replaced,
+        whole_file(target, sync=True) as half_written,
+    ):
+        save_with_checksum({MADE_HERE: __version__, **checkpoint}, half_written)
+        if replaced:
+            try:
+                os.link(target, replaced)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(target, replaced)
 
 
 def checkpoint_file(path: str | Path) -> Path:
@@ -42,8 +72,21 @@ def checkpoint_file(path: str | Path) -> Path:
     return Path(path) / LAST if Path(path).is_dir() else Path(path)
 
 
+def one_before(path: Path) -> Path:
+    """The checkpoint that ``path`` replaced."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def has_checkpoint(path: str | Path) -> bool:
+    """Whether there is the file, or a trial's newest checkpoint, or the one before."""
+    path = checkpoint_file(path)
+    return path.is_file() or one_before(path).is_file()
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """A checkpoint's content, ours or the original's, with tensors on the CPU; nothing in it can run code.
+
+    If the file is damaged or missing: that of the one before, with a warning.
 
     Args:
         path: the file, or a trial folder.
@@ -52,11 +95,26 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ConfigError: no such file, or not a checkpoint.
     """
     path = checkpoint_file(path)
+    try:
+        return _read(path)
+    except ConfigError as error:
+        if not one_before(path).is_file():
+            raise
+        try:
+            checkpoint = _read(one_before(path))
+        except ConfigError as other:
+            raise ConfigError(f"{error}; {other}") from error
+        warn_once(f"{error}; using the one before, {one_before(path).name}")
+        return checkpoint
+
+
+def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         there = sorted(str(p) for p in path.parent.glob("[!.]*.ckpt")) if path.parent.is_dir() else []
         hint = f"; there is {', '.join(there)}" if there else ""
         raise ConfigError(f"{path}: no such checkpoint{hint}")
     try:
+        check_file(path)
         checkpoint = read_torch_file(path)
     except ValueError as error:
         raise ConfigError(str(error)) from error

@@ -126,6 +126,15 @@ def test_the_command_line_can_say_where_another_one_is(override, folder, parsed)
     assert experiment.is_placed
 
 
+@pytest.mark.parametrize("key", ["name", "tag", "timestamp"])
+@pytest.mark.parametrize("value", ["/../../../etc", "../..", "a/b", "@..\0", "x" * 999])
+def test_no_key_leads_out_of_the_folder_of_experiments(tmp_path, key, value):
+    experiment = experiment_of([CONFIG], [PROMPT, f"exp_root_dir={tmp_path}", f"{key}={value}"])
+    folder = experiment.trial_dir
+    assert folder.resolve() == folder and folder.parents[1] == tmp_path
+    assert len(folder.name.encode()) < 255
+
+
 def test_a_config_of_another_name_is_no_trial(parsed):
     file = parsed.rename(parsed.with_name("mine.yaml"))
     assert experiment_of([file], []).trial_dir.is_relative_to("/elsewhere")

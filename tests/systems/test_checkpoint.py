@@ -1,12 +1,15 @@
 """Checkpoints are atomic, and files from strangers run no code."""
 
+import errno
+import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 
 from fourdfy.config import ConfigError
-from fourdfy.systems.checkpoint import read_checkpoint, write_checkpoint
+from fourdfy.systems.checkpoint import one_before, read_checkpoint, write_checkpoint
 
 
 class Bomb:
@@ -34,6 +37,73 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
         write_checkpoint({"state_dict": {}, "bad": lambda: 0}, path)
     assert read_checkpoint(path)["global_step"] == 3
     assert list(tmp_path.iterdir()) == [path]
+
+
+def saved(path, *steps):
+    for step in steps:
+        write_checkpoint({"state_dict": {"a": torch.full((99,), step)}, "global_step": step}, path)
+    return path
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_last_two_are_kept(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: 1 / 0 if links else os.stat("/no hard links"))
+    path = saved(tmp_path / "last.ckpt", 1, 2, 3)
+    assert {file.name for file in tmp_path.iterdir()} == {"last.ckpt", "last.previous.ckpt"}
+    assert [read_checkpoint(file)["global_step"] for file in (one_before(path), path)] == [2, 3]
+
+
+@pytest.mark.parametrize("harm", [damage, lambda path: os.truncate(path, 99), Path.unlink])
+def test_the_one_before_is_used_instead_of_a_damaged_or_missing_one(tmp_path, caplog, harm):
+    path = saved(tmp_path / "last.ckpt", 1, 2)
+    harm(path)
+    assert read_checkpoint(tmp_path / "last.ckpt")["global_step"] == 1
+    (said,) = caplog.messages
+    assert str(path) in said and said.endswith("; using the one before, last.previous.ckpt")
+    damage(one_before(path))
+    with pytest.raises(ConfigError, match=r"last\.ckpt.*last\.previous\.ckpt is damaged"):
+        read_checkpoint(path)
+
+
+def test_there_is_a_good_one_under_its_name_at_any_time(tmp_path, monkeypatch):
+    """Also while a damaged one is replaced."""
+    path, seen = saved(tmp_path / "last.ckpt", 1, 2), []
+    damage(path)
+    replace = Path.replace
+
+    def watched(self, target):
+        seen.append(read_checkpoint(path)["global_step"])
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", watched)
+    saved(path, 3)
+    assert seen == [1, 3]
+
+
+def test_a_full_disk_costs_the_one_before_and_never_the_last(tmp_path, monkeypatch, caplog):
+    """There is room for two checkpoints, and then for one."""
+    path, room = saved(tmp_path / "last.ckpt", 1, 2), 2
+
+    def fsync(_):
+        if len({file.stat().st_ino for file in tmp_path.iterdir()}) > room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    saved(path, 3)
+    assert read_checkpoint(path)["global_step"] == 3
+    assert "no space; deleting last.previous.ckpt" in caplog.text
+    room = 1
+    with pytest.raises(OSError, match="No space left on device") as full:
+        saved(path, 4)
+    assert full.value.filename == str(path)
+    assert read_checkpoint(path)["global_step"] == 3
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):

@@ -1,5 +1,8 @@
 """Training: accumulated steps, schedulers, kept checkpoints, and what may change on resuming."""
 
+import os
+import shutil
+
 import pytest
 import torch
 
@@ -35,20 +38,33 @@ def whole(tmp_path_factory):
     return root
 
 
+def assert_equal(resumed, straight):
+    assert resumed["global_step"] == straight["global_step"] == 4
+    for key, value in straight["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][key], value), key
+
+
 def test_accumulated_steps_under_a_scheduler_resume_bit_for_bit(whole, tmp_path):
     assert train(tmp_path) == 0
     assert train(tmp_path, "trainer.max_steps=4") == 0
     resumed, straight = checkpoint(tmp_path), checkpoint(whole)
-    assert resumed["global_step"] == straight["global_step"] == 4
-    for key, value in straight["state_dict"].items():
-        assert torch.equal(resumed["state_dict"][key], value), key
+    assert_equal(resumed, straight)
     rates = [[g["lr"] for g in c["optimizer_states"][0]["param_groups"]] for c in (resumed, straight)]
     assert rates[0] == rates[1] == [0.02 / 16, 0.005 / 16, 0.005 / 16]
 
 
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(whole, tmp_path, caplog):
+    root = shutil.copytree(whole, tmp_path / "outputs")
+    last = trial(root, "shapes_stage_1") / "ckpts" / "last.ckpt"
+    os.truncate(last, last.stat().st_size // 2)
+    assert train(root, "trainer.max_steps=4") == 0
+    assert "using the one before, last.previous.ckpt" in caplog.text
+    assert_equal(checkpoint(root), checkpoint(whole))
+
+
 def test_every_save_is_kept_where_that_is_asked_for(whole):
     files = (trial(whole, "shapes_stage_1") / "ckpts").iterdir()
-    assert {file.name for file in files} == {"last.ckpt", "step_2.ckpt", "step_4.ckpt"}
+    assert {file.name for file in files} == {"last.ckpt", "last.previous.ckpt", "step_2.ckpt", "step_4.ckpt"}
     assert checkpoint(whole, "step_2")["global_step"] == 2
 
 
