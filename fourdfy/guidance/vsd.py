@@ -30,7 +30,7 @@ from fourdfy.ops.diffusion import (
 )
 from fourdfy.ops.distillation import score_loss, vsd_gradient
 from fourdfy.ops.replay import Replay
-from fourdfy.priors.acceleration import compiled
+from fourdfy.priors.frozen import to_channels_last
 from fourdfy.priors.lora import LoRA
 from fourdfy.prompts.views import for_views
 from fourdfy.registry import register
@@ -107,10 +107,11 @@ class VariationalScoreDistillation(Distillation):
         super().accelerate(compile_small)
         if not self.prior.can_be_recorded:
             return
+        # Not compiled: that would take minutes for each of its forms, to save milliseconds of some steps.
+        to_channels_last(self.renderings.network)
         name = f"the LoRA on {self.cfg.pretrained_model_name_or_path_lora or 'the prior'}"
         self.denoise_renderings, self.recorded_lora = (
-            Replay(compiled(call, self.renderings.network, name, small_too=compile_small), name)
-            for call in (self._denoised_as_in_training, self.lora_gradients)
+            Replay(call, name) for call in (self.predict_renderings, self.lora_gradients)
         )
 
     def distil(
@@ -206,11 +207,6 @@ class VariationalScoreDistillation(Distillation):
             grads = torch.autograd.grad(scale * loss, self._learning())
         return loss.detach(), torch.cat([grad.flatten() for grad in grads]) / scale
 
-    def _denoised_as_in_training(self, *inputs: Any) -> Float[Tensor, "B C *S"]:
-        """``predict_renderings`` without its graph, by what is compiled for ``lora_gradients``."""
-        with torch.enable_grad():
-            return self.predict_renderings(*inputs).detach()
-
     def _learning(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
@@ -228,7 +224,8 @@ class VariationalScoreDistillation(Distillation):
             told: the network's own conditioning on the cameras, without the adapter.
         """
         network = self.renderings.network
-        with self.lora.active(), self._told(network, camera):
+        with self.lora.active(), self._told(network, camera), torch.compiler.set_stance("force_eager"):
+            # As it is, although it may be the prior's own network, whose layers are compiled.
             return self.prior.predict(network, noisy, timesteps, text_embeddings, told)
 
     @contextlib.contextmanager
