@@ -7,6 +7,8 @@ if __name__ == "__main__":
         from fourdfy.launching.cli import main
 
         raise SystemExit(main())
+    except KeyboardInterrupt:  # before signals are heard
+        raise SystemExit(130) from None
     except ModuleNotFoundError as error:
         if not error.name or error.name.startswith("fourdfy"):
             raise

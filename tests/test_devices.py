@@ -12,6 +12,7 @@ from fourdfy.config import ConfigError
 from fourdfy.config_files import PROMPT
 from fourdfy.devices import on_device, select_device
 from fourdfy.launching.run import run
+from fourdfy.signals import StopSignals
 from tests.commands import CONFIGS
 
 
@@ -101,7 +102,7 @@ def test_a_cpu_nobody_asked_for_is_mentioned(gpu, said, gpus, caplog, tmp_path):
     gpus(0)
     config, given = [CONFIGS / "shapes_stage_1.yaml"], [f"exp_root_dir={tmp_path}", f"{PROMPT}=a"]
     with caplog.at_level("INFO"), pytest.raises(ConfigError, match="no checkpoint"):
-        run("test", config, given, gpu=gpu, command=[])
+        run("test", config, given, gpu=gpu, command=[], stop=StopSignals(str))
     assert ("no GPU found" in caplog.text) == said
 
 

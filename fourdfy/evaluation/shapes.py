@@ -19,13 +19,14 @@ from rich.console import Console
 
 import fourdfy
 from fourdfy.callbacks.progress import ProgressLine
-from fourdfy.callbacks.signals import StopSignals
+from fourdfy.callbacks.signals import FinishStep
 from fourdfy.config import ConfigError
 from fourdfy.config_files import CONFIGS
 from fourdfy.devices import keep_freed_memory, on_device, select_device
 from fourdfy.evaluation.report import ShapesReport, summary_table, write_json
 from fourdfy.evaluation.scenes import Render, evaluate_scene, scene_renderer
 from fourdfy.shapes.grammar import ShapePrompt, parse_prompt
+from fourdfy.signals import StopSignals
 
 RECIPE = CONFIGS / "shapes.yaml"
 
@@ -47,7 +48,12 @@ DROP_OVERRIDES: dict[str, tuple[str, ...]] = {
 
 
 def train_prompt(
-    prompt: ShapePrompt, device: str, drop: str | None, overrides: Sequence[str], recipe: Path = RECIPE
+    prompt: ShapePrompt,
+    device: str,
+    drop: str | None,
+    overrides: Sequence[str],
+    recipe: Path,
+    stop: StopSignals,
 ) -> tuple[Render, float]:
     """Train a recipe of the shapes world on a prompt: the scene's renderer, and the seconds it took.
 
@@ -63,10 +69,9 @@ def train_prompt(
         f"system.prompt_processor.prompt={prompt.text}",
         *DROP_OVERRIDES.get(drop or "", ()),
     ]
-    with StopSignals(lambda: "the same command continues") as stop:
-        looking_on = [stop, ProgressLine()]
-        trial = fourdfy.train(recipe, [*given, *overrides], device=device, callbacks=looking_on, test=False)
-        stop.check()
+    looking_on = [FinishStep(stop), ProgressLine()]
+    trial = fourdfy.train(recipe, [*given, *overrides], device=device, callbacks=looking_on, test=False)
+    stop.check()
     return scene_renderer(trial.system), time.perf_counter() - began
 
 
@@ -91,9 +96,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if device == "cpu":
         keep_freed_memory()
     rows = []
-    with on_device(device):
+    with StopSignals(lambda: "the same command continues") as stop, on_device(device):
         for prompt in prompts:
-            render, seconds = train_prompt(prompt, device, args.drop, args.overrides, args.config)
+            render, seconds = train_prompt(prompt, device, args.drop, args.overrides, args.config, stop)
             rows.append(results.add(evaluate_scene(prompt, render), seconds))
     Console().print(summary_table(rows))
     return 0

@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported until the arguments are parsed."""
+"""The command line. Nothing heavy is imported until signals are heard."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from fourdfy.config_files import PROMPT, literal_override
+from fourdfy.signals import StopSignals
 
 EXAMPLES = """examples:
   launch.py --config configs/shapes.yaml --train --prompt "a red cube spinning"
@@ -40,7 +40,16 @@ ADVICE = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``launch.py``; returns the exit status (2 for a mistake in the arguments or the config)."""
+    """Run ``launch.py``; returns the exit status (2 for a mistake in the arguments or the config).
+
+    Raises:
+        Stopped: a signal ended it; how to continue was logged.
+    """
+    with StopSignals(lambda: "run the same command again") as stop:
+        return _main(argv, stop)
+
+
+def _main(argv: Sequence[str] | None, stop: StopSignals) -> int:
     args = _arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     # Only ours: numba writes thousands of debug records.
@@ -59,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.trial:
             file, go_on = trial_arguments(args.trial)
             config, overrides = [file], [*go_on, *overrides]
-        run(args.mode, config, overrides, gpu=args.gpu, command=command)
+        run(args.mode, config, overrides, gpu=args.gpu, command=command, stop=stop)
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -71,14 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(f"error: {error.filename or 'output'}: {error.strerror}; {ADVICE[error.errno]}\n")
         return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped; nothing was written\n")
-        return 130
     return 0
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, with ``--prompt`` as one of the overrides."""
+    from fourdfy.config_files import PROMPT, literal_override
+
     parser = _parser()
     args, unknown = parser.parse_known_intermixed_args(argv)
     if strange := [word for word in unknown if not re.match(r"-+\w+[.=]", word)]:
@@ -93,6 +101,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from fourdfy.config_files import PROMPT
+
     parser = argparse.ArgumentParser(
         prog="launch.py",
         description="fourdfy: text to 4D scenes by hybrid score distillation",

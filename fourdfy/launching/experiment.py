@@ -73,6 +73,8 @@ class TrainerConfig:
     """GPU memory of training in GiB, of which a tenth is kept in reserve; null: what is free when the models
     are loaded. Exact gradients are computed in as many passes as it takes. So a run that is resumed on
     another card continues within rounding."""
+    test_when_stopped: bool = False
+    """Render the test views also when a signal ends training early, as threestudio does after Ctrl-C."""
     detect_anomaly: bool = False
     """Name the operation whose gradient is the first NaN; slow."""
     deterministic: bool = False
@@ -116,7 +118,7 @@ class TrainerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """``checkpoint``: ``ckpts/last.ckpt``, also written at the end and on SIGTERM or SIGINT."""
+    """``checkpoint``: ``ckpts/last.ckpt``, also written at the end and when a signal ends the run early."""
 
     every_n_train_steps: int = number(EVERY_N_TRAIN_STEPS, 1)
     """Training steps between two saves."""

@@ -7,8 +7,6 @@ Nothing here waits for a GPU. What must not be late is settled before anything i
 from __future__ import annotations
 
 import logging
-import signal
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -149,7 +147,12 @@ class LightningSystem(pl.LightningModule):
             if parts > 1:
                 losses = {name: loss / parts for name, loss in losses.items()}
             self.tell("after_step", batch, losses)
-            self.trainer.should_stop |= self.run.stopping
+            self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        if self.run.stopping:
+            self.trainer.should_stop = True
+            self.trainer.limit_val_batches = 0  # Lightning would render a validation before it stops
 
     def on_train_end(self) -> None:
         self._settle()
@@ -166,19 +169,22 @@ class LightningSystem(pl.LightningModule):
         self._settle()
         self.trainer.save_checkpoint(path, weights_only=False)  # the optimizer too
 
-    def validation_step(self, batch: EvalBatch, batch_idx: int) -> RenderOutput:
-        return self.system.render(batch.cameras)
+    def validation_step(self, batch: EvalBatch, batch_idx: int) -> RenderOutput | None:
+        return None if self.run.stopping else self.system.render(batch.cameras)
 
     def test_step(self, batch: EvalBatch, batch_idx: int) -> RenderOutput:
         return self.system.render(batch.cameras)
 
-    def on_validation_batch_end(self, outputs: RenderOutput, batch: EvalBatch, batch_idx: int) -> None:
+    def on_validation_batch_end(self, outputs: RenderOutput | None, batch: EvalBatch, batch_idx: int) -> None:
         trainer = self.trainer
         count = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
-        self.tell("after_frames", batch, outputs, done=batch_idx + 1, total=count[0])
+        if outputs is not None:
+            self.tell("after_frames", batch, outputs, done=batch_idx + 1, total=count[0])
+            self._stop_if_asked()
 
     def on_validation_epoch_end(self) -> None:
-        self.tell("after_validation")
+        if not self.run.stopping:
+            self.tell("after_validation")
 
     def on_test_batch_end(self, outputs: RenderOutput, batch: EvalBatch, batch_idx: int) -> None:
         total = self.trainer.num_test_batches[0]
@@ -277,19 +283,6 @@ class OneDevice(SingleDeviceStrategy):
         """There are no other processes."""
 
 
-class SignalsKept(pl.Callback):
-    """Puts the handler of SIGTERM back that Lightning replaces in every run."""
-
-    def __init__(self) -> None:
-        self.handler = signal.getsignal(signal.SIGTERM)
-
-    def on_train_start(self, *args: Any, **keywords: Any) -> None:
-        if threading.current_thread() is threading.main_thread() and self.handler is not None:
-            signal.signal(signal.SIGTERM, self.handler)
-
-    on_validation_start = on_test_start = on_train_start
-
-
 class Trainer:
     """Trains and renders the system of a run, on one device.
 
@@ -335,7 +328,7 @@ def build_loops(cfg: TrainerConfig, folder: Path, device: str) -> pl.Trainer:
     """Lightning's Trainer, without its own writing, logging and saving."""
     if device == "cpu" and cfg.precision in (16, "16-mixed"):
         logger.warning("trainer.precision=%s: not possible on a CPU; bf16-mixed is used", cfg.precision)
-    return pl.Trainer(
+    loops = pl.Trainer(
         default_root_dir=folder,
         accelerator="cpu" if device == "cpu" else "gpu",
         strategy=OneDevice(device),
@@ -354,9 +347,11 @@ def build_loops(cfg: TrainerConfig, folder: Path, device: str) -> pl.Trainer:
         deterministic=cfg.deterministic,
         inference_mode=False,
         logger=False,
-        callbacks=[SignalsKept()],
         plugins=[SafeCheckpointIO(), OneProcess()],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    # Signals are the program's. Lightning's own handler of SIGTERM would end a run with exit status 0.
+    loops._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return loops

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fourdfy.callbacks.base import Run
-from fourdfy.callbacks.signals import StopSignals
+from fourdfy.callbacks.signals import FinishStep
 from fourdfy.config_files import COMMAND_LINE, PROMPT, ConfigError
 from fourdfy.devices import keep_freed_memory, on_device, select_device
 from fourdfy.launching.experiment import PARSED, Experiment, trial_of
@@ -18,6 +18,7 @@ from fourdfy.launching.plan import check_run, fetch_models, print_plan, prompt_l
 from fourdfy.launching.recipe import Stage, load_recipe
 from fourdfy.launching.train import configured, import_trainer, train_stages
 from fourdfy.launching.trial import command_for, results_folder
+from fourdfy.signals import StopSignals
 from fourdfy.systems.base import System
 from fourdfy.systems.checkpoint import checkpoint_file, has_checkpoint
 
@@ -25,17 +26,24 @@ logger = logging.getLogger(__name__)
 
 
 def run(
-    mode: str, config: Sequence[Path], overrides: Sequence[str], *, gpu: str | None, command: Sequence[str]
+    mode: str,
+    config: Sequence[Path],
+    overrides: Sequence[str],
+    *,
+    gpu: str | None,
+    command: Sequence[str],
+    stop: StopSignals,
 ) -> None:
     """One mode of the command line, for a single experiment or a recipe of several.
 
     Args:
         gpu: see ``select_device``.
         command: the command line, for the trial folder.
+        stop: the signals that end the run.
 
     Raises:
         ConfigError: the user's input does not work; says what would.
-        Stopped: a signal ended the run early; how to continue was logged.
+        Stopped: a signal ended the run early; ``stop.advice`` says how to continue.
     """
     if mode == "fetch":  # the models do not depend on the prompt, so none is needed
         overrides = [f"{PROMPT}=any", *overrides]
@@ -52,12 +60,12 @@ def run(
         keep_freed_memory()
     with on_device(device):
         if mode == "train":
-            train(stages, device, command)
+            train(stages, device, command, stop)
         else:
             evaluate(mode, stages[-1], device=device)
 
 
-def train(stages: Sequence[Stage], device: str, command: Sequence[str]) -> None:
+def train(stages: Sequence[Stage], device: str, command: Sequence[str], stop: StopSignals) -> None:
     """``--train``: train every stage from where it stands, and render its test views."""
     from fourdfy.callbacks.progress import ProgressLine
     from fourdfy.launching.closing import log_closing
@@ -72,9 +80,9 @@ def train(stages: Sequence[Stage], device: str, command: Sequence[str]) -> None:
             return "the same command continues"
         return f"continue with: {command_for(first.trial_dir)} --train"
 
-    with StopSignals(advice) as stop:
-        train_stages(stages, device=device, command=command, callbacks=[stop, ProgressLine()])
-        stop.check()
+    stop.advice = advice
+    train_stages(stages, device=device, command=command, callbacks=[FinishStep(stop), ProgressLine()])
+    stop.check()
     log_closing(stages, time.monotonic() - began, device)
 
 
@@ -93,19 +101,18 @@ def evaluate(mode: str, stage: Stage, *, device: str) -> None:
             f"{stage.label}: no checkpoint in {checkpoint.parent}; train it first, or name what was trained: "
             "--trial DIR"
         )
-    with StopSignals(lambda: "the same command starts over"):
-        system = experiment.load_system(device, checkpoint)
-        results_folder(experiment.trial_dir)
-        if mode == "evaluate":
-            from fourdfy.evaluation.report import print_report
-            from fourdfy.evaluation.scenes import evaluate_system
+    system = experiment.load_system(device, checkpoint)
+    results_folder(experiment.trial_dir)
+    if mode == "evaluate":
+        from fourdfy.evaluation.report import print_report
+        from fourdfy.evaluation.scenes import evaluate_system
 
-            print_report(evaluate_system(system, experiment.cfg.system.prompt, experiment.trial_dir))
-            logger.info("written to %s", experiment.trial_dir / "save")
-        elif mode == "export":
-            export(system, experiment)
-        else:
-            render_views(mode, system, experiment, device)
+        print_report(evaluate_system(system, experiment.cfg.system.prompt, experiment.trial_dir))
+        logger.info("written to %s", experiment.trial_dir / "save")
+    elif mode == "export":
+        export(system, experiment)
+    else:
+        render_views(mode, system, experiment, device)
 
 
 def render_views(mode: str, system: System, experiment: Experiment, device: str) -> None:

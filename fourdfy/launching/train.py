@@ -167,9 +167,10 @@ def _train_stage(
         prepare_trial(experiment, stage.files, command)
         logger.info("%s: writing to %s", stage.label, folder)
         trainer.fit(resume_from)
-        if not run.stopping and test:
+        if test and (cfg.test_when_stopped or not run.stopping):
             trainer.test()
-            stage.mark_finished()
+            if not run.stopping:
+                stage.mark_finished()
     return not run.stopping
 
 

@@ -370,7 +370,7 @@ def trained(monkeypatch):
     calls = []
     monkeypatch.setenv("COLUMNS", "160")
 
-    def train_prompt(prompt, gpu, drop, overrides, recipe):
+    def train_prompt(prompt, gpu, drop, overrides, recipe, stop):
         calls.append((prompt.text, gpu, drop, list(overrides)))
         return truth(prompt), 1.5
 

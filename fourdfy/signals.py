@@ -1,0 +1,89 @@
+"""Signals that ask a program to stop: one rule, whatever it is doing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBREAK")
+"""Signals that terminals and batch systems send before they kill. Not every platform has all of them."""
+
+ONE_REQUEST_SECONDS = 0.1
+"""Signals this close together are one request: ``timeout`` and some wrappers pass theirs on twice."""
+
+
+class Stopped(SystemExit):
+    """A signal ended the program. The exit status is 128 plus its number, as in a shell."""
+
+    code: int
+
+
+class StopSignals:
+    """Within this context a signal to end raises ``Stopped``; ``advice()`` is logged when the context ends.
+
+    While ``deferred`` is set, the signal is only noted in ``received``. A second Ctrl-C ends the process
+    at once, without any cleaning up. Signals that are ignored (``nohup``) stay ignored, and outside the main
+    thread, where Python allows no handlers, nothing changes.
+
+    Args:
+        advice: returns how to continue; may be replaced.
+
+    Raises:
+        Stopped: also at the end of the context, if a library caught the first one.
+    """
+
+    def __init__(self, advice: Callable[[], str]) -> None:
+        self.advice = advice
+        self.deferred = False
+        self.received: int | None = None
+        self._received_at = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (getattr(signal, name) for name in NAMES if hasattr(signal, name)):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self.received is None:
+            self.received, self._received_at = number, now
+            if self.deferred:
+                _say(f"{signal.Signals(number).name}: stopping after this step; Ctrl-C quits at once")
+        elif now - self._received_at < ONE_REQUEST_SECONDS:
+            return
+        elif number == signal.SIGINT:
+            _say(f"quit at once; {self.advice()}")
+            os._exit(128 + number)
+        if not self.deferred:
+            raise Stopped(128 + number)
+
+    def check(self) -> None:
+        """Raise for the signal that was received, if there was one."""
+        if self.received is not None:
+            raise Stopped(128 + self.received)
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if self.received is not None:
+            logger.warning("stopped by %s; %s", signal.Signals(self.received).name, self.advice())
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if error is None:
+            self.check()
+
+
+def _say(text: str) -> None:
+    """Write a line to stderr from a handler, which may have interrupted a write of Python's own."""
+    with suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
