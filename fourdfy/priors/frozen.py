@@ -27,7 +27,16 @@ from fourdfy.ops.diffusion import sample_noise
 from fourdfy.ops.recomputation import recomputed
 from fourdfy.priors.base import DDPMSchedule, Network
 from fourdfy.priors.convert import no_progress_bar
-from fourdfy.priors.model_folder import ModelNotFound, part_flaw, read_description, weight_files
+from fourdfy.priors.model_folder import (
+    ModelNotFound,
+    description_file,
+    part_flaw,
+    read_description,
+    read_mapping,
+    shown,
+    weight_files,
+)
+from fourdfy.priors.network_file import check_network_file
 from fourdfy.priors.scheduler_file import read_scheduler
 from fourdfy.priors.vae_encoder import posterior
 from fourdfy.types import TensorRecord
@@ -95,10 +104,16 @@ def check_part(folder: Path, part: str, class_name: str = "") -> None:
     stated = description.get(key, wanted)
     # transformers' names come in a list, or end in Fast.
     if wanted and not (stated == wanted if key == "_class_name" else wanted in str(stated)):
+        name = stated if isinstance(stated, str) else shown(stated)
         raise ConfigError(
-            f"{folder / part} holds a {stated}, expected a {wanted}; "
-            "is pretrained_model_name_or_path another kind of model?"
+            f"{folder / part} holds a {name}, expected a {wanted} ({key} of "
+            f"{description_file(folder, part).name}); is pretrained_model_name_or_path another kind of model?"
         )
+    if part == "tokenizer":
+        for file in (folder / part).glob("*.json"):
+            read_mapping(file)
+    else:
+        check_network_file(folder, part)
 
 
 def load_part(
@@ -312,5 +327,5 @@ def _loading(place: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"{place} can't be loaded: {type(error).__name__}: {reason}") from error

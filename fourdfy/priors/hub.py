@@ -349,6 +349,8 @@ def _missing(name: str, parts: Sequence[str], tried: Sequence[str]) -> ModelNotF
             f",\nor fetch it where there is a network:  hf download {source.repo}{what}{revision}\n"
             "or everything that a run needs:  python launch.py --config CONFIG --fetch"
         )
+    if _local(name):
+        return ModelNotFound(f"{tried[0]}; {advice[0].lower()}{advice[1:]}")
     return ModelNotFound(
         f"the model {name!r} was not found. Tried:\n" + "".join(f"  - {line}\n" for line in tried) + advice
     )

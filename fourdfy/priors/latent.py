@@ -216,9 +216,11 @@ class LatentPrior(Prior):
 
     def _image_size(self) -> tuple[int, int]:
         factor = vae_factor(self.vae)
-        own = self.denoiser.network.config.sample_size
+        own = self.denoiser.network.config.sample_size or 0
         own_height, own_width = (own, own) if isinstance(own, int) else own
         size = (self.cfg.height or own_height * factor, self.cfg.width or own_width * factor)
+        if not all(size):
+            raise ValueError("height, width: the U-Net's config.json has no sample_size, so set both")
         if any(pixels % factor for pixels in size):
             raise ValueError(f"height, width = {size}: this VAE needs multiples of {factor} pixels")
         return size

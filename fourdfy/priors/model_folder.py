@@ -18,6 +18,9 @@ from fourdfy.config_files import ConfigError
 DESCRIPTIONS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 """The file that describes a part; ``config.json`` for all others."""
 
+MOST_NESTED = 20
+"""Lists and mappings in each other, in a JSON file that is read."""
+
 VARIANTS = ("", ".fp16")
 """What stands before the suffix in names of weight files; full precision comes first."""
 
@@ -31,7 +34,7 @@ def part_flaw(folder: Path, part: str) -> str:
     place = folder / part
     if not place.is_dir():
         return "no such folder"
-    files = [place / DESCRIPTIONS.get(part, "config.json")]
+    files = [description_file(folder, part)]
     if part == "tokenizer" and not (place / "tokenizer.json").is_file():
         files += [place / "vocab.json", place / "merges.txt"]
     if part not in DESCRIPTIONS:
@@ -45,7 +48,12 @@ def read_description(folder: Path, part: str) -> dict[str, Any]:
     Raises:
         ConfigError: it is not a JSON object.
     """
-    return _read_mapping(folder / part / DESCRIPTIONS.get(part, "config.json"))
+    return read_mapping(description_file(folder, part))
+
+
+def description_file(folder: Path, part: str) -> Path:
+    """The file that describes a part."""
+    return folder / part / DESCRIPTIONS.get(part, "config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,16 +150,33 @@ def wanted_files(files: Sequence[str], parts: Sequence[str]) -> list[str]:
 def _shards(index: Path) -> tuple[Path, ...]:
     """The files that an index names; none if it can't be read."""
     try:
-        return tuple(index.with_name(name) for name in sorted({*_read_mapping(index)["weight_map"].values()}))
+        return tuple(index.with_name(name) for name in sorted({*read_mapping(index)["weight_map"].values()}))
     except (ConfigError, KeyError, AttributeError, TypeError):
         return ()
 
 
-def _read_mapping(file: Path) -> dict[str, Any]:
+def read_mapping(file: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ConfigError: it is none.
+    """
     try:
         content = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{file} can't be read as JSON: {error}") from error
     if not isinstance(content, dict):
-        raise ConfigError(f"{file}: expected a JSON object, got {str(content)[:60]!r}")
+        raise ConfigError(f"{file}: expected a JSON object, got {shown(content)}")
+    level: list[Any] = [content]
+    for _ in range(MOST_NESTED):
+        inner = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [value for values in inner for value in values if isinstance(value, dict | list)]
+    if level:
+        raise ConfigError(f"{file}: nested more than {MOST_NESTED} deep, as no model's file is")
     return content
+
+
+def shown(value: Any) -> str:
+    """A value of a file as a message shows it."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -126,7 +126,8 @@ def enable_multi_view_attention(unet: nn.Module, num_views: int = 4) -> None:
     Raises:
         ValueError: ``unet`` has no ``attn1``.
     """
-    blocks = [module for name, module in unet.named_modules() if name.rpartition(".")[2] == "attn1"]
+    named = (module for name, module in unet.named_modules() if name.rpartition(".")[2] == "attn1")
+    blocks = [module for module in named if not module.is_cross_attention]  # only_cross_attention
     if not blocks:
         raise ValueError(f"{type(unet).__name__} has no self-attention (attn1) for views to share")
     for block in blocks:

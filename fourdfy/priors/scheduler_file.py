@@ -11,7 +11,7 @@ from typing import Any
 
 from fourdfy.bounds import Bounds
 from fourdfy.config_files import ConfigError
-from fourdfy.priors.model_folder import DESCRIPTIONS, read_description
+from fourdfy.priors.model_folder import description_file, read_description
 
 CLASSES = {
     "DDIMScheduler", "DDIMInverseScheduler", "DDIMParallelScheduler", "DDPMScheduler",
@@ -38,7 +38,8 @@ SAMPLING = {
 
 BETA = Bounds(above=0, high=0.9999)
 
-Allowed = Bounds | range | tuple[Any, ...]
+Allowed = Bounds | range | tuple[Any, ...] | type[str]
+"""Numbers, whole numbers, some values, or any text."""
 
 ALLOWED: dict[str, Allowed] = {
     "num_train_timesteps": range(2, 100_001),
@@ -74,34 +75,39 @@ def read_scheduler(folder: Path) -> tuple[dict[str, Any], str]:
     needed = LINEAR if betas is None else ()
     problems = [f"{key} is missing" for key in needed if key not in config]
     problems += [
-        f"{key}={config[key]!r}, expected {_either(allowed)}"
+        f"{key}={config[key]!r}, expected {either(allowed)}"
         for key, allowed in ALLOWED.items()
-        if key in config and not _fits(config[key], allowed)
+        if key in config and not fits(config[key], allowed)
     ]
     if unknown := sorted(config.keys() - ALLOWED.keys() - SAMPLING):
         problems.append(f"unknown keys that might change the noise levels: {', '.join(unknown)}")
     if betas is not None and not (
-        isinstance(betas, list) and len(betas) > 1 and all(_fits(beta, BETA) for beta in betas)
+        isinstance(betas, list) and len(betas) > 1 and all(fits(beta, BETA) for beta in betas)
     ):
         problems.append(f"trained_betas, expected a list of numbers, each {BETA}")
     if str(name) not in CLASSES:
-        problems = [f"the known classes are {', '.join(sorted(CLASSES))}"]
+        problems = [f"the known classes (_class_name) are {', '.join(sorted(CLASSES))}"]
     if problems:
         raise ConfigError(
-            f"{folder / 'scheduler' / DESCRIPTIONS['scheduler']} describes a {name} whose noise levels "
+            f"{description_file(folder, 'scheduler')} describes a {name} whose noise levels "
             f"are not understood: {'; '.join(problems)}"
         )
     levels = {key: config[key] for key in (*needed, "rescale_betas_zero_snr") if key in config}
     return levels | {"trained_betas": betas}, config.get("prediction_type", "epsilon")
 
 
-def _fits(value: Any, allowed: Allowed) -> bool:
+def fits(value: Any, allowed: Allowed) -> bool:
     if isinstance(allowed, tuple):
         return value in allowed
+    if isinstance(allowed, type):
+        return isinstance(value, allowed)
     return type(value) in ((int,) if isinstance(allowed, range) else (int, float)) and value in allowed
 
 
-def _either(allowed: Allowed) -> str:
+def either(allowed: Allowed) -> str:
+    """``allowed``, for messages."""
     if isinstance(allowed, tuple):
         return " or ".join(map(repr, allowed))
+    if isinstance(allowed, type):
+        return "a name"
     return f"{allowed.start} to {allowed.stop - 1}" if isinstance(allowed, range) else str(allowed)

@@ -25,6 +25,7 @@ from fourdfy.priors.frozen import (
     load_part,
     load_text_encoder,
 )
+from fourdfy.priors.network_file import ALLOWED, LISTS, OR_LISTS, OR_NULL
 from tests.tiny_models import save_stable_diffusion
 
 CPU = torch.device("cpu")
@@ -200,17 +201,31 @@ def test_a_part_of_another_class_is_refused(folder, tmp_path, part):
             check_part(copy, part)
 
 
-@pytest.mark.parametrize("size", [10**12, "wide", -1])
-def test_sizes_that_fit_no_weights_are_one_line(folder, tmp_path, size):
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [(5, "can't be loaded"), *((size, "config.json: KEY=") for size in (10**9, 0, "wide", [4], True))],
+)
+def test_sizes_that_fit_no_weights_are_one_line(folder, tmp_path, size, said):
     copy = shutil.copytree(folder, tmp_path / "model")
     describe(copy, "vae", copy / "vae" / "config.json", latent_channels=size)
     describe(copy, "text_encoder", copy / "text_encoder" / "config.json", hidden_size=size)
-    with pytest.raises(ConfigError, match=r"vae can't be loaded") as error:
+    with pytest.raises(ConfigError, match=f"vae.{said.replace('KEY', 'latent_channels')}") as error:
         load_part(copy, "vae", "AutoencoderKL", dtype=torch.float32, device=CPU)
     assert "\n" not in str(error.value)
-    with pytest.raises(ConfigError, match=r"text_encoder can't be loaded") as error:
+    with pytest.raises(ConfigError, match=f"text_encoder.{said.replace('KEY', 'hidden_size')}") as error:
         load_text_encoder(copy, CPU)
     assert "\n" not in str(error.value)
+
+
+def test_blocks_that_do_not_fit_together_are_named(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "model")
+    describe(copy, "vae", copy / "vae" / "config.json", down_block_types=["DownEncoderBlock2D"])
+    with pytest.raises(ConfigError, match=r"down_block_types, up_block_types have \[3, 1, 3\] entries"):
+        check_part(copy, "vae")
+
+
+def test_every_key_of_a_list_or_null_is_checked():
+    assert {*LISTS, *OR_LISTS, *OR_NULL} <= ALLOWED.keys()
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])

@@ -1,0 +1,113 @@
+"""What the ``config.json`` of a network may hold.
+
+diffusers and transformers build what the file says: a billion layers take all time and memory, and a null
+where a number belongs fails somewhere inside, perhaps only in the first step. Keys that are not listed here
+are left to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fourdfy.bounds import Bounds
+from fourdfy.config_files import ConfigError
+from fourdfy.priors.model_folder import description_file, read_description, shown
+from fourdfy.priors.scheduler_file import Allowed, either, fits
+
+MOST = 128
+"""Layers of a kind, and entries of a list."""
+LAYERS, SIZE, NUMBER = range(1, MOST + 1), range(1, 2**20), Bounds(-1e6, 1e6)
+
+ALLOWED: dict[str, Allowed] = {
+    **dict.fromkeys(
+        (
+            "layers_per_block", "num_hidden_layers", "reverse_transformer_layers_per_block",
+            "transformer_layers_per_block",
+        ),
+        LAYERS,
+    ),
+    **dict.fromkeys(
+        (
+            "addition_embed_type_num_heads", "addition_time_embed_dim", "attention_head_dim",
+            "block_out_channels", "conv_in_kernel", "conv_out_kernel", "cross_attention_dim",
+            "encoder_hid_dim", "hidden_size", "in_channels", "intermediate_size", "latent_channels",
+            "max_position_embeddings", "norm_num_groups", "num_attention_heads", "num_class_embeds",
+            "out_channels", "projection_dim", "projection_class_embeddings_input_dim", "sample_size",
+            "time_cond_proj_dim", "time_embed_dim", "time_embedding_dim", "vocab_size",
+        ),
+        SIZE,
+    ),
+    **dict.fromkeys(
+        (
+            "attention_dropout", "dropout", "freq_shift", "initializer_factor", "initializer_range",
+            "layer_norm_eps", "mid_block_scale_factor", "norm_eps", "resnet_out_scale_factor",
+            "scaling_factor", "shift_factor",
+        ),
+        NUMBER,
+    ),
+    **dict.fromkeys(
+        (
+            "center_input_sample", "class_embeddings_concat", "dual_cross_attention", "flip_sin_to_cos",
+            "force_upcast", "mid_block_add_attention", "mid_block_only_cross_attention",
+            "only_cross_attention", "resnet_skip_time_act", "upcast_attention", "use_linear_projection",
+            "use_post_quant_conv", "use_quant_conv",
+        ),
+        (False, True),
+    ),
+    **dict.fromkeys(
+        (
+            "act_fn", "attention_type", "down_block_types", "hidden_act", "mid_block_type",
+            "resnet_time_scale_shift", "time_embedding_act_fn", "time_embedding_type",
+            "timestep_post_act", "up_block_types",
+        ),
+        str,
+    ),
+    **dict.fromkeys(("bos_token_id", "downsample_padding", "eos_token_id", "pad_token_id"), range(2**20)),
+}  # fmt: skip
+"""The values of a key or, in a list, of each entry."""
+
+LISTS = ("block_out_channels", "down_block_types", "up_block_types")
+"""Keys of lists, with one entry for each block."""
+
+OR_LISTS = (
+    "attention_head_dim", "cross_attention_dim", "layers_per_block", "num_attention_heads",
+    "only_cross_attention", "reverse_transformer_layers_per_block", "sample_size",
+    "transformer_layers_per_block",
+)  # fmt: skip
+"""Keys that may have a list."""
+
+OR_NULL = (
+    "addition_time_embed_dim", "bos_token_id", "encoder_hid_dim", "mid_block_only_cross_attention",
+    "mid_block_type", "num_attention_heads", "num_class_embeds", "pad_token_id",
+    "projection_class_embeddings_input_dim", "reverse_transformer_layers_per_block", "sample_size",
+    "shift_factor", "time_cond_proj_dim", "time_embedding_act_fn", "time_embedding_dim", "timestep_post_act",
+)  # fmt: skip
+"""Keys that may be null."""
+
+
+def check_network_file(folder: Path, part: str) -> None:
+    """Refuse a description of a network that none can be made from.
+
+    Raises:
+        ConfigError: names the file, the key and what was expected.
+    """
+    file, description = description_file(folder, part), read_description(folder, part)
+    for key, value in description.items():
+        if key not in ALLOWED or (value is None and key in OR_NULL):
+            continue
+        entries = [*_entries(value)] if key in LISTS or key in OR_LISTS else [value]
+        has_shape = isinstance(value, list) or key not in LISTS
+        if not has_shape or not 0 < len(entries) <= MOST or not all(fits(e, ALLOWED[key]) for e in entries):
+            a_list = f"a list of 1 to {MOST}: " if key in LISTS else ""
+            raise ConfigError(f"{file}: {key}={shown(value)}; expected {a_list}{either(ALLOWED[key])}")
+    counts = [len(description.get(key, ())) for key in LISTS]
+    if len({*counts}) > 1:
+        raise ConfigError(f"{file}: {', '.join(LISTS)} have {counts} entries; expected as many in each")
+
+
+def _entries(value: Any) -> Iterator[Any]:
+    """What is no list in nested lists."""
+    for entry in value if isinstance(value, list) else (value,):
+        yield from _entries(entry) if isinstance(entry, list) else (entry,)
