@@ -68,7 +68,12 @@ def _main(argv: Sequence[str] | None, stop: StopSignals) -> int:
         if args.trial:
             file, go_on = trial_arguments(args.trial)
             config, overrides = [file], [*go_on, *overrides]
-        run(args.mode, config, overrides, gpu=args.gpu, command=command, stop=stop)
+        if args.replay:
+            from fourdfy.launching.replay import replay
+
+            replay(args.replay, overrides, gpu=args.gpu)
+        else:
+            run(args.mode, config, overrides, gpu=args.gpu, command=command, stop=stop)
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -89,6 +94,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
     parser = _parser()
     args, unknown = parser.parse_known_intermixed_args(argv)
+    if (args.mode is None) == (args.replay is None):
+        modes = " ".join(f"--{mode}" for mode in MODES)
+        parser.error(f"--replay takes no mode; the others need one of {modes}")
     if strange := [word for word in unknown if not re.match(r"-+\w+[.=]", word)]:
         parser.error(f"unrecognized arguments: {' '.join(strange)}")
     args.overrides = [*unknown, *args.overrides]  # a key=value with dashes is refused with the others
@@ -118,7 +126,11 @@ def _parser() -> argparse.ArgumentParser:
         "--trial", type=Path, metavar="DIR",
         help="the folder of an earlier run, to continue or evaluate; results go into it",
     )  # fmt: skip
-    modes = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--replay", type=Path, metavar="FILE",
+        help="repeat a step that was not finite, from <trial>/replay.pt, and say what failed first",
+    )  # fmt: skip
+    modes = parser.add_mutually_exclusive_group()
     for mode, text in MODES.items():
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help=text)
     parser.add_argument(

@@ -75,6 +75,9 @@ class TrainerConfig:
     another card continues within rounding."""
     test_when_stopped: bool = False
     """Render the test views also when a signal ends training early, as threestudio does after Ctrl-C."""
+    max_skipped_steps: int = number(0, 0)
+    """So many steps with a loss, gradient or parameter that is not finite are left out, each with a warning;
+    one more ends the run. Steps whose gradients overflow under ``16-mixed`` don't count."""
     detect_anomaly: bool = False
     """Name the operation whose gradient is the first NaN; slow."""
     deterministic: bool = False

@@ -7,6 +7,7 @@ Nothing here waits for a GPU. What must not be late is settled before anything i
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,12 @@ from torch.utils.data import DataLoader
 
 from fourdfy.callbacks.base import Callback, Run
 from fourdfy.data.base import DataModule, EvalBatch
-from fourdfy.launching.experiment import TrainerConfig
+from fourdfy.files.atomic import by_product
+from fourdfy.launching.experiment import PARSED, TrainerConfig
+from fourdfy.launching.trial import program
+from fourdfy.systems.broken_step import REPLAY, StepRecord, write_step
 from fourdfy.systems.checkpoint import read_checkpoint, write_checkpoint
-from fourdfy.systems.finite import FiniteCheck, is_fused
+from fourdfy.systems.finite import FiniteCheck, StepNumbers, is_fused
 from fourdfy.systems.learning_rates import advance, continued
 from fourdfy.types import RenderOutput, StepBatch, TensorRecord
 
@@ -40,17 +44,22 @@ class LightningSystem(pl.LightningModule):
 
     Args:
         callbacks: by the names of their states in a checkpoint; called in this order.
-        memory_budget_gb: of the trainer's config.
+        memory_budget_gb, max_skipped_steps: of the trainer's config.
     """
 
     def __init__(
-        self, run: Run, callbacks: Mapping[str, Callback], memory_budget_gb: float | None = None
+        self,
+        run: Run,
+        callbacks: Mapping[str, Callback],
+        memory_budget_gb: float | None = None,
+        max_skipped_steps: int = 0,
     ) -> None:
         super().__init__()
-        self.memory_budget_gb = memory_budget_gb
+        self.memory_budget_gb, self.max_skipped_steps = memory_budget_gb, max_skipped_steps
         self.system, self.run, self.callbacks = run.system, run, callbacks
         self._resumed: dict[str, Any] | None = None
         self._check: FiniteCheck | None = None
+        self._skipped_before = 0
 
     def state_dict(self, *args: Any, **keywords: Any) -> dict[str, Any]:
         return self.system.state_dict(*args, **keywords)
@@ -58,6 +67,7 @@ class LightningSystem(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.system.load_checkpoint(checkpoint)
         self.run.means.sums = checkpoint.get("running_means", {})
+        self._skipped_before = checkpoint.get("skipped_steps", 0)
         states = checkpoint.get("callback_states", {})
         for name in states.keys() & self.callbacks.keys():
             self.callbacks[name].load_state_dict(states[name])
@@ -66,6 +76,7 @@ class LightningSystem(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["running_means"] = self.run.means.sums
         checkpoint["optimizer"] = type(self.optimizer).__name__
+        checkpoint["skipped_steps"] = self._check.skipped if self._check else self._skipped_before
         if states := {name: state for name, c in self.callbacks.items() if (state := c.state_dict())}:
             checkpoint["callback_states"] = states
 
@@ -94,7 +105,8 @@ class LightningSystem(pl.LightningModule):
         return self.run.optimizer
 
     def on_train_start(self) -> None:
-        self._check = FiniteCheck(self.optimizer)
+        self._check = FiniteCheck(self.optimizer, allowed=self.max_skipped_steps, keep=self._keep)
+        self._check.skipped = self._skipped_before
         if self.device.type == "cuda":
             with self.trainer.precision_plugin.forward_context():
                 self.system.bound_memory(memory_budget(self.device, self.memory_budget_gb))
@@ -103,13 +115,14 @@ class LightningSystem(pl.LightningModule):
 
     def on_train_batch_start(self, batch: StepBatch, batch_idx: int) -> None:
         if batch.part == 0:
+            self._record = StepRecord.begin(self.device)
             self.optimizer.zero_grad()  # Lightning's own comes after the forward pass, which would hold both
             self.system.before_step(batch)
             self._losses: dict[str, Tensor] = {}
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
+        self._record.parts[batch.part :] = [batch]  # an optimizer may evaluate a step several times
         out = self.system.training_step(batch)
-        self._batch = batch
         for name, loss in out.losses.items():  # of all parts of the step
             self._losses[name] = self._losses[name] + loss if name in self._losses else loss
         losses = {**out.losses, "total": out.loss.detach()}
@@ -122,10 +135,20 @@ class LightningSystem(pl.LightningModule):
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and is_fused(optimizer):
             scaler.unscale_(optimizer)  # Lightning leaves it to the fused kernels
-        where = f"global step {self._batch.step}, a {self._batch.kind} step"
         assert self._check is not None
-        self._check(self._losses, where, scaled=scaler is not None)
-        self.system.after_backward(self._batch, optimizer)
+        if self._check.reads_late:
+            self._record.buffers = [buffer.clone() for buffer in self.system.buffers()]
+        if self._check(self._losses, self._record, scaled=scaler is not None):
+            self.system.after_backward(self._record.parts[-1], optimizer)
+
+    def _keep(self, numbers: StepNumbers) -> str:
+        """Write the replay file of a step that is not finite; gives what to type."""
+        file, parsed = self.run.folder / REPLAY, self.run.folder / PARSED
+        with by_product("the replay file"):
+            config = parsed.read_text(encoding="utf-8") if parsed.exists() else ""
+            write_step(file, self.system, numbers, config)
+            return f"; to find the first cause: {program()} --replay {shlex.quote(str(file))}"
+        return ""
 
     def configure_gradient_clipping(
         self,
@@ -293,7 +316,7 @@ class Trainer:
     def __init__(
         self, cfg: TrainerConfig, run: Run, callbacks: Mapping[str, Callback], *, device: str
     ) -> None:
-        self.system = LightningSystem(run, callbacks, cfg.memory_budget_gb)
+        self.system = LightningSystem(run, callbacks, cfg.memory_budget_gb, cfg.max_skipped_steps)
         self.data = LightningData(run.data)
         self.loops = build_loops(cfg, run.folder, device)
 

@@ -80,10 +80,14 @@ def prepare_trial(experiment: Experiment, files: Sequence[Path], command: Sequen
 
 def command_for(trial: Path) -> str:
     """The command line for a trial without its mode, with the program as it was called now."""
-    program = Path(sys.argv[0])
-    launch = sys.argv[0] if program.name == "launch.py" else "launch.py"
-    start = "fourdfy" if program.stem == "fourdfy" else f"python {shlex.quote(launch)}"
-    return f"{start} --trial {shlex.quote(str(trial))}"
+    return f"{program()} --trial {shlex.quote(str(trial))}"
+
+
+def program() -> str:
+    """What to type to call the program as it was called now."""
+    called = Path(sys.argv[0])
+    launch = sys.argv[0] if called.name == "launch.py" else "launch.py"
+    return "fourdfy" if called.stem == "fourdfy" else f"python {shlex.quote(launch)}"
 
 
 def results_folder(trial: Path) -> Path:

@@ -16,7 +16,7 @@ from fourdfy.config import ConfigError
 from fourdfy.files.atomic import warn_once, whole_file
 from fourdfy.files.checksum import check_file, save_with_checksum
 from fourdfy.files.safe_load import read_torch_file
-from fourdfy.systems.finite import not_finite
+from fourdfy.ops.finite import not_finite
 
 logger = logging.getLogger(__name__)
 

@@ -2,56 +2,101 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fourdfy.ops.finite import largest_entries
 from fourdfy.ops.reading import Reading
+
+logger = logging.getLogger(__name__)
 
 LEARNING_RATE = " (is its learning rate too high?)"
 
+OVERFLOWS = 40
+"""Steps in a row whose gradients a scaler may find not finite: enough to halve its scale to 1e-7. If they
+still aren't, they don't overflow."""
+
 
 class FiniteCheck:
-    """Refuses steps with a parameter, a loss or a gradient that is not finite, before ``optimizer`` acts.
+    """Keeps ``optimizer`` from acting on a step with a parameter, a loss or a gradient that is not finite.
 
     An optimizer with fused kernels on a GPU skips such a step there, by what gradient scalers use: the host
     does not wait for the numbers, and ``settle`` raises later. With others, the check itself raises.
+
+    Args:
+        allowed: so many such steps cost a warning each; one more raises (``trainer.max_skipped_steps``).
+        keep: called with each of them; gives what to type for a closer look, for the message.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        allowed: int = 0,
+        keep: Callable[[StepNumbers], str] = lambda numbers: "",
+    ) -> None:
         self.optimizer, self.groups = optimizer, optimizer.param_groups
+        self.allowed, self.keep = allowed, keep
+        self.skipped = 0
+        """Broken steps so far; a checkpoint holds it."""
+        self._overflows = 0
         self._step: StepNumbers | None = None
-        self._scaled = False
-        self._skips = skips_on_gpu(optimizer)
-        if self._skips:
+        self.reads_late = skips_on_gpu(optimizer)
+        if self.reads_late:
             optimizer.register_step_pre_hook(self._tell)
 
-    def __call__(self, losses: Mapping[str, Tensor], where: str, *, scaled: bool = False) -> None:
-        """Check a step, after the one before; the arguments are those of ``check_step``."""
-        self.settle()
-        self._step = StepNumbers(losses, self.groups, where, scaled=scaled)
-        self._scaled = scaled
-        if self._skips:
-            self.optimizer.found_inf = self._step.is_broken  # type: ignore[attr-defined]
-        else:
-            self.settle()
+    def __call__(self, losses: Mapping[str, Tensor], step: object, *, scaled: bool = False) -> bool:
+        """Check a step, after the one before; False if it is known to be broken, and has no gradients now.
 
-    def settle(self) -> None:
-        """Raise for a step that was skipped: before the next one, and before anything is saved or shown.
+        Args:
+            losses: scalars by name.
+            step: its ``str`` opens the message.
+            scaled: a gradient scaler handles gradients that overflow by skipping their step.
 
         Raises:
-            FloatingPointError: see ``check_step``.
+            FloatingPointError: says where and what.
         """
-        step, self._step = self._step, None
-        if step is not None:
-            step.refuse_broken()
+        self.settle()
+        self._step = StepNumbers(losses, self.groups, step, scaled=scaled)
+        if self.reads_late:
+            self.optimizer.found_inf = self._step.is_broken  # type: ignore[attr-defined]
+            return True
+        if fine := self.settle():
+            return fine
+        self.optimizer.zero_grad()  # optimizers leave parameters without a gradient alone
+        return False
+
+    def settle(self) -> bool:
+        """Whether the last step was not broken: asked before the next one, and before anything is saved or
+        shown.
+
+        Raises:
+            FloatingPointError: it was, and no more such steps are allowed.
+        """
+        numbers, self._step = self._step, None
+        if numbers is None:
+            return True
+        self._overflows = self._overflows + 1 if numbers.overflows else 0
+        problem = numbers.problem(gradients=not numbers.scaled or self._overflows > OVERFLOWS)
+        if not problem:
+            return True
+        self.skipped += 1
+        where, look = f"{numbers.step}: {problem}", self.keep(numbers)
+        if self.skipped > self.allowed:
+            raise FloatingPointError(f"{where}; stopped before the optimizer's step{look}")
+        allowed = f"{self.skipped} of {self.allowed} allowed by trainer.max_skipped_steps"
+        logger.warning("%s; skipped (%s)%s", where, allowed, look)
+        return False
 
     def _tell(self, optimizer: Any, *_: Any) -> None:
         """Tell the kernels again: a gradient scaler has just told them what it found instead."""
-        if self._scaled and self._step is not None:
+        if self._step is not None and self._step.scaled:
             optimizer.found_inf = torch.maximum(optimizer.found_inf, self._step.is_broken)
 
 
@@ -67,60 +112,66 @@ def is_fused(optimizer: torch.optim.Optimizer) -> bool:
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
-def check_step(
-    losses: Mapping[str, Tensor], groups: Collection[Mapping[str, Any]], where: str, *, scaled: bool = False
-) -> None:
-    """Refuse a step with a parameter, a loss or a gradient that is not finite.
+class StepNumbers:
+    """The losses of a step and the largest entry of every parameter and gradient, in one tensor.
 
     A prior that fails needs no separate check, as its prediction enters its loss. Parameters do: a density
     of NaN is pruned like empty space, which no loss shows.
-
-    Args:
-        losses: scalars by name.
-        groups: the optimizer's.
-        where: the step, for the message.
-        scaled: a gradient scaler handles gradients that overflow by skipping their step.
-
-    Raises:
-        FloatingPointError: says where and what.
     """
-    StepNumbers(losses, groups, where, scaled=scaled).refuse_broken()
-
-
-class StepNumbers:
-    """The losses of a step and the largest entry of every parameter and gradient, in one tensor."""
 
     def __init__(
-        self, losses: Mapping[str, Tensor], groups: Collection[Mapping[str, Any]], where: str, *, scaled: bool
+        self,
+        losses: Mapping[str, Tensor],
+        groups: Collection[Mapping[str, Any]],
+        step: object,
+        *,
+        scaled: bool = False,
     ) -> None:
-        self.where = where
-        parameters = [(f"a parameter of {g['name']}", p.detach()) for g in groups for p in g["params"]]
-        gradients = [(f"the gradient of {g['name']}", p.grad) for g in groups for p in g["params"]]
-        largest = [*_filled(parameters), *([] if scaled else _filled(gradients))]
-        sizes = torch._foreach_norm([tensor for _, tensor in largest], math.inf) if largest else ()
-        self.names = [*(f"the loss {name}" for name in losses), *(name for name, _ in largest)]
-        values = torch.stack([value.detach().float() for value in (*losses.values(), *sizes)])
-        self.is_broken = (~values.isfinite()).any().float()
-        self._reading = Reading(values)
+        self.step, self.scaled, self.num_losses = step, scaled, len(losses)
+        pairs = [(group["name"], p) for group in groups for p in group["params"]]
+        gradients = [*_filled((f"the gradient of {name}", p.grad) for name, p in pairs)]
+        sized = [*_filled((f"a parameter of {name}", p.detach()) for name, p in pairs), *gradients]
+        self.names = [*(f"the loss {name}" for name in losses), *(name for name, _ in sized)]
+        values = [torch.stack([loss.detach().float() for loss in losses.values()])] if losses else []
+        values += [largest_entries([tensor for _, tensor in sized])] if sized else []
+        numbers = torch.cat(values)
+        judged = numbers[: len(numbers) - len(gradients)] if scaled else numbers
+        self.is_broken = (~judged.isfinite()).any().float()
+        self._reading = Reading(numbers)
 
-    def refuse_broken(self) -> None:
-        wrong: dict[str, float] = {}
+    @property
+    def losses(self) -> dict[str, float]:
+        """The losses by name; waits for the device."""
+        numbers = zip(self.names[: self.num_losses], self._reading.numbers(), strict=False)
+        return {name.removeprefix("the loss "): number for name, number in numbers}
+
+    @cached_property
+    def wrong(self) -> dict[str, float]:
+        """What is not finite: NaN if one of its numbers is; waits for the device."""
+        found: dict[str, float] = {}
         for name, number in zip(self.names, self._reading.numbers(), strict=True):
             if not math.isfinite(number):
-                wrong[name] = number + wrong.get(name, 0.0)  # NaN if one of them is
-        for kind in ("a parameter of", "the loss", "the gradient of"):  # causes before their consequences
-            if found := [f"{name} is {number}" for name, number in wrong.items() if name.startswith(kind)]:
-                hint = LEARNING_RATE if kind == "a parameter of" else ""
-                raise FloatingPointError(
-                    f"{self.where}: {', '.join(found)}{hint}; stopped before the optimizer's step"
-                )
+                found[name] = number + found.get(name, 0.0)
+        return found
+
+    @property
+    def overflows(self) -> bool:
+        """Whether a gradient is not finite where a scaler is in charge."""
+        return self.scaled and any(name.startswith("the gradient") for name in self.wrong)
+
+    def problem(self, *, gradients: bool) -> str:
+        """What is not finite, causes without their consequences; "" if nothing is.
+
+        Args:
+            gradients: whether they count.
+        """
+        wrong = [f"{name} is {number}" for name, number in self.wrong.items()]
+        for kind in ("a parameter of", "the loss", *(["the gradient of"] if gradients else [])):
+            if found := [text for text in wrong if text.startswith(kind)]:
+                return ", ".join(found) + (LEARNING_RATE if kind == "a parameter of" else "")
+        return ""
 
 
-def _filled(tensors: Collection[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
+def _filled(tensors: Iterable[tuple[str, Tensor | None]]) -> Iterator[tuple[str, Tensor]]:
     """Those that have entries; some layers have empty parameters."""
     return ((name, tensor) for name, tensor in tensors if tensor is not None and tensor.numel())
-
-
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of those that hold a NaN or an infinity."""
-    return [name for name, tensor in tensors.items() if not tensor.isfinite().all()]

@@ -25,6 +25,13 @@ from fourdfy.types import RenderOutput, StepBatch
 from tests.runs import new_run
 
 NAN = float("nan")
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
 ZERO = torch.zeros(1).expand(2)  # as the times of a step are
 CAMERAS = orbit_cameras(ZERO, ZERO, distance=3.0, fovy_deg=40.0, times=ZERO, height=2, width=2)
 
@@ -35,6 +42,10 @@ class Toy(nn.Module):
         self.weight = nn.Parameter(torch.zeros(2))
         self.register_buffer("slopes", torch.tensor([1.0, 10.0]))
         self.step, self.seen = 0, []
+
+    @property
+    def device(self):
+        return self.weight.device
 
     def before_step(self, batch):
         self.seen.append("before")

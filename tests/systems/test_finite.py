@@ -7,7 +7,7 @@ from torch import nn
 from fourdfy.launching.experiment import load_experiment
 from fourdfy.systems import finite
 from fourdfy.systems.checkpoint import read_checkpoint, write_checkpoint
-from fourdfy.systems.finite import FiniteCheck, check_step
+from fourdfy.systems.finite import OVERFLOWS, FiniteCheck
 from fourdfy.systems.fourdfy import FourdfySystem
 from tests.commands import CONFIGS, TINY, launch, trial
 
@@ -46,7 +46,7 @@ def test_a_prior_that_fails_is_noticed_in_its_loss(prepared, place):
     with torch.no_grad():
         tensor.copy_(before)
     with pytest.raises(FloatingPointError, match=r"^here: the loss sds is nan; stopped before"):
-        check_step(out.losses, [], "here")
+        check_step(out.losses, toy()[1], "here")
 
 
 def toy():
@@ -56,6 +56,10 @@ def toy():
         {"name": "a", "params": [network.weight]},
         {"name": "b", "params": [network.bias]},
     ]
+
+
+def check_step(losses, groups, step, scaled=False):
+    return FiniteCheck(torch.optim.SGD(groups))(losses, step, scaled=scaled)
 
 
 def test_large_but_finite_gradients_are_no_reason_to_stop():
@@ -89,7 +93,46 @@ def test_a_group_of_nothing_is_finite():
 def test_gradients_that_overflow_are_the_scaler_s_affair():
     network, groups = toy()
     network.bias.grad[0] = INF
-    check_step({"sds": torch.zeros(())}, groups, "here", scaled=True)
+    assert check_step({"sds": torch.zeros(())}, groups, "here", scaled=True)
+
+
+def test_gradients_that_no_scale_makes_finite_do_not_overflow():
+    network, groups = toy()
+    network.bias.grad[0] = NAN
+    check = FiniteCheck(torch.optim.SGD(groups))
+    for _ in range(OVERFLOWS):
+        check({"sds": torch.zeros(())}, "before", scaled=True)
+    with pytest.raises(FloatingPointError, match=r"^here: the gradient of b is nan"):
+        check({"sds": torch.zeros(())}, "here", scaled=True)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "LBFGS"])
+def test_so_many_broken_steps_are_left_out_and_one_more_stops(name, caplog):
+    network, groups = toy()
+    groups = groups if name != "LBFGS" else [{"name": "all", "params": [*network.parameters()]}]
+    optimizer = getattr(torch.optim, name)(groups, **({"weight_decay": 0.1} if name == "AdamW" else {}))
+    kept = []
+    check = FiniteCheck(optimizer, allowed=2, keep=lambda numbers: kept.append(numbers.losses) or "; look")
+    before = {key: value.clone() for key, value in network.state_dict().items()}
+    for step in range(2):
+        network.weight.grad = torch.full_like(network.weight, NAN)
+        assert not check({"sds": torch.tensor(1.0)}, f"step {step}")
+        optimizer.step(lambda: torch.zeros(()))
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert check.skipped == 2 and kept == [{"sds": 1.0}] * 2
+    assert "2 of 2 allowed by trainer.max_skipped_steps); look" in caplog.messages[1]
+    with pytest.raises(FloatingPointError, match=r"step 2: .*; stopped before the optimizer's step; look$"):
+        check({"sds": torch.tensor(NAN)}, "step 2")
+
+
+def test_a_step_that_is_left_out_late_is_counted(late, caplog):
+    check, optimizer, _ = late
+    check.allowed = 1
+    check({"sds": torch.tensor(NAN)}, "step 0")
+    assert check({"sds": torch.zeros(())}, "step 1")
+    assert check.skipped == 1 and caplog.messages[0].startswith("step 0: the loss sds is nan; skipped")
+    optimizer.step()
+    assert check.settle()
 
 
 @pytest.fixture
@@ -177,4 +220,4 @@ def test_a_scene_that_breaks_ends_the_run_and_keeps_the_last_checkpoint(tmp_path
 def test_a_group_without_gradients_is_on_no_other_device():
     network = nn.Linear(2, 1, device="cuda")
     loss = network(torch.ones(1, 2, device="cuda")).sum()
-    check_step({"a": loss}, [{"name": "idle", "params": [network.weight]}], "here")
+    check_step({"a": loss.detach()}, [{"name": "idle", "params": [network.weight]}], "here")
