@@ -8,18 +8,24 @@ import os
 import shlex
 import socket
 import sys
+import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fourdfy.config_files import CONFIGS, ConfigError, save_yaml
 from fourdfy.files.atomic import whole_file
 from fourdfy.launching.experiment import PARSED, Experiment, trial_of
 
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
 logger = logging.getLogger(__name__)
 
 PACKAGE = Path(__file__).parents[1]
+PATIENCE_SECONDS = 0.3
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """Errors of a file system without locks."""
 
@@ -34,10 +40,9 @@ def owned(trial: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     created = [folder for folder in (trial, *trial.parents) if not folder.exists()]
-    trial.mkdir(parents=True, exist_ok=True)
     lock, owner = FileLock(trial / ".lock"), trial / ".owner"
     try:
-        lock.acquire(timeout=0)  # a lock of the operating system, so that a killed process leaves none behind
+        _acquire(lock, trial)
     except Timeout as error:
         who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
         raise ConfigError(
@@ -52,12 +57,30 @@ def owned(trial: Path) -> Iterator[None]:
         yield
     finally:
         owner.unlink(missing_ok=True)
+        if is_empty := os.listdir(trial) in ([], [".lock"]):
+            with suppress(OSError):  # while it is ours: whoever waits for it then finds it gone
+                (trial / ".lock").unlink()
         lock.release()
-        if os.listdir(trial) in ([], [".lock"]):
-            (trial / ".lock").unlink(missing_ok=True)
+        if is_empty:
             with suppress(OSError):  # some other run's folder is in there by now
                 for folder in created:
                     folder.rmdir()
+
+
+def _acquire(lock: BaseFileLock, trial: Path) -> None:
+    """Create the folder and lock it, with patience for an owner that is ending or has yet to write its name.
+
+    It is a lock of the operating system, so a process that is killed leaves none behind.
+    """
+    until = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        try:
+            trial.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=PATIENCE_SECONDS, poll_interval=0.02)
+            return
+        except FileNotFoundError:  # an owner that had nothing to keep has just removed the folder
+            if time.monotonic() > until:
+                raise
 
 
 def prepare_trial(experiment: Experiment, files: Sequence[Path], command: Sequence[str]) -> None:

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import threading
+import time
 import zipfile
 
 import pytest
@@ -48,6 +50,26 @@ def test_a_folder_that_nothing_came_into_goes_again(tmp_path):
     with owned(tmp_path / "a" / "b" / "trial"):
         assert (tmp_path / "a" / "b" / "trial").is_dir()
     assert not list(tmp_path.iterdir())
+
+
+def test_two_never_own_a_folder_that_an_owner_with_nothing_to_keep_removes_meanwhile(tmp_path):
+    folder, owns, end = tmp_path / "trial", threading.Event(), threading.Event()
+
+    def wait_and_own():
+        with owned(folder):
+            owns.set()
+            end.wait(10)
+
+    waiting = threading.Thread(target=wait_and_own)
+    with owned(folder):
+        waiting.start()
+        time.sleep(0.05)
+        assert not owns.is_set()
+    assert owns.wait(10)
+    with pytest.raises(ConfigError, match="in use by"), owned(folder):
+        pass
+    end.set()
+    waiting.join()
 
 
 def test_a_file_system_without_locks_costs_a_warning(tmp_path, monkeypatch, caplog):
