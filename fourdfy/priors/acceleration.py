@@ -80,10 +80,9 @@ class Compiled:
             return results
 
     def _compiled(self, *inputs: Any) -> Any:
-        os.environ.setdefault(CACHE_VARIABLE, str(cache_root() / "compiled"))
         import torch._dynamo as dynamo
 
-        place = os.environ[CACHE_VARIABLE]
+        place = _cache()
         if not self.called:
             self.called = True
             logger.info("%s: compiling, for a minute or two unless %s holds it", self.name, place)
@@ -97,6 +96,16 @@ class Compiled:
             seconds = time.perf_counter() - began
             logger.info("%s: compiled in %.0f s; kept in %s", self.name, seconds, place)
         return results
+
+
+def _cache() -> str:
+    """The folder of compiled code: what the user has set, or else below the project's cache."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # Importing the compiler sets the variable to its own default, which a restart may empty.
+    if os.environ.get(CACHE_VARIABLE) in (None, default_cache_dir()):
+        os.environ[CACHE_VARIABLE] = str(cache_root() / "compiled")
+    return os.environ[CACHE_VARIABLE]
 
 
 def _layers(network: Network) -> Iterator[nn.Module]:

@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 
 from fourdfy.ops import replay
 from fourdfy.priors import acceleration, latent
@@ -210,15 +211,18 @@ def test_a_network_without_blocks_is_not_compiled(caplog):
     assert call(x) is x and "down_blocks" in caplog.text
 
 
-@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("given", ["by the user", "by torch", "by nobody"])
 def test_the_compiler_s_cache_is_ours_unless_there_is_one(monkeypatch, tmp_path, quick_compiler, given):
     monkeypatch.delenv(CACHE_VARIABLE)
-    if given:
+    if given == "by the user":
         monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "elsewhere"))
+    elif given == "by torch":
+        assert cache_dir() == os.environ[CACHE_VARIABLE]
     monkeypatch.setenv("FOURDFY_CACHE", str(tmp_path))
     network = network_of(nn.Linear(3, 3))
     compiled(lambda x: network.mid_block.resnets[0](x), network, "it", small_too=True)(torch.randn(2, 3))
-    assert os.environ[CACHE_VARIABLE] == str(tmp_path / ("elsewhere" if given else "compiled"))
+    expected = "elsewhere" if given == "by the user" else "compiled"
+    assert os.environ[CACHE_VARIABLE] == str(tmp_path / expected)
 
 
 def test_weights_that_move_are_neither_compiled_nor_recorded(tiny, caplog):
