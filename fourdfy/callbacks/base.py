@@ -93,6 +93,8 @@ class Run:
     """Changes the learning rates; None: they are constant."""
     save: Callable[[Path], None] = lambda path: None
     """Write a checkpoint; available from ``begin`` on."""
+    grew_from: str | None = None
+    """The hash of the scene that ``system.weights`` held when the stage began (``systems.checkpoint``)."""
     stopping: bool = False
 
     @property

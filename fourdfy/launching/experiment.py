@@ -127,6 +127,9 @@ class CheckpointConfig:
     """Training steps between two saves."""
     save_top_k: int = number(0, -1)
     """Keep every k-th save too, as ``ckpts/step_{step}.ckpt``; -1: all, 0: none."""
+    weights_changed: Literal["refuse", "redo", "keep"] = "refuse"
+    """If ``system.weights`` no longer holds the scene that the trial in this folder grew from: ``refuse`` to
+    continue it, ``redo`` it from the new one (the old folder is kept under another name), or ``keep`` it."""
 
     def interval(self, max_steps: int) -> int:
         """Steps between saves. The original's files save once, at the end; that would cost a whole run."""

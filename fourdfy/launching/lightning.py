@@ -68,6 +68,7 @@ class LightningSystem(pl.LightningModule):
         self.system.load_checkpoint(checkpoint)
         self.run.means.sums = checkpoint.get("running_means", {})
         self._skipped_before = checkpoint.get("skipped_steps", 0)
+        self.run.grew_from = checkpoint.get("grew_from")
         states = checkpoint.get("callback_states", {})
         for name in states.keys() & self.callbacks.keys():
             self.callbacks[name].load_state_dict(states[name])
@@ -75,6 +76,7 @@ class LightningSystem(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["running_means"] = self.run.means.sums
+        checkpoint["grew_from"] = self.run.grew_from
         checkpoint["optimizer"] = type(self.optimizer).__name__
         checkpoint["skipped_steps"] = self._check.skipped if self._check else self._skipped_before
         if states := {name: state for name, c in self.callbacks.items() if (state := c.state_dict())}:

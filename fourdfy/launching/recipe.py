@@ -7,15 +7,41 @@ the second alone.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fourdfy.config_files import ConfigError, find_config, literal_override, plain, read_layers
 from fourdfy.config_layers import load_config
-from fourdfy.launching.experiment import PARSED, Experiment, ExperimentConfig, load_experiment
-from fourdfy.systems.checkpoint import checkpoint_file, has_checkpoint, read_own_checkpoint
+from fourdfy.launching.experiment import (
+    PARSED,
+    Experiment,
+    ExperimentConfig,
+    TrainerConfig,
+    load_experiment,
+)
+from fourdfy.launching.trial import set_aside
+from fourdfy.systems.checkpoint import (
+    checkpoint_file,
+    has_checkpoint,
+    read_checkpoint,
+    read_own_checkpoint,
+    scene_hash,
+)
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = ("seed", "data_type", "data", "system_type", "system", "steps")
+TRAINER_SETTINGS = (
+    "precision",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+)
+"""The keys, and those of ``trainer``, whose change makes another run; a run's length, for one, doesn't."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +53,8 @@ class Stage:
     """The config files that it was made from."""
     number: int
     count: int
+    earlier: Stage | None = None
+    """The stage that it grows from."""
 
     @property
     def position(self) -> str:
@@ -80,6 +108,40 @@ class Stage:
     def _marker(self) -> Path:
         return self.experiment.trial_dir / "finished"
 
+    def follow_weights(self, *, begun: bool = True) -> None:
+        """Do as ``checkpoint.weights_changed`` says, if they have since the stage grew from them.
+
+        Args:
+            begun: it is this stage's turn; before that, it can only be refused.
+
+        Raises:
+            ConfigError: it is refused.
+        """
+        choice = self.experiment.cfg.checkpoint.weights_changed
+        if not (begun or choice == "refuse") or not (change := self._change_of_weights()):
+            return
+        if choice == "refuse":
+            raise ConfigError(
+                f"{self.label}: {change}; to train it anew from that, which renames the old folder: "
+                "checkpoint.weights_changed=redo, to leave it as it is: checkpoint.weights_changed=keep"
+            )
+        if choice == "redo":
+            change += f"; it is trained anew, and what it was is in {set_aside(self.experiment.trial_dir)}"
+        logger.warning("%s: %s", self.label, change)
+
+    def _change_of_weights(self) -> str | None:
+        """Says that ``system.weights`` holds another scene than the stage grew from, or soon will."""
+        weights, resume_from = self.experiment.cfg.system.weights, self.resume_from
+        if not weights or self.experiment.cfg.resume or resume_from is None:
+            return None
+        before, now = read_checkpoint(resume_from).get("grew_from"), scene_hash(weights)
+        trains = self.earlier is not None and not self.earlier.is_trained
+        # If it trains and is another already, it may still end as it did: a damaged one is trained again.
+        if before is None or (now in (before, None)) != trains:
+            return None
+        change = f"{weights} {'will change' if trains else 'has changed'}"
+        return f"{change}, and {self.experiment.trial_dir} grew from it as it was"
+
     def _check_same_settings(
         self, counts: Callable[[str], bool] = lambda key: not key.startswith("system.loggers")
     ) -> None:
@@ -92,8 +154,8 @@ class Stage:
         now = self.experiment.record()
         changed = [
             key
-            for part in ("seed", "data", "system")
-            for key in _differences(began.get(part), now.get(part), part)
+            for part, settings in _settings(now).items()
+            for key in _differences(_settings(began)[part], settings, part)
             if counts(key)
         ]
         if changed:
@@ -126,7 +188,8 @@ def load_recipe(names: Sequence[str | Path], overrides: Sequence[str]) -> list[S
         weights = [literal_override("system.weights", path.replace("$", "$$")) for path in previous]
         own = for_stage.get(number, [])
         experiment = load_experiment([file, *paths], [*weights, *shared, *own], stage=number)
-        stages.append(Stage(experiment, (file, *paths), number, len(files)))
+        grows = experiment.cfg.system.weights in previous
+        stages.append(Stage(experiment, (file, *paths), number, len(files), stages[-1] if grows else None))
     return stages
 
 
@@ -145,6 +208,15 @@ def _stage_files(paths: Sequence[Path]) -> tuple[list[Path], list[int]]:
                 raise ConfigError(f"stages (in {layer.source}): expected a list of files, got {names!r}")
             files = [find_config(name, Path(layer.source).parent) for name in names]
     return files, numbers
+
+
+def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``SETTINGS`` and ``TRAINER_SETTINGS``, with the defaults of those that are not given."""
+    trainer = values.get("trainer", {})
+    return {
+        "trainer": {key: trainer.get(key, getattr(TrainerConfig, key)) for key in TRAINER_SETTINGS},
+        **{key: values.get(key, getattr(ExperimentConfig, key, None)) for key in SETTINGS},
+    }
 
 
 def _differences(a: object, b: object, path: str) -> list[str]:

@@ -26,6 +26,7 @@ from fourdfy.launching.plan import check_run
 from fourdfy.launching.recipe import Stage, load_recipe
 from fourdfy.launching.trial import owned, prepare_trial
 from fourdfy.systems.base import System
+from fourdfy.systems.checkpoint import scene_hash
 from fourdfy.types import Cameras, RenderOutput
 
 if TYPE_CHECKING:
@@ -118,6 +119,9 @@ def train_stages(
     """
     with on_device(device):
         for stage in stages:
+            stage.follow_weights(begun=False)  # before anything is trained
+        for stage in stages:
+            stage.follow_weights()
             if stage.is_finished or (stage.is_trained and not test):
                 logger.info("%s: finished already, in %s", stage.label, stage.experiment.trial_dir)
             elif not _train_stage(stage, device, command, callbacks, test):
@@ -149,7 +153,8 @@ def _train_stage(
         ),
     }
     with owned(folder):
-        resume_from = stage.resume_from
+        resume_from, weights = stage.resume_from, experiment.cfg.system.weights
+        grew_from = scene_hash(weights) if weights and resume_from is None else None
         system = experiment.build_system().to(device)
         system.prepare(torch.device(device), resumed=resume_from is not None)
         optimizer = system.configure_optimizer()
@@ -161,6 +166,7 @@ def _train_stage(
             max_steps=cfg.max_steps,
             optimizer=optimizer,
             scheduler=system.configure_scheduler(optimizer),
+            grew_from=grew_from,
         )
         trainer = Trainer(cfg, run, looking_on, device=device)
         # Everything is built by now: only a run that can start leaves a folder.

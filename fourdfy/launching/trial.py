@@ -12,6 +12,7 @@ import time
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,6 +82,18 @@ def _acquire(lock: BaseFileLock, trial: Path) -> None:
         except FileNotFoundError:  # an owner that had nothing to keep has just removed the folder
             if time.monotonic() > until:
                 raise
+
+
+def set_aside(trial: Path) -> Path:
+    """Rename the folder of a trial, and return its new name.
+
+    Raises:
+        ConfigError: a run owns it.
+    """
+    with owned(trial):
+        pass
+    names = (trial.with_name(f"{trial.name}.old{number}") for number in count(1))
+    return trial.rename(next(name for name in names if not name.exists()))
 
 
 def prepare_trial(experiment: Experiment, files: Sequence[Path], command: Sequence[str]) -> None:

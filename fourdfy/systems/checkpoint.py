@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
 import shutil
@@ -10,6 +11,8 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from fourdfy import __version__
 from fourdfy.config import ConfigError
@@ -121,6 +124,17 @@ def _read(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint.get("state_dict"), Mapping):
         raise ConfigError(f"{path}: not a checkpoint of a scene (it has no state_dict)")
     return checkpoint
+
+
+def scene_hash(path: str | Path) -> str | None:
+    """A hash of the names and numbers of a checkpoint's scene; None if there is no such checkpoint."""
+    if not has_checkpoint(path):
+        return None
+    digest = hashlib.sha256()
+    for name, tensor in sorted(read_checkpoint(path)["state_dict"].items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def read_own_checkpoint(path: str | Path) -> dict[str, Any]:

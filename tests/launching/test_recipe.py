@@ -1,17 +1,20 @@
 """Recipes: three stages in one command, resumable."""
 
 import os
+import shutil
 import signal
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
+import fourdfy
 from fourdfy.config import ConfigError
 from fourdfy.launching.lightning import LightningSystem
 from fourdfy.launching.recipe import load_recipe
-from fourdfy.systems.checkpoint import read_checkpoint
-from tests.commands import launch, trial
+from fourdfy.systems.checkpoint import read_checkpoint, scene_hash
+from tests.commands import CONFIGS, TINY, launch, trial
 
 STAGES = ("shapes_stage_1", "shapes_stage_2", "shapes_stage_3")
 
@@ -98,8 +101,6 @@ def test_a_folder_with_other_settings_is_not_mixed_with_this_run(tmp_path, capsy
 
 
 def test_an_override_can_be_for_one_stage(tmp_path):
-    from tests.commands import CONFIGS
-
     stages = load_recipe([CONFIGS / "shapes.yaml"], ["stage_2.trainer.max_steps=7", "seed=5"])
     assert [stage.experiment.cfg.trainer.max_steps == 7 for stage in stages] == [False, True, False]
     assert all(stage.experiment.cfg.seed == 5 for stage in stages)
@@ -107,3 +108,89 @@ def test_an_override_can_be_for_one_stage(tmp_path):
         load_recipe([CONFIGS / "shapes.yaml"], ["stage_4.seed=1"])
     with pytest.raises(ConfigError, match="is not a recipe"):
         load_recipe([CONFIGS / "shapes_stage_1.yaml"], ["stage_1.seed=1"])
+
+
+# ---------------------------------------------------------------------------------------------
+# What a stage grew from
+
+
+def trained(config, root, *given):
+    """Without test views; one step per stage unless given otherwise."""
+    given = (*TINY, "trainer.max_steps=1", *given)
+    return fourdfy.train(config, [f"exp_root_dir={root}", *given], device="cpu", test=False)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """(a recipe of two stages, the folder in which it was trained for one step per stage)."""
+    file = tmp_path_factory.mktemp("recipe") / "two.yaml"
+    file.write_text(f"stages: [{CONFIGS / 'shapes_stage_1.yaml'}, {CONFIGS / 'shapes_stage_2.yaml'}]\n")
+    root = tmp_path_factory.mktemp("outputs")
+    trained(file, root)
+    return file, root
+
+
+@pytest.fixture
+def again(begun, tmp_path):
+    """Trains a copy of them again, with other settings."""
+    file, root = begun
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    return lambda *given: trained(file, tmp_path, *given)
+
+
+def last(root, name):
+    return read_checkpoint(trial(root, name) / "ckpts" / "last.ckpt")
+
+
+def test_a_longer_recipe_is_refused_before_it_trains_and_redone_if_that_is_asked_for(
+    begun, again, tmp_path, tmp_path_factory
+):
+    weights = trial(tmp_path, STAGES[0]) / "ckpts" / "last.ckpt"
+    refusal = f"stage 2/2 {STAGES[1]}: {weights} will change.*: checkpoint.weights_changed=redo"
+    with pytest.raises(ConfigError, match=refusal):
+        again("trainer.max_steps=2")
+    assert last(tmp_path, STAGES[0])["global_step"] == 1
+    again("trainer.max_steps=2", "checkpoint.weights_changed=redo")
+    at_once = tmp_path_factory.mktemp("at_once")
+    trained(begun[0], at_once, "trainer.max_steps=2")
+    redone, straight = (last(root, STAGES[1])["state_dict"] for root in (tmp_path, at_once))
+    for key, value in straight.items():
+        assert torch.equal(redone[key], value), key
+    assert read_checkpoint(tmp_path / STAGES[1] / "tiny.old1")["global_step"] == 1
+    again("trainer.max_steps=2")  # it grew from what is there now
+
+
+def test_a_stage_that_was_trained_longer_by_itself_is_noticed(again, tmp_path, caplog):
+    trained(CONFIGS / "shapes_stage_1.yaml", tmp_path, "trainer.max_steps=2")
+    with pytest.raises(ConfigError, match=r"ckpts/last\.ckpt has changed"):
+        again()
+    file = trial(tmp_path, STAGES[1]) / "ckpts" / "last.ckpt"
+    before = file.read_bytes()
+    again("checkpoint.weights_changed=keep")
+    assert f"{STAGES[1]}/tiny grew from it as it was" in caplog.text
+    assert file.read_bytes() == before
+
+
+def test_a_first_stage_that_was_deleted_is_noticed_before_it_is_trained(again, tmp_path, steps):
+    shutil.rmtree(trial(tmp_path, STAGES[0]))
+    with pytest.raises(ConfigError, match=r"ckpts/last\.ckpt will change"):
+        again()
+    assert steps[0] == []
+
+
+def test_a_damaged_first_stage_is_trained_again_and_the_second_continues(again, tmp_path, steps):
+    """It ends as it did, bit for bit."""
+    again("stage_1.trainer.max_steps=2", "checkpoint.weights_changed=redo")
+    path = trial(tmp_path, STAGES[0]) / "ckpts" / "last.ckpt"
+    path.write_bytes(path.read_bytes()[:-1])
+    steps[0].clear()
+    again("trainer.max_steps=2")
+    assert steps[0] == [(STAGES[0], 1), (STAGES[1], 1)]
+    assert last(tmp_path, STAGES[1])["grew_from"] == scene_hash(path)
+
+
+def test_what_changes_every_step_makes_another_run(again):
+    for changed in ("precision=bf16-mixed", "gradient_clip_val=1", "accumulate_grad_batches=2"):
+        with pytest.raises(ConfigError, match=rf"other settings \(trainer\.{changed.partition('=')[0]}\)"):
+            again(f"trainer.{changed}")
+    again("trainer.precision=32", "trainer.gradient_clip_val=null")  # the defaults
