@@ -6,6 +6,7 @@ F frames of a call, T moments, A azimuths, H x W pixels.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fourdfy.callbacks.scene_watch import filling
 from fourdfy.config import ConfigError
 from fourdfy.evaluation import marks, metrics
 from fourdfy.evaluation.report import Moment, ShapesReport, write_json
@@ -23,6 +25,8 @@ from fourdfy.shapes import world
 from fourdfy.shapes.grammar import COLOURS, ShapePrompt, is_held_out, parse_prompt
 from fourdfy.systems.base import System
 from fourdfy.types import Cameras
+
+logger = logging.getLogger(__name__)
 
 Render = Callable[[Cameras], tuple[Tensor, Tensor]]
 """F cameras -> rgb [F, H, W, 3] over ``BACKGROUND`` and opacity [F, H, W, 1], both 0..1."""
@@ -56,6 +60,8 @@ def evaluate_scene(
     prompt = parse_prompt(prompt) if isinstance(prompt, str) else prompt
     truth = ground_truth(prompt)
     ours, theirs = (_look(scene, TIMES, VIEWS_DEG, device) for scene in (render, truth))
+    if problem := filling(ours.opacity):
+        logger.warning("%s: %s", prompt.text, problem)
     ious, psnrs = (
         values.view(len(TIMES), -1).mean(dim=1)
         for values in (

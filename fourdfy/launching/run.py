@@ -119,11 +119,17 @@ def render_views(mode: str, system: System, experiment: Experiment, device: str)
     """``--validate`` or ``--test``: write images and videos into ``save``."""
     from fourdfy.callbacks.progress import ProgressLine
     from fourdfy.callbacks.renders import SaveRenders
+    from fourdfy.callbacks.scene_watch import SceneWatch
 
     folder = experiment.trial_dir
     # It was asked for, even if training has no validations.
     cfg = replace(experiment.cfg.trainer, val_check_interval=1, limit_val_batches=None)
-    looking_on = {"progress": ProgressLine(), "renders": SaveRenders(folder / "save"), **configured(cfg)}
+    looking_on = {
+        "progress": ProgressLine(),
+        "renders": SaveRenders(folder / "save"),
+        "watch": SceneWatch(),
+        **configured(cfg),
+    }
     run = Run(system=system, data=experiment.build_data(), folder=folder, label=mode, max_steps=cfg.max_steps)
     trainer = import_trainer()(cfg, run, looking_on, device=device)
     trainer.test() if mode == "test" else trainer.validate()

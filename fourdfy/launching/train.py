@@ -137,6 +137,7 @@ def _train_stage(
     from fourdfy.callbacks.curves import Curves
     from fourdfy.callbacks.last_checkpoint import LastCheckpoint
     from fourdfy.callbacks.renders import SaveRenders
+    from fourdfy.callbacks.scene_watch import SceneWatch
 
     Trainer = import_trainer()
     experiment, folder = stage.experiment, stage.experiment.trial_dir
@@ -147,6 +148,7 @@ def _train_stage(
         **configured(cfg),
         **named(callbacks),
         "renders": SaveRenders(folder / "save", curves, trained=True),
+        "watch": SceneWatch(),
         # Last: it saves the states of the others.
         "last": LastCheckpoint(
             experiment.last_checkpoint, checkpoints.interval(cfg.max_steps), checkpoints.save_top_k

@@ -141,7 +141,7 @@ def amplify_motion(score: Float[Tensor, "B C F H W"], scale: float) -> Float[Ten
     return still + scale * (score - still)
 
 
-def bounded(grad: Float[Tensor, "B C *S"], clip: float | None = None) -> Float[Tensor, "B C *S"]:
+def bounded(grad: Float[Tensor, "B C *S"], clip: float | int | None = None) -> Float[Tensor, "B C *S"]:
     """``grad`` with each entry clipped to ``[-clip, clip]``. Non-finite entries stay as they are: clipping an
     infinity would hide that the prior has failed."""
     return grad if clip is None else torch.where(grad.isfinite(), grad.clamp(-clip, clip), grad)

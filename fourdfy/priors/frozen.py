@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from fourdfy.config_files import ConfigError
 from fourdfy.ops.diffusion import sample_noise
+from fourdfy.ops.finite import not_finite
 from fourdfy.ops.recomputation import recomputed
 from fourdfy.priors.base import DDPMSchedule, Network
 from fourdfy.priors.convert import no_progress_bar
@@ -136,7 +137,7 @@ def load_part(
             folder / part, torch_dtype=dtype, **_loading_options(folder, part, dtype)
         )
         _check_complete(found)
-    return freeze(network.to(device))
+        return _checked(freeze(network.to(device)))
 
 
 def load_text_encoder(folder: Path, device: torch.device) -> tuple[Any, nn.Module]:
@@ -157,7 +158,7 @@ def load_text_encoder(folder: Path, device: torch.device) -> tuple[Any, nn.Modul
             **_loading_options(folder, "text_encoder", torch.float32),
         )
         _check_complete(found)
-    return tokenizer, freeze(encoder.to(device))
+        return tokenizer, _checked(freeze(encoder.to(device)))
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -319,6 +320,13 @@ def _check_complete(found: Mapping[str, Any]) -> None:
     """Refuse missing weights: both libraries only warn of them and draw them at random."""
     if missing := sorted(found["missing_keys"]):
         raise ValueError(f"{len(missing)} weights are missing, {missing[0]} among them")
+
+
+def _checked(network: nn.Module) -> nn.Module:
+    """The network itself; every weight is finite."""
+    if broken := not_finite(dict(network.named_parameters())):
+        raise ValueError(f"{broken[0]} holds numbers that are not finite; fetch the model anew")
+    return network
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fourdfy import __version__
 from fourdfy.config import Component, ConfigError
 from fourdfy.files.atomic import whole_file
+from fourdfy.files.checksum import save_with_checksum
 from fourdfy.files.safe_load import read_torch_file
 from fourdfy.systems.base import System
 from fourdfy.systems.finite import StepNumbers
@@ -75,7 +76,7 @@ def write_step(path: Path, system: System, numbers: StepNumbers, config: str) ->
         "state_dict": state,
     }
     with whole_file(path, sync=True) as half_written:
-        torch.save(content, half_written)
+        save_with_checksum(content, half_written)
 
 
 def read_step(path: Path) -> dict[str, Any]:

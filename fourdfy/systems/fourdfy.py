@@ -19,6 +19,7 @@ from fourdfy.config import ConfigError, slot
 from fourdfy.data.base import DataModule
 from fourdfy.exporters.base import Exporter, TrainedScene
 from fourdfy.guidance.base import Guidance
+from fourdfy.ops.finite import not_finite
 from fourdfy.ops.regularizers import REGULARIZERS
 from fourdfy.original.checkpoints import own_names
 from fourdfy.prompts.base import PromptProcessor
@@ -230,6 +231,8 @@ class FourdfySystem(System):
             losses = out.losses | {
                 name: REGULARIZERS[name](render) for name in weights if name in REGULARIZERS
             }
+        if self.audit.is_new(kind.name) and out.losses.keys() & weights:
+            self.audit.watch(kind.name, render.comp_rgb)
         weighted = [weights[name] * value for name, value in losses.items() if name in weights]
         if not weighted:
             raise ConfigError(
@@ -250,6 +253,11 @@ class FourdfySystem(System):
     def after_backward(self, batch: StepBatch, optimizer: torch.optim.Optimizer) -> None:
         if self.audit.is_new(batch.kind):
             logger.debug("%s", self.audit.record(batch.kind, optimizer.param_groups))
+            if self.audit.images.get(batch.kind) == 0:
+                key = self.plan[batch.kind].guidance_key
+                logger.warning(
+                    "%s: no gradient of its losses reaches the images; is %s.grad_clip 0?", key, key
+                )
         self.scene.after_backward(self._context(batch, "after backward"), optimizer)
 
     def parameters_outside(self, trains: frozenset[Half]) -> Iterator[nn.Parameter]:
@@ -302,7 +310,7 @@ class FourdfySystem(System):
             )
         given = {key: state[key] for key in own}
         own = self._fitted(given)
-        _check_shapes(given, own, "resume", "use the geometry that the checkpoint was made with")
+        _check_fit(given, own, "resume", "use the geometry that the checkpoint was made with")
         self.load_state_dict(given)
         self.step = checkpoint["global_step"]
 
@@ -328,7 +336,7 @@ class FourdfySystem(System):
             raise ConfigError(f"system.weights={self.cfg.weights}: holds nothing that this system has")
         own = self._fitted(fits)
         hint = "use the geometry of the earlier stage, or system.weights_ignore_modules"
-        _check_shapes(fits, own, "system.weights", hint)
+        _check_fit(fits, own, "system.weights", hint)
         self.load_state_dict(fits, strict=False)
         return len(fits)
 
@@ -338,13 +346,17 @@ class FourdfySystem(System):
         return self.state_dict()
 
 
-def _check_shapes(given: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str, hint: str) -> None:
+def _check_fit(given: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str, hint: str) -> None:
     for key, value in given.items():
         if value.shape != own[key].shape:
             wanted = list(own[key].shape)
             raise ConfigError(
                 f"{source}: {key} has shape {list(value.shape)}, this config expects {wanted}; {hint}"
             )
+    if broken := not_finite(given):
+        raise ConfigError(
+            f"{source}: {broken[0]} holds numbers that are not finite; use an earlier checkpoint"
+        )
 
 
 def _guidance_losses() -> list[str]:

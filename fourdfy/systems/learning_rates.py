@@ -8,7 +8,6 @@ from a checkpoint.
 from __future__ import annotations
 
 import difflib
-import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,6 +18,7 @@ from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
 from fourdfy.config import ConfigError
+from fourdfy.systems.optim import OPTION_BOUNDS
 
 NEEDS_STATE = ("amsgrad", "centered", "momentum")
 """Options of optimizers that keep an additional moment, which can't be reconstructed for past steps."""
@@ -57,7 +57,7 @@ class SchedulerConfig:
         """Step through a whole run, so that late failures show at once.
 
         Raises:
-            ValueError: at one of the steps the scheduler fails, or a rate is not finite.
+            ValueError: at one of the steps the scheduler fails, or a rate leaves the range of rates.
         """
         optimizer = torch.optim.AdamW([torch.zeros(1)])
         scheduler = self.build(optimizer)
@@ -66,8 +66,12 @@ class SchedulerConfig:
                 advance(scheduler, 1)
             except (ValueError, ArithmeticError) as error:
                 raise ValueError(f"{self.name} fails at step {step + 1}: {error}") from error
-            if not math.isfinite(float(optimizer.param_groups[0]["lr"])):
-                raise ValueError(f"{self.name}: the learning rate at step {step + 1} is not finite")
+            rate, bounds = float(optimizer.param_groups[0]["lr"]), OPTION_BOUNDS["lr"]
+            if rate not in bounds:
+                raise ValueError(
+                    f"{self.name} makes {optimizer.defaults['lr']:g} a learning rate of {rate:g} at step "
+                    f"{step + 1}; expected {bounds}"
+                )
 
 
 def _build(cfg: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> LRScheduler:

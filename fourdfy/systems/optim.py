@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fourdfy.bounds import Bounds
 from fourdfy.config import ConfigError, keyed_by_path
@@ -215,9 +215,17 @@ class GradientAudit:
     """The step kinds of the plan."""
     norms: dict[str, dict[str, float | None]] = field(default_factory=dict)
     """Step kind -> group name -> gradient norm, None without any gradient."""
+    images: dict[str, Tensor] = field(default_factory=dict)
+    """Step kind -> norm of the gradient at its rendered images."""
 
     def is_new(self, kind: str) -> bool:
         return kind not in self.norms
+
+    def watch(self, kind: str, images: Tensor) -> None:
+        """Note the gradient that a step's losses will send to its images, unless nothing learns from it."""
+        if images.requires_grad:
+            self.images[kind] = images.new_zeros(())
+            images.register_hook(lambda gradient: self.images.update({kind: gradient.norm()}))
 
     def record(self, kind: str, groups: list[dict[str, Any]]) -> str:
         """Note the gradients of a step kind; returns the table to log.

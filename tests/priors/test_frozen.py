@@ -13,6 +13,7 @@ from importlib.machinery import ModuleSpec
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fourdfy.config import ConfigError
@@ -101,6 +102,20 @@ def test_half_precision_is_a_type_of_weights_and_float32_on_the_cpu(folder, capl
     assert "float32 on the CPU" in caplog.text
     unet = load_part(folder, "unet", UNET, dtype=torch.bfloat16, device=CPU)
     assert {p.dtype for p in unet.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_weights_that_are_not_finite_are_refused_by_name(folder, tmp_path, part):
+    copy = shutil.copytree(folder, tmp_path / "sd")
+    (file,) = (copy / part).glob("*.safetensors")
+    tensors = load_file(file)
+    next(iter(tensors.values())).fill_(math.nan)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=rf"{part} can't be loaded: .* holds numbers that are not finite"):
+        if part == "vae":
+            load_part(copy, "vae", "AutoencoderKL", dtype=torch.float32, device=CPU)
+        else:
+            load_text_encoder(copy, CPU)
 
 
 def describe(folder, part, file, **changes):

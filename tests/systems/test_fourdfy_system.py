@@ -123,6 +123,19 @@ def test_weights_of_another_shape_are_refused_by_name(tmp_path, built):
         start_from_weights(other)
 
 
+def test_a_scene_that_is_not_finite_is_not_loaded(tmp_path, built):
+    _, system, _ = built
+    state = {key: value.clone() for key, value in system.state_dict().items()}
+    state["geometry.density_network.layers.0.weight"][0, 0] = float("nan")
+    saved = {"state_dict": state, "global_step": 1}
+    torch.save(saved, tmp_path / "a.ckpt")
+    said = r"geometry\.density_network\.layers\.0\.weight holds numbers that are not finite; use an earlier"
+    with pytest.raises(ConfigError, match=rf"^resume: {said}"):
+        system.load_checkpoint(saved)
+    with pytest.raises(ConfigError, match=rf"^system\.weights: {said}"):
+        start_from_weights(experiment(f"system.weights={tmp_path}/a.ckpt"))
+
+
 def test_modules_can_be_left_out_of_weights(tmp_path, built):
     _, system, _ = built
     state = {key: torch.ones_like(value) for key, value in system.state_dict().items()}

@@ -176,7 +176,7 @@ class ImplicitVolume(Geometry):
             (raw,) = self._read([self.density_network], positions, times, step).outputs
             return self._sigmas(raw, positions, step)
 
-    def density_bias(self, positions: Float[Tensor, "N 3"], *, step: int) -> Float[Tensor, "N"] | float:
+    def density_bias(self, positions: Float[Tensor, "N 3"], *, step: int) -> Float[Tensor, "N"] | float | int:
         """The bias added to the density before its activation; a blob is a ball to start from."""
         cfg = self.cfg
         if not isinstance(cfg.density_bias, str):

@@ -1,0 +1,127 @@
+"""What is said of scenes that have come to nothing, and that nothing is said of others."""
+
+import pytest
+import torch
+
+import fourdfy
+from fourdfy.callbacks.scene_watch import SceneWatch
+from fourdfy.data.base import EvalBatch
+from fourdfy.evaluation.scenes import evaluate_scene, ground_truth
+from fourdfy.launching.experiment import load_experiment
+from fourdfy.ops.cameras import orbit_cameras
+from fourdfy.shapes.grammar import parse_prompt
+from fourdfy.types import RenderOutput
+from tests.commands import CONFIGS, TINY
+from tests.runs import new_run
+
+ZERO = torch.zeros(1).expand(4)
+CAMERAS = orbit_cameras(ZERO, ZERO, distance=3.0, fovy_deg=40.0, times=ZERO, height=32, width=32)
+
+
+def square(opacity=1.0, around=0.0, shift=0):
+    """Four frames of a square that is a quarter of the image, ``shift`` pixels further in each."""
+    image = torch.full((4, 32, 32, 1), around)
+    for n, frame in enumerate(image):
+        frame[8:24, n * shift : n * shift + 16] = opacity
+    return RenderOutput(comp_rgb=image.expand(-1, -1, -1, 3), opacity=image, depth=image)
+
+
+def told(caplog, step=50, hook="after_validation", **frames):
+    watch, run = SceneWatch(), new_run(step=step)
+    for _ in range(2):  # the second validation says nothing new
+        for split, shown in frames.items():
+            watch.after_frames(run, EvalBatch(split=split, cameras=CAMERAS), shown, done=1, total=1)
+        getattr(watch, hook)(run)
+    return [message.partition("; ")[0] for message in caplog.messages]
+
+
+EMPTY, FOG, STILL = "the scene is empty", "fog fills the whole scene", "the scene does not move"
+
+
+@pytest.mark.parametrize(
+    ("shown", "said"),
+    [
+        (square(), []),
+        (square(opacity=0.02), []),
+        (square(opacity=0.0), [EMPTY]),
+        (square(opacity=0.001), [EMPTY]),
+        (square(around=1.0), [FOG]),
+        (square(around=0.3), [FOG]),
+    ],
+)
+def test_empty_and_full_scenes(shown, said, caplog):
+    assert told(caplog, val=shown) == [f"step 50: {problem}" for problem in said]
+
+
+@pytest.mark.parametrize(
+    ("frames", "said"),
+    [
+        ({"val_video": square()}, [STILL]),
+        ({"val_video": square(shift=4)}, []),
+        ({"test": square(shift=4), "test_static": square()}, []),
+        ({"test": square(shift=4), "test_static": square(shift=4)}, [STILL]),
+        ({"test": square()}, []),  # a static stage
+    ],
+)
+def test_scenes_that_should_move(frames, said, caplog):
+    assert told(caplog, hook="after_test", **frames) == [f"step 50: {problem}" for problem in said]
+
+
+def test_a_scene_may_be_still_in_the_first_half_of_its_training(caplog):
+    assert told(caplog, step=49, val_video=square()) == []
+
+
+def train(config, root, *overrides):
+    given = [*TINY, f"exp_root_dir={root}", *overrides]
+    fourdfy.train(config, given, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("config", "planted", "said"),
+    [
+        ("shapes_stage_1", [], []),
+        ("shapes_stage_1", ["system.geometry.density_bias=-100"], [EMPTY]),
+        (
+            "shapes_stage_3",
+            [
+                "system.geometry.density_bias=100.0",
+                "system.guidance_video.grad_clip=0",
+                "data.prob_multi_view=0",
+                "data.single_view.prob_single_view_video=1",
+            ],
+            ["system.guidance_video: no gradient of its losses reaches the images", FOG, STILL],
+        ),
+    ],
+)
+def test_planted_in_a_run(config, planted, said, tmp_path, caplog):
+    train(config, tmp_path, "trainer.max_steps=1", *planted)
+    messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    problems = [message.removeprefix("step 1: ").partition("; ")[0] for message in messages]
+    assert [
+        problem for problem in problems if problem in (EMPTY, FOG, STILL) or "gradient" in problem
+    ] == said
+
+
+@pytest.mark.parametrize("config", ["shapes_stage_3", "fourdfy_stage_3", "fourdfy_stage_3_vc"])
+def test_every_key_that_is_named_exists(config):
+    loaded = load_experiment([CONFIGS / f"{config}.yaml"], ["system.prompt_processor.prompt=a red cube"]).cfg
+    for key in (
+        "system.loss",
+        "system.optimizer.params",
+        "system.geometry.density_blob_scale",
+        "system.background.random_aug",
+        "data.single_view.prob_single_view_video",
+        "system.guidance_video.motion_amp_scale",
+        "system.guidance_video.grad_clip",
+    ):
+        node = loaded
+        for part in key.split("."):
+            node = getattr(node, part)
+
+
+def test_an_evaluation_says_it_too(caplog):
+    evaluate_scene("a red cube spinning", ground_truth(parse_prompt("a red cube spinning")))
+    assert not caplog.messages
+    nothing = torch.zeros(24, 64, 64, 3), torch.zeros(24, 64, 64, 1)
+    evaluate_scene("a red cube spinning", lambda cameras: tuple(x[: len(cameras)] for x in nothing))
+    assert caplog.messages[0].startswith(f"a red cube spinning: {EMPTY}; lower system.loss.lambda_sparsity")
