@@ -26,7 +26,8 @@ from fourdfy.launching.plan import check_run
 from fourdfy.launching.recipe import Stage, load_recipe
 from fourdfy.launching.trial import owned, prepare_trial
 from fourdfy.systems.base import System
-from fourdfy.systems.checkpoint import scene_hash
+from fourdfy.systems.checkpoint import read_checkpoint, scene_hash
+from fourdfy.systems.learning_rates import continued
 from fourdfy.types import Cameras, RenderOutput
 
 if TYPE_CHECKING:
@@ -171,7 +172,11 @@ def _train_stage(
             grew_from=grew_from,
         )
         trainer = Trainer(cfg, run, looking_on, device=device)
-        # Everything is built by now: only a run that can start leaves a folder.
+        if resume_from is not None:
+            checkpoint = read_checkpoint(resume_from)
+            system.load_checkpoint(checkpoint)
+            continued(checkpoint["optimizer_states"][0], checkpoint.get("optimizer"), optimizer)
+        # Everything is built and fits by now: only a run that can start leaves a folder, or changes one.
         prepare_trial(experiment, stage.files, command)
         logger.info("%s: writing to %s", stage.label, folder)
         trainer.fit(resume_from)

@@ -305,7 +305,7 @@ class FourdfySystem(System):
         state = own_names(checkpoint["state_dict"], own)
         if missing := sorted(own.keys() - state.keys()):
             raise ConfigError(
-                f"the checkpoint lacks {', '.join(missing[:3])}{' ...' if missing[3:] else ''}; "
+                f"resume: the checkpoint lacks {', '.join(missing[:3])}{' ...' if missing[3:] else ''}; "
                 "was it made with another geometry or renderer?"
             )
         given = {key: state[key] for key in own}

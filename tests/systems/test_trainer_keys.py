@@ -96,12 +96,17 @@ def test_resuming_takes_the_learning_rates_given_anew(whole, tmp_path):
             "system.geometry.mlp_network_config.n_neurons=8",
             "resume: geometry.density_network.layers.0.weight has",
         ),
+        (
+            "system.geometry.mlp_network_config.n_hidden_layers=2",
+            "resume: the checkpoint lacks geometry.density_network.layers.4.weight",
+        ),
     ],
 )
 def test_what_cannot_be_continued_is_refused_by_name(whole, tmp_path, capsys, override, message):
     resume = f"resume={trial(whole, 'shapes_stage_1')}/ckpts/last.ckpt"
     assert train(tmp_path, resume, override, "trainer.max_steps=5") == 2
     assert f"error: {message}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
