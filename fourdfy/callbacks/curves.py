@@ -10,8 +10,12 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
+import os
+import socket
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -19,16 +23,16 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 from numpy import ndarray
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from fourdfy.callbacks.base import Callback, Means, Run
 from fourdfy.config import ConfigError
-from fourdfy.files.atomic import by_product, whole_file
+from fourdfy.files.atomic import by_product, lost, write_whole, writing
 from fourdfy.files.images import VALIDATION_FPS
 
-FLUSH_SECONDS = 10
-"""How long TensorBoard's points may wait to be seen."""
+WHAT = "curves"
 
 MAX_PIXELS = 256
 """Most pixels of a logged image or clip along its longer side; larger ones lose rows and columns."""
@@ -62,7 +66,7 @@ class Curves(Callback):
     def begin(self, run: Run) -> None:
         self.writers = []
         for kind, folder in ((TensorBoard, "tb_logs"), (CsvFile, "csv_logs")):
-            with by_product("curves"):
+            with by_product(WHAT):
                 self.writers.append(kind(self.folder / folder, run.step))
         if self.wandb.enable:
             self.writers.append(WeightsAndBiases(self.folder, self.wandb, self.values))
@@ -83,53 +87,64 @@ class Curves(Callback):
     def _write_next(self) -> None:
         step, means, rates = self._points.popleft()
         scalars = {**means, **rates}
-        for writer in self.writers:
-            with by_product("curves"):
-                writer.scalars(scalars, step)
+        self._tell(lambda writer: writer.scalars(scalars, step))
 
     def _flush(self) -> None:
         while self._points:
             self._write_next()
+
+    def _tell(self, call: Callable[[Any], None]) -> None:
         for writer in self.writers:
-            with by_product("curves"):
-                writer.flush()
+            with by_product(WHAT):
+                call(writer)
 
     def images(self, name: str, frames: UInt8[ndarray, "F H W 3"], step: int) -> None:
         """Log one frame as an image or several as a clip; do nothing outside of a run."""
         stride = -(-max(frames.shape[1:3]) // MAX_PIXELS)
-        for writer in self.writers:
-            writer.images(name, frames[:, ::stride, ::stride], step)
+        self._tell(lambda writer: writer.images(name, frames[:, ::stride, ::stride], step))
 
     def end(self, *args: Any) -> None:
         self._flush()
-        for writer in self.writers:
-            with by_product("curves"):
-                writer.close()
+        self._tell(lambda writer: writer.close())
         self.writers = []
 
 
+_event_files = itertools.count()
+
+
 class TensorBoard:
-    """``version_0`` of a folder, as Lightning names it."""
+    """An event file in ``version_0`` of a folder, as Lightning names it.
+
+    Written here and at once: TensorBoard's own writer has a thread, whose errors nobody can catch.
+    """
 
     def __init__(self, folder: Path, start: int) -> None:
-        self.writer = SummaryWriter(folder / "version_0", purge_step=start, flush_secs=FLUSH_SECONDS)
+        writer = f"{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}.{next(_event_files)}"
+        self.path = folder / "version_0" / f"events.out.tfevents.{writer}"
+        write_whole(self.path, b"")
+        self._add(start, file_version="brain.Event:2")
+        # What a crashed run has logged from here on no longer counts.
+        self._add(start, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        self._add([Summary.Value(tag=name, simple_value=value) for name, value in values.items()], step)
+        points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._add(step, summary=Summary(value=points))
 
     def images(self, name: str, frames: UInt8[ndarray, "F H W 3"], step: int) -> None:
         height, width = frames.shape[1:3]
         image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded(frames))
-        self._add([Summary.Value(tag=name, image=image)], step)
+        self._add(step, summary=Summary(value=[Summary.Value(tag=name, image=image)]))
 
-    def _add(self, values: list[Summary.Value], step: int) -> None:
-        self.writer._get_file_writer().add_summary(Summary(value=values), step)
-
-    def flush(self) -> None:
-        self.writer.flush()
+    def _add(self, step: int, **content: Any) -> None:
+        event = Event(wall_time=time.time(), step=step, **content)
+        _warn_if_removed(self.path)
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                RecordWriter(file).write(event.SerializeToString())
 
     def close(self) -> None:
-        self.writer.close()
+        """Do nothing: no file is open."""
 
 
 class CsvFile:
@@ -138,41 +153,44 @@ class CsvFile:
     def __init__(self, folder: Path, start: int) -> None:
         self.path = folder / "version_0" / "metrics.csv"
         self.columns = ["step"]
-        self._rewrite(
-            [row for row in self._rows() if (row["step"] or "").isdecimal() and int(row["step"]) < start]
-        )
+        self._rewrite([row for row in self._rows() if int(row["step"]) < start])
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         row = {**values, "step": step}
-        if row.keys() - set(self.columns):
+        _warn_if_removed(self.path)
+        if row.keys() - set(self.columns) or not self.path.exists():
             self._rewrite([*self._rows(), row])
             return
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
+        with writing(self.path), open(self.path, "a", newline="", encoding="utf-8") as file:
             csv.DictWriter(file, self.columns).writerow(row)
 
     def images(self, name: str, frames: UInt8[ndarray, "F H W 3"], step: int) -> None:
         """Do nothing: a table can't hold images."""
 
-    def flush(self) -> None:
+    def close(self) -> None:
         """Do nothing: no file is open."""
 
-    close = flush
-
     def _rows(self) -> list[dict[str, Any]]:
+        """The rows that are whole: a full disk may have cut some."""
         if not self.path.exists():
             return []
-        with open(self.path, newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+        with open(self.path, newline="", encoding="utf-8", errors="replace") as file:
+            lines = [line for line in file if line.endswith("\n")]
+        rows = csv.DictReader(lines)
+        return [row for row in rows if None not in row and (row["step"] or "").isdecimal()]
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         self.columns = sorted({"step"}.union(*rows))
-        with (
-            whole_file(self.path) as half_written,
-            open(half_written, "w", newline="", encoding="utf-8") as file,
-        ):
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self.path, text.getvalue())
+
+
+def _warn_if_removed(path: Path) -> None:
+    if not path.exists():
+        lost(WHAT, f"{path} was removed; it begins anew")
 
 
 class WeightsAndBiases:
@@ -208,9 +226,6 @@ class WeightsAndBiases:
         else:
             picture = self.wandb.Video(io.BytesIO(encoded(frames)), format="gif")
         self.run.log({name: picture, "global_step": step})
-
-    def flush(self) -> None:
-        """Do nothing: wandb sends by itself."""
 
     def close(self) -> None:
         self.run.finish()

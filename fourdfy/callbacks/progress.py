@@ -7,13 +7,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 
 import torch
 from rich.cells import cell_len, set_cell_size
 
 from fourdfy.callbacks.base import Callback, Means, Run
+from fourdfy.terminal import printable, write
 
 try:
     import resource
@@ -100,10 +100,10 @@ class LiveLine:
         """Show texts with their ranks in one row; if it is too narrow, the highest rank is left out first."""
         if self.is_live:
             width = _columns() - 1  # a full row would wrap into another one
-            self._shown = set_cell_size(fit(pieces, width), width)
+            self._shown = set_cell_size(printable(fit(pieces, width)), width)
             self._draw()
         else:
-            _write(fit(pieces, sys.maxsize) + "\n")
+            write(printable(fit(pieces, sys.maxsize)) + "\n")
 
     def close(self) -> None:
         """Leave the line as it is and continue below it; do nothing if it is closed already."""
@@ -111,14 +111,14 @@ class LiveLine:
             for handler in self._around:
                 logging.root.removeHandler(handler)
             logging.captureWarnings(False)
-            _write("\n")
+            write("\n")
             self._shown = ""
 
     def _draw(self) -> None:
-        _write(f"\r{self._shown}")
+        write(f"\r{self._shown}")
 
     def _erase(self) -> None:
-        _write(f"\r{' ' * cell_len(self._shown)}\r")
+        write(f"\r{' ' * cell_len(self._shown)}\r")
 
 
 class _Call(logging.Handler):
@@ -165,12 +165,6 @@ def _columns() -> int:
         return int(os.environ.get("COLUMNS") or os.get_terminal_size(sys.stderr.fileno()).columns) or 80
     except (OSError, ValueError):
         return 80
-
-
-def _write(text: str) -> None:
-    with suppress(OSError):  # the terminal is gone, or nobody reads the pipe any more
-        sys.stderr.write(text)
-        sys.stderr.flush()
 
 
 def _brief(value: float) -> str:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fourdfy.callbacks.base import Callback, Run
 from fourdfy.callbacks.curves import Curves
-from fourdfy.config import ConfigError
 from fourdfy.data.base import EvalBatch
 from fourdfy.files import atomic, images
+from fourdfy.files.evaluations import TEST, VALIDATION, record_evaluation
 from fourdfy.ops.compositing import expected_depth
 from fourdfy.types import RenderOutput
 
@@ -27,7 +27,7 @@ class SaveRenders(Callback):
         trained: the scene is trained in this run; what can't be written then costs a warning.
 
     Raises:
-        ConfigError: they can't be written, and writing them is all that was asked for.
+        WriteError: they can't be written, and writing them is all that was asked for.
     """
 
     def __init__(self, save_dir: Path, curves: Curves | None = None, *, trained: bool = False) -> None:
@@ -46,7 +46,7 @@ class SaveRenders(Callback):
                 self._images[batch.split].setdefault(name, []).extend(image.cpu())
 
     def after_validation(self, run: Run) -> None:
-        with self._written("validation images"):
+        with self._written("validation images", run, VALIDATION):
             views, clip = self._shown("val"), self._shown("val_video")
             for index, frames in enumerate(zip(*views, strict=True)):
                 images.save_validation(self.save_dir, run.step, index, frames)
@@ -57,7 +57,7 @@ class SaveRenders(Callback):
                 self._log("val/video", clips[0], run.step)
 
     def after_test(self, run: Run) -> None:
-        with self._written("test images and videos (--test renders them again)"):
+        with self._written("test images and videos (--test renders them again)", run, TEST):
             for split in ("test", "test_static"):
                 shown = self._images[split]
                 for name, kind in (("rgb", split), ("normal", split.replace("test", "test-normal"))):
@@ -71,12 +71,13 @@ class SaveRenders(Callback):
             self.curves.images(name, images.to_pixels(frames), step)
 
     @contextmanager
-    def _written(self, what: str) -> Iterator[None]:
+    def _written(self, what: str, run: Run, names: str) -> Iterator[None]:
         try:
             with atomic.by_product(what) if self.trained else nullcontext():
                 yield
-        except OSError as error:
-            raise ConfigError(f"{self.save_dir}: {what} can't be written: {error}") from error
+                if self.save_dir == run.folder / "save":
+                    with atomic.by_product("the record of evaluations"):
+                        record_evaluation(run.folder, names.format(run.step))
         finally:
             self._images.clear()
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fourdfy.files.atomic import whole_file
+from fourdfy.files.atomic import write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +59,7 @@ class ShapesReport:
 
 def write_json(path: Path, values: Any) -> None:
     """Reports as JSON: the old file or the new one, never half of it."""
-    with whole_file(path) as half_written:
-        half_written.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
 
 def print_report(report: ShapesReport, console: Console | None = None) -> None:

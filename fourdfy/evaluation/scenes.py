@@ -97,8 +97,8 @@ def evaluate_scene(
     )
 
 
-def evaluate_system(system: System, prompt: str, trial_dir: Path) -> ShapesReport:
-    """A trained scene against the ground truth; the report is also ``save/it{step}-evaluation.json``.
+def evaluate_system(system: System, prompt: str, folder: Path) -> ShapesReport:
+    """A trained scene against the ground truth; the report is also ``it{step}-evaluation.json`` in a folder.
 
     Raises:
         ConfigError: the prompt is not of the grammar, so there is no ground truth.
@@ -107,7 +107,7 @@ def evaluate_system(system: System, prompt: str, trial_dir: Path) -> ShapesRepor
         report = evaluate_scene(prompt, scene_renderer(system))
     except ValueError as error:
         raise ConfigError(f"system.prompt_processor.prompt: {error}") from error
-    write_json(trial_dir / "save" / f"it{system.step}-evaluation.json", asdict(report))
+    write_json(folder / f"it{system.step}-evaluation.json", asdict(report))
     return report
 
 

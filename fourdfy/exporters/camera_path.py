@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fourdfy.config import ConfigError
-from fourdfy.files.atomic import whole_file
+from fourdfy.files.atomic import write_whole
 from fourdfy.types import Cameras
 
 MAX_SIZE = 8192
@@ -53,8 +53,7 @@ def save_cameras(path: Path, cameras: Cameras, *, fps: float | int, image_patter
         "fps": fps,
         "frames": frames,
     }
-    with whole_file(path) as half_written:
-        half_written.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(content, indent=1) + "\n")
 
 
 def load_cameras(path: Path) -> tuple[Cameras, float | None]:

@@ -20,7 +20,7 @@ from fourdfy.exporters.surface import (
     surface_colors,
 )
 from fourdfy.exporters.texture import bake, can_unwrap, unwrap
-from fourdfy.files.atomic import whole_file
+from fourdfy.files.atomic import write_whole
 from fourdfy.registry import register
 
 logger = logging.getLogger(__name__)
@@ -80,9 +80,7 @@ class MeshExporter(Exporter):
         files = []
         if trained.dynamic and cfg.animation_frames:
             files.append(folder / f"{cfg.save_name}_animated.glb")
-            content = self._animation(trained)
-            with whole_file(files[0]) as half_written:
-                half_written.write_bytes(content)
+            write_whole(files[0], self._animation(trained))
         try:
             meshes = self._meshes(trained, cfg.times, textured=cfg.fmt in ("glb", "obj-mtl"))
         except NoSurfaceError:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fourdfy.exporters.gltf import ARRAY_BUFFER, ELEMENT_ARRAY_BUFFER, Glb, linear_from_srgb
 from fourdfy.exporters.surface import Surface
-from fourdfy.files.atomic import whole_file
+from fourdfy.files.atomic import write_whole
 from fourdfy.files.images import to_pixels
 
 Format = Literal["glb", "obj-mtl", "obj", "ply"]
@@ -60,8 +60,7 @@ def write_mesh(
     else:
         files = _obj_files(name, mesh, normals, image_format)
     for file, content in files.items():
-        with whole_file(folder / file) as half_written:
-            half_written.write_bytes(content)
+        write_whole(folder / file, content)
     return [folder / file for file in files]
 
 

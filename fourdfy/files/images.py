@@ -24,7 +24,7 @@ from jaxtyping import Float, UInt8, UInt16
 from numpy import ndarray
 from torch import Tensor
 
-from fourdfy.files.atomic import warn_once, whole_file
+from fourdfy.files.atomic import is_lost, lost, whole_file, write_whole
 
 VALIDATION_FPS = 16
 TEST_FPS = 15
@@ -45,6 +45,8 @@ SIGNATURES = {".mp4": (4, b"ftyp"), ".webm": (0, b"\x1aE\xdf\xa3")}
 """The offset and bytes by which such a file is recognised."""
 ENCODER_SECONDS, ENCODER_SECONDS_PER_FRAME = 30.0, 1.0
 """Seconds after which an encoder counts as hung; a hundred times what a video needs."""
+ALL_VIDEOS = "further videos (PNG frames instead)"
+"""What is lost for the rest of a run once an encoder has hung."""
 MAX_GIF_FPS = 50.0
 """Browsers slow down GIFs that are faster."""
 
@@ -160,8 +162,7 @@ def save_image(path: Path, pixels: Pixels | UInt16[ndarray, "_ _"]) -> None:
     """Write a PNG: 8-bit colours, or 16-bit grey."""
     encoded = io.BytesIO()
     imageio.imwrite(encoded, pixels, format="png")
-    with whole_file(path) as half_written:
-        half_written.write_bytes(encoded.getvalue())
+    write_whole(path, encoded.getvalue())
 
 
 def save_clip(path: Path, frames: Clip, *, fps: float | int) -> Path:
@@ -218,14 +219,18 @@ def _durations(count: int, fps: float | int, *, tick: int) -> list[int]:
     return np.diff(np.round(np.arange(count + 1) * 1000 / (fps * tick)) * tick).astype(int).tolist()
 
 
-class EncoderError(RuntimeError):
+class EncoderError(Exception):
     """The video encoder is missing, failed, hung, or wrote something else."""
+
+
+class EncoderHungError(EncoderError):
+    """It did not end in time, and would take that time again."""
 
 
 def save_video(path: Path, frames: Clip, *, fps: float | int) -> Path | None:
     """Write an mp4 or webm and return its path.
 
-    If it can't be encoded, return None, warn once, and write the frames as ``{i}.png`` into a folder of the
+    If it can't be encoded, return None, warn, and write the frames as ``{i}.png`` into a folder of the
     video's name.
     """
     if _encoded(path, frames, fps):
@@ -235,10 +240,12 @@ def save_video(path: Path, frames: Clip, *, fps: float | int) -> Path | None:
 
 
 def _encoded(path: Path, frames: Clip, fps: float | int) -> bool:
+    if is_lost(ALL_VIDEOS):
+        return False
     try:
         write_video(path, frames, fps=fps)
     except EncoderError as error:
-        warn_once(f"no videos, only PNG frames: {error}")
+        lost(ALL_VIDEOS if isinstance(error, EncoderHungError) else "videos (PNG frames instead)", str(error))
         return False
     return True
 
@@ -266,7 +273,7 @@ def write_video(path: Path, frames: Clip, *, fps: float | int) -> None:
         try:
             done = subprocess.run(command, input=even.data.cast("B"), capture_output=True, timeout=seconds)
         except subprocess.TimeoutExpired as error:
-            raise EncoderError(f"ffmpeg did not finish within {seconds:g} s") from error
+            raise EncoderHungError(f"ffmpeg did not finish within {seconds:g} s") from error
         except OSError as error:
             raise EncoderError(f"ffmpeg does not start: {error}") from error
         if done.returncode:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import logging
 import re
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from fourdfy.signals import StopSignals
+from fourdfy.terminal import PrintableFormatter, open_streams, printable_lines, say
 
 EXAMPLES = """examples:
   launch.py --config configs/shapes.yaml --train --prompt "a red cube spinning"
@@ -30,15 +31,6 @@ MODES = {
 }
 
 
-ADVICE = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, or write elsewhere: exp_root_dir=DIR"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "write elsewhere: exp_root_dir=DIR"),
-    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR, errno.EISDIR), "move away what is there"),
-    errno.ENAMETOOLONG: "choose a shorter exp_root_dir or tag",
-}
-"""What a user can do about an error of the operating system."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``launch.py``; returns the exit status (2 for a mistake in the arguments or the config).
 
@@ -50,14 +42,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None, stop: StopSignals) -> int:
+    open_streams()
     args = _arguments(argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     # Only ours: numba writes thousands of debug records.
     logging.getLogger("fourdfy").setLevel(logging.DEBUG if args.verbose else logging.INFO)
     if args.typecheck:
         _check_types()
 
     from fourdfy.config import ConfigError
+    from fourdfy.files.atomic import ADVICE, WriteError
     from fourdfy.launching.experiment import trial_arguments
     from fourdfy.launching.run import run
 
@@ -73,17 +69,18 @@ def _main(argv: Sequence[str] | None, stop: StopSignals) -> int:
 
             replay(args.replay, overrides, gpu=args.gpu)
         else:
-            run(args.mode, config, overrides, gpu=args.gpu, command=command, stop=stop)
+            run(args.mode, config, overrides, gpu=args.gpu, command=command, out=args.out, stop=stop)
     except ConfigError as error:
-        sys.stderr.write(f"error: {error}\n")
+        say(f"error: {error}\n")
         return 2
     except FloatingPointError as error:  # training diverged
-        sys.stderr.write(f"error: {error}\n")
+        say(f"error: {error}\n")
         return 1
     except OSError as error:
         if error.errno not in ADVICE:
             raise
-        sys.stderr.write(f"error: {error.filename or 'output'}: {error.strerror}; {ADVICE[error.errno]}\n")
+        what = error if isinstance(error, WriteError) else f"{error.filename or 'output'}: {error.strerror}"
+        say(f"error: {what}; {ADVICE[error.errno]}\n")
         return 1
     return 0
 
@@ -99,6 +96,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--replay takes no mode; the others need one of {modes}")
     if strange := [word for word in unknown if not re.match(r"-+\w+[.=]", word)]:
         parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if args.out and args.mode not in ("validate", "test", "export", "evaluate"):
+        parser.error("--out says where an evaluation writes; for a run: exp_root_dir=DIR")
     args.overrides = [*unknown, *args.overrides]  # a key=value with dashes is refused with the others
     if args.prompt is not None:
         if both := [word for word in args.overrides if re.match(rf"(stage_\d+\.)?{PROMPT}=", word)]:
@@ -108,10 +107,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(printable_lines(message))
+
+
 def _parser() -> argparse.ArgumentParser:
     from fourdfy.config_files import PROMPT
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="launch.py",
         description="fourdfy: text to 4D scenes by hybrid score distillation",
         epilog=EXAMPLES,
@@ -141,6 +145,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prompt", metavar="TEXT", help=f"the prompt, taken literally (as {PROMPT}=TEXT, but for ${{...}})"
     )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR",
+        help="where results of --validate, --test, --export and --evaluate go instead of the trial's save/",
+    )  # fmt: skip
     parser.add_argument("--verbose", action="store_true", help="log more")
     parser.add_argument(
         "--typecheck", action="store_true", help="check tensor shapes and types in every call"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fourdfy.files.atomic import by_product, whole_file
@@ -15,10 +15,13 @@ from fourdfy.priors.hub import knows_text
 logger = logging.getLogger(__name__)
 
 
-def log_closing(stages: Sequence[Stage], seconds: float, device: str) -> None:
+def log_closing(stages: Sequence[Stage], seconds: float, device: str, missing: Mapping[str, str]) -> None:
     """Log one record after the last stage of ``stages`` has rendered its test views.
 
     A recipe's last video is copied to ``exp_root_dir/<tag>/result.mp4``, beside its stages.
+
+    Args:
+        missing: by-products that could not be written, with the reasons.
     """
     trial = stages[-1].experiment.trial_dir
     video = _video(trial)
@@ -30,6 +33,7 @@ def log_closing(stages: Sequence[Stage], seconds: float, device: str) -> None:
         scores = _scores(stages[-1], device)
     if scores:
         rows.append(("scores", scores))
+    rows += [("missing", f"{what}: {reason}") for what, reason in missing.items()]
     launch = command_for(trial)
     rows += [
         ("next", f"{launch} --export"),
@@ -47,13 +51,11 @@ def _video(trial: Path) -> Path | None:
 
 
 def _copy(video: Path, target: Path) -> Path:
-    try:
+    with by_product(target.name):
         with whole_file(target) as half_written:
             shutil.copyfile(video, half_written)
         return target
-    except OSError as error:
-        logger.warning("%s: not written (%s)", target, error)
-        return video
+    return video
 
 
 def _scores(stage: Stage, device: str) -> str | None:
@@ -71,4 +73,4 @@ def _scores(stage: Stage, device: str) -> str | None:
     from fourdfy.evaluation.scenes import evaluate_system
 
     system = experiment.load_system(device, experiment.last_checkpoint)
-    return brief(evaluate_system(system, prompts.prompt, experiment.trial_dir))
+    return brief(evaluate_system(system, prompts.prompt, experiment.trial_dir / "save"))

@@ -18,6 +18,7 @@ from fourdfy.priors.model_folder import ModelNotFound
 from fourdfy.systems.base import System
 from fourdfy.systems.checkpoint import has_checkpoint
 from fourdfy.systems.optim import parameters_of
+from fourdfy.terminal import printable
 
 logger = logging.getLogger(__name__)
 
@@ -181,11 +182,6 @@ def needed_models(experiments: Sequence[Experiment]) -> dict[str, tuple[str, ...
                 for name, parts in part.models() if part else ():
                     needed[name] = tuple(dict.fromkeys((*needed.get(name, ()), *parts)))
     return needed
-
-
-def printable(text: str) -> str:
-    """``text`` with its control characters escaped, so that a terminal does not act on them."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _memory_estimate(experiment: Experiment, system: System) -> tuple[float, float]:

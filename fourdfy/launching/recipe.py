@@ -16,6 +16,7 @@ from typing import Any
 
 from fourdfy.config_files import ConfigError, find_config, literal_override, plain, read_layers
 from fourdfy.config_layers import load_config
+from fourdfy.files.evaluations import TEST, VALIDATION, is_evaluated
 from fourdfy.launching.experiment import (
     PARSED,
     Experiment,
@@ -91,22 +92,25 @@ class Stage:
     @property
     def is_trained(self) -> bool:
         """Trained to its last step."""
-        checkpoint = self.resume_from
-        if checkpoint is None:
-            return False
-        return read_own_checkpoint(checkpoint)["global_step"] >= self.experiment.cfg.trainer.max_steps
+        return self._step >= self.experiment.cfg.trainer.max_steps
 
     @property
     def is_finished(self) -> bool:
         """Trained, and its test views rendered."""
-        return self._marker.exists() and self.is_trained
-
-    def mark_finished(self) -> None:
-        self._marker.touch()
+        return self.is_trained and is_evaluated(self.experiment.trial_dir, TEST.format(self._step))
 
     @property
-    def _marker(self) -> Path:
-        return self.experiment.trial_dir / "finished"
+    def lacks_validation(self) -> bool:
+        """Whether it was killed between its last checkpoint and the end of the validation at that step."""
+        every, step = self.experiment.cfg.trainer.steps_between_validations, self._step
+        is_due = step > 0 and every > 0 and step % every == 0
+        return is_due and not is_evaluated(self.experiment.trial_dir, VALIDATION.format(step))
+
+    @property
+    def _step(self) -> int:
+        """Of the checkpoint to continue from; 0 if there is none."""
+        checkpoint = self.resume_from
+        return read_own_checkpoint(checkpoint)["global_step"] if checkpoint else 0
 
     def follow_weights(self, *, begun: bool = True) -> None:
         """Do as ``checkpoint.weights_changed`` says, if they have since the stage grew from them.

@@ -13,11 +13,12 @@ from fourdfy.callbacks.base import Run
 from fourdfy.callbacks.signals import FinishStep
 from fourdfy.config_files import COMMAND_LINE, PROMPT, ConfigError
 from fourdfy.devices import keep_freed_memory, on_device, select_device
+from fourdfy.files.atomic import WriteError, check_writable, losses_noted
 from fourdfy.launching.experiment import PARSED, Experiment, trial_of
 from fourdfy.launching.plan import check_run, fetch_models, print_plan, prompt_line
 from fourdfy.launching.recipe import Stage, load_recipe
 from fourdfy.launching.train import configured, import_trainer, train_stages
-from fourdfy.launching.trial import command_for, results_folder
+from fourdfy.launching.trial import command_for
 from fourdfy.signals import StopSignals
 from fourdfy.systems.base import System
 from fourdfy.systems.checkpoint import checkpoint_file, has_checkpoint
@@ -33,6 +34,7 @@ def run(
     gpu: str | None,
     command: Sequence[str],
     stop: StopSignals,
+    out: Path | None = None,
 ) -> None:
     """One mode of the command line, for a single experiment or a recipe of several.
 
@@ -40,6 +42,7 @@ def run(
         gpu: see ``select_device``.
         command: the command line, for the trial folder.
         stop: the signals that end the run.
+        out: where results of an evaluation go instead.
 
     Raises:
         ConfigError: the user's input does not work; says what would.
@@ -62,7 +65,7 @@ def run(
         if mode == "train":
             train(stages, device, command, stop)
         else:
-            evaluate(mode, stages[-1], device=device)
+            evaluate(mode, stages[-1], device=device, out=out)
 
 
 def train(stages: Sequence[Stage], device: str, command: Sequence[str], stop: StopSignals) -> None:
@@ -81,14 +84,19 @@ def train(stages: Sequence[Stage], device: str, command: Sequence[str], stop: St
         return f"continue with: {command_for(first.trial_dir)} --train"
 
     stop.advice = advice
-    train_stages(stages, device=device, command=command, callbacks=[FinishStep(stop), ProgressLine()])
-    stop.check()
-    log_closing(stages, time.monotonic() - began, device)
+    with losses_noted() as missing:
+        train_stages(stages, device=device, command=command, callbacks=[FinishStep(stop), ProgressLine()])
+        stop.check()
+        log_closing(stages, time.monotonic() - began, device, missing)
 
 
-def evaluate(mode: str, stage: Stage, *, device: str) -> None:
+def evaluate(mode: str, stage: Stage, *, device: str, out: Path | None = None) -> None:
     """``--validate``, ``--test``, ``--export`` or ``--evaluate`` of the checkpoint that ``resume`` names,
-    or of the last. Results go into that checkpoint's trial, unless the command line says where.
+    or of the last. Results go into ``out``, else into that checkpoint's trial, unless the command line says
+    where.
+
+    Raises:
+        ConfigError: there is no such checkpoint, or results can't be written.
     """
     experiment = stage.experiment
     checkpoint = experiment.last_checkpoint
@@ -102,50 +110,53 @@ def evaluate(mode: str, stage: Stage, *, device: str) -> None:
             "--trial DIR"
         )
     system = experiment.load_system(device, checkpoint)
-    results_folder(experiment.trial_dir)
-    if mode == "evaluate":
-        from fourdfy.evaluation.report import print_report
-        from fourdfy.evaluation.scenes import evaluate_system
+    folder = out or experiment.trial_dir / "save"
+    try:
+        check_writable(folder)
+        if mode == "evaluate":
+            from fourdfy.evaluation.report import print_report
+            from fourdfy.evaluation.scenes import evaluate_system
 
-        print_report(evaluate_system(system, experiment.cfg.system.prompt, experiment.trial_dir))
-        logger.info("written to %s", experiment.trial_dir / "save")
-    elif mode == "export":
-        export(system, experiment)
-    else:
-        render_views(mode, system, experiment, device)
+            print_report(evaluate_system(system, experiment.cfg.system.prompt, folder))
+        elif mode == "export":
+            export(system, experiment, folder)
+        else:
+            render_views(mode, system, experiment, folder, device)
+    except WriteError as error:
+        raise ConfigError(f"{error}; results can go elsewhere: --out DIR") from error
+    logger.info("written to %s", folder)
 
 
-def render_views(mode: str, system: System, experiment: Experiment, device: str) -> None:
-    """``--validate`` or ``--test``: write images and videos into ``save``."""
+def render_views(mode: str, system: System, experiment: Experiment, folder: Path, device: str) -> None:
+    """``--validate`` or ``--test``: write images and videos."""
     from fourdfy.callbacks.progress import ProgressLine
     from fourdfy.callbacks.renders import SaveRenders
     from fourdfy.callbacks.scene_watch import SceneWatch
 
-    folder = experiment.trial_dir
     # It was asked for, even if training has no validations.
     cfg = replace(experiment.cfg.trainer, val_check_interval=1, limit_val_batches=None)
     looking_on = {
         "progress": ProgressLine(),
-        "renders": SaveRenders(folder / "save"),
+        "renders": SaveRenders(folder),
         "watch": SceneWatch(),
         **configured(cfg),
     }
-    run = Run(system=system, data=experiment.build_data(), folder=folder, label=mode, max_steps=cfg.max_steps)
+    run = Run(
+        system=system,
+        data=experiment.build_data(),
+        folder=experiment.trial_dir,
+        label=mode,
+        max_steps=cfg.max_steps,
+    )
     trainer = import_trainer()(cfg, run, looking_on, device=device)
     trainer.test() if mode == "test" else trainer.validate()
-    logger.info("written to %s", folder / "save")
 
 
-def export(system: System, experiment: Experiment) -> None:
-    """Write ``save/it{step}-export/`` with ``system.exporter``."""
+def export(system: System, experiment: Experiment, folder: Path) -> None:
+    """Write ``it{step}-export/`` with ``system.exporter``."""
     data, dynamic = experiment.build_data(), experiment.plan.dynamic
     cameras = data.val_cameras(dynamic) | data.test_cameras(dynamic)
-    folder = experiment.trial_dir / "save" / f"it{system.step}-export"
-    try:
-        files = system.export(folder, cameras)
-    except OSError as error:
-        raise ConfigError(f"{folder}: the export can't be written: {error}") from error
-    for path in files:
+    for path in system.export(folder / f"it{system.step}-export", cameras):
         logger.info("%s  %s", path, _size(path))
 
 

@@ -16,6 +16,7 @@ import torch
 from fourdfy.callbacks.base import Callback, Run
 from fourdfy.config_files import PROMPT, literal_override
 from fourdfy.devices import on_device, select_device
+from fourdfy.files.atomic import losses_noted
 from fourdfy.launching.experiment import (
     ExperimentConfig,
     TrainerConfig,
@@ -84,7 +85,8 @@ def train(
     check_run([stage.experiment for stage in stages])
     named = [word for file in configs for word in ("--config", str(file))]
     command = ["fourdfy", *named, "--train", *given]
-    last = train_stages(stages, device=device, command=command, callbacks=callbacks, test=test)
+    with losses_noted():
+        last = train_stages(stages, device=device, command=command, callbacks=callbacks, test=test)
     return load(last.experiment.trial_dir, device)
 
 
@@ -177,13 +179,14 @@ def _train_stage(
             system.load_checkpoint(checkpoint)
             continued(checkpoint["optimizer_states"][0], checkpoint.get("optimizer"), optimizer)
         # Everything is built and fits by now: only a run that can start leaves a folder, or changes one.
-        prepare_trial(experiment, stage.files, command)
+        sizes = (p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
+        prepare_trial(experiment, stage.files, command, checkpoint_bytes=3 * sum(sizes))  # with two moments
         logger.info("%s: writing to %s", stage.label, folder)
+        if stage.lacks_validation:
+            trainer.validate()
         trainer.fit(resume_from)
         if test and (cfg.test_when_stopped or not run.stopping):
             trainer.test()
-            if not run.stopping:
-                stage.mark_finished()
     return not run.stopping
 
 

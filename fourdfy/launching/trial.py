@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fourdfy.config_files import CONFIGS, ConfigError, save_yaml
-from fourdfy.files.atomic import whole_file
+from fourdfy.files.atomic import by_product, check_writable, remove_leftovers, whole_file, write_whole
 from fourdfy.launching.experiment import PARSED, Experiment, trial_of
 
 if TYPE_CHECKING:
@@ -96,22 +96,27 @@ def set_aside(trial: Path) -> Path:
     return trial.rename(next(name for name in names if not name.exists()))
 
 
-def prepare_trial(experiment: Experiment, files: Sequence[Path], command: Sequence[str]) -> None:
-    """Write the configs, the command line and a snapshot of the code into the trial folder."""
+def prepare_trial(
+    experiment: Experiment, files: Sequence[Path], command: Sequence[str], checkpoint_bytes: int = 0
+) -> None:
+    """Write the configs, the command line and a snapshot of the code into the trial folder.
+
+    Raises:
+        WriteError: checkpoints of this size, or the config, can't be written.
+    """
     trial = experiment.trial_dir
-    for name in ("ckpts", "configs", "save"):
-        (trial / name).mkdir(parents=True, exist_ok=True)
-    if all(trial_of(file) != trial for file in files):  # else keep what it started with
-        raw = "".join(f"# {file.name}\n{file.read_text(encoding='utf-8')}\n" for file in files)
-        (trial / "configs" / "raw.yaml").write_text(raw, encoding="utf-8")
-    with whole_file(trial / PARSED) as parsed:
+    remove_leftovers(trial)
+    check_writable(trial / "ckpts", checkpoint_bytes)
+    with whole_file(trial / PARSED, sync=True) as parsed:
         save_yaml(experiment.record(), parsed)
-    with open(trial / "cmd.txt", "a", encoding="utf-8") as file:  # a resumed trial has several
-        file.write(shlex.join(command) + "\n")
-    try:
-        _snapshot_code(trial / "code.zip", experiment.cfg.plugins)
-    except OSError as error:
-        logger.warning("%s: no copy of the code (%s)", trial / "code.zip", error)
+    if all(trial_of(file) != trial for file in files):  # else keep what it started with
+        with by_product("raw.yaml"):
+            raw = "".join(f"# {file.name}\n{file.read_text(encoding='utf-8')}\n" for file in files)
+            write_whole(trial / "configs" / "raw.yaml", raw)
+    with by_product("cmd.txt"), open(trial / "cmd.txt", "a", encoding="utf-8") as file:
+        file.write(shlex.join(command) + "\n")  # a resumed trial has several
+    with by_product("the copy of the code"), whole_file(trial / "code.zip") as archive:
+        _snapshot_code(archive, experiment.cfg.plugins)
 
 
 def command_for(trial: Path) -> str:
@@ -124,23 +129,6 @@ def program() -> str:
     called = Path(sys.argv[0])
     launch = sys.argv[0] if called.name == "launch.py" else "launch.py"
     return "fourdfy" if called.stem == "fourdfy" else f"python {shlex.quote(launch)}"
-
-
-def results_folder(trial: Path) -> Path:
-    """``save``, made if missing.
-
-    Raises:
-        ConfigError: it can't be written to.
-    """
-    save = trial / "save"
-    try:
-        save.mkdir(parents=True, exist_ok=True)
-        writable = os.access(save, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        raise ConfigError(f"{save}: not writable; results can go elsewhere: exp_root_dir=DIR")
-    return save
 
 
 def _snapshot_code(target: Path, plugins: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fourdfy.bounds import number
 from fourdfy.config import Component, file_path
-from fourdfy.files.atomic import whole_file
+from fourdfy.files.atomic import by_product, write_whole
 from fourdfy.priors.hub import cache_root, knows_text, resolve_model, stored_folder
 from fourdfy.prompts.views import DIRECTIONS
 from fourdfy.types import PerpNegDecays, TextEmbeddings
@@ -281,12 +281,10 @@ def write_cached(identity: str, embeddings: Mapping[str, Float[Tensor, "L C"]]) 
     """Keep the embeddings of some texts; each file appears complete or not at all."""
     from safetensors.torch import save
 
-    try:
+    with by_product("the cache of text embeddings"):
         for text, tensor in embeddings.items():
-            with whole_file(_cache_file(identity, text)) as part:
-                part.write_bytes(save({KEY: tensor.contiguous()}, metadata=_label(identity, text)))
-    except OSError as error:
-        logger.warning("text embeddings are not cached: %s", error)
+            content = save({KEY: tensor.contiguous()}, metadata=_label(identity, text))
+            write_whole(_cache_file(identity, text), content)
 
 
 def _cache_file(identity: str, text: str) -> Path:

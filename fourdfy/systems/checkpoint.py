@@ -37,7 +37,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
 
     Raises:
         FloatingPointError: a tensor of the scene is not finite; nothing is written.
-        OSError: names ``path``, which stays as it was.
+        WriteError: the disk is full, for example; ``path`` stays as it was.
     """
     target = Path(path)
     if broken := not_finite(checkpoint["state_dict"]):
@@ -50,7 +50,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         if not full or not one_before(target).exists():
-            raise OSError(error.errno, error.strerror, str(target)) from error
+            raise
         logger.warning("%s: no space; deleting %s to make room", target, one_before(target).name)
         one_before(target).unlink()
         write_checkpoint(checkpoint, target)

@@ -137,26 +137,47 @@ def test_pictures_and_clips_go_to_tensorboard_at_a_small_size(tmp_path):
     assert image.encoded_image_string[:4] == b"\x89PNG" and clip.encoded_image_string[:3] == b"GIF"
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-@pytest.mark.parametrize("when", ["before", "meanwhile"])
-def test_curves_that_can_not_be_written_cost_a_warning_and_not_the_run(tmp_path, caplog, monkeypatch, when):
-    """A file is where the folders should be, from the start or from the first point on."""
-    this, scalars = experiment(tmp_path), curves.CsvFile.scalars
-    atomic.warn_once.cache_clear()
+def test_curves_that_can_not_be_written_cost_one_warning_and_not_the_run(tmp_path, caplog):
+    """A file is where their folders should be."""
+    this = experiment(tmp_path)
+    this.trial_dir.mkdir(parents=True)
+    for name in ("tb_logs", "csv_logs"):
+        (this.trial_dir / name).write_text("no folder")
+    with atomic.losses_noted() as missing:
+        run(this, range(8))
+    (warning,) = caplog.records
+    reason = f"{this.trial_dir / 'tb_logs'} is a file where a folder is needed"
+    assert warning.getMessage().startswith("curves could not be written; the run continues (")
+    assert reason in warning.getMessage() and reason in missing["curves"]
 
-    def spoil(*args):
-        for folder in (this.trial_dir / "tb_logs", this.trial_dir / "csv_logs"):
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            folder.write_text("no folder")
 
-    if when == "before":
-        spoil()
-    else:
-        monkeypatch.setattr(curves.CsvFile, "scalars", lambda *args: (spoil(), scalars(*args)))
-    run(this, range(4))
-    said = {record.getMessage() for record in caplog.records}
-    assert said and all(text.startswith("curves could not be written; the run continues (") for text in said)
+def test_curves_that_are_removed_meanwhile_begin_anew_with_one_warning(tmp_path, caplog, monkeypatch):
+    this, scalars = experiment(tmp_path), curves.TensorBoard.scalars
+
+    def remove_first(writer, values, step):
+        if step == 7:
+            for name in ("tb_logs", "csv_logs"):
+                shutil.rmtree(this.trial_dir / name)
+        scalars(writer, values, step)
+
+    monkeypatch.setattr(curves.TensorBoard, "scalars", remove_first)
+    with atomic.losses_noted():
+        run(this, range(12))
+    (warning,) = caplog.records
+    assert "was removed; it begins anew" in warning.getMessage()
+    assert [row["step"] for row in rows(this)] == [7, 11]
+    assert [step for step, _ in points(this, "loss/a/sds")] == [7, 11]
+
+
+def test_a_row_that_a_full_disk_has_cut_is_left_out(tmp_path):
+    whole, torn = experiment(tmp_path / "whole"), experiment(tmp_path / "torn")
+    for this in (whole, torn):
+        run(this, range(8))
+    with open(torn.trial_dir / "csv_logs" / "version_0" / "metrics.csv", "a") as file:
+        file.write("5.0,0.5,1")  # of step 11
+    for this in (whole, torn):
+        run(this, range(8, 16))
+    assert rows(torn) == rows(whole)
 
 
 class FakeRun:

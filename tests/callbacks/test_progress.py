@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import fourdfy.terminal
 from fourdfy.callbacks import base, progress
 from fourdfy.callbacks.progress import LiveLine, ProgressLine, fit
 from tests.runs import new_run
@@ -39,7 +40,8 @@ class Terminal(io.StringIO):
 def terminal(monkeypatch):
     terminal = Terminal()
     # Not sys.stderr itself, which pytest sets anew after the fixtures.
-    monkeypatch.setattr(progress, "sys", SimpleNamespace(**{**vars(sys), "stderr": terminal}))
+    for module in (progress, fourdfy.terminal):
+        monkeypatch.setattr(module, "sys", SimpleNamespace(**{**vars(sys), "stderr": terminal}))
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(logging.root, "handlers", [logging.StreamHandler(terminal)])
     return terminal

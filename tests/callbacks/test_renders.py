@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from fourdfy.callbacks.renders import SaveRenders
-from fourdfy.config import ConfigError
 from fourdfy.data.datamodule import chunks
 from fourdfy.files import atomic
 from fourdfy.files.images import to_pixels
@@ -13,7 +12,6 @@ from fourdfy.ops.cameras import orbit_cameras
 from tests.renders import render_output
 from tests.runs import new_run
 
-RUN = new_run(3)
 OPACITY = torch.tensor([0.6, 1.0, 0.3, 0.0]).view(1, 1, 4, 1)
 """A near thing that lets light through, a far thing that does not, fog, and nothing."""
 DISTANCE = torch.tensor([2.0, 4.0, 1.0, 0.0]).view(1, 1, 4, 1)
@@ -22,7 +20,7 @@ NORMAL = torch.tensor([[1.0, 0.5, 0.5], [0.5, 1.0, 0.5], [0.2, 0.1, 0.1], [0.0, 
 
 def written(folder, splits, normal=None, *, trained=False):
     """The ``save`` folder after one evaluation of two frames for each split, perhaps after training."""
-    callback = SaveRenders(folder, trained=trained)
+    callback, run = SaveRenders(folder, trained=trained), new_run(3, folder=folder.parent)
     outputs = render_output(
         OPACITY.expand(2, -1, -1, -1),
         comp_rgb=OPACITY.expand(2, -1, -1, 3),
@@ -35,8 +33,8 @@ def written(folder, splits, normal=None, *, trained=False):
     for end in (callback.after_validation, callback.after_test):
         for split in splits:
             (batch,) = chunks(split, cameras, 2)
-            callback.after_frames(RUN, batch, outputs, done=1, total=1)
-        end(RUN)
+            callback.after_frames(run, batch, outputs, done=1, total=1)
+        end(run)
     return folder
 
 
@@ -79,16 +77,18 @@ def test_frames_show_the_scene_over_its_background(shaded):
 
 def test_pictures_that_can_not_be_written_cost_a_trained_scene_one_warning_each(tmp_path, caplog):
     (tmp_path / "save").write_text("a file where the folder should be")
-    atomic.warn_once.cache_clear()
     splits = ("val", "val_video", "test", "test_static")
-    for _ in range(2):
-        written(tmp_path / "save", splits, trained=True)
+    with atomic.losses_noted() as missing:
+        for _ in range(2):
+            written(tmp_path / "save", splits, trained=True)
     of_validation, of_test = (record.getMessage() for record in caplog.records)
     assert of_validation.startswith("validation images could not be written; the run continues (")
-    assert "save" in of_test and "--test renders them again" in of_test
+    assert f"{tmp_path / 'save'} is a file where a folder is needed" in of_test
+    assert "--test renders them again" in of_test
+    assert len(missing) == 2
 
 
 def test_pictures_that_were_asked_for_and_can_not_be_written_are_an_error(tmp_path):
     (tmp_path / "save").write_text("a file where the folder should be")
-    with pytest.raises(ConfigError, match=r"save: test images .* can't be written"):
+    with pytest.raises(atomic.WriteError, match=r"it3-test/0.png can't be written: .*save is a file where"):
         written(tmp_path / "save", ("test",))

@@ -351,7 +351,7 @@ def test_a_system_is_evaluated_over_the_light_background(tmp_path):
     prompt = ShapePrompt("blue", "cube", "standing still")
     report = evaluate_system(TrueSystem(prompt), prompt.text, tmp_path)
     assert report.psnr > 60 and report.iou == 1
-    written = json.loads((tmp_path / "save" / "it30-evaluation.json").read_text())
+    written = json.loads((tmp_path / "it30-evaluation.json").read_text())
     assert written["prompt"] == prompt.text and written["fronts"] == 1
 
 

@@ -23,7 +23,8 @@ def closing(caplog, root, config, prompt, *views):
         (trial / "save" / view).mkdir(parents=True)
     with caplog.at_level("INFO", "fourdfy.launching.closing"):
         caplog.clear()
-        log_closing(stages, 3672.4, "cpu")
+        with atomic.losses_noted() as missing:
+            log_closing(stages, 3672.4, "cpu", missing)
     return caplog.records[-1].getMessage(), trial
 
 
@@ -71,7 +72,7 @@ def test_a_result_that_cannot_be_copied_is_found_where_it_was_made(tmp_path, cap
     stages_video.write_bytes(b"video")
     said, _ = closing(caplog, tmp_path, "shapes", "a panda dancing")
     assert f"video   {stages_video}" in said
-    assert "result.mp4: not written" in caplog.text
+    assert "result.mp4 could not be written" in caplog.text and "  missing result.mp4: " in said
 
 
 def test_a_run_whose_pictures_could_not_be_written_ends_all_the_same(tmp_path, caplog):
@@ -84,7 +85,6 @@ def test_scores_that_can_not_be_told_cost_a_warning(tmp_path, caplog, monkeypatc
     def fail(*args):
         raise OSError("disk full")
 
-    atomic.warn_once.cache_clear()
     monkeypatch.setattr("fourdfy.launching.closing._scores", fail)
     said, _ = closing(caplog, tmp_path, "shapes_stage_1", "a red cube spinning", "it2-test")
     assert said.startswith("done in 61 min 12 s")

@@ -330,11 +330,28 @@ def test_a_trial_does_not_become_another_scene_as_it_goes_on(moved, other, capsy
     assert (moved / "configs" / "parsed.yaml").read_text() == recorded
 
 
-def test_results_that_can_t_be_written_are_one_line(moved, capsys, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    assert main(["--trial", str(moved), "--test", "--gpu", "cpu"]) == 2
-    expected = f"error: {moved / 'save'}: not writable; results can go elsewhere: exp_root_dir=DIR\n"
-    assert capsys.readouterr().err == expected
+@pytest.mark.parametrize(
+    ("mode", "result"),
+    [("test", "it4-test.mp4"), ("validate", "it4-0.png"), ("evaluate", "it4-evaluation.json")],
+)
+def test_results_of_a_trial_that_can_t_be_written_go_to_a_folder_of_ones_choice(mode, result, moved, capsys):
+    shutil.rmtree(moved / "save")
+    (moved / "save").write_text("a file where the folder should be")
+    before = files_of(moved)
+    line = ["--trial", str(moved), f"--{mode}", "--gpu", "cpu"]
+    assert main(line) == 2
+    reason = f"{moved / 'save'} is a file where a folder is needed; results can go elsewhere: --out DIR"
+    assert capsys.readouterr().err.endswith(f"error: {moved / 'save'} can't be written: {reason}\n")
+    assert main([*line, "--out", "mine"]) == 0
+    assert (Path("mine") / result).exists()
+    assert files_of(moved) == before
+
+
+def test_where_a_run_writes_is_not_said_by_out(capsys):
+    with pytest.raises(SystemExit) as refused:
+        main(["--config", "shapes", "--train", "--out", "mine"])
+    assert refused.value.code == 2
+    assert "--out says where an evaluation writes; for a run: exp_root_dir=DIR" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_trial_names_those_below_it(trained, capsys):
@@ -369,7 +386,10 @@ def test_a_file_where_a_folder_should_be_is_one_line(tmp_path, capsys):
     ("error", "said"),
     [
         (OSError(errno.ENOSPC, "No space left on device", "/x/last.ckpt"), "/x/last.ckpt: No space left"),
-        (PermissionError(errno.EACCES, "Permission denied", "/x"), "/x: Permission denied; write elsewhere"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/x"),
+            "/x: Permission denied; check its permissions",
+        ),
         (OSError(errno.EROFS, "Read-only file system", "/x"), "/x: Read-only file system; write elsewhere"),
     ],
 )

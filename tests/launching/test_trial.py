@@ -103,7 +103,7 @@ def test_a_copy_of_the_code_that_fails_costs_a_warning(experiment, monkeypatch, 
 
     monkeypatch.setattr(trial, "_snapshot_code", fail)
     prepare_trial(experiment, [CONFIG], ["launch.py"])
-    assert "no copy of the code" in caplog.text
+    assert "the copy of the code could not be written; the run continues (" in caplog.text
     assert (experiment.trial_dir / "cmd.txt").exists()
 
 
