@@ -29,6 +29,10 @@ STILL = 0.05
 """Change of the most changing pixel, of 0..1, below which no motion is to be seen."""
 
 
+MOVING = 100
+"""Steps that a motion takes to show, at least."""
+
+
 class SceneWatch(Callback):
     """Warns of a scene that is empty, that fills all of space, or that does not move although half of a
     dynamic stage is over; of each once."""
@@ -45,7 +49,7 @@ class SceneWatch(Callback):
     def after_validation(self, run: Run) -> None:
         rgb = {split: torch.cat(frames) for split, frames in self._rgb.items()}
         problems = [filling(torch.cat(self._opacity))] if self._opacity else []
-        if 2 * run.step >= run.max_steps:
+        if run.step >= max(MOVING, run.max_steps / 2):
             problems.append(stillness(rgb))
         for problem in problems:
             if problem and problem not in self._told:

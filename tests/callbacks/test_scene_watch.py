@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import fourdfy
+from fourdfy.callbacks import scene_watch
 from fourdfy.callbacks.scene_watch import SceneWatch
 from fourdfy.data.base import EvalBatch
 from fourdfy.evaluation.scenes import evaluate_scene, ground_truth
@@ -26,8 +27,8 @@ def square(opacity=1.0, around=0.0, shift=0):
     return RenderOutput(comp_rgb=image.expand(-1, -1, -1, 3), opacity=image, depth=image)
 
 
-def told(caplog, step=50, hook="after_validation", **frames):
-    watch, run = SceneWatch(), new_run(step=step)
+def told(caplog, step=150, max_steps=300, hook="after_validation", **frames):
+    watch, run = SceneWatch(), new_run(step=step, max_steps=max_steps)
     for _ in range(2):  # the second validation says nothing new
         for split, shown in frames.items():
             watch.after_frames(run, EvalBatch(split=split, cameras=CAMERAS), shown, done=1, total=1)
@@ -50,7 +51,7 @@ EMPTY, FOG, STILL = "the scene is empty", "fog fills the whole scene", "the scen
     ],
 )
 def test_empty_and_full_scenes(shown, said, caplog):
-    assert told(caplog, val=shown) == [f"step 50: {problem}" for problem in said]
+    assert told(caplog, val=shown) == [f"step 150: {problem}" for problem in said]
 
 
 @pytest.mark.parametrize(
@@ -64,11 +65,12 @@ def test_empty_and_full_scenes(shown, said, caplog):
     ],
 )
 def test_scenes_that_should_move(frames, said, caplog):
-    assert told(caplog, hook="after_test", **frames) == [f"step 50: {problem}" for problem in said]
+    assert told(caplog, hook="after_test", **frames) == [f"step 150: {problem}" for problem in said]
 
 
-def test_a_scene_may_be_still_in_the_first_half_of_its_training(caplog):
-    assert told(caplog, step=49, val_video=square()) == []
+@pytest.mark.parametrize("lengths", [(149, 300), (99, 99)])
+def test_a_scene_may_be_still_in_the_first_half_of_its_training_and_in_a_short_one(lengths, caplog):
+    assert told(caplog, *lengths, val_video=square()) == []
 
 
 def train(config, root, *overrides):
@@ -93,7 +95,8 @@ def train(config, root, *overrides):
         ),
     ],
 )
-def test_planted_in_a_run(config, planted, said, tmp_path, caplog):
+def test_planted_in_a_run(config, planted, said, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(scene_watch, "MOVING", 1)
     train(config, tmp_path, "trainer.max_steps=1", *planted)
     messages = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     problems = [message.removeprefix("step 1: ").partition("; ")[0] for message in messages]
