@@ -33,7 +33,7 @@ LAST = Path("ckpts", "last.ckpt")
 def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """Write to a temporary name, sync, rename: the old file stays until the new one is complete.
 
-    It then stays as ``one_before(path)``, unless the disk has no room for three.
+    It then stays as ``one_before(path)``, unless it is damaged or the disk has no room for three.
 
     Raises:
         FloatingPointError: a tensor of the scene is not finite; nothing is written.
@@ -48,18 +48,18 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     try:
         _write(checkpoint, target)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full or not one_before(target).exists():
+        spare = one_before(target) if _is_whole(target) else target
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not spare.exists():
             raise
-        logger.warning("%s: no space; deleting %s to make room", target, one_before(target).name)
-        one_before(target).unlink()
+        logger.warning("%s: no space; deleting %s to make room", target, spare.name)
+        spare.unlink()
         write_checkpoint(checkpoint, target)
 
 
 def _write(checkpoint: Mapping[str, Any], target: Path) -> None:
-    # The replaced file takes its new name last: there is a good one under either name at any time.
+    # The replaced file takes its new name last: there is a whole one under either name at any time.
     with (
-        whole_file(one_before(target)) if target.exists() else nullcontext() as replaced,
+        whole_file(one_before(target)) if _is_whole(target) else nullcontext() as replaced,
         whole_file(target, sync=True) as half_written,
     ):
         save_with_checksum({MADE_HERE: __version__, **checkpoint}, half_written)
@@ -68,6 +68,13 @@ def _write(checkpoint: Mapping[str, Any], target: Path) -> None:
                 os.link(target, replaced)
             except OSError:  # a file system without hard links
                 shutil.copyfile(target, replaced)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return bool(_read(path))
+    except ConfigError:
+        return False
 
 
 def checkpoint_file(path: str | Path) -> Path:

@@ -72,38 +72,56 @@ def test_the_one_before_is_used_instead_of_a_damaged_or_missing_one(tmp_path, ca
         read_checkpoint(path)
 
 
-def test_there_is_a_good_one_under_its_name_at_any_time(tmp_path, monkeypatch):
-    """Also while a damaged one is replaced."""
+def test_there_are_two_good_ones_at_any_time(tmp_path, monkeypatch):
     path, seen = saved(tmp_path / "last.ckpt", 1, 2), []
-    damage(path)
     replace = Path.replace
 
     def watched(self, target):
-        seen.append(read_checkpoint(path)["global_step"])
+        seen.append([torch.load(file)["global_step"] for file in (one_before(path), path)])
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", watched)
     saved(path, 3)
-    assert seen == [1, 3]
+    assert seen == [[1, 2], [1, 3]]
 
 
-def test_a_full_disk_costs_the_one_before_and_never_the_last(tmp_path, monkeypatch, caplog):
-    """There is room for two checkpoints, and then for one."""
-    path, room = saved(tmp_path / "last.ckpt", 1, 2), 2
+def test_a_damaged_one_never_replaces_the_one_before(tmp_path):
+    path = saved(tmp_path / "last.ckpt", 1, 2)
+    damage(path)
+    saved(path, 3)
+    assert [read_checkpoint(file)["global_step"] for file in (one_before(path), path)] == [1, 3]
+
+
+@pytest.fixture
+def room(tmp_path, monkeypatch):
+    """How many files the disk holds."""
+    room = [9]
 
     def fsync(_):
-        if len({file.stat().st_ino for file in tmp_path.iterdir()}) > room:
+        if len({file.stat().st_ino for file in tmp_path.iterdir()}) > room[0]:
             raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fsync)
+    return room
+
+
+def test_a_full_disk_costs_the_one_before_and_never_the_last(tmp_path, room, caplog):
+    path, room[0] = saved(tmp_path / "last.ckpt", 1, 2), 2
     saved(path, 3)
     assert read_checkpoint(path)["global_step"] == 3
     assert "no space; deleting last.previous.ckpt" in caplog.text
-    room = 1
+    room[0] = 1
     with pytest.raises(OSError, match="No space left on device") as full:
         saved(path, 4)
     assert full.value.filename == str(path)
     assert read_checkpoint(path)["global_step"] == 3
+
+
+def test_a_full_disk_costs_a_damaged_one_rather_than_the_one_before(tmp_path, room):
+    path, room[0] = saved(tmp_path / "last.ckpt", 1, 2), 2
+    damage(path)
+    saved(path, 3)
+    assert [read_checkpoint(file)["global_step"] for file in (one_before(path), path)] == [1, 3]
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
