@@ -114,8 +114,8 @@ def first_not_finite(
         own = {key: value for key, value in vars(thing).items() if not key.startswith("_")}
         if isinstance(thing, nn.Module):
             own |= dict(thing.named_parameters(recurse=False))
-        for key, value in own.items():
-            search.look(f"what the step is given: {name}.{key}", value)
+        given = {f"{name}.{key}".removeprefix("."): value for key, value in own.items()}
+        search.look("what the step is given:", given)
     if not search.found:
         with search.watching(system):
             for batch in parts:

@@ -6,6 +6,7 @@ from torch import nn
 
 from fourdfy.launching.experiment import load_experiment
 from fourdfy.systems import finite
+from fourdfy.systems.broken_step import first_not_finite
 from fourdfy.systems.checkpoint import read_checkpoint, write_checkpoint
 from fourdfy.systems.finite import OVERFLOWS, FiniteCheck
 from fourdfy.systems.fourdfy import FourdfySystem
@@ -35,16 +36,25 @@ def plant_in_text_embeddings(system):
     return system.texts["multi_view"].uncond
 
 
-@pytest.mark.parametrize("place", [plant_in_vae, plant_in_noise_levels, plant_in_text_embeddings])
-def test_a_prior_that_fails_is_noticed_in_its_loss(prepared, place):
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        (plant_in_vae, "guidance_multi_view.prior.vae.encoder.conv_in.weight"),
+        (plant_in_noise_levels, "guidance_multi_view.prior.denoiser.schedule.alphas_cumprod"),
+        (plant_in_text_embeddings, "texts.multi_view.uncond"),
+    ],
+)
+def test_a_prior_that_fails_is_noticed_in_its_loss_and_found(prepared, place, name):
     system, batch = prepared
+    assert first_not_finite(system, [batch]) == ""
     tensor = place(system)
     before = tensor.detach().clone()
     with torch.no_grad():
         tensor.fill_(NAN)
-    out = system.training_step(batch)
+    out, found = system.training_step(batch), first_not_finite(system, [batch])
     with torch.no_grad():
         tensor.copy_(before)
+    assert found.startswith(f"what the step is given: {name}, nan at [0")
     with pytest.raises(FloatingPointError, match=r"^here: the loss sds is nan; stopped before"):
         check_step(out.losses, toy()[1], "here")
 
