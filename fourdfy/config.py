@@ -26,6 +26,8 @@ from fourdfy.bounds import misfits
 from fourdfy.config_files import ConfigError, escaped, join, plain
 
 MISSES = "missing; set it in the file or as key=value"
+MOST_SAID = 2000
+"""Characters of a message, which may quote what a file holds."""
 
 # ---------------------------------------------------------------------------------------------
 # Components: classes that a config names
@@ -227,6 +229,8 @@ def schema_at(
         return spec
     if (chosen := selector(schema, name, values)) is None:
         return None
+    if not isinstance(chosen, str):
+        raise config_error(path, _key_of_type(spec, name), sources or {}, f"expected a name, got {chosen!r}")
     try:
         return registry.find(chosen, spec.kind).Config
     except ValueError as error:
@@ -373,6 +377,7 @@ def _parse_leaves(
     for name, value in given.items():
         try:
             merged.merge_with({name: escaped(value)})
+            merged.get(name)  # some texts are refused only now
         except OmegaConfBaseException as error:
             problem = str(error).split("\n")[0]
             problem = re.sub(r"Invalid value assigned: \w+ is not a .*\blist\b.*", "expected a list", problem)
@@ -424,6 +429,7 @@ def _places(key: str, given: Mapping[str, Any], path: str = "") -> Iterator[str]
 def config_error(path: str, key: str, sources: Mapping[str, str], message: str) -> ConfigError:
     """The error of a key inside ``path``, with the file that set it."""
     full = join(path, key)
+    message = message if len(message) < MOST_SAID else f"{message[:MOST_SAID]}..."
     return ConfigError(f"{full}{source_of(full, sources)}: {message}" if full else message)
 
 

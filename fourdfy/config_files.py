@@ -23,7 +23,18 @@ COMMAND_LINE = "the command line"
 PROMPT = "system.prompt_processor.prompt"
 """The key that ``--prompt`` stands for."""
 CORE = "tag:yaml.org,2002:"
+MOST_BYTES, MOST_VALUES, MOST_FILES = 2**20, 10_000, 200
+"""Bounds of a config file and of an override, of what a file's aliases come to, and of ``base`` files."""
 
+READABLE = (
+    "CUDA_VISIBLE_DEVICES", "DATA", "DATASETS", "FOURDFY_CACHE", "HF_HOME", "HOME", "HOSTNAME", "LOGNAME",
+    "MODELS", "PROJECT", "PWD", "SCRATCH", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID", "SLURM_TMPDIR", "TEMP",
+    "TMP", "TMPDIR", "USER", "USERNAME", "WORK", "XDG_CACHE_HOME", "XDG_DATA_HOME",
+)  # fmt: skip
+"""The environment variables that a config file may read. Any other might hold a secret, which would end up in
+``parsed.yaml`` and in logs, and a config may be somebody else's."""
+ALLOW = "FOURDFY_ALLOW_ENV"
+"""The environment variable with the names of others that files may read, separated by commas."""
 
 PACKAGE = Path(__file__).parent
 CONFIGS = next(folder / "configs" for folder in (PACKAGE, PACKAGE.parent) if (folder / "configs").is_dir())
@@ -96,7 +107,7 @@ def find_config(name: str | Path, folder: Path = Path()) -> Path:
         file
         for path in (folder / name, CONFIGS / name)
         for file in (path, Path(f"{path}.yaml"))
-        if file.is_file()
+        if os.path.isfile(file)  # not Path.is_file, which raises if the name is too long
     )
     return next(found, folder / name)
 
@@ -117,22 +128,35 @@ def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Section]:
         raise ConfigError(f"{path}: expected a mapping at the top level, such as seed: 0")
     bases = plain(layer.pop("base", None)) or []
     bases = [bases] if isinstance(bases, str) else bases
-    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
-        raise ConfigError(f"{path}: base: expected the name of a file, or a list of them, got {bases!r}")
-    below = [layer for base in bases for layer in read_layers(find_config(base, path.parent), (*chain, here))]
-    return [*below, layer]
+    if not isinstance(bases, list) or not all(isinstance(base, str) and _is_name(base) for base in bases):
+        shown = repr(bases)[:200]
+        raise ConfigError(f"{path}: base: expected the name of a file, or a list of them, got {shown}")
+    layers = [layer]
+    for base in bases:
+        layers[-1:-1] = read_layers(find_config(base, path.parent), (*chain, here))
+        if len(layers) > MOST_FILES:
+            raise ConfigError(f"{path}: base: leads to more than {MOST_FILES} files")
+    return layers
+
+
+def _is_name(text: str) -> bool:
+    return text.isprintable() and len(text) < 256
 
 
 def _content(path: Path, chain: tuple[Path, ...]) -> str:
     asked = f" (base of {chain[-1]})" if chain else ""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ConfigError(f"{path}{asked}: a folder; expected a config file")
-    if not path.is_file():
+    if not os.path.isfile(path):
         names = {file.stem: file.stem for file in CONFIGS.glob("*.yaml")}
         names |= {file.stem: str(file) for file in path.parent.glob("*.yaml") if file.resolve() not in chain}
         near = difflib.get_close_matches(path.stem, names)
         hint = f"; did you mean {' or '.join(names[stem] for stem in near)}?" if near else ""
         raise ConfigError(f"{path}{asked}: no such config file{hint}")
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ConfigError(
+            f"{path}{asked}: has {size:,} bytes; expected a config file, of {MOST_BYTES:,} at most"
+        )
     content = path.read_bytes()
     try:
         return content.decode("utf-8-sig")
@@ -164,6 +188,8 @@ def read_yaml(text: str, source: str) -> Section | Leaf:
 
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    values = 0
+    """How many the document has, so far."""
 
     def number(self, node: yaml.ScalarNode) -> int | float:
         text = node.value.lower().replace("_", "")
@@ -173,14 +199,22 @@ class _Loader(yaml.SafeLoader):
         return int(value) if re.fullmatch(r"[-+]?\d+e\+?\d{1,2}", text) else value
 
     def tree(self, node: yaml.Node, source: str) -> Section | Leaf:
-        if node.tag == f"{CORE}map":
+        self.values += 1
+        if self.values > MOST_VALUES:
+            problem = f"more than {MOST_VALUES:,} values, with those that aliases (*) repeat"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        if node.tag == f"{CORE}map" and isinstance(node, yaml.MappingNode):
             return self._section(node, source)
-        if node.tag == f"{CORE}seq":
+        if node.tag == f"{CORE}seq" and isinstance(node, yaml.SequenceNode):
             entries = [self.tree(entry, source) for entry in node.value]
             return Leaf([plain(e) for e in entries], source, entries=tuple(e.text for e in entries))
         is_other = node.tag not in (f"{CORE}str", f"{CORE}null")
         text = node.value if is_other and getattr(node, "style", "") is None else None
-        return Leaf(self.construct_object(node, deep=True), source, text)
+        try:
+            return Leaf(self.construct_object(node, deep=True), source, text)
+        except (ValueError, OverflowError, TypeError, AttributeError, LookupError) as error:
+            problem = f"{str(node.value)[:40]!r} is no {node.tag.removeprefix(CORE)}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
 
     def _section(self, node: yaml.MappingNode, source: str) -> Section:
         own, merged = Section(), Section()
@@ -193,8 +227,9 @@ class _Loader(yaml.SafeLoader):
                     problem = "expected a mapping or list of mappings for merging"
                 for entry in () if problem else reversed(entries):
                     merged.update(self._section(entry, source))
-            elif key.tag != f"{CORE}str":
-                problem = f"expected a word as the key, got {key.value if key.value else 'null'}"
+            elif key.tag != f"{CORE}str" or not _is_name(key.value):
+                got = str(key.value)[:100] if key.value else "null"
+                problem = f"expected a word as the key, got {got if got.isprintable() else repr(got)}"
             elif key.value in lines:
                 problem = f"the key {key.value!r} occurs here again, after line {lines[key.value]}"
             else:
@@ -244,8 +279,10 @@ def split_overrides(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """
     for index, word in enumerate(words):
         key, equals, text = word.partition("=")
-        if not equals or not key or word.startswith("-") or key != key.strip():
+        if not equals or not key or word.startswith("-") or key != key.strip() or not _is_name(key):
             raise ConfigError(_what_to_type(list(words), index))
+        if len(text) > MOST_BYTES:
+            raise ConfigError(f"{key}: has {len(text):,} characters; expected {MOST_BYTES:,} at most")
         yield key, text
 
 
@@ -273,11 +310,29 @@ def literal_override(key: str, text: str) -> str:
     return f"{key}={escaped(text)}"
 
 
-def expand_path(path: str) -> str:
-    """``path`` with ``~``, ``~user`` and ``$VAR`` replaced; ``$$`` is a dollar sign.
+def check_readable(name: str) -> None:
+    """Refuse an environment variable that a config file may not read.
 
     Raises:
-        ValueError: no such user, or a variable is not set.
+        ValueError: it is not in ``READABLE``; says how to allow it.
+    """
+    allowed = os.environ.get(ALLOW, "")
+    if name not in (*READABLE, *allowed.replace(" ", "").split(",")):
+        names = f"{allowed},{name}" if allowed else name
+        raise ValueError(
+            f"the environment variable {name} may hold a secret, so config files don't read it; if it does "
+            f"not, allow it: export {ALLOW}={names}"
+        )
+
+
+def expand_path(path: str, is_typed: bool = True) -> str:
+    """``path`` with ``~``, ``~user`` and ``$VAR`` replaced; ``$$`` is a dollar sign.
+
+    Args:
+        is_typed: whether the user typed it; one of a config file does not read every variable.
+
+    Raises:
+        ValueError: no such user, or a variable is not set or not to be read.
     """
     found = re.match(r"~[^/\\]*", path)
     home = found[0] if found else ""
@@ -285,9 +340,13 @@ def expand_path(path: str) -> str:
         raise ValueError(f"{path!r}: there is no home folder {home}; write ./{home} for a file of that name")
 
     def value(match: re.Match[str]) -> str:
-        if match[1] != "$" and match[1] not in os.environ:
+        if match[1] == "$":
+            return "$"
+        if not is_typed:
+            check_readable(match[1])
+        if match[1] not in os.environ:
             raise ValueError(f"{path!r}: ${match[1]} is not set; write $$ for a dollar sign")
-        return "$" if match[1] == "$" else os.environ[match[1]]
+        return os.environ[match[1]]
 
     return os.path.expanduser(home) + re.sub(r"\$(\$|\w+)", value, path.removeprefix(home))
 

@@ -7,23 +7,13 @@ which settings belong to a component that another class replaces.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import (
-    GrammarParseError,
-    InterpolationKeyError,
-    InterpolationToMissingValueError,
-    OmegaConfBaseException,
-    UnsupportedInterpolationType,
-)
-
 from fourdfy import registry
 from fourdfy.config import (
-    MISSES,
     Named,
     Schema,
     Slot,
@@ -35,7 +25,6 @@ from fourdfy.config import (
     mapping_at,
     schema_at,
     selector,
-    source_of,
     walk,
 )
 from fourdfy.config_files import (
@@ -50,10 +39,7 @@ from fourdfy.config_files import (
     read_yaml,
     split_overrides,
 )
-from fourdfy.schedules import schedule_max
-
-UNRESOLVED = (GrammarParseError, InterpolationKeyError, UnsupportedInterpolationType)
-"""Errors of a ``${...}`` that may have been meant as text."""
+from fourdfy.config_references import register_resolvers, resolved
 
 
 @dataclass(frozen=True)
@@ -106,7 +92,7 @@ def load_config(
         _settle(owner, node, path, sources)
     restored = _restore_referenced(schema, merged, replaced)
     _share(schema, merged, alike=False)
-    values = _resolved(merged, sources)
+    values = resolved(plain(merged), sources)
     for place, name in restored:
         del mapping_at(values, place)[name]
     return LoadedConfig(values | plugins, sources)
@@ -171,13 +157,15 @@ def _import_plugins(layers: Sequence[Section], paths: Sequence[str | Path]) -> d
             given = [given] if isinstance(given, str) else given
             if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
                 raise ConfigError(f"{key} (in {layer.source}): expected a list of names, got {given!r}")
+            if key == "plugin_path":
+                given = [str(_expanded(name, key, layer.source, {key: layer.source})) for name in given]
             collected += [name for name in given if name not in collected]
     if not names:
         return {}
     here = [Path(path).parent for path in paths]
     try:
-        places = [Path(expand_path(folder)) for folder in folders]
-        used = registry.import_plugins(names, [p.resolve() for p in (*places, *here, Path.cwd())])
+        places = [place.resolve() for place in (*map(Path, folders), *here, Path.cwd())]
+        used = registry.import_plugins(names, places)
     except ValueError as error:
         raise ConfigError(f"plugins: {error}") from error
     return {"plugins": names, "plugin_path": [str(folder) for folder in used]}
@@ -222,21 +210,23 @@ def _settle(schema: type | Named, node: Section, path: str, sources: Mapping[str
             if not isinstance(value, (str, *allowed)):
                 given = "null" if value is None else value
                 raise config_error("", key, sources, f"expected a text, got {given}; put texts in quotes")
-            node[name] = Leaf(_expanded(value, key, sources) if is_path else value, found.source)
+            node[name] = Leaf(
+                _expanded(value, key, found.source, sources) if is_path else value, found.source
+            )
         elif list[str] in allowed and isinstance(value, list):
             texts = [t if t is not None else entry for entry, t in zip(value, found.entries, strict=True)]
-            texts = [_expanded(entry, key, sources) for entry in texts] if is_path else texts
+            texts = [_expanded(entry, key, found.source, sources) for entry in texts] if is_path else texts
             node[name] = Leaf(texts, found.source)
     for name in [*init_fields(schema)] or list(node):
         schema_at(schema, name, node, path, sources)  # raises if no class has the name
 
 
-def _expanded(path: Any, key: str, sources: Mapping[str, str]) -> Any:
+def _expanded(path: Any, key: str, source: str, sources: Mapping[str, str]) -> Any:
     if path == "":
         problem = "is empty; write . for the current folder, or null for no file"
         raise config_error("", key, sources, problem)
     try:
-        return expand_path(path) if isinstance(path, str) else path
+        return expand_path(path, source == COMMAND_LINE) if isinstance(path, str) else path
     except ValueError as error:
         raise config_error("", key, sources, str(error)) from error
 
@@ -280,41 +270,3 @@ def _share(schema: type, merged: Section, *, alike: bool) -> None:
             own = plain(inner.get(key, "???"))
             if other != "???" and own == (other if alike else "???"):
                 inner[key] = Leaf(f"${{{join(path, spec.shares)}}}", inner.source)
-
-
-def _resolved(merged: Section, sources: Mapping[str, str]) -> dict[str, Any]:
-    """Plain values, their interpolations replaced."""
-    try:
-        tree = OmegaConf.create(plain(merged))
-        return OmegaConf.to_container(tree, resolve=True)  # type: ignore[return-value]  # a mapping's is a dict
-    except InterpolationToMissingValueError as error:
-        key = str(error).splitlines()[0].split(": ")[-1]
-        raise ConfigError(f"{key}: {MISSES}") from error
-    except OmegaConfBaseException as error:
-        key, problem = error.full_key or "", str(error).splitlines()[0]
-        if isinstance(error, GrammarParseError):
-            problem = f"not understood as a ${{reference}} ({problem})"
-        if isinstance(error, UNRESOLVED):
-            problem += "; write \\${ for these characters"
-        raise ConfigError(f"{key}{source_of(key, sources)}: {problem}") from error
-
-
-def register_resolvers() -> None:
-    """The resolvers of threestudio's YAML files, under their names."""
-    resolvers: dict[str, Callable[..., Any]] = {
-        "calc_exp_lr_decay_rate": lambda factor, n: factor ** (1.0 / n),
-        "add": lambda a, b: a + b,
-        "sub": lambda a, b: a - b,
-        "mul": lambda a, b: a * b,
-        "div": lambda a, b: a / b,
-        "idiv": lambda a, b: a // b,
-        "basename": lambda path: Path(path).name,
-        "rmspace": lambda text, sub: str(text).replace(" ", sub),
-        "tuple2": lambda scalar: [float(scalar), float(scalar)],
-        "gt0": lambda value: value > 0,
-        "not": lambda value: not value,
-        "cmaxgt0": lambda value: schedule_max(value) > 0,
-        "cmaxgt0orcmaxgt0": lambda a, b: schedule_max(a) > 0 or schedule_max(b) > 0,
-    }
-    for name, resolver in resolvers.items():
-        OmegaConf.register_resolver(name, resolver, replace=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -158,6 +159,8 @@ def import_plugins(modules: Sequence[str], folders: Sequence[Path]) -> list[Path
     sys.path += [str(folder) for folder in dict.fromkeys(folders) if str(folder) not in sys.path]
     used: list[Path] = []
     for name in modules:
+        if not re.fullmatch(r"[\w.]{1,200}", name):
+            raise ValueError(f"expected the name of a module, got {name[:100]!r}")
         try:
             import_module(name)
         except Exception as error:  # anything that a stranger's module raises
