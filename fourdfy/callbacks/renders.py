@@ -50,11 +50,11 @@ class SaveRenders(Callback):
             views, clip = self._shown("val"), self._shown("val_video")
             for index, frames in enumerate(zip(*views, strict=True)):
                 images.save_validation(self.save_dir, run.step, index, frames)
-                self._log(f"val/{index}", frames[0][None], run.step)
+                self._log(f"val/{index}", frames[0][None], run.step - 1)
             if clip:
                 clips = [torch.stack(frames) for frames in clip]
                 images.save_validation_video(self.save_dir, run.step, 0, clips)
-                self._log("val/video", clips[0], run.step)
+                self._log("val/video", clips[0], run.step - 1)
 
     def after_test(self, run: Run) -> None:
         with self._written("test images and videos (--test renders them again)", run, TEST):
@@ -67,6 +67,7 @@ class SaveRenders(Callback):
                 images.save_depths(self.save_dir, run.step, depths)
 
     def _log(self, name: str, frames: Tensor, step: int) -> None:
+        """Add to the curves, whose steps count from 0."""
         if self.curves is not None:
             self.curves.images(name, images.to_pixels(frames), step)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from fourdfy.files.atomic import by_product, whole_file
@@ -15,13 +15,13 @@ from fourdfy.priors.hub import knows_text
 logger = logging.getLogger(__name__)
 
 
-def log_closing(stages: Sequence[Stage], seconds: float, device: str, missing: Mapping[str, str]) -> None:
+def log_closing(stages: Sequence[Stage], seconds: float, device: str, missing: Collection[str]) -> None:
     """Log one record after the last stage of ``stages`` has rendered its test views.
 
     A recipe's last video is copied to ``exp_root_dir/<tag>/result.mp4``, beside its stages.
 
     Args:
-        missing: by-products that could not be written, with the reasons.
+        missing: by-products that could not be written.
     """
     trial = stages[-1].experiment.trial_dir
     video = _video(trial)
@@ -33,7 +33,8 @@ def log_closing(stages: Sequence[Stage], seconds: float, device: str, missing: M
         scores = _scores(stages[-1], device)
     if scores:
         rows.append(("scores", scores))
-    rows += [("missing", f"{what}: {reason}") for what, reason in missing.items()]
+    if missing:
+        rows.append(("missing", f"{', '.join(missing)}; the warnings say why"))
     launch = command_for(trial)
     rows += [
         ("next", f"{launch} --export"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -20,7 +21,7 @@ from fourdfy.config import (
     parse_config,
     slot,
 )
-from fourdfy.config_files import COMMAND_LINE, PROMPT, ConfigError, literal_override
+from fourdfy.config_files import COMMAND_LINE, PROMPT, ConfigError, literal_override, read_layers
 from fourdfy.config_layers import LoadedConfig, load_config
 from fourdfy.data.base import DataModule
 from fourdfy.files.names import sanitize_tag
@@ -203,16 +204,20 @@ class Experiment:
         return self.trial_dir / LAST
 
     def record(self) -> dict[str, Any]:
-        """The values for ``configs/parsed.yaml``: paths mean the same in every working directory."""
+        """The values for ``configs/parsed.yaml``: paths mean the same in every working directory.
+
+        ``resume`` comes last, so that a file that was cut short lacks it.
+        """
 
         def absolute(path: str | None) -> str | None:
             return path and os.path.abspath(path).replace("$", "$$")
 
         cfg, system = self.cfg, self.values.get("system", {})
-        paths: dict[str, Any] = {"exp_root_dir": absolute(cfg.exp_root_dir), "resume": absolute(cfg.resume)}
+        values = {**self.values, "exp_root_dir": absolute(cfg.exp_root_dir)}
         if system.get("weights"):
-            paths["system"] = {**system, "weights": absolute(cfg.system.weights)}
-        return {**self.values, **paths}
+            values["system"] = {**system, "weights": absolute(cfg.system.weights)}
+        values.pop("resume", None)
+        return {**values, "resume": absolute(cfg.resume)}
 
     def build_system(self) -> System:
         return self.cfg.system.build(plan=self.plan, seed=self.cfg.seed)
@@ -289,6 +294,14 @@ def trial_of(file: Path) -> Path | None:
     return trial if is_part and (trial / PARSED).is_file() else None
 
 
+def is_cut_short(parsed: Path) -> bool:
+    """Whether a ``parsed.yaml`` is gone, or not as long as it was, as a broken copy or disk may leave it."""
+    try:
+        return "resume" not in read_layers(parsed)[-1]
+    except ConfigError:
+        return True
+
+
 def trial_arguments(given: Path, given_as: str = "--trial ") -> tuple[Path, list[str]]:
     """What ``--trial`` stands for: the config and the overrides that continue a trial.
 
@@ -297,7 +310,7 @@ def trial_arguments(given: Path, given_as: str = "--trial ") -> tuple[Path, list
         given_as: what stands before it, in messages.
 
     Raises:
-        ConfigError: it isn't one; names the newest trials below it.
+        ConfigError: it isn't one, or its config is damaged; names the newest trials below it, or what to do.
     """
     file = given / PARSED if given.is_dir() else given
     trial = trial_of(file) if file.name == PARSED.name else None
@@ -306,5 +319,10 @@ def trial_arguments(given: Path, given_as: str = "--trial ") -> tuple[Path, list
         below = sorted(below, key=lambda path: path.stat().st_mtime)[-3:]
         hint = "; there are " + ", ".join(str(path.parents[1]) for path in reversed(below)) if below else ""
         raise ConfigError(f"{given_as}{given}: not a trial folder (it has no {PARSED.as_posix()}){hint}")
+    if is_cut_short(file):
+        raise ConfigError(
+            f"{file} is damaged; it is written anew if you repeat the command in {trial / 'cmd.txt'} with "
+            f"use_timestamp=false tag={shlex.quote(trial.name)}"
+        )
     last = str(trial / LAST).replace("$", "$$")
     return file, [literal_override("resume", last)] if has_checkpoint(trial / LAST) else []

@@ -16,12 +16,14 @@ from typing import Any
 
 from fourdfy.config_files import ConfigError, find_config, literal_override, plain, read_layers
 from fourdfy.config_layers import load_config
+from fourdfy.files.atomic import warn_once
 from fourdfy.files.evaluations import TEST, VALIDATION, is_evaluated
 from fourdfy.launching.experiment import (
     PARSED,
     Experiment,
     ExperimentConfig,
     TrainerConfig,
+    is_cut_short,
     load_experiment,
 )
 from fourdfy.launching.trial import set_aside
@@ -154,7 +156,13 @@ class Stage:
         Args:
             counts: whether a change of this key makes it another run.
         """
-        began = load_config([self.experiment.trial_dir / PARSED], schema=ExperimentConfig).values
+        parsed = self.experiment.trial_dir / PARSED
+        if is_cut_short(parsed):
+            warn_once(
+                f"{parsed} is missing or damaged: whether the trial began with other settings can't be known"
+            )
+            return
+        began = load_config([parsed], schema=ExperimentConfig).values
         now = self.experiment.record()
         changed = [
             key

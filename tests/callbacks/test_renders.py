@@ -1,12 +1,16 @@
 """What evaluation renders, as files."""
 
+from pathlib import Path
+
 import imageio.v2 as imageio
 import pytest
 import torch
 
+from fourdfy.callbacks.curves import Curves
 from fourdfy.callbacks.renders import SaveRenders
 from fourdfy.data.datamodule import chunks
 from fourdfy.files import atomic
+from fourdfy.files.evaluations import RECORD, TEST, VALIDATION, is_evaluated
 from fourdfy.files.images import to_pixels
 from fourdfy.ops.cameras import orbit_cameras
 from tests.renders import render_output
@@ -18,9 +22,9 @@ DISTANCE = torch.tensor([2.0, 4.0, 1.0, 0.0]).view(1, 1, 4, 1)
 NORMAL = torch.tensor([[1.0, 0.5, 0.5], [0.5, 1.0, 0.5], [0.2, 0.1, 0.1], [0.0, 0.0, 0.0]]).view(1, 1, 4, 3)
 
 
-def written(folder, splits, normal=None, *, trained=False):
+def written(folder, splits, normal=None, *, trained=False, curves=None):
     """The ``save`` folder after one evaluation of two frames for each split, perhaps after training."""
-    callback, run = SaveRenders(folder, trained=trained), new_run(3, folder=folder.parent)
+    callback, run = SaveRenders(folder, curves, trained=trained), new_run(3, folder=folder.parent)
     outputs = render_output(
         OPACITY.expand(2, -1, -1, -1),
         comp_rgb=OPACITY.expand(2, -1, -1, 3),
@@ -73,6 +77,30 @@ def test_normals_are_shown_where_there_are_some(shaded, tmp_path):
 def test_frames_show_the_scene_over_its_background(shaded):
     for name in ("it3-test/0.png", "it3-test_static/1.png"):
         assert imageio.imread(shaded / name).tolist() == to_pixels(OPACITY[0]).tolist()
+
+
+def test_curves_show_pictures_at_the_last_step_that_was_trained(tmp_path):
+    """Steps count from 0. At the next one, a resumed run would drop them."""
+    logged = []
+    curves = object.__new__(Curves)
+    curves.images = lambda name, frames, step: logged.append((name, len(frames), step))
+    written(tmp_path, ("val", "val_video"), curves=curves)
+    assert logged == [("val/0", 1, 2), ("val/1", 1, 2), ("val/video", 2, 2)]
+
+
+def test_an_evaluation_is_complete_as_long_as_its_files_have_their_sizes(tmp_path):
+    splits, save = ("val", "val_video", "test", "test_static"), tmp_path / "save"
+    files = {VALIDATION: ["it3-0.png", "it3-0_video.mp4"], TEST: ["it3-test_static.mp4", "it3-test/1.png"]}
+    for names, some in files.items():
+        for file in some:
+            for harm in (Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])):
+                written(save, splits)
+                assert is_evaluated(tmp_path, names.format(3)) and not is_evaluated(tmp_path, names.format(4))
+                harm(save / file)
+                assert not is_evaluated(tmp_path, names.format(3))
+    for torn in ("", "[]", '{"it3-test*": 1}'):
+        (tmp_path / RECORD).write_text(torn)
+        assert not is_evaluated(tmp_path, TEST.format(3))
 
 
 def test_pictures_that_can_not_be_written_cost_a_trained_scene_one_warning_each(tmp_path, caplog):

@@ -260,6 +260,20 @@ def test_without_a_working_encoder_there_are_frames_and_one_warning(
     assert written == [*(f"clip/{k}.png" for k in range(3)), "it1-test/0.png"]
 
 
+def test_an_encoder_that_hangs_costs_its_limit_once_in_a_run(tmp_path, ffmpeg, monkeypatch):
+    ffmpeg(f"echo >>{tmp_path}/started; exec sleep 60")
+    monkeypatch.setattr(images, "ENCODER_SECONDS", 0.2)
+    monkeypatch.setattr(images, "ENCODER_SECONDS_PER_FRAME", 0)
+    frames = images.to_pixels(gradient(2))
+    for name in ("a.mp4", "b.webm"):
+        assert images.save_video(tmp_path / name, frames, fps=16) is None
+    assert (tmp_path / "started").read_text() == "\n"
+    assert {path.parent.name for path in tmp_path.rglob("1.png")} == {"a", "b"}
+    with atomic.losses_noted():  # another run
+        images.save_video(tmp_path / "c.mp4", frames, fps=16)
+    assert (tmp_path / "started").read_text() == "\n\n"
+
+
 # -- whole files ---------------------------------------------------------------------------------
 
 

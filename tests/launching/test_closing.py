@@ -72,7 +72,10 @@ def test_a_result_that_cannot_be_copied_is_found_where_it_was_made(tmp_path, cap
     stages_video.write_bytes(b"video")
     said, _ = closing(caplog, tmp_path, "shapes", "a panda dancing")
     assert f"video   {stages_video}" in said
-    assert "result.mp4 could not be written" in caplog.text and "  missing result.mp4: " in said
+    assert (
+        "result.mp4 could not be written" in caplog.text
+        and "  missing result.mp4; the warnings say why\n" in said
+    )
 
 
 def test_a_run_whose_pictures_could_not_be_written_ends_all_the_same(tmp_path, caplog):

@@ -123,7 +123,7 @@ def parsed(tmp_path):
     (stage,) = load_recipe([CONFIG], [PROMPT, "exp_root_dir=/elsewhere"])
     file = tmp_path / "moved" / "configs" / "parsed.yaml"
     file.parent.mkdir(parents=True)
-    OmegaConf.save(OmegaConf.create(dict(stage.experiment.values)), file)
+    OmegaConf.save(OmegaConf.create(stage.experiment.record()), file)
     return file
 
 
