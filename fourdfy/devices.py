@@ -25,6 +25,25 @@ def on_device(device: str) -> Iterator[None]:
         torch.use_deterministic_algorithms(deterministic)
 
 
+@contextmanager
+def memory_capped(device: str, gib: float | None) -> Iterator[None]:
+    """Have PyTorch reserve no more than so much of a GPU for a while: it rather gives back what it has freed.
+
+    Beyond that it raises an ``OutOfMemoryError``, as if the GPU had no more.
+    """
+    if device == "cpu" or gib is None:
+        yield
+        return
+    import torch
+
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
 @cache
 def keep_freed_memory() -> None:
     """Let the whole process keep what it frees, for later; without effect if the C library is not glibc.

@@ -6,7 +6,7 @@ Nothing draws from global state, so a step can be repeated exactly from (checkpo
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -25,6 +25,22 @@ def step_generator(
     of the parts in which it is accumulated."""
     stream = f"{stream}/{part}" if part else stream
     return torch.Generator(device=device).manual_seed(step_seed(seed, step, stream))
+
+
+def generator_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """The states of torch's global generators, of the CPU and of ``device``, by type of device."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_generator_states(states: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Let the global generators draw what they drew from these ``states`` on, if those are of a ``device``
+    of the same type."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 @contextmanager

@@ -6,12 +6,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fourdfy.callbacks.base import Callback, Run
 from fourdfy.files.atomic import by_product, whole_file
 
 
 class LastCheckpoint(Callback):
-    """Saves ``last.ckpt`` every so many steps, at the end, and when the run is asked to stop.
+    """Saves ``last.ckpt`` every so many steps, at the end, and when the run is asked to stop
+    or has too little memory for a step.
 
     Every ``keep_every``-th regular save is also kept as ``step_{step}.ckpt``; -1 keeps all, 0 none.
     """
@@ -29,7 +32,8 @@ class LastCheckpoint(Callback):
             self._save(run)
 
     def end(self, run: Run, error: BaseException | None) -> None:
-        if error is None:
+        # A step that does not fit into memory was given up before it changed anything.
+        if error is None or isinstance(error, torch.OutOfMemoryError):
             self._save(run)
 
     def _save(self, run: Run) -> None:

@@ -42,6 +42,10 @@ class Guidance(Component, nn.Module, ABC):
             compile_small: compile also what is too small to earn it back.
         """
 
+    def halve_chunks(self, frames: int) -> dict[str, int]:
+        """See ``Prior.halve_chunks``."""
+        return {}
+
     @abstractmethod
     def forward(
         self,

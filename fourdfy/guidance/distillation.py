@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -108,6 +108,11 @@ class Distillation(Component, nn.Module, ABC):
 
     def accelerate(self, compile_small: bool) -> None:
         self.prior.accelerate(compile_small)
+
+    def halve_chunks(self, frames: int) -> dict[str, int]:
+        halved = self.prior.halve_chunks(frames)
+        self.cfg = replace(self.cfg, **halved)
+        return halved
 
     def forward(
         self, frames: RenderOutput, text: TextEmbeddings, cameras: Cameras, context: StepContext

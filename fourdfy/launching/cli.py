@@ -76,6 +76,11 @@ def _main(argv: Sequence[str] | None, stop: StopSignals) -> int:
     except FloatingPointError as error:  # training diverged
         say(f"error: {error}\n")
         return 1
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # of torch, which may not be imported yet
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        return 1
     except OSError as error:
         if error.errno not in ADVICE:
             raise

@@ -71,9 +71,9 @@ class TrainerConfig:
     gradient_clip_algorithm: Literal["norm", "value"] | None = None
     """``norm`` (also null) bounds the norm of all gradients together, ``value`` bounds each element."""
     memory_budget_gb: float | None = number(None, above=0)
-    """GPU memory of training in GiB, of which a tenth is kept in reserve; null: what is free when the models
-    are loaded. Exact gradients are computed in as many passes as it takes. So a run that is resumed on
-    another card continues within rounding."""
+    """GPU memory in GiB that PyTorch may reserve in training; null: what is free when the models are loaded.
+    Exact gradients are computed in as many passes, and the VAE is given as many frames at once, as leave a
+    tenth of it. So a run that is resumed on another card continues within rounding."""
     test_when_stopped: bool = False
     """Render the test views also when a signal ends training early, as threestudio does after Ctrl-C."""
     max_skipped_steps: int = number(0, 0)

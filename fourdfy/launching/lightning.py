@@ -10,7 +10,7 @@ import logging
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -24,9 +24,12 @@ from torch.utils.data import DataLoader
 
 from fourdfy.callbacks.base import Callback, Run
 from fourdfy.data.base import DataModule, EvalBatch
+from fourdfy.devices import memory_capped
 from fourdfy.files.atomic import by_product
 from fourdfy.launching.experiment import PARSED, TrainerConfig
+from fourdfy.launching.retries import until_it_fits
 from fourdfy.launching.trial import program
+from fourdfy.seeds import generator_states, set_generator_states
 from fourdfy.systems.broken_step import REPLAY, StepRecord, write_step
 from fourdfy.systems.checkpoint import read_checkpoint, write_checkpoint
 from fourdfy.systems.finite import FiniteCheck, StepNumbers, is_fused
@@ -34,6 +37,8 @@ from fourdfy.systems.learning_rates import advance, continued
 from fourdfy.types import RenderOutput, StepBatch, TensorRecord
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 RESERVE = 0.1
 """Share of a GPU's memory that is left to fragments, libraries and what is held for moments."""
@@ -60,6 +65,10 @@ class LightningSystem(pl.LightningModule):
         self._resumed: dict[str, Any] | None = None
         self._check: FiniteCheck | None = None
         self._skipped_before = 0
+        self._halved: dict[str, int] = {}
+        self._loss: Tensor | None = None
+        """Of the step, until its backward pass. Nothing else holds its graph, so that all of a step that does
+        not fit into memory can be let go."""
 
     def state_dict(self, *args: Any, **keywords: Any) -> dict[str, Any]:
         return self.system.state_dict(*args, **keywords)
@@ -79,6 +88,10 @@ class LightningSystem(pl.LightningModule):
         checkpoint["grew_from"] = self.run.grew_from
         checkpoint["optimizer"] = type(self.optimizer).__name__
         checkpoint["skipped_steps"] = self._check.skipped if self._check else self._skipped_before
+        # Of a step that was given up, no part counts.
+        batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        whole = batches["completed"] - batches["completed"] % self.trainer.accumulate_grad_batches
+        batches.update(dict.fromkeys(batches, whole))
         if states := {name: state for name, c in self.callbacks.items() if (state := c.state_dict())}:
             checkpoint["callback_states"] = states
 
@@ -119,19 +132,53 @@ class LightningSystem(pl.LightningModule):
         if batch.part == 0:
             self._record = StepRecord.begin(self.device)
             self.optimizer.zero_grad()  # Lightning's own comes after the forward pass, which would hold both
-            self.system.before_step(batch)
+            self._fitting(lambda: self.system.before_step(batch))
             self._losses: dict[str, Tensor] = {}
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
+        """The loss, without its graph; see ``backward``."""
         self._record.parts[batch.part :] = [batch]  # an optimizer may evaluate a step several times
-        out = self.system.training_step(batch)
+        self._draws = generator_states(self.device)
+        out = self._fitting(lambda: self.system.training_step(batch), batch)
         for name, loss in out.losses.items():  # of all parts of the step
             self._losses[name] = self._losses[name] + loss if name in self._losses else loss
         losses = {**out.losses, "total": out.loss.detach()}
         self.run.means.add({f"loss/{batch.kind}/{name}": value for name, value in losses.items()})
         self.run.means.add({f"weight/{batch.kind}/{name}": value for name, value in out.loss_weights.items()})
         self.run.means.add({f"{batch.kind}/{name}": value for name, value in out.metrics.items()})
-        return out.loss
+        self._loss, self._scaled = out.loss, out.loss.detach().requires_grad_()
+        return self._scaled
+
+    def backward(self, loss: Tensor, *args: Any, **keywords: Any) -> None:
+        loss.backward()  # through what the loss was multiplied with since
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        of_earlier_parts = [p.grad for p in parameters]
+        self._fitting(self._backward, self._record.parts[-1])
+        for parameter, grad in zip(parameters, of_earlier_parts, strict=True):
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
+
+    def _backward(self) -> None:
+        self.optimizer.zero_grad()
+        loss, self._loss = self._loss, None
+        if loss is None:  # this is a repetition
+            with self.trainer.precision_plugin.forward_context():
+                loss = self.system.training_step(self._record.parts[-1]).loss
+        loss.backward(self._scaled.grad)
+
+    def _fitting(self, work: Callable[[], Result], batch: StepBatch | None = None) -> Result:
+        """``work()`` within the memory; without a ``batch``, nothing of it has gradients."""
+
+        def halve() -> dict[str, int]:
+            """All settings so far, if one was halved."""
+            halved = self.system.halve_chunks(batch)
+            self._halved |= halved
+            if batch is not None:
+                set_generator_states(self._draws, self.device)
+            return self._halved if halved else {}
+
+        where = f"global step {self.global_step}" if batch is None else str(self._record)
+        return until_it_fits(work, halve, where)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
@@ -195,10 +242,10 @@ class LightningSystem(pl.LightningModule):
         self.trainer.save_checkpoint(path, weights_only=False)  # the optimizer too
 
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> RenderOutput | None:
-        return None if self.run.stopping else self.system.render(batch.cameras)
+        return None if self.run.stopping else self.test_step(batch, batch_idx)
 
     def test_step(self, batch: EvalBatch, batch_idx: int) -> RenderOutput:
-        return self.system.render(batch.cameras)
+        return self._fitting(lambda: self.system.render(batch.cameras))
 
     def on_validation_batch_end(self, outputs: RenderOutput | None, batch: EvalBatch, batch_idx: int) -> None:
         trainer = self.trainer
@@ -319,11 +366,12 @@ class Trainer:
         self, cfg: TrainerConfig, run: Run, callbacks: Mapping[str, Callback], *, device: str
     ) -> None:
         self.system = LightningSystem(run, callbacks, cfg.memory_budget_gb, cfg.max_skipped_steps)
-        self.data = LightningData(run.data)
+        self.data, self.device = LightningData(run.data), device
         self.loops = build_loops(cfg, run.folder, device)
 
     def fit(self, resume_from: Path | None) -> None:
-        self._run(self.loops.fit, ckpt_path=resume_from)
+        with memory_capped(self.device, self.system.memory_budget_gb):
+            self._run(self.loops.fit, ckpt_path=resume_from)
 
     def validate(self) -> None:
         self._run(self.loops.validate, verbose=False)

@@ -14,6 +14,7 @@ from fourdfy.devices import on_device, select_device
 from fourdfy.launching.experiment import PARSED, load_experiment
 from fourdfy.launching.train import import_trainer
 from fourdfy.ops.finite import not_finite
+from fourdfy.seeds import set_generator_states
 from fourdfy.systems.broken_step import first_not_finite, read_step
 
 logger = logging.getLogger(__name__)
@@ -55,9 +56,7 @@ def replay(file: Path, overrides: Sequence[str], *, gpu: str | None) -> str:
             if system.device.type == "cuda":
                 with precision.forward_context():
                     system.bound_memory(memory_budget(system.device, cfg.trainer.memory_budget_gb))
-            torch.set_rng_state(content["generators"]["cpu"])
-            if system.device.type == content["device"] == "cuda":
-                torch.cuda.set_rng_state(content["generators"]["cuda"], system.device)
+            set_generator_states(content["generators"], system.device)
             parts = [part.to(system.device) for part in parts]
             found = first_not_finite(system, parts, precision.forward_context)
     if found:

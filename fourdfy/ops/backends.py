@@ -89,6 +89,8 @@ class Operation:
                 # Means are compared, because rounding may decide otherwise at single points, such as
                 # those at a cell's border.
                 errors = [float((ours - theirs).abs().mean() / theirs.abs().mean()) for ours, theirs in pairs]
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # anything that a compiler or a driver raises
             trouble = f"{type(error).__name__}: {error}"
         else:

@@ -27,6 +27,8 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+_replays: weakref.WeakSet[Replay] = weakref.WeakSet()
+
 WARM_UP = 2
 """Calls of a kind before it is recorded; libraries load and choose their kernels in them."""
 MOST = 8
@@ -56,6 +58,7 @@ class Replay:
         self.function, self.name, self.alone = function, name, alone
         self._calls: Counter[Hashable] = Counter()
         self._recordings: dict[Hashable, _Recording | None] = {}
+        _replays.add(self)
 
     def __call__(self, *inputs: Tensor | None, variant: Hashable = None) -> Any:
         """The function of ``inputs``, in new tensors.
@@ -133,6 +136,13 @@ def beside(function: Callable[..., Any], *inputs: Tensor | None, **keywords: Any
 @cache
 def _own_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+def release_recordings() -> None:
+    """Free the memory of all recordings; each kind of call is recorded anew, from its third time on."""
+    for replay in _replays:
+        replay._calls.clear()
+        replay._recordings.clear()
 
 
 class Graphs:

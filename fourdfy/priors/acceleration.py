@@ -70,6 +70,8 @@ class Compiled:
             return self._compiled(*inputs)  # all is compiled by now: an error is the recorder's
         try:
             return self._compiled(*inputs)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             for layer in self.layers:
                 layer._compiled_call_impl = None

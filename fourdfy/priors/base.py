@@ -184,6 +184,15 @@ class Prior(Component, ABC):
             compile_small: compile also what is too small to earn it back.
         """
 
+    def halve_chunks(self, frames: int) -> dict[str, int]:
+        """Compute half as much of ``frames`` at once from now on, as far as that changes no result beyond
+        rounding; called when the GPU's memory was not enough.
+
+        Returns:
+            The settings that would have done the same, by their keys; none if nothing can be halved.
+        """
+        return {}
+
     def condition(self, texts: Conditions, cameras: Cameras) -> Conditions:
         """The conditioning of B latents: ``texts`` and more; ``cameras`` are those of their first frames."""
         return texts

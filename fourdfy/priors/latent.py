@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,6 +70,9 @@ class LatentPrior(Prior):
         """Pixels, as ``height``."""
         view_dependent_prompting: bool = True
         """Use the text of each frame's view (for a video, of its first frame) instead of the plain prompt."""
+        low_ram_vae: int = number(0, -1, 1024)
+        """Number of frames in the VAE at once; fewer than all are encoded again in the backward pass. 0 or
+        -1: all."""
         token_merging: bool = False
         """Merge tokens in the self-attention of image models with the package tomesd (Bolya & Hoffman 2023),
         which is faster but changes the prior a little."""
@@ -80,8 +83,12 @@ class LatentPrior(Prior):
             return [(self.pretrained_model_name_or_path, self.parts)]
 
         def activation_bytes(self, frames: int, height: int, width: int) -> int:
-            pixels = frames * (self.height or height) * (self.width or width)
+            pixels = self.frames_at_once(frames) * (self.height or height) * (self.width or width)
             return pixels * VAE_BYTES_PER_PIXEL * (2 if self.half_precision_weights is False else 1)
+
+        def frames_at_once(self, frames: int) -> int:
+            """How many of the ``frames`` of a step are in the VAE at once."""
+            return min(frames, self.low_ram_vae) if self.low_ram_vae > 0 else frames
 
         def check_models(self) -> None:
             for name, parts in self.models():
@@ -168,6 +175,12 @@ class LatentPrior(Prior):
         )
         self.recorded_vae = Replay(partial(posterior, self.vae), f"the VAE of {name}")
 
+    def halve_chunks(self, frames: int) -> dict[str, int]:
+        at_once = self.cfg.frames_at_once(frames)
+        halved = {"low_ram_vae": at_once // 2} if at_once > 1 else {}
+        self.cfg = replace(self.cfg, **halved)
+        return halved
+
     def encode(
         self, rgb: Float[Tensor, "N H W 3"], group_size: int, generator: torch.Generator
     ) -> Float[Tensor, "B C *S"]:
@@ -177,7 +190,6 @@ class LatentPrior(Prior):
         self,
         rgb: Float[Tensor, "N H W 3"],
         generator: torch.Generator,
-        chunk: int = 0,
         gradient: Gradient = "exact",
     ) -> Float[Tensor, "N C h w"]:
         """Each image's latents, at the size that the model works at; see ``frozen.encode_images``."""
@@ -185,7 +197,7 @@ class LatentPrior(Prior):
         if images.shape[-2:] != self.image_size:
             images = F.interpolate(images, self.image_size, mode="bilinear", align_corners=False)
         with self._precision():
-            return encode_images(self.vae, images, generator, chunk, gradient, self._posterior)
+            return encode_images(self.vae, images, generator, self.cfg.low_ram_vae, gradient, self._posterior)
 
     def predict(
         self,

@@ -191,6 +191,8 @@ def _checked_encoder(vae: Network, dtype: torch.dtype, device: torch.device) -> 
             float((ours - theirs).norm() / theirs.norm())
             for ours, theirs in zip(_moments_and_gradient(encoder, device), plain, strict=True)
         ]
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # anything that another layout, a compiler or a driver raises
         trouble = f"{type(error).__name__}: {error}"
     else:

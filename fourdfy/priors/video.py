@@ -35,15 +35,9 @@ class VideoPrior(LatentPrior):
         """Frames per video; null: as in the data."""
         motion_amp_scale: float = number(1.0, 0, 1000)
         """Factor on the score's difference between frames; see ``amplify_motion``."""
-        low_ram_vae: int = number(0, -1, 1024)
-        """Number of frames in the VAE at once, with their activations; 0 or -1: all."""
         gradient: Gradient = "exact"
         """With ``low_ram_vae``: ``exact`` encodes again in the backward pass; ``subset`` is the original's
         method, where only ``low_ram_vae`` random frames get gradients, without rescaling."""
-
-        def activation_bytes(self, frames: int, height: int, width: int) -> int:
-            at_once = min(frames, self.low_ram_vae) if self.low_ram_vae > 0 else frames
-            return super().activation_bytes(at_once, height, width)
 
         def __post_init__(self) -> None:
             super().__post_init__()
@@ -67,11 +61,14 @@ class VideoPrior(LatentPrior):
         pack_attention_in_time(self.denoiser.network)
         super().accelerate(compile_small)
 
+    def halve_chunks(self, frames: int) -> dict[str, int]:
+        return {} if self.cfg.gradient == "subset" else super().halve_chunks(frames)
+
     def encode(
         self, rgb: Float[Tensor, "N H W 3"], group_size: int, generator: torch.Generator
     ) -> Float[Tensor, "B C F h w"]:
         """Latents of clips of ``group_size`` frames; gradients reach ``rgb``, as ``cfg.gradient`` says."""
-        latents = self.encode_images(rgb, generator, self.cfg.low_ram_vae, self.cfg.gradient)
+        latents = self.encode_images(rgb, generator, self.cfg.gradient)
         return latents.unflatten(0, (-1, group_size)).movedim(1, 2)
 
     def adjust(self, score: Float[Tensor, "B C F h w"]) -> Float[Tensor, "B C F h w"]:

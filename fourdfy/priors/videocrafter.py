@@ -45,6 +45,10 @@ class VideoCrafter(VideoPrior):
         use_hifa: bool = False
         """Must be false: the original's HiFA loss called a decoder that raises an error."""
 
+        def activation_bytes(self, frames: int, height: int, width: int) -> int:
+            bytes_in_float32 = 2 if self.half_precision_weights is False else 1
+            return super().activation_bytes(frames, height, width) // bytes_in_float32  # a trainer's autocast
+
         def __post_init__(self) -> None:
             super().__post_init__()
             if self.use_hifa:

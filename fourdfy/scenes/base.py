@@ -57,8 +57,23 @@ class Scene(Component, nn.Module, ABC):
         as that changes no result beyond rounding. Called once before training, on a GPU."""
         return
 
+    def halve_chunks(self, budget: Budget | None) -> dict[str, int]:
+        """Compute half as much at once from now on, as far as that changes no result beyond rounding.
+
+        Called when the GPU's memory was not enough for a step with this ``budget``, or for something without
+        gradients (None), which is then repeated.
+
+        Returns:
+            The settings that would have done the same, by their keys below the scene's config; none if
+            nothing can be halved.
+        """
+        return {}
+
     def before_step(self, context: StepContext, *, dynamic: bool) -> None:
-        """Called before each training step; ``dynamic`` says whether the scene moves in this stage."""
+        """Called before each training step; ``dynamic`` says whether the scene moves in this stage.
+
+        It is called again if it runs out of memory.
+        """
         return
 
     def after_backward(self, context: StepContext, optimizer: torch.optim.Optimizer) -> None:

@@ -103,6 +103,15 @@ class System(Component, nn.Module):
         Called once before the first step, on a GPU."""
         return
 
+    def halve_chunks(self, batch: StepBatch | None) -> dict[str, int]:
+        """Compute half as much at once from now on. Called when the GPU's memory was not enough for
+        a step with this ``batch``, or for something without gradients (None), which is then repeated.
+
+        Returns:
+            The settings that would have done the same, by the config's keys; none if nothing can be halved.
+        """
+        return {}
+
     @abstractmethod
     def configure_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer, after ``prepare``; each of its groups has a ``name``."""

@@ -21,6 +21,7 @@ from fourdfy.config import Component, ConfigError
 from fourdfy.files.atomic import whole_file
 from fourdfy.files.checksum import save_with_checksum
 from fourdfy.files.safe_load import read_torch_file
+from fourdfy.seeds import generator_states
 from fourdfy.systems.base import System
 from fourdfy.systems.finite import StepNumbers
 from fourdfy.types import Cameras, StepBatch
@@ -45,10 +46,7 @@ class StepRecord:
 
     @classmethod
     def begin(cls, device: torch.device) -> StepRecord:
-        states = {"cpu": torch.get_rng_state()}
-        if device.type == "cuda":
-            states["cuda"] = torch.cuda.get_rng_state(device)
-        return cls(states)
+        return cls(generator_states(device))
 
     def __str__(self) -> str:
         return f"global step {self.parts[-1].step}, a {self.parts[-1].kind} step"

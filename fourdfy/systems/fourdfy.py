@@ -32,10 +32,13 @@ from fourdfy.systems.base import StepOutput, System
 from fourdfy.systems.checkpoint import read_checkpoint
 from fourdfy.systems.learning_rates import SchedulerConfig
 from fourdfy.systems.optim import GradientAudit, OptimizerConfig, build_optimizer, frozen
-from fourdfy.systems.supervision import Half, SupervisionPlan
+from fourdfy.systems.supervision import Half, StepKind, SupervisionPlan
 from fourdfy.types import Cameras, RenderOutput, StepBatch, StepContext, TextEmbeddings
 
 logger = logging.getLogger(__name__)
+
+PRIORS_SHARE = 0.75
+"""Of the GPU memory that models and parameters leave, what a prior's activations may take at most."""
 
 
 @register("fourdfy-system")
@@ -182,16 +185,35 @@ class FourdfySystem(System):
     def bound_memory(self, budget: float) -> None:
         # A gradient, that of a pass which is added to it, and the optimizer's moments.
         later = 4 * sum(p.numel() * p.element_size() for p in self.parameters() if p.requires_grad)
+        room = budget - torch.cuda.memory_allocated(self.device) - later
         priors = max(
-            kind.guidance.activation_bytes(*size) for kind in self.plan.kinds for size in kind.cameras.sizes()
+            self._prior_bytes(kind, size, room) for kind in self.plan.kinds for size in kind.cameras.sizes()
         )
-        available = budget - torch.cuda.memory_allocated(self.device) - later - priors
-        if available <= 0:
+        if room <= priors:
             logger.warning(
                 "trainer.memory_budget_gb: the models and the scene alone take about %.1f GiB",
-                (budget - available) / 2**30,
+                (budget - room + priors) / 2**30,
             )
-        self.scene.bound_memory(available)
+        self.scene.bound_memory(room - priors)
+
+    def _prior_bytes(self, kind: StepKind, size: tuple[int, int, int], room: float) -> int:
+        """Bytes of a prior's activations for frames of a ``size``, once they are a share of the room."""
+        guidance: Guidance = getattr(self, kind.module)
+        while (taken := guidance.cfg.activation_bytes(*size)) > PRIORS_SHARE * room:
+            if not (halved := guidance.halve_chunks(size[0])):
+                break
+            fitting = " ".join(f"{kind.guidance_key}.{key}={value}" for key, value in halved.items())
+            logger.info("trainer.memory_budget_gb: as if %s were set, which fits", fitting)
+        return taken
+
+    def halve_chunks(self, batch: StepBatch | None) -> dict[str, int]:
+        kind = batch and self.plan[batch.kind]
+        section = "system" if self.cfg.scene is None else "system.scene"
+        parts = {section: self.scene.halve_chunks(kind and kind.budget)}
+        if batch and kind:
+            guidance: Guidance = getattr(self, kind.module)
+            parts[kind.guidance_key] = guidance.halve_chunks(len(batch.cameras))
+        return {f"{part}.{key}": value for part, halved in parts.items() for key, value in halved.items()}
 
     def configure_optimizer(self) -> torch.optim.Optimizer:
         trains = frozenset[Half]().union(*(kind.trains for kind in self.plan.kinds))

@@ -81,6 +81,15 @@ def test_arguments_may_be_absent_or_strided(device, weight):
         torch.testing.assert_close(replayed(x, None, row), function(x, None, row))
 
 
+def test_recordings_that_are_released_are_made_anew(device, weight, memories):
+    replayed, x = Replay(lambda x: x @ weight, "it"), some(5, 3, device=device)
+    for _ in range(2):
+        for _ in range(WARM_UP + 1):
+            torch.testing.assert_close(replayed(x), x @ weight)
+        replay.release_recordings()
+    assert len(memories) == 2
+
+
 @pytest.mark.parametrize("learning", [(True, False), (False, True), (True, True)])
 def test_gradients_are_those_of_the_function(device, weight, learning, memories):
     def function(x, y):

@@ -205,6 +205,22 @@ def test_an_error_of_the_network_is_not_taken_for_one_of_the_compiler(quick_comp
     assert not warnings(caplog)
 
 
+def test_a_network_that_runs_out_of_memory_stays_compiled(quick_compiler):
+    net, calls = network_of(nn.Linear(3, 3)), []
+
+    def function(x):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return net.mid_block.resnets[0](x)
+
+    fast = compiled(function, net, "the net", small_too=True)
+    fast(torch.ones(2, 3))
+    with pytest.raises(torch.OutOfMemoryError):
+        fast(torch.ones(2, 3))
+    assert len(calls) == 2 and fast.layers
+
+
 def test_a_network_without_blocks_is_not_compiled(caplog):
     call = compiled(lambda x: x, nn.Linear(3, 3), "it", small_too=True)
     x = torch.randn(2)

@@ -146,6 +146,10 @@ class Renderer(Component, nn.Module, ABC):
         """See ``Scene.bound_memory``."""
         return
 
+    def halve_chunks(self, budget: Budget | None) -> dict[str, int]:
+        """See ``Scene.halve_chunks``."""
+        return {}
+
     def update_occupancy(self, context: StepContext, *, dynamic: bool) -> None:
         """Update the knowledge of empty space; called before every training step."""
         return

@@ -8,9 +8,10 @@ with a graph, rays are shaded in passes that the backward pass recomputes one at
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -50,9 +51,8 @@ from fourdfy.types import (
 
 logger = logging.getLogger(__name__)
 
-# Samples that an evaluation shades at once, about 100 bytes each; and candidates that are evaluated at once
-# before pruning, of which a GPU has four times as many.
 MAX_SAMPLES = 1 << 22
+"""Samples that a CPU shades at once in an evaluation, about 100 bytes each, or evaluates before pruning."""
 NO_CAP = 1 << 62
 FEWEST = 1 << 17
 """The least that memory bounds the samples with a graph to: fewer take hardly less beside the hash tables."""
@@ -133,8 +133,13 @@ class NeRFVolumeRenderer(Renderer):
 
         def cap(self, budget: Budget) -> int:
             """The most samples that have a graph at once."""
-            cap = self.train_max_nums if budget == "video" else self.train_max_nums_static
+            cap = getattr(self, self.cap_key(budget))
             return NO_CAP if cap is None else cap
+
+        @staticmethod
+        def cap_key(budget: Budget) -> str:
+            """The key of ``cap``."""
+            return "train_max_nums" if budget == "video" else "train_max_nums_static"
 
         @property
         def wants_normals(self) -> bool:
@@ -158,6 +163,8 @@ class NeRFVolumeRenderer(Renderer):
         self.estimator = OccupancyGrid(cfg.grid_resolution, cfg.radius)
         self.fitting = NO_CAP
         """Samples with a graph that fit into memory; see ``bound_memory``."""
+        self.shaded = 0
+        """Samples of the last training step."""
 
     def forward(self, rays: RayBundle, context: StepContext, budget: Budget = "image") -> RenderOutput:
         """See ``Renderer``: march, prune, shade, put together."""
@@ -168,11 +175,12 @@ class NeRFVolumeRenderer(Renderer):
             flat = FlatRays.of(rays)
             samples = self._samples(flat, jitter, context)
             if context.generator is None:
-                passes = split_rays(samples, len(flat), MAX_SAMPLES)
+                passes = split_rays(samples, len(flat), self._samples_at_once)
                 shaded = [
                     self._shade(*cut(flat, samples, part), context, self._field_in_chunks) for part in passes
                 ]
             elif self.cfg.gradient == "exact":
+                self.shaded = len(samples)
                 cap = min(self.cfg.cap(budget), self.fitting)
                 shaded = self._shade_in_passes(flat, samples, context.copied(), cap)
             else:
@@ -187,13 +195,26 @@ class NeRFVolumeRenderer(Renderer):
         if self.cfg.gradient == "subset" or not learning:
             return
         context = StepContext(0, torch.Generator(self.bbox.device).manual_seed(0))
-        each = bytes_per_sample(
-            lambda rays, samples: self._shade(rays, samples, context, self._field),
-            learning,
-            self.cfg.radius,
-        )
+        try:
+            each = bytes_per_sample(
+                lambda rays, samples: self._shade(rays, samples, context, self._field),
+                learning,
+                self.cfg.radius,
+            )
+        except torch.OutOfMemoryError:
+            each = math.inf
         self.fitting = max(FEWEST, int(available / each))
-        logger.debug("renderer: %d bytes for each sample, at most %d at once", each, self.fitting)
+        logger.debug("renderer: %.0f bytes for each sample, at most %d at once", each, self.fitting)
+
+    def halve_chunks(self, budget: Budget | None) -> dict[str, int]:
+        key, count = "eval_chunk_size", self._chunk_size
+        if budget and self.cfg.gradient == "exact":
+            with_graph = min(self.cfg.cap(budget), self.fitting, self.shaded)
+            if with_graph > FEWEST:  # they take the most
+                key, count = self.cfg.cap_key(budget), with_graph
+        halved = {key: max(count // 2, FEWEST)} if count > FEWEST else {}
+        self.cfg = replace(self.cfg, **halved)
+        return halved
 
     @torch.no_grad()
     def update_occupancy(self, context: StepContext, *, dynamic: bool) -> None:
@@ -215,6 +236,11 @@ class NeRFVolumeRenderer(Renderer):
     @property
     def _chunk_size(self) -> int:
         return self.cfg.eval_chunk_size or (1 << 21 if self.bbox.is_cuda else 160_000)
+
+    @property
+    def _samples_at_once(self) -> int:
+        """Of an evaluation, which shades them; before pruning, a GPU evaluates four times as many."""
+        return 2 * self._chunk_size if self.bbox.is_cuda else MAX_SAMPLES
 
     def _jitter(self, rays: RayBundle, generator: torch.Generator | None) -> Float[Tensor, "R"]:
         count = rays.directions[..., 0].numel()
@@ -254,7 +280,7 @@ class NeRFVolumeRenderer(Renderer):
             stepped,
             density,
             alpha_threshold=self._thin(training=context.generator is not None),
-            max_samples=MAX_SAMPLES * 4 if self.bbox.is_cuda else MAX_SAMPLES,
+            max_samples=self._samples_at_once * (4 if self.bbox.is_cuda else 1),
         )
 
     def _shade_in_passes(

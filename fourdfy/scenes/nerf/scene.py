@@ -92,6 +92,10 @@ class NeRFScene(VolumeScene):
     def bound_memory(self, available: float) -> None:
         self.renderer.bound_memory(available)
 
+    def halve_chunks(self, budget: Budget | None) -> dict[str, int]:
+        section = "renderer.base_renderer" if hasattr(self.cfg.renderer, "base_renderer") else "renderer"
+        return {f"{section}.{key}": value for key, value in self.renderer.halve_chunks(budget).items()}
+
     def before_step(self, context: StepContext, *, dynamic: bool) -> None:
         self.renderer.update_occupancy(context, dynamic=dynamic)
 

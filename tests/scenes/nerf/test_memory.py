@@ -65,6 +65,16 @@ def test_the_original_s_subsets_do_not_depend_on_memory(measured):
     assert made.renderer.fitting == before
 
 
+def test_where_nothing_can_be_measured_the_fewest_samples_are_shaded_at_once(measured, monkeypatch):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(module, "bytes_per_sample", full)
+    renderer = make_scene().renderer
+    renderer.bound_memory(1e5)
+    assert renderer.fitting == 10
+
+
 @pytest.mark.parametrize("frozen", [(), ("orbit",), "all"])
 def test_samples_are_measured_whatever_is_frozen(monkeypatch, frozen):
     """The memory of a GPU is pretended: 10 bytes for each sample."""
@@ -95,8 +105,16 @@ def test_what_is_measured_lies_in_the_box_and_is_sorted_by_ray():
     assert positions.norm(dim=-1).max() < 1.5 and times.min() >= 0 and times.max() <= 1
 
 
-def test_the_priors_and_what_the_optimizer_will_need_come_off_the_budget(monkeypatch):
-    system = load_experiment([CONFIGS / "shapes_stage_1.yaml"], TINY).build_system()
+@pytest.fixture
+def system():
+    """With its prior."""
+    built = load_experiment([CONFIGS / "shapes_stage_1.yaml"], TINY).build_system()
+    (kind,) = built.plan.kinds
+    setattr(built, kind.module, kind.guidance.build(device=torch.device("cpu")))
+    return built
+
+
+def test_the_priors_and_what_the_optimizer_will_need_come_off_the_budget(system, monkeypatch):
     told = []
     monkeypatch.setattr(type(system.scene), "bound_memory", lambda self, available: told.append(available))
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * GIB)
@@ -106,8 +124,22 @@ def test_the_priors_and_what_the_optimizer_will_need_come_off_the_budget(monkeyp
     assert told == [6 * GIB - later - kind.guidance.activation_bytes(4, 16, 16)]
 
 
-def test_a_budget_without_room_for_samples_is_warned_of(monkeypatch, caplog):
-    system = load_experiment([CONFIGS / "shapes_stage_1.yaml"], TINY).build_system()
+def test_fewer_frames_are_in_the_vae_at_once_where_all_would_leave_no_room(system, monkeypatch, caplog):
+    told = []
+    monkeypatch.setattr(type(system.scene), "bound_memory", lambda self, available: told.append(available))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * GIB)
+    caplog.set_level("INFO")
+    (kind,) = system.plan.kinds
+    guidance = getattr(system, kind.module)
+    later = 16 * sum(p.numel() for p in system.parameters() if p.requires_grad)
+    whole = guidance.cfg.activation_bytes(4, 16, 16)
+    system.bound_memory(float(2 * GIB + later + whole))
+    assert guidance.prior.cfg.low_ram_vae == guidance.cfg.low_ram_vae == 2
+    assert guidance.cfg.activation_bytes(4, 16, 16) == whole // 2 == told[0]
+    assert "as if system.guidance_multi_view.low_ram_vae=2 were set" in caplog.text
+
+
+def test_a_budget_without_room_for_samples_is_warned_of(system, monkeypatch, caplog):
     monkeypatch.setattr(type(system.scene), "bound_memory", lambda self, available: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * GIB)
     system.bound_memory(1.0 * GIB)
@@ -119,6 +151,24 @@ def test_the_budget_is_what_is_given_or_free_less_a_reserve(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 10 * GIB)
     assert memory_budget(torch.device("cuda"), 20.0) == pytest.approx(18 * GIB)
     assert memory_budget(torch.device("cuda"), None) == pytest.approx(36 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("given", "budget", "expected"),
+    [
+        ({}, "video", [("train_max_nums", 500), ("train_max_nums", 250), ("eval_chunk_size", 80_000)]),
+        ({"train_max_nums_static": 800}, "image", [("train_max_nums_static", 400)]),
+        ({"train_max_nums": 800, "gradient": "subset"}, "video", [("eval_chunk_size", 80_000)]),
+        ({"eval_chunk_size": 500}, None, [("eval_chunk_size", 250), None]),
+    ],
+)
+def test_what_has_a_graph_is_halved_first_then_what_has_none(monkeypatch, given, budget, expected):
+    monkeypatch.setattr(module, "FEWEST", 250)
+    renderer = make_scene(**given).renderer
+    renderer.shaded = 1000
+    assert [renderer.halve_chunks(budget) for _ in expected] == [
+        dict([pair] if pair else []) for pair in expected
+    ]
 
 
 @pytest.mark.gpu
