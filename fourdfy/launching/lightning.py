@@ -88,10 +88,9 @@ class LightningSystem(pl.LightningModule):
         checkpoint["grew_from"] = self.run.grew_from
         checkpoint["optimizer"] = type(self.optimizer).__name__
         checkpoint["skipped_steps"] = self._check.skipped if self._check else self._skipped_before
-        # Of a step that was given up, no part counts.
         batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-        whole = batches["completed"] - batches["completed"] % self.trainer.accumulate_grad_batches
-        batches.update(dict.fromkeys(batches, whole))
+        if parts := batches["processed"] % self.trainer.accumulate_grad_batches:  # of a given-up step
+            batches.update(dict.fromkeys(batches, batches["processed"] - parts))
         if states := {name: state for name, c in self.callbacks.items() if (state := c.state_dict())}:
             checkpoint["callback_states"] = states
 

@@ -22,11 +22,10 @@ from fourdfy.terminal import printable
 
 logger = logging.getLogger(__name__)
 
-OCCUPIED = 0.08
-"""Share of the samples that survive pruning, for a compact object in a square picture."""
-BYTES_KEPT, BYTES_AT_PEAK = 780, 2300
-"""Activations of the reference field per sample with a graph: while the prior runs, and in the backward
-pass. Measured (docs/benchmarks.md): what the renderer keeps, and the largest step of the first stage."""
+OCCUPIED = 0.25
+"""Share of the samples that survive pruning in a fresh scene, for cameras with a narrow field of view."""
+SAMPLE_BYTES, DEFORMED_BYTES = 173, 1110
+"""Activations of the field per sample with a graph, without and with a deformation, measured on an H100."""
 
 
 def print_plan(experiments: Sequence[Experiment]) -> None:
@@ -188,10 +187,10 @@ def _memory_estimate(experiment: Experiment, system: System) -> tuple[float, flo
     """Bytes: the scene with gradients and two moments, the priors as stored here, the largest graph; first
     without samples, then with all of them.
 
-    It assumes a camera that sees the whole object. A narrow field of view has more samples; the estimate is
-    within a third of the largest measured value of a few random cameras.
+    It is within a third of the largest measured value of a few random cameras.
     """
     cfg = experiment.cfg.system
+    each = DEFORMED_BYTES if "deformation" in cfg.scene_cfg.renders else SAMPLE_BYTES
     scene = sum(p.numel() for p in system.parameters()) * 16
     stored = sum(
         stored_bytes(name, tuple(part for part in parts if part in ("unet", "vae"))) or 0
@@ -204,6 +203,6 @@ def _memory_estimate(experiment: Experiment, system: System) -> tuple[float, flo
             rays = frames * min(height, width) ** 2
             samples = cfg.scene_cfg.samples_with_graph(rays, OCCUPIED, kind.budget)
             prior = kind.guidance.activation_bytes(frames, height, width)
-            graphs.append(max(samples * BYTES_KEPT + prior, samples * BYTES_AT_PEAK))
+            graphs.append(samples * each + prior)
             priors.append(float(prior))
     return scene + stored + max(priors), scene + stored + max(graphs)
