@@ -177,7 +177,7 @@ class LatentPrior(Prior):
 
     def halve_chunks(self, frames: int) -> dict[str, int]:
         at_once = self.cfg.frames_at_once(frames)
-        halved = {"low_ram_vae": at_once // 2} if at_once > 1 else {}
+        halved: dict[str, Any] = {"low_ram_vae": at_once // 2} if at_once > 1 else {}
         self.cfg = replace(self.cfg, **halved)
         return halved
 

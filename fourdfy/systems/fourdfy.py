@@ -207,9 +207,9 @@ class FourdfySystem(System):
         return taken
 
     def halve_chunks(self, batch: StepBatch | None) -> dict[str, int]:
-        kind = batch and self.plan[batch.kind]
+        kind = None if batch is None else self.plan[batch.kind]
         section = "system" if self.cfg.scene is None else "system.scene"
-        parts = {section: self.scene.halve_chunks(kind and kind.budget)}
+        parts = {section: self.scene.halve_chunks(None if kind is None else kind.budget)}
         if batch and kind:
             guidance: Guidance = getattr(self, kind.module)
             parts[kind.guidance_key] = guidance.halve_chunks(len(batch.cameras))

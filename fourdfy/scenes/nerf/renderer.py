@@ -212,7 +212,7 @@ class NeRFVolumeRenderer(Renderer):
             with_graph = min(self.cfg.cap(budget), self.fitting, self.shaded)
             if with_graph > FEWEST:  # they take the most
                 key, count = self.cfg.cap_key(budget), with_graph
-        halved = {key: max(count // 2, FEWEST)} if count > FEWEST else {}
+        halved: dict[str, Any] = {key: max(count // 2, FEWEST)} if count > FEWEST else {}
         self.cfg = replace(self.cfg, **halved)
         return halved
 
