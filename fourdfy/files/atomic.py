@@ -62,8 +62,8 @@ class WriteError(OSError):
             return f"{path} can't be written: {in_the_way} is a file where a folder is needed"
         if self.errno == errno.ENOSPC:
             size = self.size or (path.stat().st_size if path.is_file() else 0)
-            needed = f"{_megabytes(size)} needed, " if size else ""
-            reason += f" ({needed}{_megabytes(free_bytes(folder) or 0)} free)"
+            needed = f"{_size(size)} needed, " if size else ""
+            reason += f" ({needed}{_size(free_bytes(folder) or 0)} free)"
         kept = "; the file of before is unchanged" if path.is_file() and folder == path.parent else ""
         return f"{path} can't be written: {reason}{kept}"
 
@@ -205,8 +205,8 @@ def is_lost(what: str) -> bool:
     return what in _missing.get()
 
 
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:.1f} MB"
+def _size(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
 warn_once = cache(logger.warning)

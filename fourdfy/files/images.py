@@ -271,7 +271,13 @@ def write_video(path: Path, frames: Clip, *, fps: float | int) -> None:
             "-vf", BT709, *ENCODERS[path.suffix], "-pix_fmt", stored, f"file:{half_written}",
         ]  # fmt: skip
         try:
-            done = subprocess.run(command, input=even.data.cast("B"), capture_output=True, timeout=seconds)
+            done = subprocess.run(
+                command,
+                input=even.data.cast("B"),
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                timeout=seconds,
+            )
         except subprocess.TimeoutExpired as error:
             raise EncoderHungError(f"ffmpeg did not finish within {seconds:g} s") from error
         except OSError as error:

@@ -27,7 +27,7 @@ from fourdfy.launching.plan import check_run
 from fourdfy.launching.recipe import Stage, load_recipe
 from fourdfy.launching.trial import owned, prepare_trial
 from fourdfy.systems.base import System
-from fourdfy.systems.checkpoint import read_checkpoint, scene_hash
+from fourdfy.systems.checkpoint import read_checkpoint, scene_hash, tensor_bytes
 from fourdfy.systems.learning_rates import continued
 from fourdfy.types import Cameras, RenderOutput
 
@@ -179,8 +179,8 @@ def _train_stage(
             system.load_checkpoint(checkpoint)
             continued(checkpoint["optimizer_states"][0], checkpoint.get("optimizer"), optimizer)
         # Everything is built and fits by now: only a run that can start leaves a folder, or changes one.
-        sizes = (p.numel() * p.element_size() for group in optimizer.param_groups for p in group["params"])
-        prepare_trial(experiment, stage.files, command, checkpoint_bytes=3 * sum(sizes))  # with two moments
+        moments = 2 * tensor_bytes([group["params"] for group in optimizer.param_groups])
+        prepare_trial(experiment, stage.files, command, tensor_bytes(system.state_dict()) + moments)
         logger.info("%s: writing to %s", stage.label, folder)
         if stage.lacks_validation:
             trainer.validate()

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from fourdfy.config_files import CONFIGS, ConfigError, save_yaml
 from fourdfy.files.atomic import by_product, check_writable, remove_leftovers, whole_file, write_whole
 from fourdfy.launching.experiment import PARSED, Experiment, trial_of
+from fourdfy.systems.checkpoint import one_before
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -106,7 +107,8 @@ def prepare_trial(
     """
     trial = experiment.trial_dir
     remove_leftovers(trial)
-    check_writable(trial / "ckpts", checkpoint_bytes)
+    spare = one_before(experiment.last_checkpoint)  # it goes if there is no room
+    check_writable(trial / "ckpts", checkpoint_bytes - (spare.stat().st_size if spare.exists() else 0))
     with whole_file(trial / PARSED, sync=True) as parsed:
         save_yaml(experiment.record(), parsed)
     if all(trial_of(file) != trial for file in files):  # else keep what it started with

@@ -7,7 +7,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, ValuesView
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def _write(checkpoint: Mapping[str, Any], target: Path) -> None:
     # The replaced file takes its new name last: there is a whole one under either name at any time.
     with (
         whole_file(one_before(target)) if _is_whole(target) else nullcontext() as replaced,
-        whole_file(target, sync=True) as half_written,
+        whole_file(target, size=tensor_bytes(checkpoint), sync=True) as half_written,
     ):
         save_with_checksum({MADE_HERE: __version__, **checkpoint}, half_written)
         if replaced:
@@ -68,6 +68,14 @@ def _write(checkpoint: Mapping[str, Any], target: Path) -> None:
                 os.link(target, replaced)
             except OSError:  # a file system without hard links
                 shutil.copyfile(target, replaced)
+
+
+def tensor_bytes(content: Any) -> int:
+    """The bytes of all tensors in nested mappings and sequences."""
+    if isinstance(content, torch.Tensor):
+        return content.nbytes
+    parts = content.values() if isinstance(content, Mapping) else content
+    return sum(map(tensor_bytes, parts)) if isinstance(parts, ValuesView | list | tuple) else 0
 
 
 def _is_whole(path: Path) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fourdfy.config import ConfigError
-from fourdfy.systems.checkpoint import one_before, read_checkpoint, write_checkpoint
+from fourdfy.systems.checkpoint import one_before, read_checkpoint, tensor_bytes, write_checkpoint
 
 
 class Bomb:
@@ -122,6 +122,14 @@ def test_a_full_disk_costs_a_damaged_one_rather_than_the_one_before(tmp_path, ro
     damage(path)
     saved(path, 3)
     assert [read_checkpoint(file)["global_step"] for file in (one_before(path), path)] == [1, 3]
+
+
+def test_the_size_of_a_checkpoint_is_known_before_it_is_written():
+    content = {
+        "state_dict": {"a": torch.ones(10)},
+        "optimizer": [{"moments": (torch.ones(5).half(), 3)}, "x"],
+    }
+    assert tensor_bytes(content) == 50
 
 
 def test_a_checkpoint_with_code_in_it_is_refused(tmp_path):
