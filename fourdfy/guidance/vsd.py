@@ -29,7 +29,7 @@ from fourdfy.ops.diffusion import (
     x0_from_prediction,
 )
 from fourdfy.ops.distillation import score_loss, vsd_gradient
-from fourdfy.ops.replay import Replay, beside
+from fourdfy.ops.replay import Replay
 from fourdfy.priors.frozen import to_channels_last
 from fourdfy.priors.lora import LoRA
 from fourdfy.prompts.views import for_views
@@ -110,8 +110,9 @@ class VariationalScoreDistillation(Distillation):
         # Not compiled: that would take minutes for each of its forms, to save milliseconds of some steps.
         to_channels_last(self.renderings.network)
         name = f"the LoRA on {self.cfg.pretrained_model_name_or_path_lora or 'the prior'}"
-        self.denoise_renderings = Replay(self.predict_renderings, name)
-        self.recorded_lora = Replay(self.lora_gradients, name, alone=True)
+        self.denoise_renderings, self.recorded_lora = (
+            Replay(call, name) for call in (self.predict_renderings, self.lora_gradients)
+        )
 
     def distil(
         self, x: NoisyLatents, context: StepContext
@@ -120,14 +121,12 @@ class VariationalScoreDistillation(Distillation):
         texts = self.prior.condition(for_views(x.text, x.cameras, view_dependent=False), x.cameras)
         camera = self.camera_matrices(x.cameras).flatten(1)
         noisy = x.noisy
-        # First, since it may run beside the other networks.
-        learning = self.start_learning(x.clean, texts, camera, context.random) if self._learning() else None
         guided, _ = self.prior.guided_x0(noisy, x.timesteps, x.conditions, self.cfg.guidance_scale)
         renderings = self.predict_x0_of_renderings(noisy, x.timesteps, texts, camera)
         grad = self.bound(self.prior.adjust(vsd_gradient(guided, renderings, x.scales)), context)
         losses = {"vsd": score_loss(x.latents, grad)}
-        if learning:
-            losses["lora"] = learning()
+        if self._learning():
+            losses["lora"] = self.lora_loss(x.clean, texts, camera, context.random)
         return losses, grad
 
     def camera_matrices(self, cameras: Cameras) -> Float[Tensor, "B 4 4"]:
@@ -166,14 +165,14 @@ class VariationalScoreDistillation(Distillation):
         )
         return classifier_free_guidance(x0, uncond[0], scale) if uncond else x0
 
-    def start_learning(
+    def lora_loss(
         self,
         latents: Float[Tensor, "B C *S"],
         texts: Conditions,
         camera: Float[Tensor, "B 16"],
         generator: torch.Generator,
-    ) -> Callable[[], Float[Tensor, ""]]:
-        """What returns the diffusion loss of the LoRA on the renderings, at all noise levels."""
+    ) -> Float[Tensor, ""]:
+        """The diffusion loss of the LoRA on the renderings, at all noise levels."""
         repeat = self.cfg.lora_n_timestamp_samples
         latents, text, camera = (torch.cat([x] * repeat) for x in (latents, texts.text, camera))
         told = None if texts.cameras is None else torch.cat([texts.cameras] * repeat)
@@ -187,10 +186,11 @@ class VariationalScoreDistillation(Distillation):
         target = prediction_target(latents, noise, scales, schedule.prediction)
         inputs = (add_noise(latents, noise, scales), timesteps, text, camera, told)
         if self.recorded_lora is None:
-            return lambda: F.mse_loss(self.predict_renderings(*inputs), target)
-        learns = tuple(parameter.requires_grad for parameter in self.parameters())
-        started = beside(self.recorded_lora, target, *inputs, variant=learns)
-        return lambda: _LossOfKnownGradient.apply(*started(), *self._learning())
+            return F.mse_loss(self.predict_renderings(*inputs), target)
+        loss, gradient = self.recorded_lora(
+            target, *inputs, variant=tuple(p.requires_grad for p in self.parameters())
+        )
+        return _LossOfKnownGradient.apply(loss, gradient, *self._learning())
 
     def lora_gradients(
         self, target: Float[Tensor, "B C *S"], *inputs: Any

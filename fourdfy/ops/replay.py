@@ -6,7 +6,6 @@ its memory lies is part of a recording, so:
 - Arguments are copied to places outside of it, and results are copied out at once. Nothing else in the
   memory of a recording without gradients outlives a replay, so all of these share theirs: together they
   need as much as the largest.
-- A function that runs beside others (``beside``) has memory of its own.
 - What a recording with gradients keeps for its backward pass lies in memory of its own, and is there once:
   a second call before that backward pass is computed without the recording.
 """
@@ -51,11 +50,10 @@ class Replay:
     Args:
         function: from tensors, some of them perhaps None, to a tensor or a tuple of tensors.
         name: for the warning.
-        alone: none of its memory is shared, so that it may run beside others.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str, *, alone: bool = False) -> None:
-        self.function, self.name, self.alone = function, name, alone
+    def __init__(self, function: Callable[..., Any], name: str) -> None:
+        self.function, self.name = function, name
         self._calls: Counter[Hashable] = Counter()
         self._recordings: dict[Hashable, _Recording | None] = {}
         _replays.add(self)
@@ -97,10 +95,7 @@ class Replay:
             return None
         try:
             with graphs.lock:
-                if _learns(inputs):
-                    return _Learning(self.function, inputs, graphs, graphs.new_memory())
-                memory = graphs.new_memory() if self.alone else graphs.shared_memory()
-                return _Recording(self.function, inputs, graphs, memory)
+                return (_Learning if _learns(inputs) else _Recording)(self.function, inputs, graphs)
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             self._warn(f"{type(error).__name__}: {reason}")
@@ -108,34 +103,6 @@ class Replay:
 
     def _warn(self, reason: str) -> None:
         _warn_once(f"{self.name} can't be replayed as a CUDA graph and is launched anew each time: {reason}")
-
-
-def beside(function: Callable[..., Any], *inputs: Tensor | None, **keywords: Any) -> Callable[[], Any]:
-    """Start a function of tensors on a stream of its own, beside whatever is launched next.
-
-    Returns:
-        What waits for the function, and returns its results; it must be called. On the CPU, the function is
-        computed before.
-    """
-    device = _device(inputs)
-    if device.type != "cuda":
-        results = function(*inputs, **keywords)
-        return lambda: results
-    here, own = torch.cuda.current_stream(device), _own_stream(device)
-    own.wait_stream(here)
-    with torch.cuda.stream(own):
-        results = function(*inputs, **keywords)
-
-    def wait(_inputs: Arguments = inputs) -> Any:  # whose memory is not given to others until then
-        here.wait_stream(own)
-        return results
-
-    return wait
-
-
-@cache
-def _own_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
 
 
 def release_recordings() -> None:
@@ -200,14 +167,14 @@ class _Recording:
     learns = False
     busy: Any = False
 
-    def __init__(self, function: Callable[..., Any], inputs: Arguments, graphs: Graphs, memory: Any) -> None:
+    def __init__(self, function: Callable[..., Any], inputs: Arguments, graphs: Graphs) -> None:
         self.inputs = [x if x is None else x.detach().clone() for x in inputs]
         for place, given in zip(self.inputs, inputs, strict=True):
             if self.learns and place is not None and given is not None:
                 place.requires_grad_(given.requires_grad)
         self.function, self.several, self.lock = function, False, graphs.lock
         self.with_graph = torch.is_grad_enabled()
-        self.replay, self.results = graphs.record(self._call, memory)
+        self.replay, self.results = graphs.record(self._call, self._memory(graphs))
 
     @torch.no_grad()
     def __call__(self, inputs: Arguments) -> Tensors:
@@ -215,6 +182,9 @@ class _Recording:
             _copy(self.inputs, inputs)
             self.replay()
             return tuple(result.clone() for result in self.results)
+
+    def _memory(self, graphs: Graphs) -> Any:
+        return graphs.shared_memory()
 
     def _call(self) -> Tensors:
         with _as_recorded(self.inputs), torch.set_grad_enabled(self.with_graph):
@@ -228,11 +198,12 @@ class _Learning(_Recording):
 
     learns = True
 
-    def __init__(self, function: Callable[..., Any], inputs: Arguments, graphs: Graphs, memory: Any) -> None:
+    def __init__(self, function: Callable[..., Any], inputs: Arguments, graphs: Graphs) -> None:
+        self.memory = graphs.new_memory()
         self.owner: weakref.ref | None = None
-        super().__init__(function, inputs, graphs, memory)
+        super().__init__(function, inputs, graphs)
         self.upstream = [torch.empty_like(x) for x, on in zip(self.results, self.learned, strict=True) if on]
-        self.replay_backward, self.grads = graphs.record(self._differentiate, memory)
+        self.replay_backward, self.grads = graphs.record(self._differentiate, self.memory)
         self.graph: Tensors = ()  # nothing else is recorded into this memory, so what it kept stays there
 
     @property
@@ -250,6 +221,9 @@ class _Learning(_Recording):
             self.replay_backward()
             grads = iter(self.grads)
             return [next(grads).clone() if x is not None and x.requires_grad else None for x in self.inputs]
+
+    def _memory(self, graphs: Graphs) -> Any:
+        return self.memory
 
     def _call(self) -> Tensors:
         results = super()._call()
