@@ -5,8 +5,8 @@ Other readers, ``torch.load`` among them, ignore the comment. Files of torch its
 
 from __future__ import annotations
 
-import hashlib
 import os
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,8 +14,8 @@ import torch
 
 END, END_BYTES = b"PK\x05\x06", 22
 """The signature of an archive's last record and its length; it ends with 2 bytes: the comment's length."""
-MARK = b"sha256:"
-COMMENT_BYTES = len(MARK) + 64
+COMMENT_BYTES = len(b"crc32:01234567")
+"""CRC32 finds every damage of up to 32 bits in a row, and of others all but one in 4 billion."""
 BLOCK = 2**20
 
 
@@ -57,8 +57,8 @@ def check_file(path: Path) -> None:
 def _comment(file: BinaryIO, count: int) -> bytes:
     """The comment for the first ``count`` bytes, after which the file then stands."""
     file.seek(0)
-    digest = hashlib.sha256()
+    checksum = 0
     while block := file.read(min(count, BLOCK)):
-        digest.update(block)
+        checksum = zlib.crc32(block, checksum)
         count -= len(block)
-    return MARK + digest.hexdigest().encode()
+    return f"crc32:{checksum:08x}".encode()

@@ -128,12 +128,14 @@ class Stage:
             return
         if choice == "refuse":
             raise ConfigError(
-                f"{self.label}: {change}; to train it anew from that, which renames the old folder: "
-                "checkpoint.weights_changed=redo, to leave it as it is: checkpoint.weights_changed=keep"
+                f"{self.label}: {change}; to train it anew, with its old folder renamed: "
+                "checkpoint.weights_changed=redo; to leave it as it is: checkpoint.weights_changed=keep"
             )
         if choice == "redo":
-            change += f"; it is trained anew, and what it was is in {set_aside(self.experiment.trial_dir)}"
-        logger.warning("%s: %s", self.label, change)
+            outcome = f"it is trained anew; the old one is in {set_aside(self.experiment.trial_dir)}"
+        else:
+            outcome = "it stays as it is"
+        logger.warning("%s: %s; %s", self.label, change, outcome)
 
     def _change_of_weights(self) -> str | None:
         """Says that ``system.weights`` holds another scene than the stage grew from, or soon will."""
@@ -145,8 +147,7 @@ class Stage:
         # If it trains and is another already, it may still end as it did: a damaged one is trained again.
         if before is None or (now in (before, None)) != trains:
             return None
-        change = f"{weights} {'will change' if trains else 'has changed'}"
-        return f"{change}, and {self.experiment.trial_dir} grew from it as it was"
+        return f"it grew from {weights}, which {'will change' if trains else 'has changed since'}"
 
     def _check_same_settings(
         self, counts: Callable[[str], bool] = lambda key: not key.startswith("system.loggers")

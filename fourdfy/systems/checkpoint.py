@@ -117,7 +117,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         return _read(path)
     except ConfigError as error:
         if not one_before(path).is_file():
-            raise
+            others = sorted(str(file) for file in path.parent.glob("[!.]*.ckpt") if file != path)
+            raise ConfigError(f"{error}; there is {', '.join(others)}" if others else str(error)) from error
         try:
             checkpoint = _read(one_before(path))
         except ConfigError as other:
@@ -128,14 +129,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        there = sorted(str(p) for p in path.parent.glob("[!.]*.ckpt")) if path.parent.is_dir() else []
-        hint = f"; there is {', '.join(there)}" if there else ""
-        raise ConfigError(f"{path}: no such checkpoint{hint}")
+        raise ConfigError(f"{path}: no such checkpoint")
     try:
         check_file(path)
         checkpoint = read_torch_file(path)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}") from error
     if not isinstance(checkpoint.get("state_dict"), Mapping):
         raise ConfigError(f"{path}: not a checkpoint of a scene (it has no state_dict)")
     return checkpoint

@@ -51,10 +51,21 @@ def damage(path):
     path.write_bytes(content)
 
 
+def test_a_disk_that_can_t_be_read_is_damage_too(tmp_path, monkeypatch):
+    path = saved(tmp_path / "last.ckpt", 1, 2)
+
+    def bad_sector(file):
+        if file == path:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("fourdfy.systems.checkpoint.check_file", bad_sector)
+    assert read_checkpoint(path)["global_step"] == 1
+
+
 @pytest.mark.parametrize("links", [True, False])
 def test_the_last_two_are_kept(tmp_path, monkeypatch, links):
     if not links:
-        monkeypatch.setattr(os, "link", lambda *_: 1 / 0 if links else os.stat("/no hard links"))
+        monkeypatch.setattr(os, "link", lambda *_: os.stat("/no hard links"))
     path = saved(tmp_path / "last.ckpt", 1, 2, 3)
     assert {file.name for file in tmp_path.iterdir()} == {"last.ckpt", "last.previous.ckpt"}
     assert [read_checkpoint(file)["global_step"] for file in (one_before(path), path)] == [2, 3]
@@ -146,3 +157,5 @@ def test_a_missing_checkpoint_names_what_is_there(tmp_path):
     (tmp_path / "last.ckpt").touch()
     with pytest.raises(ConfigError, match=r"no such checkpoint; there is .*last\.ckpt"):
         read_checkpoint(tmp_path / "first.ckpt")
+    with pytest.raises(ConfigError, match=r"no such checkpoint$"):
+        read_checkpoint(tmp_path / "elsewhere" / "first.ckpt")
