@@ -32,7 +32,6 @@ setup(
         "safetensors>=0.5",
         "numpy>=2.0",
         "numba>=0.61",
-        "imageio>=2.37",
         "imageio-ffmpeg>=0.6",
         "pillow>=11",
         "scipy>=1.13",

@@ -60,7 +60,7 @@ class StopSignals:
         if self.received is None:
             self.received, self._received_at = number, now
             if self.deferred:
-                _say(f"{signal.Signals(number).name}: stopping after this step; Ctrl-C quits at once")
+                _say(f"{signal.Signals(number).name}: stopping; Ctrl-C quits at once")
         elif now - self._received_at < ONE_REQUEST_SECONDS:
             return
         elif number == signal.SIGINT:

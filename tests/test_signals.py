@@ -37,7 +37,7 @@ def test_a_deferred_signal_waits_however_often_batch_systems_repeat_it(name, cap
     with pytest.raises(Stopped) as stopped, StopSignals(str) as stop:
         stop.deferred = True
         send(name)
-        assert f"{name}: stopping after this step; Ctrl-C quits at once" in capfd.readouterr().err
+        assert f"{name}: stopping; Ctrl-C quits at once" in capfd.readouterr().err
         send("SIGTERM")
         send("SIGXCPU")  # comes every second
         assert stop.received == getattr(signal, name)

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import imageio.v2 as imageio
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8, UInt16
@@ -160,8 +159,10 @@ def jet(values: Float[Tensor, "*F 1"]) -> Float[Tensor, "*F 3"]:
 
 def save_image(path: Path, pixels: Pixels | UInt16[ndarray, "_ _"]) -> None:
     """Write a PNG: 8-bit colours, or 16-bit grey."""
+    from PIL import Image
+
     encoded = io.BytesIO()
-    imageio.imwrite(encoded, pixels, format="png")
+    Image.fromarray(pixels).save(encoded, "PNG")
     write_whole(path, encoded.getvalue())
 
 

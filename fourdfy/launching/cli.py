@@ -53,7 +53,7 @@ def _main(argv: Sequence[str] | None, stop: StopSignals) -> int:
         _check_types()
 
     from fourdfy.config import ConfigError
-    from fourdfy.files.atomic import ADVICE, WriteError
+    from fourdfy.files.atomic import ADVICE, ELSEWHERE, WriteError
     from fourdfy.launching.experiment import trial_arguments
     from fourdfy.launching.run import run
 
@@ -82,10 +82,11 @@ def _main(argv: Sequence[str] | None, stop: StopSignals) -> int:
         sys.stderr.write(f"error: {error}\n")
         return 1
     except OSError as error:
-        if error.errno not in ADVICE:
+        is_told = isinstance(error, WriteError)
+        if error.errno not in ADVICE and not is_told:
             raise
-        what = error if isinstance(error, WriteError) else f"{error.filename or 'output'}: {error.strerror}"
-        say(f"error: {what}; {ADVICE[error.errno]}\n")
+        what = str(error) if is_told else f"{error.filename or 'output'}: {error.strerror}"
+        say(f"error: {what}; {ADVICE.get(error.errno or 0, ELSEWHERE)}\n")
         return 1
     return 0
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from fourdfy.files.atomic import WriteError
 from fourdfy.launching.cli import main
 from fourdfy.ops import backends
 from fourdfy.systems.checkpoint import read_checkpoint
@@ -391,6 +392,10 @@ def test_a_file_where_a_folder_should_be_is_one_line(tmp_path, capsys):
             "/x: Permission denied; check its permissions",
         ),
         (OSError(errno.EROFS, "Read-only file system", "/x"), "/x: Read-only file system; write elsewhere"),
+        (
+            WriteError(Path("/x"), OSError(errno.EFBIG, "File too large")),
+            "/x can't be written: File too large; ",
+        ),
     ],
 )
 def test_errors_of_the_disk_name_the_path_and_what_to_do(error, said, capsys, monkeypatch):

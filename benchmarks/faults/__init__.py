@@ -1,0 +1,1 @@
+"""Faults that ``benchmarks/reliability.py`` plants in runs, a file for each kind."""
