@@ -3,7 +3,6 @@
 import errno
 import random
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -63,7 +62,14 @@ def test_every_flipped_bit_zeroed_page_and_lost_end_is_noticed(file):
         assert not is_read(file), length
 
 
-def test_a_full_disk_is_named_as_such():
-    with pytest.raises(OSError) as refused:
-        save_with_checksum(CONTENT, Path("/dev/full"))
-    assert refused.value.errno == errno.ENOSPC
+def test_an_error_of_the_disk_is_named_as_such(tmp_path, monkeypatch):
+    monkeypatch.setattr("fourdfy.files.checksum._comment", lambda *_: pytest.fail("it went on"))
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError) as refused:
+            save_with_checksum(CONTENT, tmp_path / "a.ckpt")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert refused.value.errno == errno.EFBIG
