@@ -113,6 +113,9 @@ class Callback(Component):
     Registered, it can be named in ``trainer.callbacks``; an instance can be given to ``fourdfy.train``.
     """
 
+    is_essential = False
+    """Whether a ``WriteError`` of the callback ends the run, instead of costing a warning."""
+
     def __init__(self, cfg: Component.Config | None = None) -> None:
         """``cfg`` is an instance of the class's own ``Config``; None for its defaults."""
         self.cfg = self.Config() if cfg is None else cfg

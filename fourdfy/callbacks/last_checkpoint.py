@@ -19,6 +19,8 @@ class LastCheckpoint(Callback):
     Every ``keep_every``-th regular save is also kept as ``step_{step}.ckpt``; -1 keeps all, 0 none.
     """
 
+    is_essential = True
+
     def __init__(self, path: Path, every_n_train_steps: int, keep_every: int = 0) -> None:
         self.path = path
         self.every_n_train_steps, self.keep_every = every_n_train_steps, abs(keep_every)

@@ -31,7 +31,7 @@ class SaveRenders(Callback):
     """
 
     def __init__(self, save_dir: Path, curves: Curves | None = None, *, trained: bool = False) -> None:
-        self.save_dir, self.curves, self.trained = save_dir, curves, trained
+        self.save_dir, self.curves, self.is_essential = save_dir, curves, not trained
         self._images: dict[str, dict[str, list[Tensor]]] = defaultdict(dict)
 
     def after_frames(self, run: Run, batch: EvalBatch, frames: RenderOutput, **progress: int) -> None:
@@ -74,7 +74,7 @@ class SaveRenders(Callback):
     @contextmanager
     def _written(self, what: str, run: Run, names: str) -> Iterator[None]:
         try:
-            with atomic.by_product(what) if self.trained else nullcontext():
+            with nullcontext() if self.is_essential else atomic.by_product(what):
                 yield
                 if self.save_dir == run.folder / "save":
                     with atomic.by_product("the record of evaluations"):

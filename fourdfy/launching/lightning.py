@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from fourdfy.callbacks.base import Callback, Run
 from fourdfy.data.base import DataModule, EvalBatch
 from fourdfy.devices import memory_capped
-from fourdfy.files.atomic import by_product
+from fourdfy.files.atomic import WriteError, by_product, lost
 from fourdfy.launching.experiment import PARSED, TrainerConfig
 from fourdfy.launching.retries import until_it_fits
 from fourdfy.launching.trial import program
@@ -265,11 +265,14 @@ class LightningSystem(pl.LightningModule):
         self.tell("after_test")
 
     def tell(self, hook: str, *args: Any, **keywords: Any) -> None:
-        """Call a hook of every callback; an error's note says whose it is."""
+        """Call a hook of every callback; an error's note says whose it is. Most files can be done without."""
         for name, callback in self.callbacks.items():
             try:
                 getattr(callback, hook)(self.run, *args, **keywords)
             except Exception as error:
+                if isinstance(error, WriteError) and not callback.is_essential:
+                    lost(f"files of the callback {name!r}", str(error))
+                    continue
                 error.add_note(f"raised by {hook} of the callback {name!r} ({type(callback).__name__})")
                 raise
 

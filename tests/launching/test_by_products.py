@@ -5,12 +5,16 @@ import shutil
 
 import pytest
 
+from fourdfy.callbacks.base import Callback
 from fourdfy.callbacks.renders import SaveRenders
 from fourdfy.config import ConfigError
+from fourdfy.files.atomic import WriteError, losses_noted, write_whole
 from fourdfy.launching.experiment import PARSED, trial_arguments
+from fourdfy.launching.lightning import LightningSystem
 from fourdfy.launching.recipe import load_recipe
 from fourdfy.systems.checkpoint import read_checkpoint
 from tests.commands import CONFIGS, TINY, launch, trial
+from tests.runs import new_run
 
 CONFIG = "shapes_stage_1.yaml"
 VALIDATE = "trainer.val_check_interval=1"
@@ -80,6 +84,23 @@ def test_a_run_goes_on_without_all_that_it_can_do_without(tmp_path, caplog, rend
         assert launch(CONFIG, "train", tmp_path, VALIDATE) == 0
     assert rendered == [("validation", 1), ("validation", 2), ("test", 2), ("validation", 2), ("test", 2)]
     assert caplog.records[-2].getMessage().startswith("stage 1/1 shapes_stage_1: finished already")
+
+
+class Snapshots(Callback):
+    def after_test(self, run):
+        write_whole(run.folder / "mine.txt", "")
+
+
+def test_a_callback_of_one_s_own_may_fail_to_write_too(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    mine, essential = Snapshots(), Snapshots()
+    essential.is_essential = True
+    with losses_noted():
+        LightningSystem(new_run(folder=tmp_path / "file"), {"mine": mine}).tell("after_test")
+    reason = f"{tmp_path / 'file'} is a file where a folder is needed"
+    assert caplog.records[-1].getMessage().startswith("files of the callback 'mine' could not be written; ")
+    with pytest.raises(WriteError, match=reason):
+        LightningSystem(new_run(folder=tmp_path / "file"), {"mine": essential}).tell("after_test")
 
 
 def test_a_run_does_not_begin_without_its_checkpoints(tmp_path, capsys, rendered):
