@@ -1,8 +1,9 @@
 """Tiny random-weight models in genuine folder layouts, loaded through the genuine code paths.
 
-``save_stable_diffusion(folder)``, ``save_multi_view(folder)``, ``save_zeroscope(folder)`` and
-``save_videocrafter2(folder)`` write a diffusers folder of about a megabyte and return it; the tokenizer is
-a real CLIP byte-pair encoding with a small vocabulary, so prompts of the usual lengths fit into 77 tokens.
+``save_stable_diffusion(folder)``, ``save_multi_view(folder)``, ``save_zeroscope(folder)``,
+``save_videocrafter2(folder)`` and ``save_wan(folder)`` write a diffusers folder of about a megabyte and
+return it; the tokenizer is a real CLIP byte-pair encoding (Wan's: a T5 unigram model) with a small
+vocabulary, so prompts of the usual lengths fit into 77 tokens.
 """
 
 from __future__ import annotations
@@ -12,11 +13,19 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet3DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    DDIMScheduler,
+    UNet2DConditionModel,
+    UNet3DConditionModel,
+    UniPCMultistepScheduler,
+    WanTransformer3DModel,
+)
 from diffusers.models.embeddings import TimestepEmbedding
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from fourdfy.priors import convert
 from fourdfy.priors.convert import targets_of
@@ -78,6 +87,39 @@ def save_videocrafter2(folder: Path, sample_size: int = SAMPLE_SIZE, seed: int =
     save_file(embedding.state_dict(), place / "diffusion_pytorch_model.safetensors")
     config = {"_class_name": "TimestepEmbedding", "in_channels": linear.in_features}
     (place / "config.json").write_text(json.dumps(config | {"time_embed_dim": linear.out_features}))
+    return folder
+
+
+def save_wan(folder: Path, seed: int = 0) -> Path:
+    """Wan 2.1: a flow transformer, a causal VAE of the genuine strides, a UMT5 encoder."""
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    transformer = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=12,
+        text_dim=TEXT_WIDTH,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    _randomise(transformer).save_pretrained(folder / "transformer")
+    _randomise(AutoencoderKLWan(base_dim=4, num_res_blocks=1)).save_pretrained(folder / "vae")
+    UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    ).save_pretrained(folder / "scheduler")
+    pieces = _unigram_pieces()
+    T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder / "tokenizer")
+    text_config = UMT5Config(
+        vocab_size=len(pieces),
+        d_model=TEXT_WIDTH,
+        d_ff=32,
+        d_kv=8,
+        num_heads=2,
+        num_layers=2,
+        tie_word_embeddings=False,
+    )
+    UMT5EncoderModel(text_config).save_pretrained(folder / "text_encoder")
     return folder
 
 
@@ -260,6 +302,20 @@ def _randomise(network: torch.nn.Module) -> torch.nn.Module:
         if not parameter.any():
             torch.nn.init.normal_(parameter, std=0.05)
     return network
+
+
+@cache
+def _unigram_pieces() -> list[tuple[str, float]]:
+    """T5's kind of vocabulary, learned from the prompt library."""
+    texts = [text for group in json.loads(LIBRARY.read_text()).values() for text in group]
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=400, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator([*texts, QUALITY_WORDS], trainer)
+    return [(piece, score) for piece, score in json.loads(tokenizer.to_str())["model"]["vocab"]]
 
 
 @cache

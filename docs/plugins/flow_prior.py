@@ -7,29 +7,13 @@ a network without ``time_embedding``), with a network in closed form: the prior 
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from fourdfy.ops.diffusion import NoiseScales
-from fourdfy.priors.base import Denoiser, NoiseSchedule, Prior
+from fourdfy.priors.base import Denoiser, FlowSchedule, Prior
 from fourdfy.registry import register
 
 STRIDE, PATCH = 2, 4
 """Frames, and pixels along each side, of a latent."""
-
-
-class Straight(NoiseSchedule):
-    prediction = "flow_prediction"
-
-    def span(self, low, high):
-        return low, high
-
-    def draw(self, low, high, count, generator):
-        return low + (high - low) * torch.rand(count, generator=generator)
-
-    def scales(self, timesteps, ndim):
-        sigmas = timesteps.reshape(-1, *[1] * (ndim - 1))
-        return NoiseScales(1 - sigmas, sigmas)
 
 
 class Network(nn.Module):
@@ -57,7 +41,9 @@ class OneColour(Prior):
 
     def __init__(self, cfg, *, device):
         super().__init__(cfg, device=device)
-        self.denoiser = Denoiser(Network().requires_grad_(False), Straight())
+        self.denoiser = Denoiser(
+            Network().requires_grad_(False), FlowSchedule(num_train_timesteps=1, device=self.device)
+        )
 
     def encode(self, rgb, group_size, generator):
         clips = self.cfg.gain * rgb.movedim(-1, 1).unflatten(0, (-1, group_size)).movedim(1, 2)

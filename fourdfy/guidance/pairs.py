@@ -48,6 +48,7 @@ for name, pair in {
     "multiview-diffusion-guidance": "mvdream+reconstruction",
     "zeroscope-guidance": "zeroscope+sds",
     "videocrafter-guidance": "videocrafter+sds",
+    "wan-guidance": "wan+sds",
 }.items():
     register(name)(join(pair))
 

@@ -24,7 +24,8 @@ class ScoreDistillation(Distillation):
         guidance_scale: float = number(100.0, 0, 10_000)
         """Counted from the prediction with the text: text + scale (text - uncond), one less than usual."""
         weighting_strategy: Weighting = "sds"
-        """w(t): sds 1 - abar, uniform 1, fantasia3d sqrt(abar) (1 - abar)."""
+        """w(t): sds 1 - abar, uniform 1, fantasia3d sqrt(abar) (1 - abar), flow 1 / sqrt(abar): the
+        difference of a rectified flow's velocities."""
         use_sjc: bool = False
         """Use score Jacobian chaining (Wang et al. 2022) instead of score distillation."""
         var_red: bool = True

@@ -15,6 +15,7 @@ from fourdfy.config_files import COMMAND_LINE
 from fourdfy.launching.experiment import Experiment, TrainerConfig, trial_of
 from fourdfy.priors.hub import locate_model, resolve_model, stored_bytes
 from fourdfy.priors.model_folder import ModelNotFound
+from fourdfy.prompts.base import PARTS
 from fourdfy.systems.base import System
 from fourdfy.systems.checkpoint import has_checkpoint
 from fourdfy.systems.optim import parameters_of
@@ -127,7 +128,12 @@ def check_priors(experiment: Experiment) -> None:
                 kind.prompts.build().check_texts()
             except ValueError as error:
                 raise ConfigError(f"{kind.prompts_key}: {error}") from error
-        kind.guidance.check_models()
+        try:
+            kind.guidance.check_models()
+        except ConfigError:  # of a model's file
+            raise
+        except ValueError as error:
+            raise ConfigError(f"{kind.guidance_key}.{error}") from error
 
 
 def check_groups(experiment: Experiment) -> System:
@@ -193,7 +199,7 @@ def _memory_estimate(experiment: Experiment, system: System) -> tuple[float, flo
     each = DEFORMED_BYTES if "deformation" in cfg.scene_cfg.renders else SAMPLE_BYTES
     scene = sum(p.numel() for p in system.parameters()) * 16
     stored = sum(
-        stored_bytes(name, tuple(part for part in parts if part in ("unet", "vae"))) or 0
+        stored_bytes(name, tuple(part for part in parts if part not in PARTS)) or 0
         for name, parts in needed_models([experiment]).items()
     )
     priors, graphs = [0.0], []

@@ -11,7 +11,7 @@ B latents (images or videos), C channels, S the axes behind them: (H, W), or (F,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -32,6 +32,15 @@ def noise_scales(alphas_cumprod: Float[Tensor, "T"], timesteps: Int[Tensor, "B"]
     """A DDPM's scales at ``timesteps``, for latents of ``ndim`` axes."""
     abar = alphas_cumprod[timesteps].reshape(-1, *[1] * (ndim - 1))
     return NoiseScales(abar.sqrt(), (1 - abar).sqrt())
+
+
+def shifted(share: Float[Tensor, "..."] | float, shift: float) -> Any:
+    """A rectified flow's noise scale at a share 0..1 of its noise levels: k u / (1 + (k - 1) u).
+
+    Large images and long clips need more noise to lose what they show, and are learned with a larger
+    ``shift`` k (Esser et al. 2024, eq. 23).
+    """
+    return shift * share / (1 + (shift - 1) * share)
 
 
 def add_noise(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fourdfy.ops.diffusion import NoiseScales, add_noise
 
-Weighting = Literal["sds", "uniform", "fantasia3d"]
+Weighting = Literal["sds", "uniform", "fantasia3d", "flow"]
 
 
 def score_loss(latents: Float[Tensor, "B C *S"], grad: Float[Tensor, "B C *S"]) -> Float[Tensor, ""]:
@@ -115,7 +115,10 @@ def score_difference(
 
 
 def weight(scales: NoiseScales, weighting: str) -> Float[Tensor, "B *ones"]:
-    """w(t): ``sds`` s^2 (= 1 - abar), ``uniform`` 1, ``fantasia3d`` a s^2.
+    """w(t): ``sds`` s^2 (= 1 - abar), ``uniform`` 1, ``fantasia3d`` a s^2, ``flow`` 1 / a.
+
+    With 1 / a, a difference of noise predictions is one of a rectified flow's velocities,
+    ``(x0_2 - x0_1) / s`` (Yang et al. 2025, RFDS).
 
     Raises:
         ValueError: an unknown ``weighting``.
@@ -126,6 +129,8 @@ def weight(scales: NoiseScales, weighting: str) -> Float[Tensor, "B *ones"]:
         return torch.ones_like(scales.sigmas)
     if weighting == "fantasia3d":
         return scales.alphas * scales.sigmas**2
+    if weighting == "flow":
+        return 1 / scales.alphas
     raise ValueError(f"weighting_strategy={weighting!r}; expected one of {get_args(Weighting)}")
 
 

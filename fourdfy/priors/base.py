@@ -21,6 +21,7 @@ from fourdfy.ops.diffusion import (
     lead_away,
     noise_scales,
     sample_timesteps,
+    shifted,
     timestep_range,
     x0_from_prediction,
 )
@@ -74,6 +75,33 @@ class DDPMSchedule(NoiseSchedule):
         return noise_scales(self.alphas_cumprod, timesteps, ndim)
 
 
+@dataclass(frozen=True, kw_only=True)
+class FlowSchedule(NoiseSchedule):
+    """A rectified flow: its noise is any number. Shares of noise are those before ``shift``."""
+
+    shift: float = 1.0
+    num_train_timesteps: int = 1000
+    """What the network is told for pure noise."""
+    device: torch.device
+    prediction: str = "flow_prediction"
+
+    def span(self, low: float | int, high: float | int) -> tuple[float, float]:
+        least, most = (self.num_train_timesteps * shifted(share, self.shift) for share in (low, high))
+        return least, most
+
+    def draw(
+        self, low: float | int, high: float | int, count: int, generator: torch.Generator
+    ) -> Float[Tensor, "{count}"]:
+        drawn = torch.rand(count, generator=generator, device=generator.device)
+        # Without the lower end, which may be 0: losses divide by the noise.
+        share = high - (high - low) * drawn.to(self.device)
+        return self.num_train_timesteps * shifted(share, self.shift)
+
+    def scales(self, timesteps: Real[Tensor, "B"], ndim: int) -> NoiseScales:
+        sigmas = (timesteps / self.num_train_timesteps).reshape(-1, *[1] * (ndim - 1))
+        return NoiseScales(1 - sigmas, sigmas)
+
+
 class Denoiser(NamedTuple):
     """A frozen network, and what its predictions mean."""
 
@@ -111,6 +139,7 @@ class Prior(Component, ABC):
 
             Raises:
                 ConfigError: names the model's file.
+                ValueError: starts with the key of this config that does not fit the model.
             """
 
         def check_group_size(self, size: int, key: str) -> None:

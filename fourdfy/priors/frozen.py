@@ -26,7 +26,7 @@ from fourdfy.config_files import ConfigError
 from fourdfy.ops.diffusion import sample_noise
 from fourdfy.ops.finite import not_finite
 from fourdfy.ops.recomputation import recomputed
-from fourdfy.priors.base import DDPMSchedule, Network
+from fourdfy.priors.base import DDPMSchedule, FlowSchedule, Network, NoiseSchedule
 from fourdfy.priors.convert import no_progress_bar
 from fourdfy.priors.model_folder import (
     ModelNotFound,
@@ -50,7 +50,7 @@ CLASSES = {
     "tokenizer": ("tokenizer_class", "CLIPTokenizer"),
     "fps_embedding": ("_class_name", "TimestepEmbedding"),
 }
-"""For each part whose class is the same in every prior, the key that names the class, and its name."""
+"""For each part, the key that names its class, and the class that most priors have."""
 
 Gradient = Literal["exact", "subset"]
 """How ``encode_images`` computes gradients in parts."""
@@ -88,8 +88,7 @@ def check_part(folder: Path, part: str, class_name: str = "") -> None:
     """Refuse a part that can't be what is needed; reads its description, not its weights.
 
     Args:
-        class_name: the diffusers class that the description must name, e.g. ``UNet2DConditionModel``;
-            not needed for parts other than ``unet``.
+        class_name: the class that the description must name; by default that of ``CLASSES``.
 
     Raises:
         ModelNotFound: the part is missing or incomplete.
@@ -101,7 +100,8 @@ def check_part(folder: Path, part: str, class_name: str = "") -> None:
         read_scheduler(folder)
         return
     description = read_description(folder, part)
-    key, wanted = CLASSES.get(part, ("_class_name", class_name))
+    key, wanted = CLASSES.get(part, ("_class_name", ""))
+    wanted = class_name or wanted
     stated = description.get(key, wanted)
     # transformers' names come in a list, or end in Fast.
     if wanted and not (stated == wanted if key == "_class_name" else wanted in str(stated)):
@@ -140,42 +140,50 @@ def load_part(
         return _checked(freeze(network.to(device)))
 
 
-def load_text_encoder(folder: Path, device: torch.device) -> tuple[Any, nn.Module]:
-    """(tokenizer, CLIP text encoder in float32, frozen) of a model folder.
+def load_text_encoder(
+    folder: Path,
+    device: torch.device,
+    class_name: str = "CLIPTextModel",
+    tokenizer: str = "CLIPTokenizer",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Any, nn.Module]:
+    """(tokenizer, text encoder, frozen) of a model folder.
+
+    Args:
+        class_name: of the encoder in transformers, as ``tokenizer`` is of the other part.
 
     Raises:
         ModelNotFound: a part is missing or incomplete.
         ConfigError: a part is of another class, or can't be loaded.
     """
-    tokenizer = load_tokenizer(folder)
-    check_part(folder, "text_encoder")
-    from transformers import CLIPTextModel
+    words = load_tokenizer(folder, tokenizer)
+    check_part(folder, "text_encoder", class_name)
+    import transformers
 
     with no_progress_bar(), _loading(folder / "text_encoder"):
-        encoder, found = CLIPTextModel.from_pretrained(
-            folder / "text_encoder",
-            dtype=torch.float32,
-            **_loading_options(folder, "text_encoder", torch.float32),
+        encoder, found = getattr(transformers, class_name).from_pretrained(
+            folder / "text_encoder", dtype=dtype, **_loading_options(folder, "text_encoder", dtype)
         )
         _check_complete(found)
-        return tokenizer, _checked(freeze(encoder.to(device)))
+        return words, _checked(freeze(encoder.to(device)))
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The CLIP tokenizer of a model folder.
+def load_tokenizer(folder: Path, class_name: str = "CLIPTokenizer") -> Any:
+    """The tokenizer of a model folder.
 
     Raises:
         ModelNotFound: it is missing or incomplete.
         ConfigError: it is of another class, or can't be loaded.
     """
-    check_part(folder, "tokenizer")
-    from transformers import CLIPTokenizer
+    check_part(folder, "tokenizer", class_name)
+    import transformers
 
     with _loading(folder / "tokenizer"):
-        return CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        cls = getattr(transformers, class_name)
+        return cls.from_pretrained(folder / "tokenizer", local_files_only=True)
 
 
-def load_noise_schedule(folder: Path, device: torch.device) -> DDPMSchedule:
+def load_noise_schedule(folder: Path, device: torch.device) -> NoiseSchedule:
     """The noise schedule that ``folder/scheduler`` describes, whichever sampler it names.
 
     Raises:
@@ -186,6 +194,8 @@ def load_noise_schedule(folder: Path, device: torch.device) -> DDPMSchedule:
     from diffusers import DDPMScheduler
 
     levels, prediction = read_scheduler(folder)
+    if prediction == "flow_prediction":
+        return FlowSchedule(**levels, device=device)
     alphas_cumprod = DDPMScheduler(**levels).alphas_cumprod
     return DDPMSchedule(alphas_cumprod=alphas_cumprod.to(device), prediction=prediction)
 

@@ -46,6 +46,13 @@ class Source:
     """A folder below ``fourdfy/shapes/assets``, in place of a repository."""
     grammar: str | None = None
     """A module with ``check_text``, for a model that knows only some texts; null: it knows all."""
+    gigabytes: float | None = None
+    """What is fetched of it; null: unknown."""
+
+    @property
+    def download(self) -> str:
+        """The size of the download, for messages that go on."""
+        return f"{self.gigabytes:.1f} GB " if self.gigabytes else ""
 
     def __str__(self) -> str:
         return self.asset or (f"{self.repo}/{self.file}" if self.file else self.repo)
@@ -88,6 +95,14 @@ MODELS = {
         ),
     ),
     "VideoCrafter/VideoCrafter2": (Source(repo="VideoCrafter/VideoCrafter2", file="model.ckpt"),),
+    # All of it in float32; 22.7 GB are the text encoder.
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (
+        Source(
+            repo="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+            revision="0fad780a534b6463e45facd96134c9f345acfa5b",
+            gigabytes=28.9,
+        ),
+    ),
 }
 """Models by name, with their sources in the order in which they are tried. Any other hub id is its only
 source."""
@@ -141,7 +156,8 @@ def locate_model(name_or_path: str | Path, parts: Sequence[str] = ()) -> str:
         partial = "".join(f"; {line}" for line in tried if not line.endswith(": not there"))
         if is_offline() or not _may_be_fetched(name):
             return f"{name} (MISSING{partial})"
-        return f"{' or '.join(map(str, _sources(name)))} (to be fetched{partial})"
+        size = next((source.download for source in _sources(name)), "")
+        return f"{' or '.join(map(str, _sources(name)))} ({size}to be fetched{partial})"
     if stored.is_file():
         folder = converted_folder(stored)
         state = f"converted in {folder}" if folder.is_dir() else "to be converted"
@@ -325,7 +341,12 @@ def _fetch(source: Source, parts: Sequence[str]) -> Path:
         force = cached is not None
         return Path(hf_hub_download(source.repo, source.file, revision=source.revision, force_download=force))
     wanted = wanted_files(HfApi().list_repo_files(source.repo, revision=source.revision), parts)
-    logger.info("fetching %s: %d files from the hub", source, len(wanted))
+    logger.info(
+        "fetching %s: %s%d files from the hub",
+        source,
+        source.download and f"{source.download}in ",
+        len(wanted),
+    )
     folder = Path(snapshot_download(source.repo, revision=source.revision, allow_patterns=wanted))
     for file in wanted:
         if file_flaw(folder / file):  # the cache's own test is whether a file exists

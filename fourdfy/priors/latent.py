@@ -1,4 +1,4 @@
-"""Priors that are a diffusers U-Net on the latents of an image VAE: settings, loading, calls.
+"""Priors that are a diffusers network on the latents of a VAE, by default a U-Net: settings, loading, calls.
 
 N rendered frames of H x W pixels, B latents of h x w (images, or clips with a frame axis behind the
 channels), C channels, L tokens, E text channels, K numbers of a camera.
@@ -23,7 +23,8 @@ from fourdfy.bounds import number
 from fourdfy.config import file_path
 from fourdfy.ops.replay import Replay
 from fourdfy.priors.acceleration import compiled
-from fourdfy.priors.base import Denoiser, Prior
+from fourdfy.priors.base import Denoiser, Network, Prior
+from fourdfy.priors.distilled import check_not_distilled
 from fourdfy.priors.frozen import (
     Gradient,
     MemoryOptions,
@@ -59,11 +60,14 @@ class LatentPrior(Prior):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(MemoryOptions, Prior.Config):
-        unet_class: ClassVar[str] = "UNet2DConditionModel"
+        networks: ClassVar[dict[str, str]] = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+        """Parts of the model, the one that denoises first, with their classes in diffusers."""
         parts: ClassVar[tuple[str, ...]] = ("unet", "vae", "scheduler")
+        text_keys: ClassVar[tuple[str, str]] = ("hidden_size", "cross_attention_dim")
+        """Where the descriptions of the text encoder and of the denoiser say how many channels a text has."""
 
         pretrained_model_name_or_path: str = file_path("stabilityai/stable-diffusion-2-1-base")
-        """Folder, embedded name or hub id with ``unet``, ``vae`` and ``scheduler``."""
+        """Folder, embedded name or hub id of the model."""
         height: int | None = number(None, 1, 8192)
         """Pixels that images are resized to before the VAE; null: the model's own size."""
         width: int | None = number(None, 1, 8192)
@@ -92,14 +96,16 @@ class LatentPrior(Prior):
 
         def check_models(self) -> None:
             for name, parts in self.models():
+                check_not_distilled(name, parts[0])
                 if folder := stored_folder(name, parts):
                     for part in parts:
-                        check_part(folder, part, self.unet_class)
+                        check_part(folder, part, self.networks.get(part, ""))
 
         def check_text_encoder(self, name: str) -> None:
-            given = stored_description(name, "text_encoder").get("hidden_size")
-            for model in [model for model, parts in self.models() if "unet" in parts]:
-                read = stored_description(model, "unet").get("cross_attention_dim")
+            (denoiser, _), (gives, reads) = self.networks, self.text_keys
+            given = stored_description(name, "text_encoder").get(gives)
+            for model in [model for model, parts in self.models() if denoiser in parts]:
+                read = stored_description(model, denoiser).get(reads)
                 if given and isinstance(read, int) and read != given:
                     raise ValueError(
                         f"pretrained_model_name_or_path: {model} reads texts of {read} channels, and the "
@@ -126,10 +132,10 @@ class LatentPrior(Prior):
         self.image_size = self._image_size()
         self.recorded_vae: Replay | None = None
 
-    def load(self) -> tuple[Denoiser, nn.Module]:
+    def load(self) -> tuple[Denoiser, Network]:
         """The frozen networks: (denoiser, VAE)."""
         folder = resolve_model(*self.cfg.models()[0])
-        unet, vae = self.load_unet(folder), self.load_network(folder, "vae", "AutoencoderKL")
+        unet, vae = self.load_unet(folder), self.load_network(folder, "vae", self.dtype)
         return Denoiser(unet, load_noise_schedule(folder, self.device)), vae
 
     def load_denoiser(self, name: str) -> Denoiser:
@@ -141,7 +147,7 @@ class LatentPrior(Prior):
         return Denoiser(self.load_unet(folder), load_noise_schedule(folder, self.device))
 
     def load_unet(self, folder: Path) -> nn.Module:
-        unet = self.load_network(folder, "unet", self.cfg.unet_class)
+        unet = self.load_network(folder, next(iter(self.cfg.networks)), self.dtype)
         if self.cfg.token_merging:
             import tomesd
 
@@ -149,8 +155,8 @@ class LatentPrior(Prior):
             tomesd.apply_patch(unet, **{"use_rand": False} | (self.cfg.token_merging_params or {}))
         return unet
 
-    def load_network(self, folder: Path, part: str, class_name: str) -> nn.Module:
-        network = load_part(folder, part, class_name, dtype=self.dtype, device=self.device)
+    def load_network(self, folder: Path, part: str, dtype: torch.dtype) -> nn.Module:
+        network = load_part(folder, part, self.cfg.networks[part], dtype=dtype, device=self.device)
         apply_memory_options(network, self.cfg, self.device)
         if self.device.type == "cpu" and part == "vae":
             to_channels_last(network)  # a seventh faster there; U-Nets are not
@@ -169,10 +175,9 @@ class LatentPrior(Prior):
                 "%s is neither compiled nor replayed as CUDA graphs; its code copies tensors", name
             )
             return
-        unet = compiled(self.denoise, self.denoiser.network, f"the U-Net of {name}", small_too=compile_small)
-        self.denoise = Replay(  # type: ignore[method-assign]
-            unet, f"the U-Net of {name}"
-        )
+        network = f"the {next(iter(self.cfg.networks))} of {name}"
+        denoise = compiled(self.denoise, self.denoiser.network, network, small_too=compile_small)
+        self.denoise = Replay(denoise, network)  # type: ignore[method-assign]
         self.recorded_vae = Replay(partial(posterior, self.vae), f"the VAE of {name}")
 
     def halve_chunks(self, frames: int) -> dict[str, int]:
@@ -193,11 +198,16 @@ class LatentPrior(Prior):
         gradient: Gradient = "exact",
     ) -> Float[Tensor, "N C h w"]:
         """Each image's latents, at the size that the model works at; see ``frozen.encode_images``."""
-        images = rgb.movedim(-1, 1)
-        if images.shape[-2:] != self.image_size:
-            images = F.interpolate(images, self.image_size, mode="bilinear", align_corners=False)
+        images = self.resized(rgb)
         with self._precision():
             return encode_images(self.vae, images, generator, self.cfg.low_ram_vae, gradient, self._posterior)
+
+    def resized(self, rgb: Float[Tensor, "N H W 3"]) -> Float[Tensor, "N 3 H2 W2"]:
+        """Images at the size that the model works at."""
+        images = rgb.movedim(-1, 1)
+        if images.shape[-2:] == self.image_size:
+            return images
+        return F.interpolate(images, self.image_size, mode="bilinear", align_corners=False)
 
     def predict(
         self,
@@ -207,7 +217,7 @@ class LatentPrior(Prior):
         text_embeddings: Float[Tensor, "B L E"],
         cameras: Float[Tensor, "B K"] | None = None,
     ) -> Float[Tensor, "B C *S"]:
-        """One call of a diffusers U-Net; ``cameras`` are passed as its class labels."""
+        """One call of a diffusers network; ``cameras`` are passed as its class labels."""
         told = {} if cameras is None else {"class_labels": cameras}
         texts = text_embeddings.to(self.dtype)
         with self._precision():

@@ -23,36 +23,42 @@ LAYERS, SIZE, NUMBER = range(1, MOST + 1), range(1, 2**20), Bounds(-1e6, 1e6)
 ALLOWED: dict[str, Allowed] = {
     **dict.fromkeys(
         (
-            "layers_per_block", "num_hidden_layers", "reverse_transformer_layers_per_block",
+            "dim_mult", "layers_per_block", "num_decoder_layers", "num_heads", "num_hidden_layers",
+            "num_layers", "num_res_blocks", "patch_size", "reverse_transformer_layers_per_block",
             "transformer_layers_per_block",
         ),
         LAYERS,
     ),
     **dict.fromkeys(
         (
-            "addition_embed_type_num_heads", "addition_time_embed_dim", "attention_head_dim",
+            "addition_embed_type_num_heads", "addition_time_embed_dim", "attention_head_dim", "base_dim",
             "block_out_channels", "conv_in_kernel", "conv_out_kernel", "cross_attention_dim",
-            "encoder_hid_dim", "hidden_size", "in_channels", "intermediate_size", "latent_channels",
+            "d_ff", "d_kv", "d_model", "decoder_base_dim", "encoder_hid_dim", "ffn_dim", "freq_dim",
+            "hidden_size", "in_channels", "intermediate_size", "latent_channels",
             "max_position_embeddings", "norm_num_groups", "num_attention_heads", "num_class_embeds",
-            "out_channels", "projection_dim", "projection_class_embeddings_input_dim", "sample_size",
-            "time_cond_proj_dim", "time_embed_dim", "time_embedding_dim", "vocab_size",
+            "out_channels", "projection_dim", "projection_class_embeddings_input_dim",
+            "relative_attention_max_distance", "relative_attention_num_buckets", "rope_max_seq_len",
+            "sample_size", "scale_factor_spatial", "scale_factor_temporal", "text_dim",
+            "time_cond_proj_dim", "time_embed_dim", "time_embedding_dim", "vocab_size", "z_dim",
         ),
         SIZE,
     ),
     **dict.fromkeys(
         (
-            "attention_dropout", "dropout", "freq_shift", "initializer_factor", "initializer_range",
-            "layer_norm_eps", "mid_block_scale_factor", "norm_eps", "resnet_out_scale_factor",
-            "scaling_factor", "shift_factor",
+            "attention_dropout", "dropout", "dropout_rate", "eps", "freq_shift", "initializer_factor",
+            "initializer_range", "latents_mean", "latents_std", "layer_norm_eps", "layer_norm_epsilon",
+            "mid_block_scale_factor", "norm_eps", "resnet_out_scale_factor", "scaling_factor",
+            "shift_factor",
         ),
         NUMBER,
     ),
     **dict.fromkeys(
         (
-            "center_input_sample", "class_embeddings_concat", "dual_cross_attention", "flip_sin_to_cos",
-            "force_upcast", "mid_block_add_attention", "mid_block_only_cross_attention",
-            "only_cross_attention", "resnet_skip_time_act", "upcast_attention", "use_linear_projection",
-            "use_post_quant_conv", "use_quant_conv",
+            "center_input_sample", "class_embeddings_concat", "cross_attn_norm", "dual_cross_attention",
+            "flip_sin_to_cos", "force_upcast", "is_residual", "mid_block_add_attention",
+            "mid_block_only_cross_attention", "only_cross_attention", "resnet_skip_time_act",
+            "temperal_downsample", "upcast_attention", "use_linear_projection", "use_post_quant_conv",
+            "use_quant_conv",
         ),
         (False, True),
     ),
@@ -72,17 +78,19 @@ LISTS = ("block_out_channels", "down_block_types", "up_block_types")
 """Keys of lists, with one entry for each block."""
 
 OR_LISTS = (
-    "attention_head_dim", "cross_attention_dim", "layers_per_block", "num_attention_heads",
-    "only_cross_attention", "reverse_transformer_layers_per_block", "sample_size",
+    "attention_head_dim", "cross_attention_dim", "dim_mult", "latents_mean", "latents_std",
+    "layers_per_block", "num_attention_heads", "only_cross_attention", "patch_size",
+    "reverse_transformer_layers_per_block", "sample_size", "temperal_downsample",
     "transformer_layers_per_block",
 )  # fmt: skip
 """Keys that may have a list."""
 
 OR_NULL = (
-    "addition_time_embed_dim", "bos_token_id", "encoder_hid_dim", "mid_block_only_cross_attention",
-    "mid_block_type", "num_attention_heads", "num_class_embeds", "pad_token_id",
-    "projection_class_embeddings_input_dim", "reverse_transformer_layers_per_block", "sample_size",
-    "shift_factor", "time_cond_proj_dim", "time_embedding_act_fn", "time_embedding_dim", "timestep_post_act",
+    "addition_time_embed_dim", "bos_token_id", "decoder_base_dim", "encoder_hid_dim", "latents_mean",
+    "latents_std", "mid_block_only_cross_attention", "mid_block_type", "num_attention_heads",
+    "num_class_embeds", "pad_token_id", "patch_size", "projection_class_embeddings_input_dim",
+    "reverse_transformer_layers_per_block", "sample_size", "shift_factor", "time_cond_proj_dim",
+    "time_embedding_act_fn", "time_embedding_dim", "timestep_post_act",
 )  # fmt: skip
 """Keys that may be null."""
 

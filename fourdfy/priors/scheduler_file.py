@@ -1,7 +1,7 @@
 """The noise levels that a model was trained at, read from the scheduler file of its folder.
 
-The file names a sampler and holds its settings. Training depends only on the betas and on what the network
-predicts; a file that may mean other levels is refused.
+The file names a sampler and holds its settings. Training depends only on the betas, or on the shift of a
+rectified flow, and on what the network predicts; a file that may mean other levels is refused.
 """
 
 from __future__ import annotations
@@ -24,17 +24,22 @@ CLASSES = {
 """Samplers of models that were trained as in DDPM (Ho et al. 2020): x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) eps,
 with a_t the running product of 1 - beta."""
 
+FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
+"""A sampler of rectified flows. Others are told by ``use_flow_sigmas: true``; their files may still hold the
+betas of another model."""
+
 SAMPLING = {
-    "algorithm_type", "clip_sample", "clip_sample_range", "corrector_order", "disable_corrector",
-    "dynamic_thresholding_ratio", "euler_at_final", "final_sigmas_type", "flow_shift",
-    "interpolation_type", "lambda_min_clipped", "lower_order_final", "noise_sampler_seed",
-    "original_inference_steps", "predict_x0", "predictor_order", "sample_max_value", "set_alpha_to_one",
-    "sigma_max", "sigma_min", "skip_prk_steps", "solver_order", "solver_p", "solver_type",
-    "steps_offset", "tau_func", "thresholding", "time_shift_type", "timestep_scaling",
-    "timestep_spacing", "use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas",
-    "use_lu_lambdas",
+    "algorithm_type", "base_image_seq_len", "base_shift", "clip_sample", "clip_sample_range",
+    "corrector_order", "disable_corrector", "dynamic_thresholding_ratio", "euler_at_final",
+    "final_sigmas_type", "flow_shift", "interpolation_type", "lambda_min_clipped", "lower_order_final",
+    "max_image_seq_len", "max_shift", "noise_sampler_seed", "original_inference_steps", "predict_x0",
+    "predictor_order", "sample_max_value", "set_alpha_to_one", "sigma_max", "sigma_min", "skip_prk_steps",
+    "solver_order", "solver_p", "solver_type", "steps_offset", "stochastic_sampling", "tau_func",
+    "thresholding", "time_shift_type", "timestep_scaling", "timestep_spacing", "use_beta_sigmas",
+    "use_exponential_sigmas", "use_karras_sigmas", "use_lu_lambdas",
 }  # fmt: skip
-"""Keys that only concern sampling; ``flow_shift`` and ``time_shift_type`` apply only to flow sigmas."""
+"""Keys that only concern sampling; ``flow_shift`` and ``time_shift_type`` apply only to flow sigmas, and the
+bounds of shifts only to dynamic ones."""
 
 BETA = Bounds(above=0, high=0.9999)
 
@@ -58,12 +63,22 @@ ALLOWED: dict[str, Allowed] = {
 """Values that are understood: of the keys that say the betas, and of those with which a known class
 means another kind of model."""
 
+FLOW: dict[str, Allowed] = ALLOWED | {
+    "prediction_type": ("flow_prediction",),
+    "use_flow_sigmas": (True,),
+    "invert_sigmas": (False,),
+}
+"""The same for a rectified flow, besides its shift."""
+
+SHIFT = Bounds(above=0, high=1000)
+
 LINEAR = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 """Keys that a file must hold, since each class has its own defaults; ``trained_betas`` replaces them."""
 
 
 def read_scheduler(folder: Path) -> tuple[dict[str, Any], str]:
-    """(arguments for a ``DDPMScheduler`` with the model's betas, its ``prediction_type``).
+    """(arguments for a ``DDPMScheduler`` with the model's betas, its ``prediction_type``), or
+    ({``shift``, ``num_train_timesteps``}, ``flow_prediction``) of a rectified flow.
 
     Raises:
         ConfigError: the file may describe other noise levels; names it, its class and the keys in question.
@@ -72,26 +87,34 @@ def read_scheduler(folder: Path) -> tuple[dict[str, Any], str]:
     name = config.get("_class_name")
     config = {key: value for key, value in config.items() if not key.startswith("_")}
     betas = config.pop("trained_betas", None)
+    is_flow = name == FLOW_CLASS or config.get("use_flow_sigmas") is True
+    shift = "shift" if name == FLOW_CLASS else "flow_shift"
+    known = FLOW | {shift: SHIFT} if is_flow else ALLOWED
     needed = LINEAR if betas is None else ()
+    if is_flow:
+        needed = ("num_train_timesteps", shift, *(() if name == FLOW_CLASS else ("prediction_type",)))
     problems = [f"{key} is missing" for key in needed if key not in config]
     problems += [
         f"{key}={config[key]!r}, expected {either(allowed)}"
-        for key, allowed in ALLOWED.items()
+        for key, allowed in known.items()
         if key in config and not fits(config[key], allowed)
     ]
-    if unknown := sorted(config.keys() - ALLOWED.keys() - SAMPLING):
+    if unknown := sorted(config.keys() - known.keys() - SAMPLING):
         problems.append(f"unknown keys that might change the noise levels: {', '.join(unknown)}")
     if betas is not None and not (
         isinstance(betas, list) and len(betas) > 1 and all(fits(beta, BETA) for beta in betas)
     ):
         problems.append(f"trained_betas, expected a list of numbers, each {BETA}")
-    if str(name) not in CLASSES:
-        problems = [f"the known classes (_class_name) are {', '.join(sorted(CLASSES))}"]
+    if str(name) not in CLASSES | {FLOW_CLASS}:
+        problems = [f"the known classes (_class_name) are {', '.join(sorted(CLASSES | {FLOW_CLASS}))}"]
     if problems:
         raise ConfigError(
             f"{description_file(folder, 'scheduler')} describes a {name} whose noise levels "
             f"are not understood: {'; '.join(problems)}"
         )
+    if is_flow:
+        flow = {"shift": float(config[shift]), "num_train_timesteps": config["num_train_timesteps"]}
+        return flow, "flow_prediction"
     levels = {key: config[key] for key in (*needed, "rescale_betas_zero_snr") if key in config}
     return levels | {"trained_betas": betas}, config.get("prediction_type", "epsilon")
 

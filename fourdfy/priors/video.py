@@ -29,7 +29,7 @@ class VideoPrior(LatentPrior):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(LatentPrior.Config):
-        unet_class: ClassVar[str] = "UNet3DConditionModel"
+        networks: ClassVar[dict[str, str]] = {"unet": "UNet3DConditionModel", "vae": "AutoencoderKL"}
 
         num_frames: int | None = number(None, 2, 1024)
         """Frames per video; null: as in the data."""

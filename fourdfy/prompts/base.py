@@ -116,6 +116,10 @@ class PromptProcessor(Component, ABC):
             ValueError: shows where a text would be cut.
         """
 
+    def identity(self, folder: Path) -> str:
+        """A name for what makes the embeddings, under which they are cached."""
+        return model_identity(folder)
+
     def texts(self) -> set[str]:
         """Every text that is encoded: prompts, their texts for views, and the negative prompt."""
         views = (self.direction_texts(prompt) for prompt in self.prompts)
@@ -179,7 +183,7 @@ class PromptProcessor(Component, ABC):
 
     def _embeddings(self, texts: set[str], device: torch.device) -> dict[str, Float[Tensor, "L C"]]:
         folder = resolve_model(self.cfg.pretrained_model_name_or_path, PARTS)
-        identity = model_identity(folder)
+        identity = self.identity(folder)
         known = {}
         if self.cfg.use_cache:
             read = ((text, read_cached(identity, text)) for text in texts)

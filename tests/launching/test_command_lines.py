@@ -21,12 +21,13 @@ from tests.commands import CONFIGS, ROOT
 
 PROMPT = "system.prompt_processor.prompt=a panda dancing"
 
-# The README's stages; each starts from the one named behind it.
+# The original README's stages, and ours; each starts from the one named behind it.
 COMMANDS = {
     "fourdfy_stage_1": None,
     "fourdfy_stage_2": "fourdfy_stage_1",
     "fourdfy_stage_3": "fourdfy_stage_2",
     "fourdfy_stage_3_vc": "fourdfy_stage_2",
+    "fourdfy_stage_3_wan": "fourdfy_stage_2",
     "fourdfy_stage_1_low_vram": None,
     "fourdfy_stage_2_low_vram": "fourdfy_stage_1_low_vram",
     "fourdfy_stage_3_low_vram": "fourdfy_stage_2_low_vram",
@@ -49,15 +50,16 @@ def models(tmp_path_factory) -> Path:
     tiny_models.save_multi_view(root / "mvdream")
     tiny_models.save_zeroscope(root / "zeroscope")
     tiny_models.save_videocrafter2(root / "videocrafter2")
+    tiny_models.save_wan(root / "wan")
     return root
 
 
 def toy(name: str, models: Path) -> list[str]:
     """Overrides that make an experiment run in seconds, and change nothing else."""
-    video = models / ("videocrafter2" if "_vc" in name else "zeroscope")
+    video = models / ("videocrafter2" if "_vc" in name else "wan" if "_wan" in name else "zeroscope")
     renderer = (
         "renderer"
-        if name in ("fourdfy_stage_1", "fourdfy_stage_2", "fourdfy_stage_3")
+        if name in ("fourdfy_stage_1", "fourdfy_stage_2", "fourdfy_stage_3", "fourdfy_stage_3_wan")
         else "renderer.base_renderer"
     )
     return [

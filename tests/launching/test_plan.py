@@ -145,13 +145,13 @@ def test_a_model_of_another_kind_is_found_before_its_weights_are_read(zeroscope,
 
 def test_a_scheduler_that_is_not_understood_is_found_too(zeroscope, tmp_path, capsys):
     file = shutil.copytree(zeroscope, tmp_path / "model") / "scheduler" / "scheduler_config.json"
-    file.write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}')
+    file.write_text('{"_class_name": "CogVideoXDDIMScheduler", "snr_shift_scale": 3.0}')
     models = [
         f"system.{key}_video.pretrained_model_name_or_path={tmp_path / 'model'}"
         for key in ("guidance", "prompt_processor")
     ]
     assert launch("shapes_stage_3.yaml", "check", tmp_path, *models) == 2
-    assert f"error: {file} describes a FlowMatchEulerDiscreteScheduler" in capsys.readouterr().err
+    assert f"error: {file} describes a CogVideoXDDIMScheduler" in capsys.readouterr().err
 
 
 def test_what_is_missing_of_a_model_is_shown(zeroscope, tmp_path, capsys):

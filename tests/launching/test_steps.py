@@ -47,6 +47,9 @@ class Toy(nn.Module):
     def device(self):
         return self.weight.device
 
+    def bound_memory(self, budget):
+        """Nothing is kept for long."""
+
     def before_step(self, batch):
         self.seen.append("before")
 
@@ -274,4 +277,4 @@ def test_a_step_of_nan_ends_the_run_and_changes_nothing_on_a_gpu(precision):
     made.toy.training_step = spoilt
     with pytest.raises(FloatingPointError, match=r"^global step 3, a toy step: the loss a is nan"):
         made.fit(None)
-    assert torch.equal(made.toy.weight, weights[3])
+    assert torch.equal(made.toy.weight.cpu(), weights[3].cpu())

@@ -158,12 +158,12 @@ def test_trained_betas_and_zero_terminal_snr_are_read(folder, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, "FlowMatchEulerDiscreteScheduler"),
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 3.0}, "FlowMatchHeunDiscreteScheduler"),
         ({"_class_name": "CogVideoXDDIMScheduler", "snr_shift_scale": 3.0}, "CogVideoXDDIMScheduler"),
         ({"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler"),
         ({"_class_name": None}, "describes a None"),
         ({"_class_name": ["DDIMScheduler"]}, "DDIMScheduler"),
-        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas=True"),
+        ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "flow_shift is missing"),
         ({"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"}, "flow_prediction"),
         ({"prediction_type": "x0"}, "prediction_type='x0'"),
         ({"prediction_type": None}, None),

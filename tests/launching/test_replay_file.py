@@ -8,6 +8,7 @@ from torch import nn
 
 import fourdfy
 from fourdfy.callbacks.base import Callback
+from fourdfy.guidance import reconstruction
 from fourdfy.launching.cli import main
 from fourdfy.systems.base import System
 from fourdfy.systems.broken_step import StepRecord, first_not_finite, read_step, write_step
@@ -63,6 +64,21 @@ def test_the_step_is_repeated_and_the_first_cause_is_named(stopped, caplog):
         assert main(["--replay", str(stopped[1]), "--gpu", "cpu"]) == 0
     assert f"its losses were {torch.load(stopped[1])['losses']}" in caplog.text
     assert "the first that is not finite: what geometry.feature_network gives, " in caplog.text
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_step_of_a_gpu_is_repeated_there_and_on_a_cpu(tmp_path, caplog, monkeypatch):
+    loss = reconstruction.reconstruction_loss
+    monkeypatch.setattr(reconstruction, "reconstruction_loss", lambda *given: loss(*given) * NAN)
+    given = [*TINY, f"exp_root_dir={tmp_path}"]
+    with pytest.raises(FloatingPointError, match="global step 0, a multi_view step: the loss sds is nan"):
+        fourdfy.train("shapes_stage_1", given, device="cuda")
+    for gpu in ("0", "cpu"):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            assert main(["--replay", str(trial(tmp_path, "shapes_stage_1") / "replay.pt"), "--gpu", gpu]) == 0
+        assert "the first that is not finite: what guidance_multi_view gives: losses.sds, nan" in caplog.text
 
 
 def test_parameters_that_were_broken_before_are_named(stopped, tmp_path, caplog):

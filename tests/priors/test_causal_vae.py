@@ -1,0 +1,91 @@
+"""Clips encoded in chunks: the function, the gradient and the memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from torch.profiler import ProfilerActivity, profile
+
+from fourdfy.priors.causal_vae import STRIDE, moments
+
+LAYOUTS = {
+    "wan 2.1": {"base_dim": 4, "num_res_blocks": 1},
+    "wan 2.2": {
+        "base_dim": 4,
+        "decoder_base_dim": 4,
+        "num_res_blocks": 1,
+        "z_dim": 48,
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+    },
+}
+
+
+def make(layout: str, dtype: torch.dtype = torch.float64) -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(**LAYOUTS[layout]).requires_grad_(False).eval()
+    return torch.nn.Module.to(vae, dtype)  # diffusers' own warns about every cast
+
+
+def clips(frames: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, 3, frames, 32, 32, generator=generator, dtype=dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("at_once", [0, 1, 4, 8, 100])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_chunks_change_neither_values_nor_gradients(layout, at_once):
+    vae, whole, parts = make(layout), clips(13), clips(13)
+    wanted = vae.encode(whole).latent_dist.parameters
+    given = moments(vae, parts, at_once)
+    assert torch.equal(given, wanted)
+    weights = torch.randn_like(wanted)
+    (given,), (wanted,) = (
+        torch.autograd.grad(values, x, weights) for values, x in ((given, parts), (wanted, whole))
+    )
+    assert torch.equal(given, wanted)
+    assert (given.abs().amax(dim=(0, 1, 3, 4)) > 0).all(), "every frame learns"
+
+
+def saved_numbers(vae: AutoencoderKLWan, frames: int, at_once: int) -> int:
+    """What the forward pass keeps for the backward pass."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        moments(vae, clips(frames, torch.float32), at_once)
+    return sum(saved)
+
+
+def peak_bytes(vae: AutoencoderKLWan, frames: int, at_once: int) -> int:
+    """The most memory that both passes hold at a time."""
+    x, held, most = clips(frames, torch.float32), 0, 0
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as passes:
+        moments(vae, x, at_once).sum().backward()
+    for event in passes.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+def test_longer_clips_take_more_memory_for_the_caches_alone():
+    vae = make("wan 2.1", torch.float32)
+    for measured, share in ((saved_numbers, 10), (peak_bytes, 3)):
+        all_at_once, chunked = (
+            measured(vae, 33, at_once) - measured(vae, 17, at_once) for at_once in (0, STRIDE)
+        )
+        assert 0 < chunked < all_at_once / share, measured
+
+
+@pytest.mark.parametrize(("frames", "nearest"), [(16, 17), (15, 17), (14, 13), (2, 5), (80, 81)])
+def test_frames_that_would_be_dropped_are_refused_with_the_nearest_number(frames, nearest):
+    with pytest.raises(ValueError, match=rf"^frames={frames}: .* 1 \+ 4 k frames; use {nearest}$"):
+        moments(make("wan 2.1"), clips(frames))
+
+
+def test_colours_and_frames_in_the_wrong_order_are_refused():
+    with pytest.raises(ValueError, match=r"\[2, 5, 3, 32, 32\]; expected \[B, 3, F, H, W\]"):
+        moments(make("wan 2.1"), clips(5).movedim(1, 2))
