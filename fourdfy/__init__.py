@@ -1,7 +1,6 @@
 """fourdfy: text to 4D scenes by hybrid score distillation."""
 
 import os
-import sys
 import tempfile
 from importlib import import_module
 from pathlib import Path
@@ -14,11 +13,6 @@ __version__ = "0.1.0"
 # OpenMP's threads wait for each other by spinning unless told otherwise, and beside any other busy process
 # a step then takes several times as long (docs/benchmarks.md).
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-# Blocks of GPU memory that grow in place: a step has other sizes than the one before, and blocks that are
-# cut to size leave a third of what is reserved unused. PYTORCH_ALLOC_CONF, if set, comes first.
-if sys.platform == "linux":
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 try:
     Path.home()

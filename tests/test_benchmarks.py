@@ -59,6 +59,22 @@ def test_every_kind_of_step_is_measured_at_toy_size(load, tmp_path, capsys):
     assert [cells[2] for cells in rows(capsys.readouterr().out)] == ["single_view 16"], "and no mixture"
 
 
+def test_a_soak_sees_what_grows(load, tmp_path, capsys):
+    soak = load("soak")
+    soak.main(["--toy", "--steps", "8", "--out", str(tmp_path), "trainer.val_check_interval=0"])
+    table, _, grown = capsys.readouterr().out.rpartition("\n\n")
+    assert [cells[1] for cells in rows(table)] == [str(step) for step in range(1, 9)]
+    assert grown.startswith("stage 1/1: RSS ") and "CPU time" in grown
+
+    watch = soak.Watch(learns=False)
+    for leak, fine in ((0.0, True), (1.0, False)):
+        watch.stages["stage"] = [
+            soak.Row(step, 5.0, 5.0, dict.fromkeys(soak.memory_mib(), 100 + leak * step), 9.0)
+            for step in range(8)
+        ]
+        assert soak.report(watch)[1] == fine
+
+
 def rows(table):
     """Cells of the Markdown table's rows, without its head."""
     lines = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]

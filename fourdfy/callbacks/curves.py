@@ -34,13 +34,17 @@ from fourdfy.files.images import VALIDATION_FPS
 
 WHAT = "curves"
 
+DENSE = 10_000
+"""Points of a curve that are as dense as asked for; then there are half as many for as many steps again, and
+so on: the files grow by half of this each time the run gets twice as long."""
+
 MAX_PIXELS = 256
 """Most pixels of a logged image or clip along its longer side; larger ones lose rows and columns."""
 
 
 class Curves(Callback):
-    """Every so many steps, and after the last: for each kind of step that came since the last point the mean
-    of its scalars; and the learning rates. What can't be written costs a warning.
+    """Every so many steps (see ``interval``), and after the last: for each kind of step that came since the
+    last point the mean of its scalars; and the learning rates. What can't be written costs a warning.
 
     Args:
         wandb: settings of Weights & Biases, see ``system.loggers.wandb``.
@@ -72,7 +76,7 @@ class Curves(Callback):
             self.writers.append(WeightsAndBiases(self.folder, self.wandb, self.values))
 
     def after_step(self, run: Run, *args: Any) -> None:
-        if run.step % self.every_n_steps == 0 or run.step == run.max_steps:
+        if run.step % interval(run.step, self.every_n_steps) == 0 or run.step == run.max_steps:
             groups = run.optimizer.param_groups if run.optimizer else ()
             rates = {f"lr/{group['name']}": group["lr"] for group in groups}
             self._points.append((run.step - 1, run.means.take(), rates))
@@ -112,6 +116,11 @@ class Curves(Callback):
 _event_files = itertools.count()
 
 
+def interval(step: int, every_n_steps: int) -> int:
+    """Steps between the points of a curve at ``step``; see ``DENSE``."""
+    return every_n_steps << ((step - 1) // (every_n_steps * DENSE)).bit_length()
+
+
 class TensorBoard:
     """An event file in ``version_0`` of a folder, as Lightning names it.
 
@@ -119,7 +128,8 @@ class TensorBoard:
     """
 
     def __init__(self, folder: Path, start: int) -> None:
-        writer = f"{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}.{next(_event_files)}"
+        # Readers sort files by their names.
+        writer = f"{int(time.time()):010}.{socket.gethostname()}.{os.getpid()}.{next(_event_files):04}"
         self.path = folder / "version_0" / f"events.out.tfevents.{writer}"
         write_whole(self.path, b"")
         self._add(start, file_version="brain.Event:2")

@@ -53,7 +53,8 @@ class TrainerConfig:
     max_steps: int = number(10000, 0)
     """Training ends after this global step."""
     log_every_n_steps: int = number(50, 1)
-    """Training steps between two points of a curve."""
+    """Training steps between two points of a curve, which are means over them. They double after 10,000
+    points, and again each time the run is twice as long, so that the files stay small."""
     num_sanity_val_steps: int = number(0, 0)
     """Validation batches to render before training."""
     val_check_interval: int | float = number(1000, 0)

@@ -77,6 +77,19 @@ def test_the_last_step_completes_the_curve(tmp_path):
     assert [row["step"] for row in rows(this)] == [3, 5]
 
 
+def test_a_long_run_s_points_become_rarer_and_are_means_over_more_steps(tmp_path, monkeypatch):
+    monkeypatch.setattr(curves, "DENSE", 2)  # of four steps each
+    this = experiment(tmp_path)
+    sums = run(this, range(13))
+    run(this, range(13, 40), sums=sums)  # resumed between two points
+    assert [row["step"] for row in rows(this)] == [3, 7, 15, 31]
+    assert rows(this)[2]["loss/b/sds"] == (9 + 14) / 2
+
+
+def test_the_logs_of_the_paper_s_longest_run_are_a_quarter_of_its_steps():
+    assert sum(step % curves.interval(step, 1) == 0 for step in range(1, 100_001)) == 26_250
+
+
 @pytest.mark.parametrize("crash", [False, True])
 def test_a_resumed_run_continues_the_curve_without_a_step_twice_or_lost(tmp_path, crash):
     whole, broken = experiment(tmp_path / "whole"), experiment(tmp_path / "broken")
