@@ -37,7 +37,8 @@ def replay(file: Path, overrides: Sequence[str], *, gpu: str | None) -> str:
         experiment = load_experiment([parsed], overrides)
     device = select_device(gpu)
     cfg, parts = experiment.cfg, content["parts"]
-    step, kind, losses = content["step"], parts[-1].kind, content["losses"]
+    step, kind = content["step"], parts[-1].kind
+    losses = ", ".join(f"{name} {value:g}" for name, value in content["losses"].items())
     logger.info("global step %d, a %s step: its losses were %s", step, kind, losses)
     if broken := not_finite(content["state_dict"]):
         found = f"what the step is given, {', '.join(broken)}"

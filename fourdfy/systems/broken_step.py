@@ -29,6 +29,9 @@ from fourdfy.types import Cameras, StepBatch
 REPLAY = Path("replay.pt")
 """Path of the newest replay file inside a trial folder."""
 
+KEYS = ("config", "device", "step", "parts", "generators", "losses", "not_finite", "state_dict")
+"""What a replay file holds."""
+
 WATCHED = ("render", "encode", "predict", "guided_x0", "adjust")
 """Methods of scenes and priors that are no modules' forward passes, and whose results are looked at too."""
 
@@ -83,14 +86,20 @@ def read_step(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: no such file, or another kind of file.
     """
-    try:
-        content = read_torch_file(path)
-        parts = [StepBatch(**{**part, "cameras": Cameras(**part["cameras"])}) for part in content["parts"]]
-        return {**content, "parts": parts}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise ConfigError(
-            f"--replay {path}: not a replay file ({error}); a step that is not finite writes <trial>/{REPLAY}"
-        ) from error
+    problem = "is a folder" if path.is_dir() else "no such file"
+    if path.is_file():
+        try:
+            content = read_torch_file(path)
+        except ValueError as error:
+            raise ConfigError(f"--replay {error}") from error
+        try:
+            parts = [
+                StepBatch(**{**part, "cameras": Cameras(**part["cameras"])}) for part in content["parts"]
+            ]
+            return {key: content[key] for key in KEYS} | {"parts": parts}
+        except (LookupError, TypeError):
+            problem = "is a checkpoint" if "global_step" in content else "is a file of another kind"
+    raise ConfigError(f"--replay {path}: {problem}; a step that is not finite writes <trial>/{REPLAY}")
 
 
 def first_not_finite(

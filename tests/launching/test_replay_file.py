@@ -62,7 +62,7 @@ def test_the_file_holds_everything_and_runs_no_code(stopped):
 def test_the_step_is_repeated_and_the_first_cause_is_named(stopped, caplog):
     with caplog.at_level(logging.INFO):
         assert main(["--replay", str(stopped[1]), "--gpu", "cpu"]) == 0
-    assert f"its losses were {torch.load(stopped[1])['losses']}" in caplog.text
+    assert "global step 1, a multi_view step: its losses were sds nan, sparsity 0.2" in caplog.text
     assert "the first that is not finite: what geometry.feature_network gives, " in caplog.text
 
 
@@ -91,12 +91,20 @@ def test_parameters_that_were_broken_before_are_named(stopped, tmp_path, caplog)
 
 
 def test_other_files_and_modes_are_refused(stopped, tmp_path, capsys):
-    last = tmp_path / "last.ckpt"
-    torch.save({"state_dict": {}}, last)
-    for file in (last, tmp_path / "none"):
+    last, other = tmp_path / "last.ckpt", tmp_path / "other.pt"
+    torch.save({"state_dict": {}, "global_step": 1}, last)
+    torch.save(torch.load(stopped[1]) | {"parts": [{"cameras": 1}]}, other)
+    for file, problem in {
+        last: "is a checkpoint",
+        other: "is a file of another kind",
+        tmp_path: "is a folder",
+        tmp_path / "none": "no such file",
+    }.items():
         assert main(["--replay", str(file), "--gpu", "cpu"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: --replay {file}: ") and "<trial>/replay.pt" in line
+        assert (
+            line == f"error: --replay {file}: {problem}; a step that is not finite writes <trial>/replay.pt"
+        )
     for wrong in (["--replay", "x", "--train"], ["--config", "x"]):
         with pytest.raises(SystemExit):
             main(wrong)

@@ -110,6 +110,8 @@ def test_a_group_that_is_switched_off_must_exist(toy):
         ({"params": {"a": {"encoding": {"lr": 1}}}}, r"params\.a\.encoding: AdamW has no such option"),
         ({"params": {"a.b": {"lr": -1}}}, r"params\.a\.b\.lr: -1 is outside the range; expected 0 to 1000"),
         ({"params": {"a.b": {"lr": None}}}, r"params\.a\.b\.lr=None: expected a number, 0 to 1000"),
+        ({"params": {"a.b": {"lr": 1e9}}}, r"params\.a\.b\.lr: 1e\+09 is outside the range"),
+        ({"args": {"lr": float("nan")}}, r"args\.lr: nan is outside the range"),
         ({"args": {"eps": 0}}, r"args\.eps: 0 is outside the range; expected more than 0 and at most 1"),
         ({"args": {"betas": [0.9]}}, r"args\.betas=\[0\.9\]: AdamW refuses it"),
         ({"name": "SGD", "args": {"nesterov": True, "momentum": 0}}, "SGD refuses it: Nesterov"),
