@@ -105,7 +105,7 @@ def check_part(folder: Path, part: str, class_name: str = "") -> None:
     stated = description.get(key, wanted)
     # transformers' names come in a list, or end in Fast.
     if wanted and not (stated == wanted if key == "_class_name" else wanted in str(stated)):
-        name = stated if isinstance(stated, str) else shown(stated)
+        name = stated[:60] if isinstance(stated, str) else shown(stated)
         raise ConfigError(
             f"{folder / part} holds a {name}, expected a {wanted} ({key} of "
             f"{description_file(folder, part).name}); is pretrained_model_name_or_path another kind of model?"
@@ -132,7 +132,7 @@ def load_part(
     check_part(folder, part, class_name)
     import diffusers
 
-    with _loading(folder / part):
+    with loading(folder / part):
         network, found = getattr(diffusers, class_name).from_pretrained(
             folder / part, torch_dtype=dtype, **_loading_options(folder, part, dtype)
         )
@@ -160,11 +160,13 @@ def load_text_encoder(
     check_part(folder, "text_encoder", class_name)
     import transformers
 
-    with no_progress_bar(), _loading(folder / "text_encoder"):
+    with no_progress_bar(), loading(folder / "text_encoder"):
         encoder, found = getattr(transformers, class_name).from_pretrained(
             folder / "text_encoder", dtype=dtype, **_loading_options(folder, "text_encoder", dtype)
         )
         _check_complete(found)
+        if (most := len(words)) > (known_words := encoder.config.vocab_size):
+            raise ValueError(f"the tokenizer has {most} tokens, of which it knows {known_words}")
         return words, _checked(freeze(encoder.to(device)))
 
 
@@ -178,7 +180,7 @@ def load_tokenizer(folder: Path, class_name: str = "CLIPTokenizer") -> Any:
     check_part(folder, "tokenizer", class_name)
     import transformers
 
-    with _loading(folder / "tokenizer"):
+    with loading(folder / "tokenizer"):
         cls = getattr(transformers, class_name)
         return cls.from_pretrained(folder / "tokenizer", local_files_only=True)
 
@@ -340,10 +342,17 @@ def _checked(network: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _loading(place: Path) -> Iterator[None]:
-    """Turn whatever the libraries raise at a broken file into one line that names it."""
+def loading(place: Path) -> Iterator[None]:
+    """Turn whatever the libraries raise at a broken file into one line that names it, without their tables."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    levels = [logger.level for logger in loggers]
     try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         yield
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(f"{place} can't be loaded: {type(error).__name__}: {reason}") from error
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -95,7 +95,7 @@ def read_scheduler(folder: Path) -> tuple[dict[str, Any], str]:
         needed = ("num_train_timesteps", shift, *(() if name == FLOW_CLASS else ("prediction_type",)))
     problems = [f"{key} is missing" for key in needed if key not in config]
     problems += [
-        f"{key}={config[key]!r}, expected {either(allowed)}"
+        f"{key}={repr(config[key])[:60]}, expected {either(allowed)}"
         for key, allowed in known.items()
         if key in config and not fits(config[key], allowed)
     ]
@@ -109,7 +109,7 @@ def read_scheduler(folder: Path) -> tuple[dict[str, Any], str]:
         problems = [f"the known classes (_class_name) are {', '.join(sorted(CLASSES | {FLOW_CLASS}))}"]
     if problems:
         raise ConfigError(
-            f"{description_file(folder, 'scheduler')} describes a {name} whose noise levels "
+            f"{description_file(folder, 'scheduler')} describes a {str(name)[:60]} whose noise levels "
             f"are not understood: {'; '.join(problems)}"
         )
     if is_flow:

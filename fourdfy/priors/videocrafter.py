@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fourdfy.bounds import number
 from fourdfy.config import file_path
 from fourdfy.priors.base import Network
-from fourdfy.priors.frozen import apply_memory_options, freeze, load_part
+from fourdfy.priors.frozen import apply_memory_options, freeze, load_part, loading
 from fourdfy.priors.model_folder import ModelNotFound, part_flaw, weight_files
 from fourdfy.priors.video import VideoPrior
 from fourdfy.registry import register
@@ -93,10 +93,11 @@ def fps_vector(folder: Path, fps: int) -> Float[Tensor, "E"]:
     from diffusers.models.embeddings import TimestepEmbedding, get_timestep_embedding
 
     (file,) = weight_files(folder, "fps_embedding").paths
-    weights = load_file(file)
-    width, channels = weights["linear_1.weight"].shape
-    embedding = TimestepEmbedding(channels, width).double().requires_grad_(False)
-    embedding.load_state_dict(weights)
+    with loading(file):
+        weights = load_file(file)
+        width, channels = weights["linear_1.weight"].shape
+        embedding = TimestepEmbedding(channels, width).double().requires_grad_(False)
+        embedding.load_state_dict(weights)
     # Cosines first and unshifted frequencies, as the timesteps are embedded.
     waves = get_timestep_embedding(
         torch.tensor([fps]), channels, flip_sin_to_cos=True, downscale_freq_shift=0
