@@ -44,6 +44,17 @@ def memory_capped(device: str, gib: float | None) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
+def memory_of(device: str) -> int | float:
+    """The bytes that a device has in all; infinite if the system doesn't tell."""
+    if device != "cpu":
+        import torch
+
+        return torch.cuda.get_device_properties(device).total_memory
+    if not hasattr(os, "sysconf"):  # Windows
+        return float("inf")
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 @cache
 def keep_freed_memory() -> None:
     """Let the whole process keep what it frees, for later; without effect if the C library is not glibc.

@@ -22,6 +22,9 @@ from fourdfy.types import Cameras, StepBatch, StepContext
 
 logger = logging.getLogger(__name__)
 
+MOST_PIXELS, MOST_FRAMES = 2**28, 200_000
+"""Bounds of evaluations: pixels rendered at once, and test frames."""
+
 
 @register("single-multiview-combined-camera-datamodule")
 class CombinedCameraDataModule(DataModule):
@@ -67,6 +70,18 @@ class CombinedCameraDataModule(DataModule):
 
         def check(self) -> None:
             view = self.single_view
+            pixels = view.eval_batch_size * view.eval_height * view.eval_width
+            if pixels > MOST_PIXELS:
+                raise ConfigError(
+                    f"data.single_view.eval_batch_size x eval_height x eval_width is {pixels:,} pixels at "
+                    f"once; expected {MOST_PIXELS:,} at most"
+                )
+            clips = view.num_test_loop_static * (1 + view.num_test_loop_factor)
+            if (frames := view.num_frames * view.num_frames_factor * clips) > MOST_FRAMES:
+                raise ConfigError(
+                    "data.single_view.num_frames x num_frames_factor x num_test_loop_static x "
+                    f"(1 + num_test_loop_factor) is {frames:,} test frames; expected {MOST_FRAMES:,} at most"
+                )
             if view.simultan and view.prob_single_view_video is None:
                 raise ConfigError(
                     "data.single_view.simultan=true needs the share of its video steps; set "

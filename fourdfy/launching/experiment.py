@@ -65,7 +65,7 @@ class TrainerConfig:
     """Refused, because there is only one epoch."""
     precision: Literal[32, "32-true", "16-mixed", "bf16-mixed", 16, "bf16"] = 32
     """Lightning's precision; ``16`` and ``bf16`` are older names of the mixed ones."""
-    accumulate_grad_batches: int = number(1, 1)
+    accumulate_grad_batches: int = number(1, 1, 100_000)
     """Batches of one kind whose gradients are averaged for a step."""
     gradient_clip_val: float | None = number(None, 0)
     """Bound on the gradients, applied as ``gradient_clip_algorithm`` says; null: none."""

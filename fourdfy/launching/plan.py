@@ -12,6 +12,7 @@ from rich.text import Text
 
 from fourdfy.config import ConfigError
 from fourdfy.config_files import COMMAND_LINE
+from fourdfy.devices import memory_of
 from fourdfy.launching.experiment import Experiment, TrainerConfig, trial_of
 from fourdfy.priors.hub import locate_model, resolve_model, stored_bytes
 from fourdfy.priors.model_folder import ModelNotFound
@@ -27,6 +28,9 @@ OCCUPIED = 0.25
 """Share of the samples that survive pruning in a fresh scene, for cameras with a narrow field of view."""
 SAMPLE_BYTES, DEFORMED_BYTES = 173, 1110
 """Activations of the field per sample with a graph, without and with a deformation, measured on an H100."""
+
+PIXEL_BYTES = 64
+"""What a rendered pixel takes at least: its ray, and its colour, opacity and depth with their gradients."""
 
 
 def print_plan(experiments: Sequence[Experiment]) -> None:
@@ -49,18 +53,19 @@ def print_plan(experiments: Sequence[Experiment]) -> None:
             console.print(f"  {printable(line)}")
 
 
-def check_run(experiments: Sequence[Experiment]) -> None:
+def check_run(experiments: Sequence[Experiment], device: str) -> None:
     """Refuse a training of the stages that could not begin, or later not use its models, which are fetched.
 
     Raises:
-        ConfigError: see ``check_files``, ``find_models``, ``check_priors``, ``check_groups``.
+        ConfigError: see ``check_files``, ``find_models``, ``check_priors``, ``check_groups`` and
+            ``check_memory``.
     """
     # The last stage is checked too: a missing file should not show hours later.
     check_files(experiments)
     find_models(experiments)
     for experiment in experiments:
         check_priors(experiment)
-        check_groups(experiment)
+        check_memory(experiment, check_groups(experiment), device)
 
 
 def _stage_lines(experiment: Experiment, system: System) -> Iterator[str]:
@@ -149,6 +154,22 @@ def check_groups(experiment: Experiment) -> System:
         system, params, plan.absent | system.cfg.absent_parts | {kind.module for kind in plan.kinds}
     )
     return system
+
+
+def check_memory(experiment: Experiment, system: System, device: str) -> None:
+    """Refuse sizes that can't fit into a device, however few samples are computed at once.
+
+    Raises:
+        ConfigError: names the stage, and what it needs.
+    """
+    pixels = [math.prod(size) for kind in experiment.plan.kinds for size in kind.cameras.sizes()]
+    least = _memory_estimate(experiment, system)[0] + PIXEL_BYTES * max(pixels, default=0)
+    if least > (there := memory_of(device)):
+        raise ConfigError(
+            f"{experiment.cfg.name}: a step needs {least / 2**30:,.0f} GiB at least, and {device} has "
+            f"{there / 2**30:,.0f}; lower the scene's sizes, or those of the images (height, width, "
+            "num_frames, batch_size)"
+        )
 
 
 def fetch_models(experiments: Sequence[Experiment]) -> None:

@@ -76,7 +76,7 @@ def train(stages: Sequence[Stage], device: str, command: Sequence[str], stop: St
     began, first = time.monotonic(), stages[0].experiment
     if first.prompt_source != COMMAND_LINE:
         logger.info("%s", prompt_line(first))
-    check_run([stage.experiment for stage in stages])
+    check_run([stage.experiment for stage in stages], device)
 
     def advice() -> str:
         if len(stages) > 1 or not (first.trial_dir / PARSED).exists():

@@ -82,7 +82,7 @@ def train(
     given = [*([] if prompt is None else [literal_override(PROMPT, prompt)]), *overrides]
     device = select_device(device, "device=")
     stages = load_recipe(configs, given)
-    check_run([stage.experiment for stage in stages])
+    check_run([stage.experiment for stage in stages], device)
     named = [word for file in configs for word in ("--config", str(file))]
     command = ["fourdfy", *named, "--train", *given]
     with losses_noted():

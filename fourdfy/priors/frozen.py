@@ -343,7 +343,7 @@ def _checked(network: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def loading(place: Path) -> Iterator[None]:
-    """Turn whatever the libraries raise at a broken file into one line that names it, without their tables."""
+    """Turn whatever the libraries raise at a broken file into one line that names it; no tables."""
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
     levels = [logger.level for logger in loggers]
     try:

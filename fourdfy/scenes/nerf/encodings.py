@@ -151,6 +151,10 @@ class HashTable(nn.Module):
 # Grids over their inputs alone
 
 
+MOST_ENTRIES = 2**30
+"""Numbers in the tables of a hash grid; the paper's have 2^24."""
+
+
 @register("HashGrid")
 class HashGrid(Encoding):
     """A hash grid that does not depend on time."""
@@ -175,6 +179,13 @@ class HashGrid(Encoding):
         def __post_init__(self) -> None:
             self.spec(3)
             OPERATION.check(self.backend)
+            if (
+                entries := self.n_levels * self.n_features_per_level << self.log2_hashmap_size
+            ) > MOST_ENTRIES:
+                raise ValueError(
+                    f"n_levels, n_features_per_level, log2_hashmap_size: tables of {entries:,} numbers; "
+                    f"expected {MOST_ENTRIES:,} at most"
+                )
 
         def spec(self, n_input_dims: int) -> HashGridSpec:
             return HashGridSpec(

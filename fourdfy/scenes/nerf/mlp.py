@@ -40,6 +40,10 @@ class VanillaMLP(Component, nn.Module):
 
         def __post_init__(self) -> None:
             get_activation(self.output_activation)
+            if (weights := self.n_neurons**2 * self.n_hidden_layers) > 2**26:
+                raise ValueError(
+                    f"n_neurons, n_hidden_layers: {weights:,} weights; expected {2**26:,} at most"
+                )
 
     cfg: Config
 
