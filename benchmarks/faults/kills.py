@@ -59,7 +59,7 @@ class _Campaign:
         self.begun: dict[str, int] = {}
         """Stage -> the last step that was begun in it."""
         self.may_repeat = 0
-        """Steps that the last kill may have cost."""
+        """Steps that kills may have cost since the last step that was computed."""
 
     def run(self, ends: Row) -> None:
         self.root.mkdir(parents=True)
@@ -78,7 +78,10 @@ class _Campaign:
                 outcome += f", after more than {SOON_SECONDS:g} s"
             wrong += [*self._repeated(child), *torn(self.root)]
             self.rows[phase].add(f"{name}: {outcome}", self._told(wrong))
-            self.may_repeat = EVERY_N_STEPS if name in ("SIGKILL", TWICE) else 0
+            if name in ("SIGKILL", TWICE):
+                self.may_repeat = EVERY_N_STEPS
+            elif child.steps:
+                self.may_repeat = 0
         status = child.wait()
         self.reference.seconds |= child.seconds()
         wrong = [] if status == 0 else [f"status {status}: {child.said()[-3000:]}"]
