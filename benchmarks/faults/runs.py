@@ -57,7 +57,7 @@ FUNCTIONS: dict[str, tuple[tuple[Any, str], ...]] = {
     "checkpoint": ((lightning, "write_checkpoint"),),
     "validation": ((LightningSystem, "validation_step"),),
     "pictures": ((SaveRenders, "after_validation"), (SaveRenders, "after_test")),
-    "tests": ((LightningSystem, "test_step"),),
+    "tests": ((lightning.Trainer, "test"),),
     "closing": ((closing, "log_closing"),),
 }
 """Phases of a run -> the functions with which each begins."""
