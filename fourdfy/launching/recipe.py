@@ -37,6 +37,9 @@ from fourdfy.systems.checkpoint import (
 
 logger = logging.getLogger(__name__)
 
+MEMORY_KEYS = (".train_max_nums", ".train_max_nums_static", ".eval_chunk_size", ".low_ram_vae")
+"""Endings of the keys that a step out of memory advises; with exact gradients they change nothing else."""
+
 SETTINGS = ("seed", "data_type", "data", "system_type", "system", "steps")
 TRAINER_SETTINGS = (
     "precision",
@@ -150,9 +153,13 @@ class Stage:
         return f"it grew from {weights}, which {'will change' if trains else 'has changed since'}"
 
     def _check_same_settings(
-        self, counts: Callable[[str], bool] = lambda key: not key.startswith("system.loggers")
+        self,
+        counts: Callable[[str], bool] = lambda key: (
+            not (key.startswith("system.loggers") or key.endswith(MEMORY_KEYS))
+        ),
     ) -> None:
-        """Refuse to continue a trial with other settings; only its length may change.
+        """Refuse to continue a trial with other settings; only its length, and what bounds its memory, may
+        change.
 
         Args:
             counts: whether a change of this key makes it another run.

@@ -189,6 +189,12 @@ def test_a_damaged_first_stage_is_trained_again_and_the_second_continues(again, 
     assert last(tmp_path, STAGES[1])["grew_from"] == scene_hash(path)
 
 
+def test_what_a_step_out_of_memory_advises_can_be_set_in_the_same_folder(again, steps):
+    fewer = ("system.renderer.train_max_nums_static=2000", "system.guidance_multi_view.low_ram_vae=2")
+    again(*fewer, "stage_2.trainer.max_steps=2")
+    assert steps[0] == [(STAGES[1], 1)]
+
+
 def test_what_changes_every_step_makes_another_run(again):
     for changed in ("precision=bf16-mixed", "gradient_clip_val=1", "accumulate_grad_batches=2"):
         with pytest.raises(ConfigError, match=rf"other settings \(trainer\.{changed.partition('=')[0]}\)"):
