@@ -37,6 +37,13 @@ def open_streams() -> None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
 
 
+def log_to_stderr() -> None:
+    """Show what is logged, with control characters escaped, unless a program has its own handlers."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+
+
 class PrintableFormatter(logging.Formatter):
     """A record's message, with its control characters escaped."""
 

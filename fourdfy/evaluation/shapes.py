@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 import time
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from fourdfy.evaluation.report import ShapesReport, summary_table, write_json
 from fourdfy.evaluation.scenes import Render, evaluate_scene, scene_renderer
 from fourdfy.shapes.grammar import ShapePrompt, parse_prompt
 from fourdfy.signals import StopSignals
+from fourdfy.terminal import log_to_stderr
 
 RECIPE = CONFIGS / "shapes.yaml"
 
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "=" not in override or override.startswith("="):
             parser.error(f"{override!r}: expected key=value, e.g. seed=1")
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    log_to_stderr()
     try:
         device = select_device(args.gpu)
     except ConfigError as error:

@@ -64,7 +64,7 @@ class WriteError(OSError):
             size = self.size or (path.stat().st_size if path.is_file() else 0)
             needed = f"{_size(size)} needed, " if size else ""
             reason += f" ({needed}{_size(free_bytes(folder) or 0)} free)"
-        kept = "; the file of before is unchanged" if path.is_file() and folder == path.parent else ""
+        kept = "; the file of before is unchanged" if path.is_file() else ""
         return f"{path} can't be written: {reason}{kept}"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from fourdfy.signals import StopSignals
-from fourdfy.terminal import PrintableFormatter, open_streams, printable_lines, say
+from fourdfy.terminal import log_to_stderr, open_streams, printable_lines, say
 
 EXAMPLES = """examples:
   launch.py --config configs/shapes.yaml --train --prompt "a red cube spinning"
@@ -44,9 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(argv: Sequence[str] | None, stop: StopSignals) -> int:
     open_streams()
     args = _arguments(argv)
-    handler = logging.StreamHandler()
-    handler.setFormatter(PrintableFormatter())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    log_to_stderr()
     # Only ours: numba writes thousands of debug records.
     logging.getLogger("fourdfy").setLevel(logging.DEBUG if args.verbose else logging.INFO)
     if args.typecheck:

@@ -8,7 +8,7 @@ import pytest
 from fourdfy.callbacks.base import Callback
 from fourdfy.callbacks.renders import SaveRenders
 from fourdfy.config import ConfigError
-from fourdfy.files.atomic import WriteError, losses_noted, write_whole
+from fourdfy.files.atomic import HOST, WriteError, losses_noted, write_whole
 from fourdfy.launching.experiment import PARSED, trial_arguments
 from fourdfy.launching.lightning import LightningSystem
 from fourdfy.launching.recipe import load_recipe
@@ -118,6 +118,7 @@ def test_pictures_that_a_kill_has_torn_or_left_out_are_made_again(copy, trained,
     save = trial(copy, "shapes_stage_1") / "save"
     (save / "it2-0.png").unlink()
     (save / "it2-test.mp4").write_bytes(b"torn")
+    (save / f".it2-0.{HOST}-999999999-00000000-0.tmp.png").touch()
     assert launch(CONFIG, "train", copy, VALIDATE) == 0
     assert rendered == [("validation", 2), ("test", 2)]
     assert pictures(copy) == pictures(trained)
