@@ -169,8 +169,10 @@ class LightningSystem(pl.LightningModule):
         """``work()`` within the memory; without a ``batch``, nothing of it has gradients."""
 
         def halve() -> dict[str, int]:
-            """All settings so far, if one was halved."""
-            halved = self.system.halve_chunks(batch)
+            """All settings so far, as a recipe takes them, if one was halved."""
+            stage, _, stages = self.run.label.removeprefix("stage ").partition("/")
+            prefix = f"stage_{stage}." if stages not in ("", "1") else ""
+            halved = {prefix + key: value for key, value in self.system.halve_chunks(batch).items()}
             self._halved |= halved
             if batch is not None:
                 set_generator_states(self._draws, self.device)
