@@ -31,8 +31,8 @@ class StopSignals:
     """Within this context a signal to end raises ``Stopped``; ``advice()`` is logged when the context ends.
 
     While ``deferred`` is set, the signal is only noted in ``received``. A second Ctrl-C ends the process
-    at once, without any cleaning up. Signals that are ignored (``nohup``) stay ignored, and outside the main
-    thread, where Python allows no handlers, nothing changes.
+    at once, and so does any signal during an import. Signals that are ignored (``nohup``) stay ignored, and
+    outside the main thread, where Python allows no handlers, nothing changes.
 
     Args:
         advice: returns how to continue; may be replaced.
@@ -56,18 +56,25 @@ class StopSignals:
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
+        now, name = time.monotonic(), signal.Signals(number).name
         if self.received is None:
             self.received, self._received_at = number, now
             if self.deferred:
-                _say(f"{signal.Signals(number).name}: stopping; Ctrl-C quits at once")
+                _say(f"\n{name}: stopping; Ctrl-C quits at once")
         elif now - self._received_at < ONE_REQUEST_SECONDS:
             return
         elif number == signal.SIGINT:
-            _say(f"quit at once; {self.advice()}")
-            os._exit(128 + number)
-        if not self.deferred:
-            raise Stopped(128 + number)
+            self._quit(number, "\nquit at once")
+        if self.deferred:
+            return
+        if _is_importing(frame):  # what is half imported breaks the rest, and some modules catch everything
+            self._quit(number, f"stopped by {name}")
+        raise Stopped(128 + number)
+
+    def _quit(self, number: int, what: str) -> None:
+        """End the process without any cleaning up: nothing of ours needs it, as it may be killed anyway."""
+        _say(f"{what}; {self.advice()}")
+        os._exit(128 + number)
 
     def check(self) -> None:
         """Raise for the signal that was received, if there was one."""
@@ -83,7 +90,13 @@ class StopSignals:
             self.check()
 
 
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None
+
+
 def _say(text: str) -> None:
     """Write a line to stderr from a handler, which may have interrupted a write of Python's own."""
     with suppress(OSError):
-        os.write(2, f"\n{text}\n".encode())
+        os.write(2, f"{text}\n".encode())

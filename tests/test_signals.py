@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from contextlib import suppress
 
@@ -9,6 +11,7 @@ import pytest
 
 from fourdfy import signals
 from fourdfy.signals import NAMES, Stopped, StopSignals
+from tests.commands import ROOT
 
 HERE = [name for name in NAMES if hasattr(signal, name)]
 
@@ -66,6 +69,21 @@ def test_a_signal_that_a_wrapper_passes_on_twice_is_one(monkeypatch):
         stop.deferred = True
         send("SIGINT")
         send("SIGINT")
+
+
+def test_no_import_is_left_half_done(tmp_path):
+    """A module may catch what is raised in it, and is broken from then on."""
+    (tmp_path / "catching.py").write_text("try:\n    import sending\nexcept BaseException:\n    pass\n")
+    (tmp_path / "sending.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGTERM)\n")
+    program = (
+        "from fourdfy.signals import StopSignals\n"
+        "with StopSignals(lambda: 'type it again'):\n    import catching\n    print('went on')"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "")
+    assert done.stderr == "stopped by SIGTERM; type it again\n"
 
 
 def test_a_stop_that_a_library_caught_is_one_all_the_same(caplog):
