@@ -40,11 +40,13 @@ def read_torch_file(path: str | Path) -> dict[str, Any]:
         ValueError: not a torch file, not a dict, or a file that can't be read without running code in it.
     """
     path = Path(path)
-    with path.open("rb"):
-        pass
+    with path.open("rb") as file:
+        start = file.read(4)
     if tarfile.is_tarfile(path):
         raise ValueError(f"{path} is a tar file (torch before 0.4): save it again with a newer torch")
     mmap = zipfile.is_zipfile(path)
+    if not start or (start == b"PK\x03\x04" and not mmap):
+        raise ValueError(f"{path} is {'cut short' if start else 'empty'}")
     try:
         try:
             content = torch.load(path, "cpu", weights_only=True, mmap=mmap)

@@ -122,7 +122,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         try:
             checkpoint = _read(one_before(path))
         except ConfigError as other:
-            raise ConfigError(f"{error}; {other}") from error
+            raise ConfigError(f"{error}; {other}; to train anew, move {path.parent} away") from error
         warn_once(f"{error}; using the one before, {one_before(path).name}")
         return checkpoint
 

@@ -79,7 +79,9 @@ def test_the_one_before_is_used_instead_of_a_damaged_or_missing_one(tmp_path, ca
     (said,) = caplog.messages
     assert str(path) in said and said.endswith("; using the one before, last.previous.ckpt")
     damage(one_before(path))
-    with pytest.raises(ConfigError, match=r"last\.ckpt.*last\.previous\.ckpt is damaged"):
+    with pytest.raises(
+        ConfigError, match=r"last\.ckpt.*last\.previous\.ckpt is damaged.*to train anew, move "
+    ):
         read_checkpoint(path)
 
 
