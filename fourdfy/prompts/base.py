@@ -36,6 +36,9 @@ PARTS = ("tokenizer", "text_encoder")
 
 LIBRARY = Path(__file__).with_name("library.json")
 
+MOST_CHARACTERS = 20_000
+"""Of a prompt; the longest that an encoder reads has a tenth."""
+
 TextEncoder = Any
 """Callable: texts (list of str) -> their embeddings, [texts, L, C]."""
 
@@ -207,6 +210,7 @@ def resolve_prompt(prompt: str) -> str:
     Raises:
         ValueError: no library prompt has all words, or several have.
     """
+    check_text(prompt)
     if not prompt.startswith("lib:"):
         return prompt
     words = prompt.removeprefix("lib:").lower().split("_")
@@ -226,16 +230,32 @@ def resolve_prompt(prompt: str) -> str:
     )
 
 
+def check_text(text: str) -> None:
+    """Refuse what is no text, or longer than any encoder reads: a tokenizer may take minutes for it.
+
+    Raises:
+        ValueError: says which of the two, and where.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"a prompt has {len(text):,} characters; expected {MOST_CHARACTERS:,} at most")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        where = error.start + 1
+        raise ValueError(f"character {where} of a prompt is half of a surrogate pair, or no UTF-8") from error
+
+
 def tokenize(tokenizer: Any, text: str, max_length: int) -> list[int]:
     """Token ids padded to ``max_length``.
 
     Raises:
-        ValueError: the text is longer; shows where it would be cut.
+        ValueError: the text is longer; shows where it would be cut. Or see ``check_text``.
     """
-    ids = tokenizer(text).input_ids
+    check_text(text)
+    ids = tokenizer(text, verbose=False).input_ids
     if len(ids) > max_length:
         kept = tokenizer.decode(ids[: max_length - 1], skip_special_tokens=True)
-        cut = tokenizer.decode(ids[max_length - 1 :], skip_special_tokens=True)
+        cut = tokenizer.decode(ids[max_length - 1 :][:100], skip_special_tokens=True)
         raise ValueError(
             f"a prompt has {len(ids)} tokens, the text encoder reads {max_length}; shorten it. "
             f"It would be cut here: {kept!r} >>> {cut!r}"

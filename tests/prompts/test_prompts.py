@@ -309,3 +309,15 @@ def test_training_warns_too(caplog):
     base._warn_once.cache_clear()
     make(pretrained_model_name_or_path=SHAPES, prompt="a crimson cube bouncing").embeddings("cpu")
     assert "'crimson' is no colour" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("a \ud800 cube", "character 3 of a prompt is half of a surrogate pair"),
+        ("x" * 100_000, "100,000 characters; expected 20,000 at most"),
+    ],
+)
+def test_a_prompt_that_is_no_text_or_endless_is_refused_before_it_is_tokenized(prompt, said):
+    with pytest.raises(ValueError, match=said):
+        resolve_prompt(prompt)

@@ -5,7 +5,10 @@ import pytest
 from fourdfy.config import ConfigError
 from tests.reliability.fuzzing import SECRET, judge, run
 
-COUNTS = {"resolvers": 20, "yaml": 30}
+COUNTS = {
+    "checkpoints": 40, "safetensors": 15, "folders": 12, "yaml": 12, "resolvers": 10,
+    "prompts": 6, "sizes": 8,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("subject", COUNTS)
