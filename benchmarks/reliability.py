@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from faults.encoders import encoders
 from faults.files import flipped_bits, full_disks, harmed_files, small_files
-from faults.kills import kills, other_modes, starts
+from faults.kills import POLITE, kills, other_modes, starts
 from faults.races import races
 from faults.runs import Undisturbed, undisturbed
 from faults.table import Row, markdown
@@ -49,6 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     counts = {name: int(count) for name, count in (word.split("=") for word in args.only)}
     out: Path = args.out.absolute()
     (out / "undisturbed").mkdir(parents=True)
+    for name in POLITE:  # shells have processes in the background ignore some, and so would all runs
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
     torch.set_num_threads(1)  # a process with threads could not be forked
     reference = undisturbed(out / "undisturbed", args.config)
     rows: list[Row] = []

@@ -133,9 +133,6 @@ def start(arguments: list[str], log: Path, prepare: Callable[[], None] = lambda:
         out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(out, 1)
         os.dup2(out, 2)
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         _announce(write)
         prepare()
         status = cli.main(arguments)
