@@ -36,7 +36,10 @@ SOON_SECONDS = 3.0
 
 
 def kills(count: int, seed: int, folder: Path, reference: Undisturbed) -> Iterator[Row]:
-    """At least ``count`` kills, in as many campaigns as it takes; each ends with a run that finishes."""
+    """``count`` kills, in as many campaigns as it takes; each ends with a run that finishes.
+
+    All rows are given again after each.
+    """
     rows = {phase: Row(f"killed in {phase}") for phase in PHASES}
     ends = Row("runs that went on after all of their kills")
     number = 0
@@ -44,8 +47,7 @@ def kills(count: int, seed: int, folder: Path, reference: Undisturbed) -> Iterat
         draws, root = random.Random(f"{seed}/{number}"), folder / f"campaign_{number}"
         _Campaign(draws, root, reference, rows, count).run(ends)
         number += 1
-    yield from rows.values()
-    yield ends
+        yield from (*rows.values(), ends)
 
 
 class _Campaign:
