@@ -112,7 +112,7 @@ def file_flaw(file: Path) -> str:
             with safe_open(file, "np"):
                 pass
         except SafetensorError as error:
-            return f"is cut short, or no safetensors file ({error})"
+            return f"is cut short, or no safetensors file ({str(error)[:200]})"
     return ""
 
 

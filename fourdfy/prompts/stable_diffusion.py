@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fourdfy.config_files import ConfigError
 from fourdfy.priors.frozen import load_text_encoder, load_tokenizer
-from fourdfy.priors.model_folder import read_description
+from fourdfy.priors.model_folder import read_description, shown
 from fourdfy.prompts.base import PromptProcessor, TextEncoder, tokenize
 from fourdfy.registry import register
 
@@ -49,7 +49,7 @@ def _max_length(tokenizer: Any, folder: Path) -> int:
     lengths = tokenizer.model_max_length, encoder.get("max_position_embeddings", 77)
     if not all(isinstance(length, int) and length > 2 for length in lengths):
         raise ConfigError(
-            f"{folder}: tokenizer and text_encoder state model_max_length={lengths[0]!r} and "
-            f"max_position_embeddings={lengths[1]!r}; expected whole numbers"
+            f"{folder}: tokenizer and text_encoder state model_max_length={shown(lengths[0])} and "
+            f"max_position_embeddings={shown(lengths[1])}; expected whole numbers"
         )
     return min(lengths)
