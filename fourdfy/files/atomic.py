@@ -146,8 +146,9 @@ def free_bytes(folder: Path) -> int | None:
 def remove_leftovers(folder: Path) -> None:
     """Remove what killed writers have left in a folder and in those below it."""
     for path in folder.rglob(".*.tmp*"):
-        if match := re.search(r"\.(\w{8})-(\d+)-(\w{8})-\d+\.tmp", path.name):
-            host, number, process = match[1], int(match[2]), match[3]
+        # The second form is that of earlier versions.
+        if match := re.search(r"\.(\w{8})-(\d+)-(\w{8})-\d+\.tmp|\.\d+\.tmp$", path.name):
+            host, number, process = match[1], int(match[2] or 0), match[3]
             with suppress(OSError):
                 if process == PROCESS:
                     continue
@@ -206,7 +207,7 @@ def is_lost(what: str) -> bool:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e6:.1f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
+    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.1f} kB"
 
 
 warn_once = cache(logger.warning)

@@ -44,7 +44,7 @@ SIGNATURES = {".mp4": (4, b"ftyp"), ".webm": (0, b"\x1aE\xdf\xa3")}
 """The offset and bytes by which such a file is recognised."""
 ENCODER_SECONDS, ENCODER_SECONDS_PER_FRAME = 30.0, 1.0
 """Seconds after which an encoder counts as hung; a hundred times what a video needs."""
-ALL_VIDEOS = "further videos (PNG frames instead)"
+ALL_VIDEOS = "videos from here on"
 """What is lost for the rest of a run once an encoder has hung."""
 MAX_GIF_FPS = 50.0
 """Browsers slow down GIFs that are faster."""
@@ -246,7 +246,8 @@ def _encoded(path: Path, frames: Clip, fps: float | int) -> bool:
     try:
         write_video(path, frames, fps=fps)
     except EncoderError as error:
-        lost(ALL_VIDEOS if isinstance(error, EncoderHungError) else "videos (PNG frames instead)", str(error))
+        what = ALL_VIDEOS if isinstance(error, EncoderHungError) else "videos"
+        lost(what, f"{error}; there are PNG frames instead")
         return False
     return True
 
@@ -282,7 +283,7 @@ def write_video(path: Path, frames: Clip, *, fps: float | int) -> None:
         except subprocess.TimeoutExpired as error:
             raise EncoderHungError(f"ffmpeg did not finish within {seconds:g} s") from error
         except OSError as error:
-            raise EncoderError(f"ffmpeg does not start: {error}") from error
+            raise EncoderError(f"ffmpeg does not start: {error}; check IMAGEIO_FFMPEG_EXE") from error
         if done.returncode:
             said = done.stderr.decode(errors="replace").strip().splitlines() or ["it did not say why"]
             raise EncoderError(f"ffmpeg failed with status {done.returncode}: {said[0]}")

@@ -83,8 +83,9 @@ def _main(argv: Sequence[str] | None, stop: StopSignals) -> int:
         is_told = isinstance(error, WriteError)
         if error.errno not in ADVICE and not is_told:
             raise
-        what = str(error) if is_told else f"{error.filename or 'output'}: {error.strerror}"
-        say(f"error: {what}; {ADVICE.get(error.errno or 0, ELSEWHERE)}\n")
+        what = str(error) if is_told else f"{error.filename or 'stdout'}: {error.strerror}"
+        advice = f"; {ADVICE.get(error.errno or 0, ELSEWHERE)}" if error.filename else ""
+        say(f"error: {what}{advice}\n")
         return 1
     return 0
 

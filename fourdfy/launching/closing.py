@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -45,10 +46,10 @@ def log_closing(stages: Sequence[Stage], seconds: float, device: str, missing: C
 
 
 def _video(trial: Path) -> Path | None:
-    """The newest test video of a trial, or, without ffmpeg, the folder of its frames; None if there is
-    neither."""
-    views = [*(trial / "save").glob("it*-test.mp4")] or [*(trial / "save").glob("it*-test")]
-    return max(views, key=lambda path: path.stat().st_mtime, default=None)
+    """The test video of the last step that has one, or the folder of its frames; None if there is neither."""
+    found = [(re.fullmatch(r"it(\d+)-test(\.mp4)?", p.name), p) for p in (trial / "save").glob("it*-test*")]
+    views = [(int(match[1]), bool(match[2]), path) for match, path in found if match]
+    return max(views)[-1] if views else None
 
 
 def _copy(video: Path, target: Path) -> Path:

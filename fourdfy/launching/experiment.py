@@ -315,15 +315,17 @@ def trial_arguments(given: Path, given_as: str = "--trial ") -> tuple[Path, list
     """
     file = given / PARSED if given.is_dir() else given
     trial = trial_of(file) if file.name == PARSED.name else None
+    if trial is None and given.is_dir() and has_checkpoint(given / LAST):
+        trial = given  # which has lost its config
     if trial is None:
         below = [*given.glob(f"*/{PARSED}"), *given.glob(f"*/*/{PARSED}")]
         below = sorted(below, key=lambda path: path.stat().st_mtime)[-3:]
         hint = "; there are " + ", ".join(str(path.parents[1]) for path in reversed(below)) if below else ""
         raise ConfigError(f"{given_as}{given}: not a trial folder (it has no {PARSED.as_posix()}){hint}")
-    if is_cut_short(file):
+    if not file.is_file() or is_cut_short(file):
         raise ConfigError(
-            f"{file} is damaged; it is written anew if you repeat the command in {trial / 'cmd.txt'} with "
-            f"use_timestamp=false tag={shlex.quote(trial.name)}"
+            f"{file} is {'damaged' if file.is_file() else 'missing'}; it is written anew if you repeat the "
+            f"command in {trial / 'cmd.txt'} with use_timestamp=false tag={shlex.quote(trial.name)}"
         )
     last = str(trial / LAST).replace("$", "$$")
     return file, [literal_override("resume", last)] if has_checkpoint(trial / LAST) else []

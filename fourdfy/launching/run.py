@@ -13,7 +13,7 @@ from fourdfy.callbacks.base import Run
 from fourdfy.callbacks.signals import FinishStep
 from fourdfy.config_files import COMMAND_LINE, PROMPT, ConfigError
 from fourdfy.devices import keep_freed_memory, on_device, select_device
-from fourdfy.files.atomic import WriteError, check_writable, losses_noted
+from fourdfy.files.atomic import WriteError, check_writable, losses_noted, remove_leftovers
 from fourdfy.launching.experiment import PARSED, Experiment, trial_of
 from fourdfy.launching.plan import check_run, fetch_models, print_plan, prompt_line
 from fourdfy.launching.recipe import Stage, load_recipe
@@ -113,6 +113,7 @@ def evaluate(mode: str, stage: Stage, *, device: str, out: Path | None = None) -
     folder = out or experiment.trial_dir / "save"
     try:
         check_writable(folder)
+        remove_leftovers(folder)
         if mode == "evaluate":
             from fourdfy.evaluation.report import print_report
             from fourdfy.evaluation.scenes import evaluate_system

@@ -16,7 +16,7 @@ import torch
 from fourdfy.callbacks.base import Callback, Run
 from fourdfy.config_files import PROMPT, literal_override
 from fourdfy.devices import on_device, select_device
-from fourdfy.files.atomic import losses_noted
+from fourdfy.files.atomic import losses_noted, remove_leftovers
 from fourdfy.launching.experiment import (
     ExperimentConfig,
     TrainerConfig,
@@ -125,6 +125,7 @@ def train_stages(
             stage.follow_weights(begun=False)  # before anything is trained
         for stage in stages:
             stage.follow_weights()
+            remove_leftovers(stage.experiment.trial_dir)
             if stage.is_finished or (stage.is_trained and not test):
                 logger.info("%s: finished already, in %s", stage.label, stage.experiment.trial_dir)
             elif not _train_stage(stage, device, command, callbacks, test):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fourdfy.config_files import CONFIGS, ConfigError, save_yaml
-from fourdfy.files.atomic import by_product, check_writable, remove_leftovers, whole_file, write_whole
+from fourdfy.files.atomic import by_product, check_writable, whole_file, write_whole
 from fourdfy.launching.experiment import PARSED, Experiment, trial_of
 from fourdfy.systems.checkpoint import one_before
 
@@ -106,7 +106,6 @@ def prepare_trial(
         WriteError: checkpoints of this size, or the config, can't be written.
     """
     trial = experiment.trial_dir
-    remove_leftovers(trial)
     spare = one_before(experiment.last_checkpoint)  # it goes if there is no room
     check_writable(trial / "ckpts", checkpoint_bytes - (spare.stat().st_size if spare.exists() else 0))
     with whole_file(trial / PARSED, sync=True) as parsed:

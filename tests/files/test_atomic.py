@@ -61,7 +61,7 @@ def nearly_full(monkeypatch):
 
 def test_a_full_disk_says_how_much_is_needed_and_free_and_what_is_safe(tmp_path, nearly_full):
     path = tmp_path / "a.bin"
-    no_space = "can't be written: No space left on device (5.0 MB needed, 2.0 MB free)"
+    no_space = "can't be written: No space left on device (5.00 MB needed, 2.00 MB free)"
     with pytest.raises(WriteError) as new, whole_file(path, size=5_000_000):
         raise full()
     assert str(new.value) == f"{path} {no_space}"
@@ -80,7 +80,7 @@ def test_a_file_where_a_folder_should_be_is_named(tmp_path, below):
 
 def test_a_folder_without_room_is_refused_before_it_is_needed(tmp_path, nearly_full):
     check_writable(tmp_path, 2_000_000)
-    with pytest.raises(WriteError, match=r"\(2.0 MB needed, 2.0 MB free\)"):
+    with pytest.raises(WriteError, match=r"\(2.00 MB needed, 2.00 MB free\)"):
         check_writable(tmp_path, 2_000_001)
     assert not list(tmp_path.iterdir())
 
@@ -117,6 +117,9 @@ def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_stays
     (left,) = path.parent.iterdir()
     assert left.name.startswith(".last.") and left.suffix == ".ckpt"
     (tmp_path / ".mine.tmp").touch()
+    older = path.with_name(".last.ckpt.123.tmp")  # as earlier versions named theirs
+    older.touch()
+    os.utime(older, (0, 0))
     with whole_file(path) as half_written:
         half_written.write_text("whole")
         remove_leftovers(tmp_path)

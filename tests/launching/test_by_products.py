@@ -124,6 +124,14 @@ def test_pictures_that_a_kill_has_torn_or_left_out_are_made_again(copy, trained,
     assert pictures(copy) == pictures(trained)
 
 
+@pytest.mark.parametrize("mode", ["train", "test"])
+def test_what_a_killed_writer_left_goes_although_all_is_trained(copy, mode):
+    left = trial(copy, "shapes_stage_1") / "save" / f".it2-test.{HOST}-999999999-00000000-0.tmp.mp4"
+    left.touch()
+    assert launch(CONFIG, mode, copy, VALIDATE) == 0
+    assert not left.exists()
+
+
 @pytest.mark.parametrize("end", [0, 100, -1, None])
 def test_a_config_that_is_torn_or_gone_is_told_from_another_one(end, copy, caplog, capsys):
     folder = trial(copy, "shapes_stage_1")
@@ -135,8 +143,6 @@ def test_a_config_that_is_torn_or_gone_is_told_from_another_one(end, copy, caplo
     (stage,) = load_recipe([CONFIGS / CONFIG], [*TINY, f"exp_root_dir={copy}"])
     assert stage.is_trained
     assert "is missing or damaged: whether the trial began with other settings can't" in caplog.text
-    if end is not None:
-        with pytest.raises(
-            ConfigError, match=r"is damaged; it is written anew if you repeat the command in "
-        ):
-            trial_arguments(folder)
+    how = "missing" if end is None else "damaged"
+    with pytest.raises(ConfigError, match=f"is {how}; it is written anew if you repeat the command in "):
+        trial_arguments(folder)

@@ -65,6 +65,16 @@ def test_the_commands_can_be_pasted_whatever_the_folders_are_called(
     assert f"  {start} --trial '{trial}' --export" in said
 
 
+def test_the_views_of_the_last_step_are_named_as_a_video_if_there_is_one(tmp_path, caplog):
+    config, prompt = "fourdfy_stage_3", "a panda dancing"
+    said, trial = closing(caplog, tmp_path, config, prompt, "it2-test", "it10-test", "it10-test_static")
+    assert f"video   {trial / 'save' / 'it10-test'}\n" in said
+    for name in ("it9-test.mp4", "it10-test.mp4"):
+        (trial / "save" / name).touch()
+    (trial / "save" / "it2-test").touch()
+    assert f"video   {trial / 'save' / 'it10-test.mp4'}\n" in closing(caplog, tmp_path, config, prompt)[0]
+
+
 def test_a_result_that_cannot_be_copied_is_found_where_it_was_made(tmp_path, caplog):
     (tmp_path / "mine").write_text("a file where the result's folder should be")
     stages_video = tmp_path / "shapes_stage_3" / "mine" / "save" / "it2-test.mp4"
