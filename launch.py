@@ -8,6 +8,7 @@ if __name__ == "__main__":
 
         raise SystemExit(main())
     except KeyboardInterrupt:  # before signals are heard
+        sys.stderr.write("stopped by SIGINT; run the same command again\n")
         raise SystemExit(130) from None
     except ModuleNotFoundError as error:
         if not error.name or error.name.startswith("fourdfy"):
