@@ -98,7 +98,7 @@ class Watch(Callback):
 
 def memory_mib() -> dict[str, float]:
     """MiB of this process, and of a GPU that torch has allocated now and reserved."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     found = {"RSS": pages * os.sysconf("SC_PAGE_SIZE") / 2**20}
     if torch.cuda.is_available():
         found["GPU allocated"] = torch.cuda.memory_allocated() / 2**20

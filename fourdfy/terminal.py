@@ -34,7 +34,7 @@ def open_streams() -> None:
     """Send to nowhere what is written to a stream that the process was started without."""
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
 
 
 def log_to_stderr() -> None:

@@ -244,7 +244,7 @@ def _original_common(seed: int) -> dict[str, torch.nn.Module]:
         layers_per_block=2,
     )
     text = CLIPTextConfig(
-        vocab_size=64,
+        vocab_size=len(_byte_pairs()[0]),
         hidden_size=64,
         intermediate_size=32,
         num_hidden_layers=2,
