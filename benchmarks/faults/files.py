@@ -11,9 +11,10 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from faults.runs import Undisturbed, differences, results, start, trial
+from faults.runs import Undisturbed, differences, results, start
 from faults.table import Row
 from fourdfy.systems.checkpoint import LAST, read_checkpoint
+from tests.commands import trial
 
 PAGE = 4096
 

@@ -11,9 +11,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from faults.runs import EVERY_N_STEPS, Child, Undisturbed, differences, results, start, trial
+from faults.runs import EVERY_N_STEPS, Child, Undisturbed, differences, results, start
 from faults.table import Row
 from fourdfy.files.safe_load import read_torch_file
+from tests.commands import trial
 
 TWICE = "SIGINT twice"
 SIGNALS = ("SIGKILL", "SIGKILL", "SIGTERM", "SIGTERM", "SIGINT", TWICE, "SIGHUP", "SIGUSR1", "SIGXCPU")

@@ -26,29 +26,15 @@ from fourdfy.files.safe_load import read_torch_file
 from fourdfy.launching import cli, closing, lightning, train
 from fourdfy.launching import run as launch_run
 from fourdfy.launching.lightning import LightningSystem
+from tests.commands import TINY
 
 EVERY_N_STEPS = 2
 SETTINGS = (
-    "use_timestamp=false",
-    "tag=tiny",
+    *TINY,
     "system.prompt_processor.prompt=a panda dancing",  # not of the shapes world, so it has no scores
     f"checkpoint.every_n_train_steps={EVERY_N_STEPS}",
     "trainer.max_steps=4",
     "trainer.val_check_interval=2",
-    "trainer.log_every_n_steps=1",
-    "data.single_view.width=16",
-    "data.single_view.height=16",
-    "data.single_view.eval_width=8",
-    "data.single_view.eval_height=8",
-    "data.single_view.n_test_views=2",
-    "data.single_view.num_frames_factor=1",
-    "data.single_view.width_vid=16",
-    "data.single_view.height_vid=16",
-    "data.multi_view.width=16",
-    "data.multi_view.height=16",
-    "system.geometry.pos_encoding_config.n_levels=2",
-    "system.geometry.pos_encoding_config.time_encoding_config.n_levels=2",
-    "system.renderer.num_samples_per_ray=16",
 )
 FUNCTIONS: dict[str, tuple[tuple[Any, str], ...]] = {
     "start-up": ((launch_run, "load_recipe"), (launch_run, "check_run")),
@@ -62,10 +48,6 @@ FUNCTIONS: dict[str, tuple[tuple[Any, str], ...]] = {
 }
 """Phases of a run -> the functions with which each begins."""
 HANG_SECONDS = 300.0
-
-
-def trial(root: Path, stage: str) -> Path:
-    return root / stage / "tiny"
 
 
 @dataclass

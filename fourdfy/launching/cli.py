@@ -77,7 +77,7 @@ def _main(argv: Sequence[str] | None, stop: StopSignals) -> int:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # of torch, which may not be imported yet
             raise
-        sys.stderr.write(f"error: {error}\n")
+        say(f"error: {error}\n")
         return 1
     except OSError as error:
         is_told = isinstance(error, WriteError)

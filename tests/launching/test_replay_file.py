@@ -82,7 +82,7 @@ def test_a_step_of_a_gpu_is_repeated_there_and_on_a_cpu(tmp_path, caplog, monkey
 
 
 def test_parameters_that_were_broken_before_are_named(stopped, tmp_path, caplog):
-    content = torch.load(stopped[1])
+    content = torch.load(stopped[1], weights_only=True)
     content["state_dict"]["geometry.density_network.layers.0.weight"][0] = NAN
     torch.save(content, tmp_path / "replay.pt")
     with caplog.at_level(logging.INFO):
@@ -93,7 +93,7 @@ def test_parameters_that_were_broken_before_are_named(stopped, tmp_path, caplog)
 def test_other_files_and_modes_are_refused(stopped, tmp_path, capsys):
     last, other = tmp_path / "last.ckpt", tmp_path / "other.pt"
     torch.save({"state_dict": {}, "global_step": 1}, last)
-    torch.save(torch.load(stopped[1]) | {"parts": [{"cameras": 1}]}, other)
+    torch.save(torch.load(stopped[1], weights_only=True) | {"parts": [{"cameras": 1}]}, other)
     for file, problem in {
         last: "is a checkpoint",
         other: "is a file of another kind",
