@@ -150,7 +150,7 @@ def remove_leftovers(folder: Path) -> None:
         if match := re.search(r"\.(\w{8})-(\d+)-(\w{8})-\d+\.tmp|\.\d+\.tmp$", path.name):
             host, number, process = match[1], int(match[2] or 0), match[3]
             with suppress(OSError):
-                if process == PROCESS:
+                if process == PROCESS and number == os.getpid():  # a fork has the first alone
                     continue
                 if host != HOST or os.name == "nt":
                     is_alive = time.time() - path.stat().st_mtime < ALIVE_SECONDS

@@ -130,8 +130,6 @@ def train_stages(
                 logger.info("%s: finished already, in %s", stage.label, stage.experiment.trial_dir)
             elif not _train_stage(stage, device, command, callbacks, test):
                 break
-    for done in stages:  # an encoder may have outlived the killed run that it wrote for
-        remove_leftovers(done.experiment.trial_dir)
     return stage
 
 

@@ -128,6 +128,8 @@ def test_what_a_killed_writer_left_is_removed_and_what_a_living_one_writes_stays
     mine = path.with_name(half_written.name)
     mine.touch()
     monkeypatch.setattr(atomic, "PROCESS", "00000000")
+    of_a_fork = path.with_name(f".last.{atomic.HOST}-999999999-00000000-0.tmp.ckpt")
+    of_a_fork.touch()
     remove_leftovers(tmp_path)
     assert sorted(tmp_path.rglob("*")) == [tmp_path / ".mine.tmp", path.parent, path]
 
