@@ -108,7 +108,7 @@ def save_wan(folder: Path, seed: int = 0) -> Path:
     UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     ).save_pretrained(folder / "scheduler")
-    pieces = _unigram_pieces()
+    pieces = unigram_pieces()
     T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder / "tokenizer")
     text_config = UMT5Config(
         vocab_size=len(pieces),
@@ -305,7 +305,7 @@ def _randomise(network: torch.nn.Module) -> torch.nn.Module:
 
 
 @cache
-def _unigram_pieces() -> list[tuple[str, float]]:
+def unigram_pieces() -> list[tuple[str, float]]:
     """T5's kind of vocabulary, learned from the prompt library."""
     texts = [text for group in json.loads(LIBRARY.read_text()).values() for text in group]
     tokenizer = Tokenizer(models.Unigram())

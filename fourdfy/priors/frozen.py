@@ -29,6 +29,7 @@ from fourdfy.ops.recomputation import recomputed
 from fourdfy.priors.base import DDPMSchedule, FlowSchedule, Network, NoiseSchedule
 from fourdfy.priors.convert import no_progress_bar
 from fourdfy.priors.model_folder import (
+    PIECES,
     ModelNotFound,
     description_file,
     part_flaw,
@@ -180,9 +181,12 @@ def load_tokenizer(folder: Path, class_name: str = "CLIPTokenizer") -> Any:
     check_part(folder, "tokenizer", class_name)
     import transformers
 
-    with loading(folder / "tokenizer"):
+    place = folder / "tokenizer"
+    with loading(place):
         cls = getattr(transformers, class_name)
-        return cls.from_pretrained(folder / "tokenizer", local_files_only=True)
+        if (place / PIECES).is_file() and not (place / "tokenizer.json").is_file():
+            return cls(**_sentencepiece(place))
+        return cls.from_pretrained(place, local_files_only=True)
 
 
 def load_noise_schedule(folder: Path, device: torch.device) -> NoiseSchedule:
@@ -325,6 +329,18 @@ def _loading_options(folder: Path, part: str, dtype: torch.dtype) -> dict[str, A
         "variant": files.variant,
         "use_safetensors": files.use_safetensors,
         "output_loading_info": True,
+    }
+
+
+def _sentencepiece(place: Path) -> dict[str, Any]:
+    """Arguments of a T5 tokenizer; transformers' own reader of these files wants another package."""
+    from transformers.convert_slow_tokenizer import import_protobuf
+
+    model = import_protobuf().ModelProto.FromString((place / PIECES).read_bytes())
+    return {
+        "vocab": [(piece.piece, piece.score) for piece in model.pieces],
+        "extra_ids": read_description(place.parent, "tokenizer").get("extra_ids", 100),
+        "_spm_precompiled_charsmap": model.normalizer_spec.precompiled_charsmap or None,
     }
 
 

@@ -18,6 +18,9 @@ from fourdfy.config_files import ConfigError
 DESCRIPTIONS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 """The file that describes a part; ``config.json`` for all others."""
 
+PIECES = "spiece.model"
+"""The vocabulary of a T5 tokenizer, where there is no ``tokenizer.json``."""
+
 MOST_NESTED = 20
 """Lists and mappings in each other, in a JSON file that is read."""
 
@@ -35,7 +38,7 @@ def part_flaw(folder: Path, part: str) -> str:
     if not place.is_dir():
         return "no such folder"
     files = [description_file(folder, part)]
-    if part == "tokenizer" and not (place / "tokenizer.json").is_file():
+    if part == "tokenizer" and not any((place / name).is_file() for name in ("tokenizer.json", PIECES)):
         files += [place / "vocab.json", place / "merges.txt"]
     if part not in DESCRIPTIONS:
         files += weight_files(folder, part).paths

@@ -80,7 +80,7 @@ def test_texts_are_cached_by_model_text_and_length_and_the_encoder_is_freed(fold
     assert len(loaded) == len(freed) == 1
     assert torch.equal(first.text_directions, again.text_directions)
     assert len(list(cache.iterdir())) == 6, "the prompt, four views, the negative prompt"
-    monkeypatch.setattr("fourdfy.prompts.wan.MAX_TOKENS", 300)
+    monkeypatch.setattr(find(NAME, PromptProcessor), "max_tokens", 300)
     assert make(folder).embeddings("cpu").text.shape == (1, 300, TEXT_WIDTH)
     assert len(loaded) == 2
 
