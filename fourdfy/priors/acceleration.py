@@ -27,7 +27,8 @@ LARGE = 100_000_000
 
 BLOCKS = ("down_blocks", "mid_block", "up_blocks")
 """Where the layers of a diffusers U-Net are that are compiled (residual blocks, transformers, convolutions
-in time), each for itself, so that equal ones share what is made for one. A transformer's are its ``blocks``.
+in time), each for itself, so that equal ones share what is made for one. A transformer's are its ``blocks``
+or ``transformer_blocks``.
 The embedding of the noise level is not among them: hooks may add to it (``guidance.vsd``), which compiled
 code would not notice."""
 
@@ -114,7 +115,8 @@ def _cache() -> str:
 def _layers(network: Network) -> Iterator[nn.Module]:
     if first := getattr(network, "transformer_in", None):
         yield first
-    yield from getattr(network, "blocks", ())
+    for blocks in ("blocks", "transformer_blocks"):
+        yield from getattr(network, blocks, ())
     for part in (getattr(network, name, None) for name in BLOCKS):
         for block in part if isinstance(part, nn.ModuleList) else [part] if part else []:
             for child in block.children():

@@ -24,15 +24,15 @@ STRIDE = 4
 """Frames that each latent but the first one holds."""
 
 
-def check_frames(frames: int, key: str) -> None:
+def check_frames(frames: int, key: str, stride: int = STRIDE) -> None:
     """Refuse clips whose last frames ``vae.encode`` would drop without a word.
 
     Raises:
         ValueError: starts with ``key``; says the nearest number.
     """
-    if frames % STRIDE != 1:
-        nearest = max(1, round((frames - 1) / STRIDE)) * STRIDE + 1
-        raise ValueError(f"{key}={frames}: this model takes 1 + {STRIDE} k frames; use {nearest}")
+    if frames % stride != 1:
+        nearest = max(1, round((frames - 1) / stride)) * stride + 1
+        raise ValueError(f"{key}={frames}: this model takes 1 + {stride} k frames; use {nearest}")
 
 
 def moments(

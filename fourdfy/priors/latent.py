@@ -217,14 +217,27 @@ class LatentPrior(Prior):
         text_embeddings: Float[Tensor, "B L E"],
         cameras: Float[Tensor, "B K"] | None = None,
     ) -> Float[Tensor, "B C *S"]:
-        """One call of a diffusers network; ``cameras`` are passed as its class labels."""
-        told = {} if cameras is None else {"class_labels": cameras}
-        texts = text_embeddings.to(self.dtype)
+        """One call of a diffusers network."""
+        noisy, texts = noisy.to(self.dtype), text_embeddings.to(self.dtype)
         with self._precision():
             (prediction,) = network(
-                noisy.to(self.dtype), timesteps, encoder_hidden_states=texts, return_dict=False, **told
+                noisy, timestep=timesteps, return_dict=False, **self.told(network, noisy, texts, cameras)
             )
         return prediction.float()
+
+    def told(
+        self,
+        network: Network,
+        noisy: Float[Tensor, "B C *S"],
+        text_embeddings: Float[Tensor, "B L E"],
+        cameras: Float[Tensor, "B K"] | None,
+    ) -> dict[str, Any]:
+        """What ``network`` is told besides the noisy latents and their noise levels, by its arguments' names.
+
+        Cameras are its class labels.
+        """
+        labels = {} if cameras is None else {"class_labels": cameras}
+        return {"encoder_hidden_states": text_embeddings, **labels}
 
     def _posterior(self, images: Float[Tensor, "N 3 H W"]) -> tuple[Tensor, Tensor]:
         if self.recorded_vae is None or images[:, 0].numel() > RECORDED_PIXELS:

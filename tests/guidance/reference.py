@@ -55,8 +55,8 @@ class RecordedUNet(nn.Module):
         super().__init__()
         self.prediction = prediction
 
-    def forward(self, noisy, timesteps, encoder_hidden_states, return_dict, class_labels=None):
-        self.noisy, self.timesteps, self.texts = noisy, timesteps, encoder_hidden_states
+    def forward(self, noisy, timestep, encoder_hidden_states, return_dict, class_labels=None):
+        self.noisy, self.timesteps, self.texts = noisy, timestep, encoder_hidden_states
         self.class_labels = class_labels
         return (self.prediction,)
 

@@ -1,0 +1,92 @@
+"""Code shared by video models whose VAE is causal: one latent of the first frame, then one of several.
+
+N = B F rendered frames, the F = 1 + stride k frames of a clip neighbours in the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from fourdfy.bounds import number
+from fourdfy.priors.causal_vae import STRIDE, check_frames
+from fourdfy.priors.hub import stored_description
+from fourdfy.priors.video import VideoPrior
+
+
+class CausalVideoPrior(VideoPrior):
+    @dataclass(frozen=True, kw_only=True)
+    class Config(VideoPrior.Config):
+        stride: ClassVar[int] = STRIDE
+        """Frames that each latent but the first one holds."""
+        frames_in_chunk: ClassVar[int] = STRIDE
+        """The least that the VAE can take at once."""
+        vae_bytes_per_pixel: ClassVar[int]
+        """What the VAE keeps for the backward pass, of each frame that is in it at once."""
+        cache_bytes_per_pixel: ClassVar[int]
+        """What it keeps of one frame, for each latent in time."""
+
+        height: int = number(320, 1, 8192)
+        """Pixels that frames are resized to before the VAE."""
+        width: int = number(576, 1, 8192)
+        """Pixels, as ``height``."""
+        low_ram_vae: int = number(STRIDE, -1, 1024)
+        """Number of frames in the VAE at once, in whole chunks of what it takes together; fewer than all are
+        encoded again in the backward pass. 0 or -1: all."""
+
+        @staticmethod
+        def multiple(vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> int:
+            """Pixels along each side of what the transformer takes as one.
+
+            Args:
+                vae, transformer: their descriptions; empty if they are not known yet.
+            """
+            raise NotImplementedError
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            if self.gradient == "subset":
+                raise ValueError("gradient=subset: this VAE takes frames together; set gradient=exact")
+
+        def activation_bytes(self, frames: int, height: int, width: int) -> int:
+            kept = (
+                max(self.frames_in_chunk, self.frames_at_once(frames)) * self.vae_bytes_per_pixel
+                + frames // self.stride * self.cache_bytes_per_pixel
+            )
+            return self.height * self.width * kept
+
+        def check_group_size(self, size: int, key: str) -> None:
+            check_frames(size, f"num_frames is {key}", self.stride)
+            super().check_group_size(size, key)
+
+        def check_models(self) -> None:
+            super().check_models()
+            (transformer, vae), name = self.networks, self.pretrained_model_name_or_path
+            self.check_size(
+                self.multiple(stored_description(name, vae), stored_description(name, transformer))
+            )
+
+        def check_size(self, multiple: int) -> None:
+            """Refuse frames whose margin the networks would cut.
+
+            Raises:
+                ValueError: says the nearest size.
+            """
+            given = (self.height, self.width)
+            height, width = (max(1, round(pixels / multiple)) * multiple for pixels in given)
+            if (height, width) != given:
+                raise ValueError(
+                    f"height={self.height}, width={self.width}: {self.pretrained_model_name_or_path} takes "
+                    f"multiples of {multiple} pixels; set height={height}, width={width}"
+                )
+
+    cfg: Config
+
+    def halve_chunks(self, frames: int) -> dict[str, int]:
+        chunked = self.cfg.frames_at_once(frames) > self.cfg.frames_in_chunk
+        return super().halve_chunks(frames) if chunked else {}
+
+    def _image_size(self) -> tuple[int, int]:
+        self.cfg.check_size(self.cfg.multiple(self.vae.config, self.denoiser.network.config))
+        return self.cfg.height, self.cfg.width
