@@ -125,3 +125,9 @@ def test_the_priors_are_measured_at_toy_size(load, tmp_path, capsys):
     kinds, networks = ("multi_view", "single_view", "video"), ("U-Net", "VAE", "all")
     assert [cells[0] for cells in found] == [f"{kind}: {network}" for kind in kinds for network in networks]
     assert all(float(cells[-1]) > 0.9999 for cells in found), "the same numbers in every way"
+
+
+def test_matrix_products_of_another_result_type_are_counted(load):
+    a = torch.empty(2, 3, 4, dtype=torch.bfloat16, device="meta")
+    counted = load("priors").tera_operations(lambda: torch.bmm(a, a.mT, out_dtype=torch.float32))
+    assert counted == pytest.approx(2 * 2 * 3 * 3 * 4 / 1e12)
