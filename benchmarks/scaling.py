@@ -91,8 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                     {"label": label, "size": size, **measure_row(axis, label, case, args)}
                     for label, size, case in cases
                 ]
-        if args.out:
-            args.out.write_text(json.dumps(measured, indent=1), encoding="utf-8")
+                if args.out:  # after each axis: a run may be ended before its last
+                    args.out.write_text(json.dumps(measured, indent=1), encoding="utf-8")
     else:
         plot(json.loads(args.out.read_text(encoding="utf-8")), args.plot)
 
