@@ -49,6 +49,7 @@ for name, pair in {
     "zeroscope-guidance": "zeroscope+sds",
     "videocrafter-guidance": "videocrafter+sds",
     "wan-guidance": "wan+sds",
+    "cogvideox-guidance": "cogvideox+sds",
 }.items():
     register(name)(join(pair))
 

@@ -34,6 +34,31 @@ def noise_scales(alphas_cumprod: Float[Tensor, "T"], timesteps: Int[Tensor, "B"]
     return NoiseScales(abar.sqrt(), (1 - abar).sqrt())
 
 
+def shifted_alphas_cumprod(
+    num_train_timesteps: int,
+    beta_start: float,
+    beta_end: float,
+    beta_schedule: str,
+    snr_shift_scale: float,
+    rescale_betas_zero_snr: bool = False,
+) -> Float[Tensor, "T"]:
+    """abar of CogVideoX (Yang et al. 2024): a DDPM's with its signal-to-noise ratio divided by a number.
+
+    With ``rescale_betas_zero_snr`` its square root is stretched until the last level has no signal at all,
+    a = 0 (Lin et al. 2023, algorithm 1).
+
+    Args:
+        beta_schedule: "scaled_linear": betas are squares of numbers at equal distances.
+    """
+    assert beta_schedule == "scaled_linear"
+    betas = torch.linspace(beta_start**0.5, beta_end**0.5, num_train_timesteps, dtype=torch.float64) ** 2
+    abar = (1 - betas).cumprod(0)
+    alphas = (abar / (snr_shift_scale + (1 - snr_shift_scale) * abar)).sqrt()
+    if rescale_betas_zero_snr:
+        alphas = (alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])
+    return alphas.square().float()
+
+
 def shifted(share: Float[Tensor, "..."] | float, shift: float) -> Any:
     """A rectified flow's noise scale at a share 0..1 of its noise levels: k u / (1 + (k - 1) u).
 

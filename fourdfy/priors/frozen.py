@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from fourdfy.config_files import ConfigError
-from fourdfy.ops.diffusion import sample_noise
+from fourdfy.ops.diffusion import sample_noise, shifted_alphas_cumprod
 from fourdfy.ops.finite import not_finite
 from fourdfy.ops.recomputation import recomputed
 from fourdfy.priors.base import DDPMSchedule, FlowSchedule, Network, NoiseSchedule
@@ -202,7 +202,10 @@ def load_noise_schedule(folder: Path, device: torch.device) -> NoiseSchedule:
     levels, prediction = read_scheduler(folder)
     if prediction == "flow_prediction":
         return FlowSchedule(**levels, device=device)
-    alphas_cumprod = DDPMScheduler(**levels).alphas_cumprod
+    if "snr_shift_scale" in levels:
+        alphas_cumprod = shifted_alphas_cumprod(**levels)
+    else:
+        alphas_cumprod = DDPMScheduler(**levels).alphas_cumprod
     return DDPMSchedule(alphas_cumprod=alphas_cumprod.to(device), prediction=prediction)
 
 

@@ -103,6 +103,15 @@ MODELS = {
             gigabytes=28.9,
         ),
     ),
+    # Renamed in 2025; old caches hold them under the first name.
+    "zai-org/CogVideoX-2b": tuple(
+        Source(repo=repo, revision="1137dacfc2c9c012bed6a0793f4ecf2ca8e7ba01", gigabytes=13.8)
+        for repo in ("zai-org/CogVideoX-2b", "THUDM/CogVideoX-2b")
+    ),
+    "zai-org/CogVideoX-5b": tuple(
+        Source(repo=repo, revision="8d6ea3f817438460b25595a120f109b88d5fdfad", gigabytes=21.1)
+        for repo in ("zai-org/CogVideoX-5b", "THUDM/CogVideoX-5b")
+    ),
 }
 """Models by name, with their sources in the order in which they are tried. Any other hub id is its only
 source."""

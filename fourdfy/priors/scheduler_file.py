@@ -28,6 +28,9 @@ FLOW_CLASS = "FlowMatchEulerDiscreteScheduler"
 """A sampler of rectified flows. Others are told by ``use_flow_sigmas: true``; their files may still hold the
 betas of another model."""
 
+COGVIDEOX_CLASSES = {"CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"}
+"""Samplers of CogVideoX, whose signal-to-noise ratio is shifted: ``ops.diffusion.shifted_alphas_cumprod``."""
+
 SAMPLING = {
     "algorithm_type", "base_image_seq_len", "base_shift", "clip_sample", "clip_sample_range",
     "corrector_order", "disable_corrector", "dynamic_thresholding_ratio", "euler_at_final",
@@ -72,13 +75,23 @@ FLOW: dict[str, Allowed] = ALLOWED | {
 
 SHIFT = Bounds(above=0, high=1000)
 
+COGVIDEOX: dict[str, Allowed] = ALLOWED | {
+    "beta_schedule": ("scaled_linear",),
+    # From noise without any signal, as zero_snr has it, no epsilon tells x_0.
+    "prediction_type": ("v_prediction",),
+    "snr_shift_scale": SHIFT,
+    "trained_betas": (None,),
+}
+"""The same for CogVideoX."""
+
 LINEAR = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 """Keys that a file must hold, since each class has its own defaults; ``trained_betas`` replaces them."""
 
 
 def read_scheduler(folder: Path) -> tuple[dict[str, Any], str]:
-    """(arguments for a ``DDPMScheduler`` with the model's betas, its ``prediction_type``), or
-    ({``shift``, ``num_train_timesteps``}, ``flow_prediction``) of a rectified flow.
+    """(arguments for a ``DDPMScheduler`` with the model's betas, its ``prediction_type``). For CogVideoX they
+    are those of ``ops.diffusion.shifted_alphas_cumprod``; of a rectified flow, ({``shift``,
+    ``num_train_timesteps``}, ``flow_prediction``).
 
     Raises:
         ConfigError: the file may describe other noise levels; names it, its class and the keys in question.
@@ -86,12 +99,15 @@ def read_scheduler(folder: Path) -> tuple[dict[str, Any], str]:
     config = read_description(folder, "scheduler")
     name = config.get("_class_name")
     config = {key: value for key, value in config.items() if not key.startswith("_")}
-    betas = config.pop("trained_betas", None)
-    is_flow = name == FLOW_CLASS or config.get("use_flow_sigmas") is True
+    is_shifted = str(name) in COGVIDEOX_CLASSES
+    betas = None if is_shifted else config.pop("trained_betas", None)
+    is_flow = not is_shifted and (name == FLOW_CLASS or config.get("use_flow_sigmas") is True)
     shift = "shift" if name == FLOW_CLASS else "flow_shift"
-    known = FLOW | {shift: SHIFT} if is_flow else ALLOWED
+    known = FLOW | {shift: SHIFT} if is_flow else COGVIDEOX if is_shifted else ALLOWED
     needed = LINEAR if betas is None else ()
-    if is_flow:
+    if is_shifted:
+        needed = (*LINEAR, "snr_shift_scale")
+    elif is_flow:
         needed = ("num_train_timesteps", shift, *(() if name == FLOW_CLASS else ("prediction_type",)))
     problems = [f"{key} is missing" for key in needed if key not in config]
     problems += [
@@ -105,8 +121,8 @@ def read_scheduler(folder: Path) -> tuple[dict[str, Any], str]:
         isinstance(betas, list) and len(betas) > 1 and all(fits(beta, BETA) for beta in betas)
     ):
         problems.append(f"trained_betas, expected a list of numbers, each {BETA}")
-    if str(name) not in CLASSES | {FLOW_CLASS}:
-        problems = [f"the known classes (_class_name) are {', '.join(sorted(CLASSES | {FLOW_CLASS}))}"]
+    if str(name) not in (classes := CLASSES | COGVIDEOX_CLASSES | {FLOW_CLASS}):
+        problems = [f"the known classes (_class_name) are {', '.join(sorted(classes))}"]
     if problems:
         raise ConfigError(
             f"{description_file(folder, 'scheduler')} describes a {str(name)[:60]} whose noise levels "
@@ -116,7 +132,7 @@ def read_scheduler(folder: Path) -> tuple[dict[str, Any], str]:
         flow = {"shift": float(config[shift]), "num_train_timesteps": config["num_train_timesteps"]}
         return flow, "flow_prediction"
     levels = {key: config[key] for key in (*needed, "rescale_betas_zero_snr") if key in config}
-    return levels | {"trained_betas": betas}, config.get("prediction_type", "epsilon")
+    return levels | ({} if is_shifted else {"trained_betas": betas}), config.get("prediction_type", "epsilon")
 
 
 def fits(value: Any, allowed: Allowed) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fourdfy.bounds import number
 from fourdfy.config import file_path
 from fourdfy.priors.base import Network
-from fourdfy.priors.causal_vae import moments
+from fourdfy.priors.causal_vae import wan_moments
 from fourdfy.priors.causal_video import CausalVideoPrior
 from fourdfy.priors.hub import stored_folder
 from fourdfy.priors.model_folder import read_mapping
@@ -77,7 +77,7 @@ class Wan(CausalVideoPrior):
         """Latents of clips of ``group_size`` frames: the posterior's means, as the model was trained with."""
         clips = self.resized(rgb).unflatten(0, (-1, group_size)).movedim(1, 2)
         with self._precision():
-            mean, _ = moments(self.vae, clips.float() * 2 - 1, self.cfg.low_ram_vae).chunk(2, dim=1)
+            mean, _ = wan_moments(self.vae, clips.float() * 2 - 1, self.cfg.low_ram_vae).chunk(2, dim=1)
         scales = self.vae.config.latents_mean, self.vae.config.latents_std
         centre, spread = (mean.new_tensor(numbers).reshape(-1, 1, 1, 1) for numbers in scales)
         return (mean - centre) / spread

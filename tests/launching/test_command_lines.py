@@ -18,6 +18,7 @@ from fourdfy.systems.checkpoint import read_checkpoint
 from fourdfy.systems.fourdfy import FourdfySystem
 from tests import tiny_models
 from tests.commands import CONFIGS, ROOT
+from tests.tiny_transformers import save_cogvideox
 
 PROMPT = "system.prompt_processor.prompt=a panda dancing"
 
@@ -28,6 +29,7 @@ COMMANDS = {
     "fourdfy_stage_3": "fourdfy_stage_2",
     "fourdfy_stage_3_vc": "fourdfy_stage_2",
     "fourdfy_stage_3_wan": "fourdfy_stage_2",
+    "fourdfy_stage_3_cogvideox": "fourdfy_stage_2",
     "fourdfy_stage_1_low_vram": None,
     "fourdfy_stage_2_low_vram": "fourdfy_stage_1_low_vram",
     "fourdfy_stage_3_low_vram": "fourdfy_stage_2_low_vram",
@@ -51,17 +53,16 @@ def models(tmp_path_factory) -> Path:
     tiny_models.save_zeroscope(root / "zeroscope")
     tiny_models.save_videocrafter2(root / "videocrafter2")
     tiny_models.save_wan(root / "wan")
+    save_cogvideox(root / "cogvideox")
     return root
 
 
 def toy(name: str, models: Path) -> list[str]:
     """Overrides that make an experiment run in seconds, and change nothing else."""
-    video = models / ("videocrafter2" if "_vc" in name else "wan" if "_wan" in name else "zeroscope")
-    renderer = (
-        "renderer"
-        if name in ("fourdfy_stage_1", "fourdfy_stage_2", "fourdfy_stage_3", "fourdfy_stage_3_wan")
-        else "renderer.base_renderer"
-    )
+    ends = {"_vc": "videocrafter2", "_wan": "wan", "_cogvideox": "cogvideox"}
+    video = models / next((model for end, model in ends.items() if end in name), "zeroscope")
+    masked = any(end in name for end in ("_low_vram", "_vc", "_deformation"))
+    renderer = "renderer.base_renderer" if masked else "renderer"
     return [
         f"trainer.max_steps={STEPS}",
         "trainer.val_check_interval=0",

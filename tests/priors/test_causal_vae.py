@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
 from torch.profiler import ProfilerActivity, profile
 
-from fourdfy.priors.causal_vae import STRIDE, moments
+from fourdfy.priors.causal_vae import STRIDE, cogvideox_moments, wan_moments
 
 LAYOUTS = {
     "wan 2.1": {"base_dim": 4, "num_res_blocks": 1},
@@ -22,13 +22,19 @@ LAYOUTS = {
         "patch_size": 2,
         "scale_factor_spatial": 16,
     },
+    "cogvideox": {"block_out_channels": (8, 8, 8, 8), "layers_per_block": 1, "norm_num_groups": 2},
 }
 
 
-def make(layout: str, dtype: torch.dtype = torch.float64) -> AutoencoderKLWan:
+def make(layout: str, dtype: torch.dtype = torch.float64, **more) -> torch.nn.Module:
     torch.manual_seed(0)
-    vae = AutoencoderKLWan(**LAYOUTS[layout]).requires_grad_(False).eval()
+    vae_class = AutoencoderKLCogVideoX if layout == "cogvideox" else AutoencoderKLWan
+    vae = vae_class(**LAYOUTS[layout] | more).requires_grad_(False).eval()
     return torch.nn.Module.to(vae, dtype)  # diffusers' own warns about every cast
+
+
+def moments(vae: torch.nn.Module, *args) -> torch.Tensor:
+    return (cogvideox_moments if isinstance(vae, AutoencoderKLCogVideoX) else wan_moments)(vae, *args)
 
 
 def clips(frames: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -37,9 +43,9 @@ def clips(frames: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("at_once", [0, 1, 4, 8, 100])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_chunks_change_neither_values_nor_gradients(layout, at_once):
-    vae, whole, parts = make(layout), clips(13), clips(13)
+@pytest.mark.parametrize(("layout", "frames"), [*((name, 13) for name in LAYOUTS), ("cogvideox", 17)])
+def test_chunks_change_neither_values_nor_gradients(layout, frames, at_once):
+    vae, whole, parts = make(layout), clips(frames), clips(frames)
     wanted = vae.encode(whole).latent_dist.parameters
     given = moments(vae, parts, at_once)
     assert torch.equal(given, wanted)
@@ -51,7 +57,7 @@ def test_chunks_change_neither_values_nor_gradients(layout, at_once):
     assert (given.abs().amax(dim=(0, 1, 3, 4)) > 0).all(), "every frame learns"
 
 
-def saved_numbers(vae: AutoencoderKLWan, frames: int, at_once: int) -> int:
+def saved_numbers(vae: torch.nn.Module, frames: int, at_once: int) -> int:
     """What the forward pass keeps for the backward pass."""
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
@@ -59,7 +65,7 @@ def saved_numbers(vae: AutoencoderKLWan, frames: int, at_once: int) -> int:
     return sum(saved)
 
 
-def peak_bytes(vae: AutoencoderKLWan, frames: int, at_once: int) -> int:
+def peak_bytes(vae: torch.nn.Module, frames: int, at_once: int) -> int:
     """The most memory that both passes hold at a time."""
     x, held, most = clips(frames, torch.float32), 0, 0
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as passes:
@@ -71,13 +77,24 @@ def peak_bytes(vae: AutoencoderKLWan, frames: int, at_once: int) -> int:
     return most
 
 
-def test_longer_clips_take_more_memory_for_the_caches_alone():
-    vae = make("wan 2.1", torch.float32)
-    for measured, share in ((saved_numbers, 10), (peak_bytes, 3)):
-        all_at_once, chunked = (
-            measured(vae, 33, at_once) - measured(vae, 17, at_once) for at_once in (0, STRIDE)
-        )
-        assert 0 < chunked < all_at_once / share, measured
+@pytest.mark.parametrize(
+    ("layout", "size", "measured", "share"),
+    [
+        ("wan 2.1", STRIDE, saved_numbers, 10),
+        ("wan 2.1", STRIDE, peak_bytes, 3),
+        ("cogvideox", 8, peak_bytes, 3),
+    ],
+)
+def test_longer_clips_take_more_memory_for_the_caches_alone(layout, size, measured, share):
+    vae = make(layout, torch.float32)
+    all_at_once, chunked = (measured(vae, 33, at_once) - measured(vae, 17, at_once) for at_once in (0, size))
+    assert 0 < chunked < all_at_once / share
+
+
+def test_fewer_frames_than_a_chunk_of_cogvideox_take_less_memory():
+    vae = make("cogvideox", torch.float32, layers_per_block=3)  # as the published ones
+    chunk, less = (peak_bytes(vae, 17, at_once) for at_once in (8, 4))
+    assert less < 0.7 * chunk
 
 
 @pytest.mark.parametrize(("frames", "nearest"), [(16, 17), (15, 17), (14, 13), (2, 5), (80, 81)])

@@ -159,7 +159,7 @@ def test_trained_betas_and_zero_terminal_snr_are_read(folder, tmp_path):
     ("changes", "said"),
     [
         ({"_class_name": "FlowMatchHeunDiscreteScheduler", "shift": 3.0}, "FlowMatchHeunDiscreteScheduler"),
-        ({"_class_name": "CogVideoXDDIMScheduler", "snr_shift_scale": 3.0}, "CogVideoXDDIMScheduler"),
+        ({"_class_name": "CogVideoXDDIMScheduler"}, "snr_shift_scale is missing"),
         ({"_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler"),
         ({"_class_name": None}, "describes a None"),
         ({"_class_name": ["DDIMScheduler"]}, "DDIMScheduler"),
