@@ -1,6 +1,6 @@
 """CogVideoX (Yang et al. 2024), a text-to-video model, as a prior: a transformer behind a causal VAE.
 
-B clips, f latents in time of h x w, C channels, L tokens, E text channels.
+B clips, f latents in time of h x w, C channels, L tokens, E text channels, T tokens of a clip.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class CogVideoX(CausalVideoPrior):
         noisy: Float[Tensor, "B C f h w"],
         timesteps: Real[Tensor, "B"],
         text_embeddings: Float[Tensor, "B L E"],
-        cameras: None = None,
+        cameras: Float[Tensor, "B K"] | None = None,
     ) -> Float[Tensor, "B C f h w"]:
         """The network's prediction; its own axes are B f C h w."""
         prediction = super().predict(network, noisy.transpose(1, 2), timesteps, text_embeddings, cameras)
@@ -100,7 +100,7 @@ class CogVideoX(CausalVideoPrior):
         network: Network,
         noisy: Float[Tensor, "B f C h w"],
         text_embeddings: Float[Tensor, "B L E"],
-        cameras: None,
+        cameras: Float[Tensor, "B K"] | None,
     ) -> dict[str, Any]:
         told = super().told(network, noisy, text_embeddings, cameras)
         return told | {"image_rotary_emb": rotary_embedding(network.config, noisy)}

@@ -104,7 +104,7 @@ def read_scheduler(folder: Path) -> tuple[dict[str, Any], str]:
     is_flow = not is_shifted and (name == FLOW_CLASS or config.get("use_flow_sigmas") is True)
     shift = "shift" if name == FLOW_CLASS else "flow_shift"
     known = FLOW | {shift: SHIFT} if is_flow else COGVIDEOX if is_shifted else ALLOWED
-    needed = LINEAR if betas is None else ()
+    needed: tuple[str, ...] = LINEAR if betas is None else ()
     if is_shifted:
         needed = (*LINEAR, "snr_shift_scale")
     elif is_flow:
