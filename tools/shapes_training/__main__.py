@@ -5,8 +5,8 @@
     python -m tools.shapes_training samples --out DIR                # grids and measured quality
     python -m tools.shapes_training export --out DIR --assets FOLDER # genuine model folders
 
-Parts: text, vae, then image, multi_view and video, which need the first two. ``--minutes`` bounds
-the wall clock of a call.
+Parts: text, vae, then image, multi_view and video, which need these two; and wan, which needs wan_text and
+wan_vae. ``--minutes`` bounds the wall clock of a call.
 """
 
 from __future__ import annotations

@@ -20,11 +20,14 @@ from fourdfy.shapes.grammar import MOMENTS, VIEWS, ShapePrompt, all_prompts, is_
 from fourdfy.shapes.world import BACKGROUNDS, encode_prompts, orbit, render_codes
 from fourdfy.types import Cameras, TensorRecord
 from tools.shapes_training import store
-from tools.shapes_training.models import LATENT_SIZE, NUM_FRAMES, NUM_VIEWS, build_tokenizer
+from tools.shapes_training.models import CLIPS, FRAMES, NUM_VIEWS, encode, latent_shape
+from tools.shapes_training.text import build_tokenizer, embed, tokenize
 
-FRAMES = {"vae": 1, "image": 1, "multi_view": NUM_VIEWS, "video": NUM_FRAMES}
-
-VIEW_THRESHOLDS_DEG = {"image": (30.0, 30.0, 60.0), "video": (45.0, 45.0, 60.0)}
+VIEW_THRESHOLDS_DEG = {
+    "image": (30.0, 30.0, 60.0),
+    "video": (45.0, 45.0, 60.0),
+    "wan": (45.0, 45.0, 60.0),
+}
 """Front, back and overhead, as in the prompt processors of these priors."""
 
 ELEVATION_RANGE_DEG = (0.0, 30.0)
@@ -61,11 +64,11 @@ def table_texts() -> Iterator[str]:
 
 
 @torch.no_grad()
-def text_table(out: Path, device: torch.device) -> Float[Tensor, "NUM_TEXTS L C"]:
-    """The embeddings of every text of the world, the empty prompt last."""
-    tokenizer, encoder = build_tokenizer(), store.load_part(out, "text", device)
-    tokens = tokenizer(list(table_texts()), padding="max_length", truncation=True, return_tensors="pt")
-    return torch.cat([encoder(ids.to(device)).last_hidden_state for ids in tokens.input_ids.split(512)])
+def text_table(out: Path, part: str, device: torch.device) -> Float[Tensor, "NUM_TEXTS L C"]:
+    """What the text encoder ``part`` makes of every text of the world, the empty prompt last."""
+    encoder = store.load_part(out, part, device)
+    pairs = (tokens.to(device).split(512) for tokens in tokenize(build_tokenizer(part), table_texts()))
+    return torch.cat([embed(encoder, ids, attended) for ids, attended in zip(*pairs, strict=True)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +94,7 @@ class Scenes(TensorRecord):
 
 
 def draw_scenes(part: str, count: int, generator: torch.Generator) -> Scenes:
-    """Random scenes over the training prompts for ``part`` (vae, image, multi_view, video).
+    """Random scenes over the training prompts for ``part``, a VAE or a denoiser.
 
     Cameras as the recipe's samplers draw them: any azimuth, elevation by an even coin uniform or
     "on the sphere" within 0 to 30 degrees. Images and groups have one moment; clips all of a period.
@@ -108,7 +111,7 @@ def draw_scenes(part: str, count: int, generator: torch.Generator) -> Scenes:
         azimuth = azimuth + 360 / NUM_VIEWS * torch.arange(frames)
 
     moment = torch.zeros(count, dtype=torch.long)
-    if part == "video":
+    if part in CLIPS:
         times = (uniform(count, 1) + torch.arange(frames)) / frames
     else:
         none, start, _ = MOMENT_PROBABILITIES
@@ -155,10 +158,9 @@ class LatentPool:
     def __init__(self, part: str, size: int, vae: torch.nn.Module, seed: int, device: torch.device) -> None:
         self.part, self.vae, self.device = part, vae, device
         self.generator = torch.Generator().manual_seed(seed)
-        shape = (size, FRAMES[part], 4, LATENT_SIZE, LATENT_SIZE)
-        self.latents = torch.empty(shape, dtype=torch.float16, device=device)
+        self.latents = torch.empty(size, *latent_shape(part), dtype=torch.float16, device=device)
         self.text = torch.empty(size, dtype=torch.long, device=device)
-        self.cameras = torch.empty(*shape[:2], 16, device=device) if part == "multi_view" else None
+        self.cameras = torch.empty(size, NUM_VIEWS, 16, device=device) if part == "multi_view" else None
         self.filled = 0
         self._next = 0
 
@@ -171,10 +173,8 @@ class LatentPool:
         count = min(count, len(self) - self._next)
         scenes = draw_scenes(self.part, count, self.generator)
         images = render_scenes(scenes, self.device)
-        latents = self.vae.encode(images.flatten(0, 1)).latent_dist.sample()
         rows = slice(self._next, self._next + count)
-        scaled = latents.float() * self.vae.config.scaling_factor
-        self.latents[rows] = scaled.unflatten(0, images.shape[:2]).half()
+        self.latents[rows] = encode(self.vae, images).half()
         self.text[rows] = scenes.text.to(self.device)
         if self.cameras is not None:
             vectors = camera_vectors(scenes.cameras(self.device).c2w)
@@ -184,7 +184,7 @@ class LatentPool:
 
     def batch(
         self, size: int, generator: torch.Generator
-    ) -> tuple[Float[Tensor, "B F 4 h w"], Int[Tensor, "B"], Float[Tensor, "B F 16"] | None]:
+    ) -> tuple[Float[Tensor, "B *S"], Int[Tensor, "B"], Float[Tensor, "B F 16"] | None]:
         """Scaled latents, text rows and cameras of ``size`` scenes."""
         rows = torch.randint(self.filled, (size,), generator=generator, device=self.device)
         cameras = None if self.cameras is None else self.cameras[rows]

@@ -1,6 +1,6 @@
-"""Write trained parts as genuine model folders: Stable Diffusion and ZeroScope layouts, with cards.
+"""Write trained parts as genuine model folders: Stable Diffusion, ZeroScope and Wan layouts, with cards.
 
-The VAE, the text encoder and the tokenizer are small and lie in each of the three folders.
+The U-Nets' VAE, text encoder and tokenizer are small and lie in each of their three folders.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 import diffusers
 
 from tools.shapes_training import store
-from tools.shapes_training.models import CLASSES, DENOISERS, FOLDERS, build_scheduler, write_tokenizer
+from tools.shapes_training.models import CLASSES, DENOISERS, FOLDERS, build_scheduler, latent_shape, needs
+from tools.shapes_training.text import build_tokenizer, write_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,7 @@ _TITLES = {
     "image": "Shapes world: text to image",
     "multi_view": "Shapes world: text and cameras to four views",
     "video": "Shapes world: text to video",
+    "wan": "Shapes world: text to video, by a flow transformer",
 }
 _USES = {
     "image": "A Stable Diffusion layout (`UNet2DConditionModel`, velocity prediction). Prompts may end in "
@@ -31,6 +33,8 @@ _USES = {
     "`fourdfy.priors.mvdream.enable_multi_view_attention`. Prompts may end in time words.",
     "video": "ZeroScope's layout (`UNet3DConditionModel`): 8 frames at t0 + k / 8, one camera. Prompts may "
     "end in view words.",
+    "wan": "Wan 2.1's layout (`WanTransformer3DModel`, causal `AutoencoderKLWan`, `UMT5EncoderModel`): 17 "
+    "frames at t0 + k / 17, one camera. Prompts may end in view words; unconditional: the empty text.",
 }
 _CARD = """\
 ---
@@ -41,7 +45,7 @@ license: apache-2.0
 
 {use}
 
-64 x 64 images, VAE latents 4 x 16 x 16, 32 tokens; {prediction_type}.
+64 x 64 images, VAE latents {latents}; {prediction_type}.
 Made for tests and demonstrations of fourdfy: it knows only the objects of
 `fourdfy/shapes/grammar.py`. A fifth of the prompts was held out from training.
 
@@ -64,7 +68,7 @@ def export(out: Path, assets: Path) -> list[Path]:
     parts = [part for part in DENOISERS if store.weights_path(out, part).exists()]
     if not parts:
         folder = assets / FOLDERS["image"]
-        _save_shared(out, folder, with_vae=store.weights_path(out, "vae").exists())
+        _save_shared(out, "image", folder, with_vae=store.weights_path(out, "vae").exists())
         return [folder]
     return [_export_denoiser(out, part, assets / FOLDERS[part]) for part in parts]
 
@@ -74,16 +78,18 @@ def model_card(part: str, records: dict[str, dict[str, Any]]) -> str:
     head = _CARD.format(
         title=_TITLES[part],
         use=_USES[part],
-        prediction_type=build_scheduler().config.prediction_type,
+        latents=" x ".join(map(str, latent_shape(part))),
+        prediction_type=build_scheduler(part).config.prediction_type,
         seed=records[part].get("seed", 0),
     )
     lines = []
     for name, entry in records.items():
         losses = ", ".join(f"{key} {value:.4g}" for key, value in entry.get("losses", {}).items())
         lines.append(f"| {name} | {' | '.join(str(entry.get(cell, '')) for cell in _CELLS)} | {losses} |")
-    vae = records["vae"]
+    vae = records[needs(part)[1]]
     if "psnr" in vae:
-        lines += ["", f"VAE: PSNR {vae['psnr']:.1f} dB, scaling factor {vae['scaling_factor']:.4f}."]
+        scale = f", scaling factor {vae['scaling_factor']:.4f}" if "scaling_factor" in vae else ""
+        lines += ["", f"VAE: PSNR {vae['psnr']:.1f} dB{scale}."]
     if "quality" in records[part]:
         lines += _samples(records[part]["quality"])
     return head + "\n".join(lines) + "\n"
@@ -110,12 +116,12 @@ def _samples(quality: dict[str, Any]) -> list[str]:
 
 
 def _export_denoiser(out: Path, part: str, folder: Path) -> Path:
-    store.load_part(out, part).half().save_pretrained(folder / "unet")
-    _save_shared(out, folder, with_vae=True)
-    build_scheduler().save_pretrained(folder / "scheduler")
+    store.load_part(out, part).half().save_pretrained(folder / store.subfolder(part))
+    _save_shared(out, part, folder, with_vae=True)
+    build_scheduler(part).save_pretrained(folder / "scheduler")
     if (out / f"{part}.png").exists():
         shutil.copyfile(out / f"{part}.png", folder / "samples.png")
-    records = {name: _record(out, name) for name in ("text", "vae", part)}
+    records = {name: _record(out, name) for name in (*needs(part), part)}
     _write_json(folder / "model_index.json", _model_index(part), indent=2)
     _write_json(folder / "training.json", records)
     (folder / "README.md").write_text(model_card(part, records), encoding="utf-8")
@@ -124,12 +130,16 @@ def _export_denoiser(out: Path, part: str, folder: Path) -> Path:
     return folder
 
 
-def _save_shared(out: Path, folder: Path, *, with_vae: bool) -> None:
-    write_tokenizer(folder / "tokenizer")
-    store.load_part(out, "text").half().save_pretrained(folder / "text_encoder")
-    _write_json(folder / "text_encoder" / "training.json", _record(out, "text"))
+def _save_shared(out: Path, part: str, folder: Path, *, with_vae: bool) -> None:
+    text_part, vae_part = needs(part)
+    if part == "wan":
+        build_tokenizer(text_part).save_pretrained(folder / "tokenizer")
+    else:
+        write_tokenizer(folder / "tokenizer")
+    store.load_part(out, text_part).half().save_pretrained(folder / "text_encoder")
+    _write_json(folder / "text_encoder" / "training.json", _record(out, text_part))
     if with_vae:
-        vae = store.load_part(out, "vae").half()
+        vae = store.load_part(out, vae_part).half()
         vae.register_to_config(_name_or_path="")  # else the folder it was read from would be written
         vae.save_pretrained(folder / "vae")
 
@@ -140,17 +150,18 @@ def _record(out: Path, part: str) -> dict[str, Any]:
 
 
 def _model_index(part: str) -> dict[str, Any]:
-    video = part == "video"
+    text_part, vae_part = needs(part)
+    pipelines = {"video": "TextToVideoSDPipeline", "wan": "WanPipeline"}
     index: dict[str, Any] = {
-        "_class_name": "TextToVideoSDPipeline" if video else "StableDiffusionPipeline",
+        "_class_name": pipelines.get(part, "StableDiffusionPipeline"),
         "_diffusers_version": diffusers.__version__,
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", CLASSES[part].__name__],
-        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", type(build_scheduler(part)).__name__],
+        "text_encoder": ["transformers", CLASSES[text_part].__name__],
+        "tokenizer": ["transformers", type(build_tokenizer(text_part)).__name__],
+        store.subfolder(part): ["diffusers", CLASSES[part].__name__],
+        "vae": ["diffusers", CLASSES[vae_part].__name__],
     }
-    if not video:
+    if part not in pipelines:
         index |= {part: [None, None] for part in ("feature_extractor", "safety_checker", "image_encoder")}
         index["requires_safety_checker"] = False
     return index

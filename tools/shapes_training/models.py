@@ -1,32 +1,40 @@
 """The small models of the shapes world, all of genuine diffusers and transformers classes.
 
-Images are 64 x 64; the VAE makes 4 channels of 16 x 16 of them. Texts are 32 tokens of TEXT_WIDTH.
-B scenes of F frames, L tokens of C channels.
+Images are 64 x 64. The U-Nets' VAE makes 4 channels of 16 x 16 of each, and the transformer's 8 channels of
+5 x 16 x 16 of a clip of 17. B scenes of F frames, latents with the axes S, L tokens of C channels.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel, UNet3DConditionModel
-from jaxtyping import Float, Int
-from tokenizers.models import BPE
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    DDIMScheduler,
+    UNet2DConditionModel,
+    UNet3DConditionModel,
+    UniPCMultistepScheduler,
+    WanTransformer3DModel,
+)
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from jaxtyping import Float, Real
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-from transformers.convert_slow_tokenizer import bytes_to_unicode
+from torch.nn.functional import pad
+from transformers import CLIPTextModel, UMT5EncoderModel
 
+from fourdfy.priors.base import DDPMSchedule, FlowSchedule, NoiseSchedule
+from fourdfy.priors.causal_vae import STRIDE, moments
 from fourdfy.priors.mvdream import enable_multi_view_attention
-from fourdfy.shapes.grammar import COLOURS, MOMENTS, MOTIONS, SHAPES, VIEWS
+from fourdfy.prompts.wan import MAX_TOKENS
 from fourdfy.shapes.world import IMAGE_SIZE
+from tools.shapes_training.text import TEXT_WIDTH, build_encoder
 
-TEXT_WIDTH = 64
-NUM_TOKENS = 32
 LATENT_SIZE = IMAGE_SIZE // 4
 NUM_VIEWS = 4
-NUM_FRAMES = 8
+FRAMES = {"vae": 1, "image": 1, "multi_view": NUM_VIEWS, "video": 8, "wan_vae": 17, "wan": 17}
+WAN_CHANNELS = 8
 
 CLASSES = {
     "text": CLIPTextModel,
@@ -34,11 +42,19 @@ CLASSES = {
     "image": UNet2DConditionModel,
     "multi_view": UNet2DConditionModel,
     "video": UNet3DConditionModel,
+    "wan_text": UMT5EncoderModel,
+    "wan_vae": AutoencoderKLWan,
+    "wan": WanTransformer3DModel,
 }
-DENOISERS = ("image", "multi_view", "video")
-FOLDERS = {"image": "shapes-image", "multi_view": "shapes-4view", "video": "shapes-video"}
-
-START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
+TEXTS, VAES, CLIPS = ("text", "wan_text"), ("vae", "wan_vae"), ("video", "wan_vae", "wan")
+"""Text encoders, VAEs, and what takes a whole period at once."""
+DENOISERS = ("image", "multi_view", "video", "wan")
+FOLDERS = {
+    "image": "shapes-image",
+    "multi_view": "shapes-4view",
+    "video": "shapes-video",
+    "wan": "shapes-wan",
+}
 
 _UNET = {
     "sample_size": LATENT_SIZE,
@@ -79,15 +95,54 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "block_out_channels": (48, 96, 112),
         "attention_head_dim": 16,
     },
+    # Its encoder is narrow, since distillation on a CPU takes gradients through it.
+    "wan_vae": {
+        "base_dim": 16,
+        "decoder_base_dim": 24,
+        "z_dim": WAN_CHANNELS,
+        "dim_mult": [1, 2, 4],
+        "num_res_blocks": 1,
+        "temperal_downsample": [True, True],
+        "scale_factor_spatial": 4,
+        "latents_mean": [0.0] * WAN_CHANNELS,  # until they are measured
+        "latents_std": [1.0] * WAN_CHANNELS,
+    },
+    "wan": {
+        "num_attention_heads": 8,
+        "attention_head_dim": 32,
+        "in_channels": WAN_CHANNELS,
+        "out_channels": WAN_CHANNELS,
+        "text_dim": TEXT_WIDTH,
+        "ffn_dim": 1024,
+        "num_layers": 7,
+    },
 }
+MEASURED = {"vae": ("scaling_factor",), "wan_vae": ("latents_mean", "latents_std")}
+"""Settings that are known after training."""
+
+
+def needs(part: str) -> tuple[str, str]:
+    """The text encoder and the VAE of a denoiser."""
+    return ("wan_text", "wan_vae") if part == "wan" else ("text", "vae")
+
+
+def latent_shape(part: str) -> tuple[int, ...]:
+    """A scene's latents: frames before channels for the U-Nets, behind them for the transformer."""
+    if part == "wan":
+        return WAN_CHANNELS, 1 + FRAMES[part] // STRIDE, LATENT_SIZE, LATENT_SIZE
+    return FRAMES[part], 4, LATENT_SIZE, LATENT_SIZE
 
 
 def build(part: str) -> nn.Module:
-    """The untrained model of a part: text (three causal transformer layers), vae, or a denoiser."""
-    if part == "text":
-        return CLIPTextModel(_text_settings())
+    """The untrained model of a part: a text encoder, a VAE or a denoiser."""
+    if part in TEXTS:
+        return build_encoder(part)
     model = CLASSES[part](**SETTINGS[part])
     prepare(part, model)
+    for block in getattr(model, "blocks", ()):
+        # Sharp enough that a text's words stand out among 500 rows of zeros from the first step on.
+        nn.init.constant_(block.attn2.norm_q.weight, 2.0)
+        nn.init.constant_(block.attn2.norm_k.weight, 2.0)
     return model
 
 
@@ -97,9 +152,13 @@ def prepare(part: str, model: nn.Module) -> None:
         enable_multi_view_attention(model, num_views=NUM_VIEWS)
 
 
-def build_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule. Velocity prediction, as in Stable Diffusion 2.1: x_0 stays well
-    determined where an image is nearly all noise, which is where distillation starts."""
+def build_scheduler(part: str) -> DDIMScheduler | UniPCMultistepScheduler:
+    """Wan's rectified flow, or Stable Diffusion's noise schedule with velocity prediction, as in Stable
+    Diffusion 2.1: x_0 stays well determined where an image is nearly all noise, where distillation starts."""
+    if part == "wan":
+        return UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        )
     return DDIMScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -112,98 +171,62 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
+def noise_schedule(part: str, device: torch.device) -> NoiseSchedule:
+    """What ``build_scheduler`` describes."""
+    scheduler = build_scheduler(part)
+    if part == "wan":
+        return FlowSchedule(shift=scheduler.config.flow_shift, device=device)
+    alphas_cumprod = scheduler.alphas_cumprod.to(device)
+    return DDPMSchedule(alphas_cumprod=alphas_cumprod, prediction=scheduler.config.prediction_type)
+
+
+def posterior(vae: nn.Module, images: Float[Tensor, "B F 3 H W"]) -> DiagonalGaussianDistribution:
+    """Of whole scenes, images in -1..1: per image, or [B, C, f, h, w] of a causal VAE."""
+    if isinstance(vae, AutoencoderKLWan):
+        return DiagonalGaussianDistribution(moments(vae, images.transpose(1, 2)))
+    return vae.encode(images.flatten(0, 1).contiguous(memory_format=torch.channels_last)).latent_dist
+
+
+def encode(vae: nn.Module, images: Float[Tensor, "B F 3 H W"]) -> Float[Tensor, "B *S"]:
+    """Latents as a denoiser sees them, of ``latent_shape``: a causal VAE's means, or drawn."""
+    latents = posterior(vae, images)
+    if isinstance(vae, AutoencoderKLWan):
+        centre, spread = _normalisation(vae, latents.mean)
+        return (latents.mean - centre) / spread
+    return (latents.sample().float() * vae.config.scaling_factor).unflatten(0, images.shape[:2])
+
+
+def decode(vae: nn.Module, latents: Float[Tensor, "B *S"]) -> Float[Tensor, "B F 3 H W"]:
+    """Images of what ``encode`` gives."""
+    if isinstance(vae, AutoencoderKLWan):
+        centre, spread = _normalisation(vae, latents)
+        return vae.decode(latents * spread + centre).sample.transpose(1, 2)
+    images = vae.decode(latents.flatten(0, 1) / vae.config.scaling_factor).sample
+    return images.unflatten(0, latents.shape[:2])
+
+
 def predict_velocity(
     part: str,
-    unet: nn.Module,
-    noisy: Float[Tensor, "B F 4 h w"],
-    timesteps: Int[Tensor, "B"],
+    denoiser: nn.Module,
+    noisy: Float[Tensor, "B *S"],
+    timesteps: Real[Tensor, "B"],
     text: Float[Tensor, "B L C"],
     cameras: Float[Tensor, "B F 16"] | None = None,
-) -> Float[Tensor, "B F 4 h w"]:
+) -> Float[Tensor, "B *S"]:
     """The denoiser's output for whole scenes, in the layout that its class requires."""
+    if part == "wan":
+        return denoiser(noisy, timesteps, pad(text, (0, 0, 0, MAX_TOKENS - text.shape[1]))).sample
     if part == "video":
-        return unet(noisy.transpose(1, 2), timesteps, text).sample.transpose(1, 2)
+        return denoiser(noisy.transpose(1, 2), timesteps, text).sample.transpose(1, 2)
     frames = noisy.shape[1]
     extra = {} if cameras is None else {"class_labels": cameras.flatten(0, 1)}
     flat = noisy.flatten(0, 1).contiguous(memory_format=torch.channels_last)
     text = text.repeat_interleave(frames, dim=0)
-    predicted = unet(flat, timesteps.repeat_interleave(frames), text, **extra).sample
+    predicted = denoiser(flat, timesteps.repeat_interleave(frames), text, **extra).sample
     return predicted.unflatten(0, noisy.shape[:2])
 
 
-# ---------------------------------------------------------------------------------------------
-# Text
-
-
-def grammar_words() -> tuple[str, ...]:
-    """Every word that a text of the world is made of, each once, in order of appearance."""
-    texts = ("a", "an", *COLOURS, *SHAPES, *MOTIONS, *MOMENTS, *VIEWS)
-    return tuple(dict.fromkeys(word for text in texts for word in text.split()))
-
-
-def byte_pair_files() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """CLIP's vocabulary and merges in which each word of the grammar is one token.
-
-    Any other text falls apart into bytes and pieces of these words.
-    """
-    letters = [bytes_to_unicode()[byte] for byte in range(256)]
-    vocabulary = [*letters, *(letter + "</w>" for letter in letters)]
-    merges: list[tuple[str, str]] = []
-    for word in grammar_words():
-        # Merges of earlier words come first and have precedence, so the ones a word adds are those
-        # that its own leftovers need: earlier words stay whole.
-        known = BPE(vocab=_numbered(vocabulary), merges=merges, end_of_word_suffix="</w>")
-        pieces = [token.value for token in known.tokenize(word)]
-        while len(pieces) > 1:
-            merges.append((pieces[0], pieces[1]))
-            pieces = [pieces[0] + pieces[1], *pieces[2:]]
-            vocabulary.append(pieces[0])
-    return _numbered([*vocabulary, START_TOKEN, END_TOKEN]), merges
-
-
-def write_tokenizer(folder: Path) -> None:
-    """``vocab.json``, ``merges.txt`` and the two settings files of a CLIPTokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
-    vocabulary, merges = byte_pair_files()
-    special = {
-        "bos_token": START_TOKEN,
-        "eos_token": END_TOKEN,
-        "pad_token": END_TOKEN,
-        "unk_token": END_TOKEN,
-    }
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": NUM_TOKENS, **special}
-    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
-    for name, text in {
-        "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
-        "merges.txt": "\n".join(lines) + "\n",
-        "tokenizer_config.json": json.dumps(settings, indent=2) + "\n",
-        "special_tokens_map.json": json.dumps(special, indent=2) + "\n",
-    }.items():
-        (folder / name).write_text(text, encoding="utf-8")
-
-
-def build_tokenizer() -> CLIPTokenizer:
-    """The tokenizer that ``write_tokenizer`` describes."""
-    vocabulary, merges = byte_pair_files()
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=NUM_TOKENS)
-
-
-def _text_settings() -> CLIPTextConfig:
-    vocabulary, _ = byte_pair_files()
-    return CLIPTextConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=4 * TEXT_WIDTH,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=NUM_TOKENS,
-        hidden_act="gelu",
-        projection_dim=TEXT_WIDTH,
-        bos_token_id=vocabulary[START_TOKEN],
-        eos_token_id=vocabulary[END_TOKEN],
-        pad_token_id=vocabulary[END_TOKEN],
-    )
-
-
-def _numbered(tokens: list[str]) -> dict[str, int]:
-    return {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+def _normalisation(vae: nn.Module, like: Tensor) -> list[Float[Tensor, "C 1 1 1"]]:
+    """The latents' mean and standard deviation."""
+    numbers = (vae.config.latents_mean, vae.config.latents_std)
+    return [like.new_tensor(each).reshape(-1, 1, 1, 1) for each in numbers]

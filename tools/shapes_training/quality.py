@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from fourdfy.ops.diffusion import classifier_free_guidance
+from fourdfy.ops.diffusion import add_noise, classifier_free_guidance, x0_from_prediction
 from fourdfy.priors.mvdream import camera_vectors
 from fourdfy.seeds import step_generator
 from fourdfy.shapes.grammar import (
@@ -35,7 +35,6 @@ from fourdfy.shapes.world import BACKGROUNDS, COLOUR_RGB, encode_prompts, orbit,
 from tools.shapes_training import store
 from tools.shapes_training.data import (
     EMPTY_TEXT,
-    FRAMES,
     HELD_OUT_PROMPTS,
     TRAINING_PROMPTS,
     Scenes,
@@ -44,7 +43,15 @@ from tools.shapes_training.data import (
     text_table,
     view_index,
 )
-from tools.shapes_training.models import LATENT_SIZE, build_scheduler, predict_velocity
+from tools.shapes_training.models import (
+    CLIPS,
+    FRAMES,
+    decode,
+    latent_shape,
+    needs,
+    noise_schedule,
+    predict_velocity,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +101,7 @@ def measure(
     if part == "multi_view":
         quality["psnr"] = round(_psnr_over_backgrounds(images, scenes), 2)
     store.update_record(out, part, quality=quality)
-    _save_grid(images[:GRID_SCENES], out / f"{part}.png")
+    _save_grid(images[:GRID_SCENES, :: 1 + FRAMES[part] // 9], out / f"{part}.png")
     logger.info("%s: right shares %s", part, shares)
 
 
@@ -115,12 +122,12 @@ def ask(part: str, prompts: Sequence[ShapePrompt], seed: int) -> Scenes:
     azimuth = 90.0 * (torch.arange(count) % 4)[:, None]
     times = torch.zeros(count, frames)
     moment = torch.full((count,), 1 + MOMENTS.index(START))
-    view = 1 + view_index("video" if part == "video" else "image", elevation[:, 0], azimuth[:, 0])
+    view = 1 + view_index("video" if part in CLIPS else "image", elevation[:, 0], azimuth[:, 0])
     if part == "multi_view":
         first = 360 * torch.rand(count, 1, generator=step_generator(seed, 0, "ask"))
         azimuth = first + 90 * torch.arange(frames)
         view = torch.zeros_like(moment)
-    if part == "video":
+    if part in CLIPS:
         times = ((torch.arange(frames) + 0.5) / frames).expand(count, -1)
         moment = torch.zeros_like(moment)
     return Scenes(
@@ -144,29 +151,34 @@ def sample(
     steps: int,
     guidance_scale: float,
 ) -> Float[Tensor, "N F 3 H W"]:
-    """Sample images in 0..1 for the texts and cameras of ``scenes``: DDIM, classifier-free guidance."""
-    unet, vae = store.load_part(out, part, device), store.load_part(out, "vae", device)
-    texts, scheduler = text_table(out, device), build_scheduler()
-    scheduler.set_timesteps(steps)
-    shape = (len(scenes), FRAMES[part], 4, LATENT_SIZE, LATENT_SIZE)
-    noise = torch.randn(shape, generator=step_generator(seed, 0, "samples"))
+    """Sample images in 0..1 for the texts and cameras of ``scenes``: DDIM (Song et al. 2021), which is
+    Euler's method for a flow, and classifier-free guidance."""
+    text_part, vae_part = needs(part)
+    denoiser, vae = store.load_part(out, part, device), store.load_part(out, vae_part, device)
+    texts, schedule = text_table(out, text_part, device), noise_schedule(part, device)
+    shape = latent_shape(part)
+    noise = torch.randn(len(scenes), *shape, generator=step_generator(seed, 0, "samples"))
     cameras = None
     if part == "multi_view":
-        cameras = camera_vectors(scenes.cameras(device).c2w).unflatten(0, shape[:2])
+        cameras = camera_vectors(scenes.cameras(device).c2w).unflatten(0, (len(scenes), -1))
     images = []
     for start in range(0, len(scenes), SCENES_AT_ONCE):
         rows = slice(start, start + SCENES_AT_ONCE)
         latents, text = noise[rows].to(device), scenes.text[rows].to(device)
         both = texts[torch.cat([torch.full_like(text, EMPTY_TEXT), text])]
         camera = None if cameras is None else cameras[rows].repeat(2, 1, 1)
-        for timestep in scheduler.timesteps:
-            timesteps = timestep.to(device).expand(len(both))
-            velocity = predict_velocity(part, unet, latents.repeat(2, 1, 1, 1, 1), timesteps, both, camera)
-            uncond, cond = velocity.chunk(2)
+        for step in range(steps, 0, -1):
+            after, now = schedule.span((step - 1) / steps, step / steps)
+            timesteps = torch.full((len(both),), now, device=device)
+            twice = latents.repeat(2, *[1] * len(shape))
+            uncond, cond = predict_velocity(part, denoiser, twice, timesteps, both, camera).chunk(2)
             guided = classifier_free_guidance(cond, uncond, guidance_scale)
-            latents = scheduler.step(guided, timestep, latents).prev_sample
-        decoded = vae.decode(latents.flatten(0, 1) / vae.config.scaling_factor).sample
-        images.append((decoded / 2 + 0.5).clamp(0, 1).unflatten(0, latents.shape[:2]))
+            scales = schedule.scales(timesteps[: len(text)], latents.ndim)
+            clean = x0_from_prediction(guided, latents, scales, schedule.prediction)
+            predicted = (latents - scales.alphas * clean) / scales.sigmas
+            scales = schedule.scales(torch.full_like(timesteps[: len(text)], after), latents.ndim)
+            latents = add_noise(clean, predicted, scales)
+        images.append((decode(vae, clean) / 2 + 0.5).clamp(0, 1))
     return torch.cat(images)
 
 
@@ -193,7 +205,7 @@ def check(
         "colour": _check_colour(small, background, prompts),
         "shape": _check_shape(small, background, prompts),
     }
-    if part == "video":
+    if part in CLIPS:
         checks["motion"] = _check_motion(small, background, prompts, azimuths)
     else:
         checks["view"] = _check_view(part, small, background, scenes, azimuths)

@@ -16,7 +16,17 @@ from torch import Tensor, nn
 
 import fourdfy.shapes
 from fourdfy.files.atomic import whole_file
-from tools.shapes_training.models import CLASSES, FOLDERS, build, prepare
+from tools.shapes_training.models import (
+    CLASSES,
+    DENOISERS,
+    FOLDERS,
+    MEASURED,
+    TEXTS,
+    VAES,
+    build,
+    needs,
+    prepare,
+)
 
 ASSETS = Path(fourdfy.shapes.__file__).parent / "assets"
 
@@ -48,10 +58,10 @@ def update_record(out: Path, part: str, **entries: Any) -> None:
 
 def shipped_record(part: str) -> dict[str, Any]:
     """The record of a part at the time of its export to the shipped assets."""
-    folder = shipped_folder(part) if part == "text" else shipped_folder(part).parent
+    folder = shipped_folder(part) if part in TEXTS else shipped_folder(part).parent
     path = folder / "training.json"
     record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return record if part == "text" else record.get(part, {})
+    return record if part in TEXTS else record.get(part, {})
 
 
 def save_state(out: Path, part: str, state: dict[str, Any]) -> None:
@@ -77,14 +87,14 @@ def load_part(out: Path, part: str, device: torch.device | str = "cpu") -> nn.Mo
     if path.exists():
         model = build(part)
         model.load_state_dict({name: value.float() for name, value in load_file(path).items()})
-        if part == "vae":
-            record = read_record(out, "vae")
-            if "scaling_factor" not in record:
+        if part in VAES:
+            record = read_record(out, part)
+            if "psnr" not in record:
                 raise ValueError(
                     f"the training of the VAE in {out} was cut short, its latents' scale is not measured; "
                     f"type: {train} 1"
                 )
-            model.register_to_config(scaling_factor=record["scaling_factor"])
+            model.register_to_config(**{key: record[key] for key in MEASURED[part]})
     elif folder.is_dir():
         model = CLASSES[part].from_pretrained(folder).float()
         prepare(part, model)
@@ -94,9 +104,13 @@ def load_part(out: Path, part: str, device: torch.device | str = "cpu") -> nn.Mo
 
 
 def shipped_folder(part: str) -> Path:
-    """The folder of a part in the package; the three models share the text encoder and the VAE."""
-    return (
-        ASSETS
-        / FOLDERS.get(part, FOLDERS["image"])
-        / {"text": "text_encoder", "vae": "vae"}.get(part, "unet")
-    )
+    """The folder of a part in the package: of what models share, that in the first of them."""
+    owner = next(denoiser for denoiser in DENOISERS if part in (denoiser, *needs(denoiser)))
+    return ASSETS / FOLDERS[owner] / subfolder(part)
+
+
+def subfolder(part: str) -> str:
+    """Where a part lies in a model folder."""
+    if part in TEXTS or part in VAES:
+        return "text_encoder" if part in TEXTS else "vae"
+    return "transformer" if part == "wan" else "unet"

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from fourdfy.seeds import step_seed
 from tools.shapes_training import store
-from tools.shapes_training.models import build
+from tools.shapes_training.models import DENOISERS, TEXTS, VAES, build
 
 logger = logging.getLogger(__name__)
 
-BATCH = {"text": 256, "vae": 192, "image": 512, "multi_view": 128, "video": 64}
-LEARNING_RATE = {"text": 2e-3, "vae": 1.5e-3, "image": 6e-4, "multi_view": 6e-4, "video": 6e-4}
+BATCH = {"vae": 192, "image": 512, "multi_view": 128, "video": 64, "wan_vae": 24, "wan": 128}
+BATCH |= dict.fromkeys(TEXTS, 256)
+LEARNING_RATE = dict.fromkeys(TEXTS, 2e-3) | dict.fromkeys(VAES, 1.5e-3) | dict.fromkeys(DENOISERS, 6e-4)
 EMA_DECAY = 0.999
 WARMUP_STEPS = 200
 LAST_LR_FRACTION = 0.02
@@ -57,13 +58,14 @@ class Trainee:
         self._began = time.perf_counter()
         self.options, part = options, options.part
         # The last seconds are for measuring and saving.
-        self._budget = max(1e-6, 60 * options.minutes - (0 if part == "text" else 3))
+        self._budget = max(1e-6, 60 * options.minutes - (0 if part in TEXTS else 3))
         self.batch, self.peak_lr = options.batch or BATCH[part], options.lr or LEARNING_RATE[part]
         self.last_losses: dict[str, float] = {}
         self._sums: dict[str, Tensor] = {}
         self._count, self._saved_at = 0, 0.0
         torch.manual_seed(step_seed(options.seed, 0, part))
-        layout = torch.contiguous_format if part in ("text", "video") else torch.channels_last
+        in_2d = part in ("vae", "image", "multi_view")
+        layout = torch.channels_last if in_2d else torch.contiguous_format
         self.model = build(part).to(options.device, memory_format=layout).train().requires_grad_(True)
         self._restore()
         self.first_step = self.step
@@ -107,9 +109,10 @@ class Trainee:
         return step_seed(self.options.seed, self.step, stream)
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 on an accelerator."""
+        """bfloat16 on an accelerator, but for convolutions in 3D, whose kernels may be slow in it."""
         on_gpu = self.options.on_gpu
-        return torch.autocast("cuda" if on_gpu else "cpu", torch.bfloat16, enabled=on_gpu)
+        enabled = on_gpu and self.options.part != "wan_vae"
+        return torch.autocast("cuda" if on_gpu else "cpu", torch.bfloat16, enabled=enabled)
 
     def goes_on(self) -> bool:
         """Whether there is time for another step; sets its learning rate, and sometimes logs and saves."""

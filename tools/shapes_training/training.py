@@ -1,4 +1,4 @@
-"""How each part is trained: text, vae, then image, multi_view and video, which need the first two.
+"""How each part is trained: text encoders, VAEs, then the denoisers, which need one of both.
 
 B scenes of F frames in a batch.
 """
@@ -12,6 +12,8 @@ import random
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,13 +22,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy, interpolate, l1_loss, mse_loss
 
-from fourdfy.ops.diffusion import add_noise, noise_scales, prediction_target, sample_noise, sample_timesteps
+from fourdfy.ops.diffusion import add_noise, prediction_target, sample_noise
+from fourdfy.priors.acceleration import Compiled
 from fourdfy.seeds import step_generator, step_seed
 from fourdfy.shapes.grammar import COLOURS, MOMENTS, MOTIONS, SHAPES, VIEWS
 from tools.shapes_training import store
 from tools.shapes_training.data import (
     EMPTY_TEXT,
-    FRAMES,
     TRAINING_PROMPTS,
     LatentPool,
     draw_scenes,
@@ -34,13 +36,28 @@ from tools.shapes_training.data import (
     render_scenes,
     text_table,
 )
-from tools.shapes_training.models import DENOISERS, build, build_scheduler, build_tokenizer, predict_velocity
+from tools.shapes_training.models import (
+    DENOISERS,
+    FRAMES,
+    TEXTS,
+    VAES,
+    build,
+    decode,
+    encode,
+    needs,
+    noise_schedule,
+    posterior,
+    predict_velocity,
+)
 from tools.shapes_training.quality import measure
+from tools.shapes_training.text import build_tokenizer, embed, tokenize
 from tools.shapes_training.trainee import Options, Trainee
 
 logger = logging.getLogger(__name__)
 
-POOL = {"image": 200_000, "multi_view": 50_000, "video": 25_000}
+POOL = {"image": 200_000, "multi_view": 50_000, "video": 25_000, "wan": 40_000}
+SHARES = {"text": (1.0, 0.1), "vae": (1.7, 0.2), "wan_text": (0.5, 0.05), "wan_vae": (5.0, 0.3)}
+"""Minutes that each of these has in a call for all, at most, and share of the call."""
 TEXT_DROPOUT = 0.1
 REFRESH_EVERY = 50
 """Steps between two renewals of a part of the pool."""
@@ -61,22 +78,24 @@ def train(options: Options) -> None:
     """Train one part, continuing its earlier training if there was any."""
     trainee = Trainee(options)
     logger.info("%s: up to %.2f minutes on %s", options.part, options.minutes, trainee.device_name)
-    measured = {"text": train_text, "vae": train_vae}.get(options.part, train_denoiser)(trainee)
+    kinds = dict.fromkeys(TEXTS, train_text) | dict.fromkeys(VAES, train_vae)
+    measured = kinds.get(options.part, train_denoiser)(trainee)
     trainee.save(**measured)
     logger.info("%s: step %d, %s", options.part, trainee.step, trainee.last_losses | measured)
 
 
 def train_all(options: Options, sampling: dict[str, Any]) -> None:
-    """Text encoder if there is none, VAE, then the three denoisers side by side, one on each GPU.
+    """Text encoders that don't exist, VAEs, then the denoisers side by side, one on each GPU.
 
     The denoisers are processes of their own, round robin over the GPUs, and each measures its
     samples in the last part of its time.
     """
     began, minutes = time.time(), options.minutes
-    if not (store.weights_path(options.out, "text").exists() or store.shipped_folder("text").is_dir()):
-        train(replace(options, part="text", minutes=min(1.0, 0.1 * minutes)))
-    if not store.weights_path(options.out, "vae").exists():
-        train(replace(options, part="vae", minutes=min(1.7, 0.2 * minutes)))
+    for part in dict.fromkeys(chain.from_iterable(map(needs, DENOISERS))):
+        shipped = part in TEXTS and store.shipped_folder(part).is_dir()
+        if not (shipped or store.weights_path(options.out, part).exists()):
+            most, share = SHARES[part]
+            train(replace(options, part=part, minutes=min(most, share * minutes)))
     # An absolute end, since a child's imports count too.
     until = began + 60 * minutes - min(54, 6 * minutes)
     context, children = multiprocessing.get_context("spawn"), {}
@@ -99,12 +118,13 @@ def _train_and_measure(options: Options, until: float, sampling: dict[str, Any])
 
 
 def train_text(trainee: Trainee) -> dict[str, float]:
-    """Train the text encoder to tell colour, shape, motion, moment and view from its embeddings.
+    """Train a text encoder to tell colour, shape, motion, moment and view from its embeddings.
 
     Texts have parts left out at random, down to the empty prompt, and each token's embedding must
     still name its token, so that the diffusion models find every word where it stands.
     """
-    encoder, tokenizer, device = trainee.model, build_tokenizer(), trainee.options.device
+    encoder, device = trainee.model, trainee.options.device
+    tokenizer = build_tokenizer(trainee.options.part)
     width = encoder.config.hidden_size
     torch.manual_seed(step_seed(trainee.options.seed, 0, "heads"))
     heads = nn.ModuleList(nn.Linear(width, len(words) + 1) for words in TEXT_WORDS).to(device)
@@ -114,12 +134,14 @@ def train_text(trainee: Trainee) -> dict[str, float]:
     right = torch.zeros(())
     while trainee.goes_on():
         texts, labels = _draw_texts(coin, trainee.batch)
-        tokens = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
-        ids, target = tokens.input_ids.to(device), torch.tensor(labels, device=device)
-        embeddings = encoder(ids).last_hidden_state
-        logits = [head(embeddings[:, -1]) for head in heads]
+        ids, attended = (tokens.to(device) for tokens in tokenize(tokenizer, texts))
+        target = torch.tensor(labels, device=device)
+        embeddings = embed(encoder, ids, attended)
+        last = attended.sum(-1) - 1
+        logits = [head(embeddings[torch.arange(len(ids)), last]) for head in heads]
         said = sum(cross_entropy(logit, target[:, k]) for k, logit in enumerate(logits))
-        word = cross_entropy(namer(embeddings).flatten(0, 1), ids.flatten())
+        own = attended.bool()
+        word = cross_entropy(namer(embeddings[own]), ids[own])
         head_optimizer.zero_grad(set_to_none=True)
         trainee.learn({"attributes": said, "words": word})
         head_optimizer.step()
@@ -128,17 +150,17 @@ def train_text(trainee: Trainee) -> dict[str, float]:
     return {"batch_right": float(right)}
 
 
-def train_vae(trainee: Trainee) -> dict[str, float]:
-    """Train the image autoencoder on renderings, clean and half-made, and measure its latents' scale."""
-    vae, device = trainee.model, trainee.options.device
-    generator = torch.Generator().manual_seed(trainee.seed("vae"))
+def train_vae(trainee: Trainee) -> dict[str, Any]:
+    """Train an autoencoder on renderings, clean and half-made, and measure its latents' scale."""
+    vae, part, device = trainee.model, trainee.options.part, trainee.options.device
+    generator = torch.Generator().manual_seed(trainee.seed(part))
     while trainee.goes_on():
-        images = _spoil(render_scenes(draw_scenes("vae", trainee.batch, generator), device)[:, 0], generator)
-        images = images.contiguous(memory_format=torch.channels_last)
+        images = _spoil(render_scenes(draw_scenes(part, trainee.batch, generator), device), generator)
         with trainee.autocast():
-            latent = vae.encode(images).latent_dist
+            latent = posterior(vae, images)
             decoded = vae.decode(latent.sample()).sample
         decoded, mean, logvar = decoded.float(), latent.mean.float(), latent.logvar.float()
+        images = images.transpose(1, 2) if part == "wan_vae" else images.flatten(0, 1)
         edges = sum(l1_loss(decoded.diff(dim=axis), images.diff(dim=axis)) for axis in (-1, -2))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         trainee.learn(
@@ -155,9 +177,12 @@ def train_vae(trainee: Trainee) -> dict[str, float]:
 def train_denoiser(trainee: Trainee) -> dict[str, float]:
     """Train a diffusion model on a pool of encoded scenes that is slowly renewed."""
     options, part, device = trainee.options, trainee.options.part, trainee.options.device
-    vae = store.load_part(options.out, "vae", device)
-    texts, scheduler = text_table(options.out, device), build_scheduler()
-    alphas_cumprod = scheduler.alphas_cumprod.to(device)
+    text_part, vae_part = needs(part)
+    vae = store.load_part(options.out, vae_part, device)
+    texts, schedule = text_table(options.out, text_part, device), noise_schedule(part, device)
+    predict = partial(predict_velocity, part, trainee.model)
+    if part == "wan" and options.on_gpu:
+        predict = Compiled(predict, trainee.model, "the transformer")
     pool = LatentPool(part, options.pool or POOL[part], vae, trainee.seed("pool"), device)
     chunk = (RENDER_AT_ONCE if options.on_gpu else 32) // FRAMES[part]
     while pool.filled < len(pool) and (pool.filled == 0 or trainee.fraction < 0.2):
@@ -168,13 +193,13 @@ def train_denoiser(trainee: Trainee) -> dict[str, float]:
         latents, text, cameras = pool.batch(trainee.batch, generator)
         dropped = torch.rand(len(text), generator=generator, device=device) < TEXT_DROPOUT
         text = torch.where(dropped, EMPTY_TEXT, text)
-        timesteps = sample_timesteps(0, len(alphas_cumprod) - 1, len(text), generator, device)
+        timesteps = schedule.draw(0, 1, len(text), generator)
         noise = sample_noise(latents.shape, generator, device)
-        scales = noise_scales(alphas_cumprod, timesteps, latents.ndim)
+        scales = schedule.scales(timesteps, latents.ndim)
         noisy = add_noise(latents, noise, scales)
         with trainee.autocast():
-            velocity = predict_velocity(part, trainee.model, noisy, timesteps, texts[text], cameras)
-        target = prediction_target(latents, noise, scales, scheduler.config.prediction_type)
+            velocity = predict(noisy, timesteps, texts[text], cameras)
+        target = prediction_target(latents, noise, scales, schedule.prediction)
         trainee.learn({"velocity": mse_loss(velocity.float(), target)})
         if pool.filled == len(pool) and trainee.step % REFRESH_EVERY == 0:
             pool.refresh(chunk)
@@ -200,25 +225,31 @@ def _indices(words: Sequence[str | None]) -> list[int]:
     return [0 if word is None else 1 + known.index(word) for known, word in pairs]
 
 
-def _spoil(images: Float[Tensor, "B 3 H W"], generator: torch.Generator) -> Float[Tensor, "B 3 H W"]:
-    """Some of the images as a scene in the making shows them: mixed, faded or blurred."""
+def _spoil(images: Float[Tensor, "B F 3 H W"], generator: torch.Generator) -> Float[Tensor, "B F 3 H W"]:
+    """Some of the scenes as in the making: mixed, faded, blurred, or moving less than they should."""
     count = len(images)
-    kind, weight = (torch.rand(count, 1, 1, 1, generator=generator).to(images.device) for _ in range(2))
-    plain = (torch.rand(count, 3, 1, 1, generator=generator) * 2 - 1).to(images.device).expand_as(images)
-    blurred = interpolate(avg_pool2d(images, 4), scale_factor=4, mode="bilinear", align_corners=False)
+    kind, weight = (torch.rand(count, 1, 1, 1, 1, generator=generator).to(images.device) for _ in range(2))
+    plain = (torch.rand(count, 1, 3, 1, 1, generator=generator) * 2 - 1).to(images.device).expand_as(images)
+    small = avg_pool2d(images.flatten(0, 1), 4)
+    blurred = interpolate(small, scale_factor=4, mode="bilinear", align_corners=False).view_as(images)
     spoiled = torch.where(kind < 0.12, images.lerp(images.roll(1, 0), weight), images)
     spoiled = torch.where((kind > 0.12) & (kind < 0.22), images.lerp(plain, weight), spoiled)
+    spoiled = torch.where((kind > 0.32) & (kind < 0.42), images.lerp(images[:, :1], weight), spoiled)
     return torch.where((kind > 0.22) & (kind < 0.32), images.lerp(blurred, weight), spoiled)
 
 
 @torch.no_grad()
-def _measure_vae(trainee: Trainee, generator: torch.Generator) -> dict[str, float]:
-    """1 / standard deviation of the average model's latents on clean renderings, and its PSNR in dB."""
-    options = trainee.options
-    vae = build("vae").to(options.device)
+def _measure_vae(trainee: Trainee, generator: torch.Generator) -> dict[str, Any]:
+    """The scale of the average model's latents on clean renderings, and its PSNR in dB."""
+    options, part = trainee.options, trainee.options.part
+    vae = build(part).to(options.device)
     vae.load_state_dict(trainee.ema)
-    scenes = draw_scenes("vae", 1024 if options.on_gpu else 64, generator)
-    images = render_scenes(scenes, options.device)[:, 0]
-    latents = vae.encode(images).latent_dist.sample()
-    error = (vae.decode(latents).sample - images).square().mean() / 4
-    return {"scaling_factor": 1 / float(latents.std()), "psnr": -10 * math.log10(float(error))}
+    scenes = draw_scenes(part, max(1, (4096 if options.on_gpu else 64) // FRAMES[part]), generator)
+    images = render_scenes(scenes, options.device)
+    latents = encode(vae, images)
+    error = (decode(vae, latents) - images).square().mean() / 4
+    scales: dict[str, Any] = {"scaling_factor": 1 / float(latents.std())}
+    if part == "wan_vae":
+        axes = (0, *range(2, latents.ndim))
+        scales = {"latents_mean": latents.mean(axes).tolist(), "latents_std": latents.std(axes).tolist()}
+    return {**scales, "psnr": -10 * math.log10(float(error))}
