@@ -12,8 +12,11 @@ F frames, H x W pixels. Values are 0..1 floats; pixels are 8 bit unless stated o
 from __future__ import annotations
 
 import io
+import os
+import signal
 import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -273,22 +276,33 @@ def write_video(path: Path, frames: Clip, *, fps: float | int) -> None:
             "-vf", BT709, *ENCODERS[path.suffix], "-pix_fmt", stored, f"file:{half_written}",
         ]  # fmt: skip
         try:
-            done = subprocess.run(
-                command,
-                input=even.data.cast("B"),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                timeout=seconds,
-            )
+            status, said = _run(command, even.data.cast("B"), seconds)
         except subprocess.TimeoutExpired as error:
             raise EncoderHungError(f"ffmpeg did not finish within {seconds:g} s") from error
         except OSError as error:
             raise EncoderError(f"ffmpeg does not start: {error}; check IMAGEIO_FFMPEG_EXE") from error
-        if done.returncode:
-            said = done.stderr.decode(errors="replace").strip().splitlines() or ["it did not say why"]
-            raise EncoderError(f"ffmpeg failed with status {done.returncode}: {said[0]}")
+        if status:
+            lines = said.decode(errors="replace").strip().splitlines() or ["it did not say why"]
+            raise EncoderError(f"ffmpeg failed with status {status}: {lines[0]}")
         if not half_written.is_file() or not half_written.read_bytes().startswith(signature, at):
             raise EncoderError(f"what ffmpeg wrote is not a valid {path.suffix[1:]} file")
+
+
+def _run(command: Sequence[str], given: memoryview, seconds: float | int) -> tuple[int, bytes]:
+    """Exit status and stderr of a command; if it takes longer, it and all that it started are killed."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=subprocess.DEVNULL, stderr=pipe, process_group=0
+    ) as process:
+        try:
+            _, said = process.communicate(given, timeout=seconds)
+        except BaseException:
+            process.kill()
+            if hasattr(os, "killpg"):  # not on Windows
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, said
 
 
 def _ffmpeg() -> str:

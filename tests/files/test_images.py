@@ -1,5 +1,7 @@
 import logging
 import subprocess
+import time
+from pathlib import Path
 
 import imageio.v2 as imageio
 import numpy as np
@@ -258,6 +260,17 @@ def test_without_a_working_encoder_there_are_frames_and_one_warning(
     assert said in warning.getMessage() and "PNG frames instead" in warning.getMessage()
     written = sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file())
     assert written == [*(f"clip/{k}.png" for k in range(3)), "it1-test/0.png"]
+
+
+def test_what_an_encoder_has_started_ends_with_it(tmp_path, ffmpeg, monkeypatch):
+    ffmpeg(f"sleep 60 & echo $! >{tmp_path}/child; wait")
+    monkeypatch.setattr(images, "ENCODER_SECONDS", 0.3)
+    monkeypatch.setattr(images, "ENCODER_SECONDS_PER_FRAME", 0)
+    began = time.monotonic()
+    assert images.save_video(tmp_path / "clip.mp4", images.to_pixels(gradient(2)), fps=16) is None
+    child = Path("/proc", (tmp_path / "child").read_text().strip(), "stat")
+    assert not child.exists() or child.read_text().split()[2] == "Z"
+    assert time.monotonic() - began < 30
 
 
 def test_an_encoder_that_hangs_costs_its_limit_once_in_a_run(tmp_path, ffmpeg, monkeypatch):
