@@ -112,6 +112,18 @@ def find_config(name: str | Path, folder: Path = Path()) -> Path:
     return next(found, folder / name)
 
 
+def named_config(name: str, file: Path, key: str) -> Path:
+    """The config that a config file names, beside it or shipped.
+
+    Raises:
+        ConfigError: it is no YAML file by its name: errors in it would show what somebody's file holds.
+    """
+    found = find_config(name, file.parent)
+    if os.path.isfile(found) and found.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"{file}: {key}: {name}: expected a config file, whose name ends in .yaml")
+    return found
+
+
 def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Section]:
     """The file's ``base`` files, left to right, each over its own, and then the file itself.
 
@@ -133,7 +145,7 @@ def read_layers(path: Path, chain: tuple[Path, ...] = ()) -> list[Section]:
         raise ConfigError(f"{path}: base: expected the name of a file, or a list of them, got {shown}")
     layers = [layer]
     for base in bases:
-        layers[-1:-1] = read_layers(find_config(base, path.parent), (*chain, here))
+        layers[-1:-1] = read_layers(named_config(base, path, "base"), (*chain, here))
         if len(layers) > MOST_FILES:
             raise ConfigError(f"{path}: base: leads to more than {MOST_FILES} files")
     return layers

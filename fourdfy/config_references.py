@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     GrammarParseError,
     InterpolationKeyError,
@@ -48,17 +48,18 @@ def resolved(values: dict[str, Any], sources: Mapping[str, str]) -> dict[str, An
         ConfigError: a reference leads nowhere, in a circle or to far too much, a resolver fails, or a
             variable of the environment is not for configs (``config_files.READABLE``).
     """
-    within = _is_ours.set(True)
+    within, config = _is_ours.set(True), OmegaConf.create()
     try:
         _check_growth(values, sources)
-        return OmegaConf.to_container(OmegaConf.create(values), resolve=True)  # type: ignore[return-value]
+        config = OmegaConf.create(values)
+        return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
     except InterpolationToMissingValueError as error:
         key = str(error).splitlines()[0].split(": ")[-1]
         raise ConfigError(f"{key}: {MISSES}") from error
     except RecursionError as error:
         raise ConfigError("the config is nested too deeply, or its references lead on and on") from error
     except OmegaConfBaseException as error:
-        key, problem = error.full_key or "", str(error).splitlines()[0]
+        key, problem = _origin(config, error.full_key or ""), str(error).splitlines()[0]
         problem = problem.removeprefix("ValueError raised while resolving interpolation: ")
         if isinstance(error, GrammarParseError):
             problem = f"not understood as a ${{reference}} ({problem})"
@@ -67,6 +68,33 @@ def resolved(values: dict[str, Any], sources: Mapping[str, str]) -> dict[str, An
         raise ConfigError(f"{key}{source_of(key, sources)}: {problem}") from error
     finally:
         _is_ours.reset(within)
+
+
+def _origin(config: DictConfig, key: str, *before: str) -> str:
+    """The key whose own ``${...}`` fails, where that of ``key`` may only lead there; in a circle the first.
+
+    Args:
+        before: keys whose references lead to it.
+    """
+    path = tuple(_names(key))
+    text = _at(OmegaConf.to_container(config), path)
+    for dots, name in REFERENCE.findall(text) if isinstance(text, str) else ():
+        target = ".".join(_target(path, dots, name))
+        try:
+            OmegaConf.select(config, target)
+        except OmegaConfBaseException:
+            chain = (*before, key)
+            return chain[0] if target in chain else _origin(config, target, *chain)
+    return key
+
+
+def _target(path: tuple[str, ...], dots: str, name: str) -> tuple[str, ...]:
+    """Where a reference at ``path`` leads; each of its leading dots goes up by one."""
+    return (*(path[: -len(dots)] if dots else ()), *_names(name))
+
+
+def _names(key: str) -> list[str]:
+    return re.findall(r"[^.\[\]]+", key)
 
 
 def _check_growth(values: Mapping[str, Any], sources: Mapping[str, str]) -> None:
@@ -82,7 +110,7 @@ def _check_growth(values: Mapping[str, Any], sources: Mapping[str, str]) -> None
             return sum(size((*path, str(name)), entry) for name, entry in entries)
         total = len(value) if isinstance(value, str) else 1
         for dots, name in REFERENCE.findall(value) if isinstance(value, str) else ():
-            target = (*(path[: -len(dots)] if dots else ()), *re.findall(r"[^.\[\]]+", name))
+            target = _target(path, dots, name)
             if target not in sizes:
                 sizes[target] = 0  # for circles, which OmegaConf finds
                 sizes[target] = size(target, found := _at(values, target))

@@ -256,6 +256,7 @@ def test_the_texts_of_one_stage_are_taken_as_typed_too():
         (b"base: x.yaml", r"x\.yaml: its base files lead back to it: x\.yaml -> x\.yaml"),
         (b"base: {a: 1}", r"x\.yaml: base: expected the name of a file"),
         (b"base: .", r"\(base of .*x\.yaml\): a folder"),
+        (b"base: /etc/passwd", r"x\.yaml: base: /etc/passwd: expected a config file, .* \.yaml$"),
         (b"base: y.yaml", r"y\.yaml \(base of .*x\.yaml\): no such config file$"),
     ],
 )

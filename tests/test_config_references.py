@@ -38,6 +38,13 @@ def test_a_config_reads_no_secret_and_says_how_to_allow_it(load, text):
     assert "a-secret" not in str(error.value)
 
 
+@pytest.mark.parametrize("problem", ["${oc.env:HF_TOKEN}", "${div:1,0}", "${nowhere}"])
+def test_an_error_names_the_key_that_has_the_reference_and_none_that_leads_there(load, problem):
+    text = f"tag: ${{name}}\nname: '${{rmspace:${{a.b}},_}}'\na: {{c: 'x {problem}', b: '${{.c}}'}}"
+    with pytest.raises(ConfigError, match=r"^a\.c \(in .*x\.yaml\): "):
+        load(text)
+
+
 def test_what_is_no_secret_or_allowed_by_name_is_read(load, monkeypatch):
     assert load("tag: ${oc.env:SCRATCH}/x") == {"tag": "/scratch/me/x"}
     monkeypatch.setenv("FOURDFY_ALLOW_ENV", "OTHER, HF_TOKEN")
