@@ -38,6 +38,6 @@ class Reconstruction(Distillation):
             grad = self.bound(self.prior.adjust(sds_gradient(x.clean, x0, x.scales, "sds")), context)
             return {self.losses[0]: score_loss(x.latents, grad)}, grad
         x0 = rescale_guided_x0(x0, with_text, self.prior.joint_latents, self.cfg.recon_std_rescale)
-        if self.prior.is_video:  # not always: the difference and the sum round
-            x0 = x.clean - self.prior.adjust(x.clean - x0)
+        if self.prior.is_video or self.cfg.grad_clip is not None:  # else the difference and the sum round
+            x0 = x.clean - self.bound(self.prior.adjust(x.clean - x0), context)
         return {self.losses[0]: reconstruction_loss(x.latents, x0)}, (x.clean - x0) / len(x.clean)
