@@ -95,6 +95,8 @@ def check_part(folder: Path, part: str, class_name: str = "") -> None:
         ModelNotFound: the part is missing or incomplete.
         ConfigError: it is of another class, or its file can't be read.
     """
+    if (index := folder / "model_index.json").is_file():
+        read_mapping(index)
     if flaw := part_flaw(folder, part):
         raise ModelNotFound(f"{folder} holds no {part} that can be read ({flaw})")
     if part == "scheduler":

@@ -197,6 +197,10 @@ def test_a_scheduler_file_that_may_mean_other_noise_levels_is_refused(folder, tm
 
 @pytest.mark.parametrize("content", ["[1]", "null", "{", "3", "[" * 100_000])
 def test_a_description_that_is_no_mapping_is_named(folder, tmp_path, content):
+    (tmp_path / "model_index.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"model_index\.json"):
+        check_part(tmp_path, "unet", UNET)
+    (tmp_path / "model_index.json").unlink()
     copy = shutil.copytree(folder, tmp_path / "model")
     for file in copy.glob("*/*config.json"):
         file.write_text(content)
