@@ -6,10 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fourdfy.callbacks.base import Callback, Run
 from fourdfy.files.atomic import by_product, whole_file
+from fourdfy.systems.base import DoesNotFit
 
 
 class LastCheckpoint(Callback):
@@ -34,8 +33,7 @@ class LastCheckpoint(Callback):
             self._save(run)
 
     def end(self, run: Run, error: BaseException | None) -> None:
-        # A step that does not fit into memory was given up before it changed anything.
-        if error is None or isinstance(error, torch.OutOfMemoryError):
+        if error is None or isinstance(error, DoesNotFit):
             self._save(run)
 
     def _save(self, run: Run) -> None:

@@ -75,7 +75,7 @@ def _main(argv: Sequence[str] | None, stop: StopSignals) -> int:
         say(f"error: {error}\n")
         return 1
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # of torch, which may not be imported yet
+        if all(kind.__name__ != "OutOfMemoryError" for kind in type(error).__mro__):  # torch's: no import
             raise
         say(f"error: {error}\n")
         return 1

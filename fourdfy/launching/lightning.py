@@ -10,7 +10,7 @@ import logging
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pytorch_lightning as pl
 import torch
@@ -27,7 +27,7 @@ from fourdfy.data.base import DataModule, EvalBatch
 from fourdfy.devices import memory_capped
 from fourdfy.files.atomic import WriteError, by_product, lost
 from fourdfy.launching.experiment import PARSED, TrainerConfig
-from fourdfy.launching.retries import until_it_fits
+from fourdfy.launching.retries import make_room, until_it_fits
 from fourdfy.launching.trial import program
 from fourdfy.seeds import generator_states, set_generator_states
 from fourdfy.systems.broken_step import REPLAY, StepRecord, write_step
@@ -190,6 +190,8 @@ class LightningSystem(pl.LightningModule):
             self._record.buffers = [buffer.clone() for buffer in self.system.buffers()]
         if self._check(self._losses, self._record, scaled=scaler is not None):
             self.system.after_backward(self._record.parts[-1], optimizer)
+        if not (optimizer.state and is_fused(optimizer)):
+            self._fitting(lambda: make_room(optimizer))
 
     def _keep(self, numbers: StepNumbers) -> str:
         """Write the replay file of a step that is not finite; gives what to type."""
@@ -305,13 +307,19 @@ class LightningData(pl.LightningDataModule):
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints atomically; reads tensors and plain values only."""
+    """Writes checkpoints atomically; what training continues from has been read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: dict[str, Any] | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         write_checkpoint(checkpoint, path)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> Any:
-        return read_checkpoint(path)
+        content, self.read = self.read, None  # its tensors may become the optimizer's
+        assert content is not None, "fit was given its path alone"
+        return content
 
 
 class OneProcess(LightningEnvironment):
@@ -373,7 +381,11 @@ class Trainer:
         self.data, self.device = LightningData(run.data), device
         self.loops = build_loops(cfg, run.folder, device)
 
-    def fit(self, resume_from: Path | None) -> None:
+    def fit(self, resume_from: Path | None, content: dict[str, Any] | None = None) -> None:
+        """Train from the start, or from a checkpoint with this ``content``, which is taken over."""
+        if resume_from is not None:
+            checkpoints = cast(SafeCheckpointIO, self.loops.strategy.checkpoint_io)
+            checkpoints.read = content or read_checkpoint(resume_from)
         with memory_capped(self.device, self.system.memory_budget_gb):
             self._run(self.loops.fit, ckpt_path=resume_from)
 

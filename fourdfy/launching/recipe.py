@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fourdfy.config_files import ConfigError, find_config, literal_override, plain, read_layers
+from fourdfy.config_files import ConfigError, find_config, literal_override, named_config, plain, read_layers
 from fourdfy.config_layers import load_config
 from fourdfy.files.atomic import warn_once
 from fourdfy.files.evaluations import TEST, VALIDATION, is_evaluated
@@ -31,8 +31,8 @@ from fourdfy.systems.checkpoint import (
     checkpoint_file,
     has_checkpoint,
     read_checkpoint,
-    read_own_checkpoint,
     scene_hash,
+    step_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ class Stage:
     def _step(self) -> int:
         """Of the checkpoint to continue from; 0 if there is none."""
         checkpoint = self.resume_from
-        return read_own_checkpoint(checkpoint)["global_step"] if checkpoint else 0
+        return step_of(checkpoint) if checkpoint else 0
 
     def follow_weights(self, *, begun: bool = True) -> None:
         """Do as ``checkpoint.weights_changed`` says, if they have since the stage grew from them.
@@ -226,7 +226,7 @@ def _stage_files(paths: Sequence[Path]) -> tuple[list[Path], list[int]]:
                 continue
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or not names:
                 raise ConfigError(f"stages (in {layer.source}): expected a list of files, got {names!r}")
-            files = [find_config(name, Path(layer.source).parent) for name in names]
+            files = [named_config(name, Path(layer.source), "stages") for name in names]
     return files, numbers
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from fourdfy.ops.replay import release_recordings
+from fourdfy.systems.base import DoesNotFit
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,7 @@ def until_it_fits(work: Callable[[], Result], halve: Callable[[], Mapping[str, i
         where: the step, for messages.
 
     Raises:
-        torch.OutOfMemoryError: nothing can be halved any more.
+        DoesNotFit: nothing can be halved any more.
     """
     while True:
         try:
@@ -44,12 +45,22 @@ def until_it_fits(work: Callable[[], Result], halve: Callable[[], Mapping[str, i
         if on_gpu:
             torch.cuda.empty_cache()
         if not (halved := halve()):
-            raise torch.OutOfMemoryError(
+            raise DoesNotFit(
                 f"{where}: out of memory, and it computes as little at once as it can; use images of fewer "
                 f"pixels or fewer frames, or close other programs that use the GPU ({reason})"
             )
         settings = " ".join(f"{key}={value}" for key, value in halved.items())
         logger.warning("%s: out of memory; repeated with less at once; for good: %s", where, settings)
+
+
+def make_room(optimizer: torch.optim.Optimizer) -> None:
+    """Have PyTorch hold, unused, what a step of the optimizer may allocate: two tensors per parameter.
+
+    They are its moments in the first step, and copies in each step without fused kernels. Where they don't
+    fit, the step itself would fail with some parameters changed, and could not be repeated.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    _ = [torch.empty_like(parameter) for parameter in parameters for _ in range(2)]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -127,10 +127,22 @@ def train_stages(
             stage.follow_weights()
             remove_leftovers(stage.experiment.trial_dir)
             if stage.is_finished or (stage.is_trained and not test):
-                logger.info("%s: finished already, in %s", stage.label, stage.experiment.trial_dir)
+                logger.info("%s: finished already, in %s%s", stage.label, stage.experiment.trial_dir, _why(stage))
             elif not _train_stage(stage, device, command, callbacks, test):
                 break
     return stage
+
+
+def _why(stage: Stage) -> str:
+    """What ``resume=`` has to do with it that a stage is finished; "" if it is not given."""
+    cfg = stage.experiment.cfg
+    if not cfg.resume:
+        return ""
+    prefix = f"stage_{stage.number}." if stage.count > 1 else ""
+    return (
+        f": {prefix}resume={cfg.resume} is at the last step; to train on from it, set "
+        f"{prefix}trainer.max_steps to more than {cfg.trainer.max_steps}"
+    )
 
 
 def _train_stage(
@@ -175,8 +187,8 @@ def _train_stage(
             grew_from=grew_from,
         )
         trainer = Trainer(cfg, run, looking_on, device=device)
-        if resume_from is not None:
-            checkpoint = read_checkpoint(resume_from)
+        checkpoint = None if resume_from is None else read_checkpoint(resume_from)
+        if checkpoint is not None:
             system.load_checkpoint(checkpoint)
             continued(checkpoint["optimizer_states"][0], checkpoint.get("optimizer"), optimizer)
         # Everything is built and fits by now: only a run that can start leaves a folder, or changes one.
@@ -185,7 +197,7 @@ def _train_stage(
         logger.info("%s: writing to %s", stage.label, folder)
         if stage.lacks_validation:
             trainer.validate()
-        trainer.fit(resume_from)
+        trainer.fit(resume_from, checkpoint)
         if test and (cfg.test_when_stopped or not run.stopping):
             trainer.test()
     return not run.stopping

@@ -52,6 +52,10 @@ class StepOutput:
     """Other scalars to log."""
 
 
+class DoesNotFit(torch.OutOfMemoryError):
+    """A step or an evaluation needs more memory than there is, and has changed nothing."""
+
+
 class System(Component, nn.Module):
     """A scene in training. It does not depend on the trainer: steps and devices are arguments.
 

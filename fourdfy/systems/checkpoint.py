@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Mapping, ValuesView
 from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,22 @@ def scene_hash(path: str | Path) -> str | None:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def step_of(path: str | Path) -> int:
+    """The global step of a checkpoint from which training can continue; read only if it has changed since.
+
+    Raises:
+        ConfigError: see ``read_own_checkpoint``.
+    """
+    file = checkpoint_file(path)
+    files = [kept for kept in (file, one_before(file)) if kept.exists()]
+    return _step_of(file, *((kept, kept.stat().st_mtime_ns, kept.stat().st_size) for kept in files))
+
+
+@lru_cache(maxsize=100)
+def _step_of(path: Path, *versions: object) -> int:
+    return read_own_checkpoint(path)["global_step"]
 
 
 def read_own_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import fourdfy
 from fourdfy.config import ConfigError
 from fourdfy.launching.lightning import LightningSystem
 from fourdfy.launching.recipe import load_recipe
+from fourdfy.systems import checkpoint
 from fourdfy.systems.checkpoint import read_checkpoint, scene_hash
 from tests.commands import CONFIGS, TINY, launch, trial
 
@@ -108,6 +109,27 @@ def test_an_override_can_be_for_one_stage(tmp_path):
         load_recipe([CONFIGS / "shapes.yaml"], ["stage_4.seed=1"])
     with pytest.raises(ConfigError, match="is not a recipe"):
         load_recipe([CONFIGS / "shapes_stage_1.yaml"], ["stage_1.seed=1"])
+
+
+def test_a_checkpoint_is_read_to_see_where_it_stands_and_once_more_to_continue(again, tmp_path, monkeypatch):
+    def counted(path):
+        reads.append(path)
+        return read_file(path)
+
+    reads, read_file = [], checkpoint.read_torch_file
+    monkeypatch.setattr(checkpoint, "read_torch_file", counted)
+    trained(CONFIGS / "shapes_stage_1.yaml", tmp_path, "trainer.max_steps=2")
+    assert len(reads) == 4  # also before it is replaced, and by fourdfy.train to return the scene
+
+
+def test_resume_of_a_finished_stage_says_how_to_train_on(again, tmp_path, caplog):
+    given = f"stage_1.resume={trial(tmp_path, STAGES[0])}/ckpts/last.ckpt"
+    again(given)
+    (first, second) = [text for text in caplog.messages if "finished already" in text]
+    assert first.endswith(
+        f": {given} is at the last step; to train on from it, set stage_1.trainer.max_steps to more than 1"
+    )
+    assert second.endswith(f"in {trial(tmp_path, STAGES[1])}")
 
 
 # ---------------------------------------------------------------------------------------------

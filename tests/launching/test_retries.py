@@ -12,7 +12,7 @@ import torch
 from fourdfy.callbacks.base import Callback, Run
 from fourdfy.callbacks.last_checkpoint import LastCheckpoint
 from fourdfy.devices import memory_capped
-from fourdfy.launching import cli
+from fourdfy.launching import cli, lightning, retries
 from fourdfy.launching.experiment import load_experiment
 from fourdfy.launching.lightning import Trainer
 from fourdfy.launching.retries import until_it_fits
@@ -191,6 +191,37 @@ def test_a_run_that_was_given_up_is_continued_bit_for_bit(experiment, whole, mon
     experiment.trainer().fit(file)
     for name, value in experiment.system.state_dict().items():
         assert torch.equal(value, whole[name]), name
+
+
+def test_an_optimizer_s_step_has_room_before_it_changes_anything(experiment, whole, monkeypatch, caplog):
+    def room(optimizer):
+        calls.append(len(optimizer.state))
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError(FULL)
+        retries.make_room(optimizer)
+
+    calls: list[int] = []
+    monkeypatch.setattr(lightning, "make_room", room)
+    experiment.assert_as_good_as(whole, experiment.train())
+    assert [line[:13] for line in advice(caplog)] == ["global step 0"]
+    assert calls[:2] == [0, 0] and len(calls) == 3  # in both steps, as nothing is fused here
+
+    made = []
+    monkeypatch.setattr(torch, "empty_like", lambda tensor: made.append(tensor.shape))
+    retries.make_room(torch.optim.Adam([torch.zeros(3), torch.zeros(2, 2)]))
+    assert made == [(3,), (3,), (2, 2), (2, 2)]
+
+
+def test_a_step_that_an_optimizer_has_half_done_is_not_saved(experiment, monkeypatch, tmp_path):
+    def step(self, closure):
+        closure()
+        self.param_groups[0]["params"][0].data += 1
+        raise torch.OutOfMemoryError(FULL)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
+    with pytest.raises(torch.OutOfMemoryError, match=FULL):
+        experiment.train(LastCheckpoint(tmp_path / "last.ckpt", 100))
+    assert not (tmp_path / "last.ckpt").exists()
 
 
 def test_an_evaluation_is_repeated_too(experiment, whole, monkeypatch, caplog):
