@@ -127,20 +127,20 @@ def train_stages(
             stage.follow_weights()
             remove_leftovers(stage.experiment.trial_dir)
             if stage.is_finished or (stage.is_trained and not test):
-                logger.info("%s: finished already, in %s%s", stage.label, stage.experiment.trial_dir, _why(stage))
+                logger.info("%s: %s", stage.label, _finished(stage))
             elif not _train_stage(stage, device, command, callbacks, test):
                 break
     return stage
 
 
-def _why(stage: Stage) -> str:
-    """What ``resume=`` has to do with it that a stage is finished; "" if it is not given."""
-    cfg = stage.experiment.cfg
+def _finished(stage: Stage) -> str:
+    """That a stage is finished, and what a given ``resume=`` has to do with it."""
+    line, cfg = f"finished already, in {stage.experiment.trial_dir}", stage.experiment.cfg
     if not cfg.resume:
-        return ""
+        return line
     prefix = f"stage_{stage.number}." if stage.count > 1 else ""
     return (
-        f": {prefix}resume={cfg.resume} is at the last step; to train on from it, set "
+        f"{line}: {prefix}resume={cfg.resume} is at the last step; to train on from it, set "
         f"{prefix}trainer.max_steps to more than {cfg.trainer.max_steps}"
     )
 
