@@ -288,7 +288,7 @@ def write_video(path: Path, frames: Clip, *, fps: float | int) -> None:
             raise EncoderError(f"what ffmpeg wrote is not a valid {path.suffix[1:]} file")
 
 
-def _run(command: Sequence[str], given: memoryview, seconds: float | int) -> tuple[int, bytes]:
+def _run(command: Sequence[str], given: Any, seconds: float | int) -> tuple[int, bytes]:
     """Exit status and stderr of a command; if it takes longer, it and all that it started are killed."""
     pipe = subprocess.PIPE
     with subprocess.Popen(

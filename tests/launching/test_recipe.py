@@ -1,5 +1,6 @@
 """Recipes: three stages in one command, resumable."""
 
+import logging
 import os
 import shutil
 import signal
@@ -124,7 +125,8 @@ def test_a_checkpoint_is_read_to_see_where_it_stands_and_once_more_to_continue(a
 
 def test_resume_of_a_finished_stage_says_how_to_train_on(again, tmp_path, caplog):
     given = f"stage_1.resume={trial(tmp_path, STAGES[0])}/ckpts/last.ckpt"
-    again(given)
+    with caplog.at_level(logging.INFO, logger="fourdfy"):
+        again(given)
     (first, second) = [text for text in caplog.messages if "finished already" in text]
     assert first.endswith(
         f": {given} is at the last step; to train on from it, set stage_1.trainer.max_steps to more than 1"
