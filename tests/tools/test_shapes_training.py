@@ -170,6 +170,12 @@ def test_drawn_scenes_say_what_their_texts_say(part):
             assert azimuth[n].abs() < (45 if part in CLIPS else 30)
     assert any("view" in text for text in said) == (part != "multi_view")
     assert any("at the start" in text for text in said) == (part not in CLIPS)
+    assert any("quarter" in text for text in said) == (part != "video")
+    if part in CLIPS:
+        gaps = (scenes.times.roll(-1, 1) - scenes.times) % 1
+        torch.testing.assert_close(gaps, torch.full_like(gaps, 1 / FRAMES[part]))
+        plain = [n for n, text in enumerate(said) if "quarter" not in text]
+        assert scenes.times[plain, 0].max() < 1 / FRAMES[part]
 
 
 @pytest.mark.parametrize("part", DENOISERS)

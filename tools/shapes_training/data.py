@@ -97,7 +97,8 @@ def draw_scenes(part: str, count: int, generator: torch.Generator) -> Scenes:
     """Random scenes over the training prompts for ``part``, a VAE or a denoiser.
 
     Cameras as the recipe's samplers draw them: any azimuth, elevation by an even coin uniform or
-    "on the sphere" within 0 to 30 degrees. Images and groups have one moment; clips all of a period.
+    "on the sphere" within 0 to 30 degrees. Images and groups have one moment. Clips have all of a period,
+    from the first frame's share of it on; half of the transformer's begin anywhere, and the text names the quarter.
     """
 
     def uniform(*size: int) -> Tensor:
@@ -112,7 +113,12 @@ def draw_scenes(part: str, count: int, generator: torch.Generator) -> Scenes:
 
     moment = torch.zeros(count, dtype=torch.long)
     if part in CLIPS:
-        times = (uniform(count, 1) + torch.arange(frames)) / frames
+        start = uniform(count, 1) / frames
+        if part in ("wan", "wan_vae"):
+            named, anywhere = uniform(count, 1) < 0.5, uniform(count, 1)
+            start = torch.where(named, anywhere, start)
+            moment = torch.where(named, 2 + (4 * anywhere).long(), 0)[:, 0]
+        times = (start + torch.arange(frames) / frames) % 1
     else:
         none, start, _ = MOMENT_PROBABILITIES
         coin, fraction = uniform(count), uniform(count)

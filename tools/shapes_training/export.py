@@ -34,7 +34,8 @@ _USES = {
     "video": "ZeroScope's layout (`UNet3DConditionModel`): 8 frames at t0 + k / 8, one camera. Prompts may "
     "end in view words.",
     "wan": "Wan 2.1's layout (`WanTransformer3DModel`, causal `AutoencoderKLWan`, `UMT5EncoderModel`): 17 "
-    "frames at t0 + k / 17, one camera. Prompts may end in view words; unconditional: the empty text.",
+    "frames at t0 + k / 17, one camera. Prompts may end in time words, which say in which quarter the clip "
+    "begins (else t0 < 1 / 17), and view words; unconditional: the empty text.",
 }
 _CARD = """\
 ---
