@@ -98,7 +98,7 @@ def draw_scenes(part: str, count: int, generator: torch.Generator) -> Scenes:
 
     Cameras as the recipe's samplers draw them: any azimuth, elevation by an even coin uniform or
     "on the sphere" within 0 to 30 degrees. Images and groups have one moment. Clips have all of a period,
-    from the first frame's share of it on; half of the transformer's begin anywhere, and the text names the quarter.
+    from the first frame's share of it on; half of the transformer's begin in the quarter that the text names.
     """
 
     def uniform(*size: int) -> Tensor:

@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 from transformers import CLIPTextModel, UMT5EncoderModel
 
 from fourdfy.priors.base import DDPMSchedule, FlowSchedule, NoiseSchedule
-from fourdfy.priors.causal_vae import STRIDE, moments
+from fourdfy.priors.causal_vae import STRIDE, wan_moments
 from fourdfy.priors.mvdream import enable_multi_view_attention
 from fourdfy.prompts.wan import MAX_TOKENS
 from fourdfy.shapes.world import IMAGE_SIZE
@@ -183,7 +183,7 @@ def noise_schedule(part: str, device: torch.device) -> NoiseSchedule:
 def posterior(vae: nn.Module, images: Float[Tensor, "B F 3 H W"]) -> DiagonalGaussianDistribution:
     """Of whole scenes, images in -1..1: per image, or [B, C, f, h, w] of a causal VAE."""
     if isinstance(vae, AutoencoderKLWan):
-        return DiagonalGaussianDistribution(moments(vae, images.transpose(1, 2)))
+        return DiagonalGaussianDistribution(wan_moments(vae, images.transpose(1, 2)))
     return vae.encode(images.flatten(0, 1).contiguous(memory_format=torch.channels_last)).latent_dist
 
 
