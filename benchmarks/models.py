@@ -24,14 +24,50 @@ IMAGE = {
     "sample_size": 64,
 }
 VIEWS = {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 16, "sample_size": 32}
-MODELS = {
-    "stable-diffusion": ("UNet2DConditionModel", IMAGE, "epsilon"),
-    "stable-diffusion-v": ("UNet2DConditionModel", IMAGE | {"upcast_attention": True}, "v_prediction"),
-    "mvdream": ("UNet2DConditionModel", IMAGE | VIEWS, "epsilon"),
-    "zeroscope": ("UNet3DConditionModel", {"sample_size": 32}, "epsilon"),
-    "videocrafter2": ("UNet3DConditionModel", {"sample_size": (40, 64)}, "epsilon"),
+DDPM = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
 }
-"""Folder -> the U-Net's class and config, and what it predicts."""
+EPSILON, VELOCITY = (
+    ("DDIMScheduler", DDPM | {"prediction_type": prediction}) for prediction in ("epsilon", "v_prediction")
+)
+T5 = {"d_model": 4096, "d_ff": 10240, "num_heads": 64, "num_layers": 1, "feed_forward_proj": "gated-gelu"}
+WAN = {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}
+MODELS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
+    "stable-diffusion": {"unet": ("UNet2DConditionModel", IMAGE), "scheduler": EPSILON},
+    "stable-diffusion-v": {
+        "unet": ("UNet2DConditionModel", IMAGE | {"upcast_attention": True}),
+        "scheduler": VELOCITY,
+    },
+    "mvdream": {"unet": ("UNet2DConditionModel", IMAGE | VIEWS), "scheduler": EPSILON},
+    "zeroscope": {"unet": ("UNet3DConditionModel", {"sample_size": 32}), "scheduler": EPSILON},
+    "videocrafter2": {"unet": ("UNet3DConditionModel", {"sample_size": (40, 64)}), "scheduler": EPSILON},
+    "wan": {
+        "transformer": ("WanTransformer3DModel", WAN),
+        "vae": ("AutoencoderKLWan", {}),
+        "scheduler": (
+            "UniPCMultistepScheduler",
+            {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
+        ),
+        "text_encoder": ("UMT5EncoderModel", T5),
+    },
+    "cogvideox": {
+        "transformer": ("CogVideoXTransformer3DModel", {}),
+        "vae": ("AutoencoderKLCogVideoX", {}),
+        "scheduler": (
+            "CogVideoXDDIMScheduler",
+            {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True},
+        ),
+        "text_encoder": ("T5EncoderModel", T5),
+    },
+}
+"""Folder -> the classes and configs of its parts; a VAE and a text encoder that are missing are shared."""
+VIDEO = {"_vc": "videocrafter2", "_wan": "wan", "_cogvideox": "cogvideox"}
+"""What the names of configs contain -> the video model that they use; ZeroScope otherwise."""
 VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 4,
     "up_block_types": ["UpDecoderBlock2D"] * 4,
@@ -43,15 +79,15 @@ VAE = {
 
 
 def make_models(root: Path, names: Iterable[str] = MODELS) -> None:
-    """Write the folders that ``root`` lacks; all share one VAE and one text encoder (3 to 4 GB each)."""
+    """Write the folders that ``root`` lacks (3 to 5 GB each)."""
     for name in names:
         if (root / name).exists():
             continue
         began = time.perf_counter()
-        network, config, prediction = MODELS[name]
         half_made = root / f"{name}.part"
-        save(network, config, half_made / "unet")
-        save_rest(half_made, root / "common", prediction)
+        for part, (class_name, config) in MODELS[name].items():
+            save(class_name, config, half_made / part)
+        link_common(half_made, root / "common")
         if name == "videocrafter2":
             from diffusers.models.embeddings import TimestepEmbedding
 
@@ -62,7 +98,7 @@ def make_models(root: Path, names: Iterable[str] = MODELS) -> None:
 
 def make_tiny_models(root: Path) -> None:
     """The same folders with the tests' tiny models."""
-    from tests import tiny_models
+    from tests import tiny_models, tiny_transformers
 
     for name, save_model in (
         ("stable-diffusion", tiny_models.save_stable_diffusion),
@@ -70,6 +106,8 @@ def make_tiny_models(root: Path) -> None:
         ("mvdream", tiny_models.save_multi_view),
         ("zeroscope", tiny_models.save_zeroscope),
         ("videocrafter2", tiny_models.save_videocrafter2),
+        ("wan", tiny_models.save_wan),
+        ("cogvideox", tiny_transformers.save_cogvideox),
     ):
         if not (root / name).exists():
             save_model(root / name)
@@ -81,8 +119,8 @@ def models_folder(*, toy: bool) -> Path:
 
 
 def model_paths(root: Path, config: str) -> list[str]:
-    """Overrides that let an experiment of the paper use the models in ``root``."""
-    video = "videocrafter2" if "_vc" in config else "zeroscope"
+    """Overrides that let an experiment use the models in ``root``."""
+    video = next((model for end, model in VIDEO.items() if end in config), "zeroscope")
     models = {
         "prompt_processor.pretrained_model_name_or_path": "stable-diffusion",
         "prompt_processor_multi_view.pretrained_model_name_or_path": "stable-diffusion",
@@ -95,20 +133,15 @@ def model_paths(root: Path, config: str) -> list[str]:
     return [f"system.{key}={root / name}" for key, name in models.items()]
 
 
-def save_rest(folder: Path, common: Path, prediction: str) -> None:
-    """Save the schedule, and link VAE, tokenizer and a text encoder of the right width (one layer: it runs
-    once)."""
-    from diffusers import DDIMScheduler
-
+def link_common(folder: Path, common: Path) -> None:
+    """Link the VAE, the tokenizer and a text encoder of the right width (one layer: it runs once), as far as
+    the model has no others."""
     if not common.exists():
         save("AutoencoderKL", VAE, common / "vae")
         save_text_encoder(common)
     for part in ("vae", "tokenizer", "text_encoder"):
-        (folder / part).symlink_to((common / part).absolute())
-    DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-        set_alpha_to_one=False, steps_offset=1, prediction_type=prediction,
-    ).save_pretrained(folder / "scheduler")  # fmt: skip
+        if not (folder / part).exists():
+            (folder / part).symlink_to((common / part).absolute())
 
 
 def save_text_encoder(folder: Path) -> None:
@@ -127,13 +160,23 @@ def save_text_encoder(folder: Path) -> None:
     CLIPTextModel(config).save_pretrained(folder / "text_encoder")
 
 
-def save(network: str, config: dict[str, Any], folder: Path) -> None:
-    """Save a network in float16, with PyTorch's initial weights, which a GPU draws faster."""
+def save(class_name: str, config: dict[str, Any], folder: Path) -> None:
+    """Save a scheduler, or a network in float16, with PyTorch's initial weights, which a GPU draws faster."""
     import diffusers
+    import transformers
 
     torch.manual_seed(0)
+    if "T5" in class_name:
+        from tests.tiny_models import unigram_pieces
+
+        pieces = unigram_pieces()
+        transformers.T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder.with_name("tokenizer"))
+        encoder = getattr(transformers, class_name)
+        encoder(encoder.config_class(**config, vocab_size=len(pieces))).half().save_pretrained(folder)
+        return
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        getattr(diffusers, network)(**config).half().save_pretrained(folder)
+        part = getattr(diffusers, class_name)(**config)
+        (part.half() if isinstance(part, torch.nn.Module) else part).save_pretrained(folder)
 
 
 def save_tensors(network: torch.nn.Module, folder: Path) -> None:
