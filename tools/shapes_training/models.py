@@ -27,7 +27,7 @@ from transformers import CLIPTextModel, UMT5EncoderModel
 from fourdfy.priors.base import DDPMSchedule, FlowSchedule, NoiseSchedule
 from fourdfy.priors.causal_vae import STRIDE, wan_moments
 from fourdfy.priors.mvdream import enable_multi_view_attention
-from fourdfy.prompts.wan import MAX_TOKENS
+from fourdfy.prompts.wan import WanPromptProcessor
 from fourdfy.shapes.world import IMAGE_SIZE
 from tools.shapes_training.text import TEXT_WIDTH, build_encoder
 
@@ -215,7 +215,9 @@ def predict_velocity(
 ) -> Float[Tensor, "B *S"]:
     """The denoiser's output for whole scenes, in the layout that its class requires."""
     if part == "wan":
-        return denoiser(noisy, timesteps, pad(text, (0, 0, 0, MAX_TOKENS - text.shape[1]))).sample
+        return denoiser(
+            noisy, timesteps, pad(text, (0, 0, 0, WanPromptProcessor.max_tokens - text.shape[1]))
+        ).sample
     if part == "video":
         return denoiser(noisy.transpose(1, 2), timesteps, text).sample.transpose(1, 2)
     frames = noisy.shape[1]
