@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
-from fourdfy.schedules import check_schedule
+from fourdfy.schedules import check_schedule, ramp
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _misfit(value: Any, metadata: Mapping[str, Any]) -> str:
         except ValueError as error:
             return str(error)
         if isinstance(value, list | tuple):
-            start, v0, v1, end = value if len(value) == 4 else [0, *value]
+            start, v0, v1, end = ramp(value)
             if end < start:
                 return f"{value}: the schedule ends (step {end}) before it starts (step {start})"
             value = [v0, v1]

@@ -40,3 +40,17 @@ def test_the_largest_value_is_found_in_both_forms():
     assert schedule_max([10000, 0.0, 1000.0, 10001]) == 1000.0
     assert schedule_max([0.98, 0.5, 8000]) == 0.98
     assert schedule_max(3) == 3
+    assert schedule_max([100, 0.98, 0.5, 200, "sqrt"]) == 0.98
+
+
+@pytest.mark.parametrize(("step", "share"), [(0, 0), (100, 0), (104, 0.2), (125, 0.5), (200, 1), (300, 1)])
+def test_with_a_root_most_of_the_change_comes_early(step, share):
+    assert schedule_value([100, 0.75, 0.25, 200, "sqrt"], step) == pytest.approx(0.75 - 0.5 * share)
+
+
+@pytest.mark.parametrize(
+    "value", [["sqrt"], [1, "sqrt"], [1, 2, "sqrt"], [0, 1, 2, 3, "cos"], [1, "sqrt", 3, 4]]
+)
+def test_a_word_behind_no_schedule_is_refused(value):
+    with pytest.raises(ValueError, match=r"expected a number, \[start, .* with or without sqrt$"):
+        schedule_value(value, 0)

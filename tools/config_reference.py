@@ -24,7 +24,8 @@ set in a file (`seed: 1`) or on the command line (`seed=1`), with dots between a
 (`system.geometry.radius=1.5`). Keys of the original that have no effect are in `fourdfy/original/keys.py`.
 
 A *schedule* is a number, or `[start, v0, v1, end]`: `v0` until step `start`, then linearly to `v1` at step
-`end`; `[v0, v1, end]` starts at step 0.
+`end`; `[v0, v1, end]` starts at step 0. With the word `sqrt` last, it is linear in the root of the share of
+the steps: most of the change comes early.
 """
 
 
