@@ -102,11 +102,15 @@ def sample_video(cfg: SingleViewConfig, *, step: int, generator: torch.Generator
     poses = _each_repeated(_draw_poses(cfg, videos, generator), frames)
     if cfg.train_dynamic_camera:
         poses = _moving(cfg, poses, videos, generator)
+    times = frame_times(videos, frames, cfg.sample_rand_frames, generator)
+    if cfg.prob_reversed:
+        backwards = torch.rand(videos, 1, generator=generator) < cfg.prob_reversed
+        times = torch.where(backwards, times.flip(1), times)
     return _cameras(
         cfg,
         poses,
         group_size=frames,
-        times=frame_times(videos, frames, cfg.sample_rand_frames, generator).flatten(),
+        times=times.flatten(),
         height=cfg.height_vid,
         width=cfg.width_vid,
         generator=generator,
@@ -146,12 +150,15 @@ def sample_multi_view(
 
 
 def frame_times(
-    videos: int, frames: int, mode: Literal["t0"] | None, generator: torch.Generator
+    videos: int, frames: int, mode: Literal["t0", "loop"] | None, generator: torch.Generator
 ) -> Float[Tensor, "videos frames"]:
-    """Frame times of each video, in 0..1; ``t0`` stays below 1, otherwise both ends are included."""
+    """Frame times of each video, in 0..1; with a ``mode`` they stay below 1, else both ends are included."""
     if mode is None:
         return torch.linspace(0, 1, frames).expand(videos, frames)
-    return (torch.rand(videos, 1, generator=generator) + torch.arange(frames)) / frames
+    start = torch.rand(videos, 1, generator=generator)
+    if mode == "loop":
+        return (start + torch.arange(frames) / frames) % 1
+    return (start + torch.arange(frames)) / frames
 
 
 # ---------------------------------------------------------------------------------------------

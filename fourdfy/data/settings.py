@@ -81,8 +81,13 @@ class SingleViewConfig(CameraConfig):
     """Share of video steps among image and video steps; read by the supervision plan."""
     num_frames: int = number(1, 1, 1024)
     """Frames of a video, and number of times that a still of a dynamic scene is drawn from."""
-    sample_rand_frames: Literal["t0"] | None = None
-    """``t0``: times (u + k) / num_frames with one u in [0, 1); null: linspace(0, 1, num_frames)."""
+    sample_rand_frames: Literal["t0", "loop"] | None = None
+    """``t0``: times (u + k) / num_frames with one u in [0, 1) for a clip; ``loop``: one u in [0, num_frames),
+    modulo 1, so that a clip starts at any time and the motion becomes a loop; null: linspace(0, 1,
+    num_frames)."""
+    prob_reversed: float = number(0.0, 0, 1)
+    """Share of the clips that run backwards. Only for motions that look the same in reverse: nobody walks
+    backwards."""
     width_vid: int = number(64, 1, 8192)
     """Pixels, in video steps."""
     height_vid: int = number(64, 1, 8192)
@@ -127,7 +132,7 @@ class MultiViewConfig(CameraConfig):
     """Factor on the field of view, after ``relative_radius``."""
     num_frames: int | None = number(None, 1, 1024)
     """Must be null or as in ``data.single_view``, where the frame times come from."""
-    sample_rand_frames: Literal["t0"] | None = None
+    sample_rand_frames: Literal["t0", "loop"] | None = None
     """The frame times are those of ``data.single_view``; null, or the same as there."""
 
     def __post_init__(self) -> None:

@@ -183,6 +183,30 @@ def test_times_without_t0_cover_the_clip_with_both_ends():
     torch.testing.assert_close(video(sample_rand_frames=None).times, torch.tensor([0, 1 / 3, 2 / 3, 1]))
 
 
+def test_a_looped_clip_starts_at_any_time_and_goes_on_behind_the_end():
+    times = torch.cat([video(seed=s, batch_size=2, sample_rand_frames="loop").times for s in range(40)])
+    times = times.view(-1, 4)
+    torch.testing.assert_close(times.diff() % 1, torch.full((80, 3), 0.25))
+    assert within(times, 0, 1) and times.max() < 1
+    for frame in times.T:  # at every place of the clip every time is as likely
+        assert torch.histc(frame, 4, 0, 1).min() > 8  # 20 expected
+    assert (times[::2, 0] != times[1::2, 0]).all(), "each clip has a draw of its own"
+
+
+@pytest.mark.parametrize("mode", ["t0", "loop", None])
+def test_a_share_of_the_clips_runs_backwards_if_asked_for(mode):
+    forwards, backwards = (
+        torch.stack([video(s, sample_rand_frames=mode, prob_reversed=p).times for s in range(60)])
+        for p in (0.0, 1.0)
+    )
+    assert torch.equal(backwards, forwards.flip(1))
+    some = torch.stack([video(s, sample_rand_frames=mode, prob_reversed=0.5).times for s in range(60)])
+    turned = (some == backwards).all(1)
+    assert ((some == forwards).all(1) | turned).all() and 15 < turned.sum() < 45
+    plain, turned = (video(prob_reversed=p, train_dynamic_camera=True) for p in (0.0, 1.0))
+    torch.testing.assert_close(turned.distances, plain.distances)  # only time runs backwards
+
+
 def test_reference_times_are_t0_times():
     for seed in (0, 1):
         times = torch.from_numpy(REFERENCE[f"train_single_video_stage3_{seed}/frame_times"])

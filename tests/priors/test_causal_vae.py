@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan
 from torch.profiler import ProfilerActivity, profile
 
+from fourdfy.data.sampling import sample_video
+from fourdfy.launching.experiment import load_experiment
 from fourdfy.priors.causal_vae import STRIDE, cogvideox_moments, wan_moments
+from tests.commands import CONFIGS
 
 LAYOUTS = {
     "wan 2.1": {"base_dim": 4, "num_res_blocks": 1},
@@ -95,6 +100,23 @@ def test_fewer_frames_than_a_chunk_of_cogvideox_take_less_memory():
     vae = make("cogvideox", torch.float32, layers_per_block=3)  # as the published ones
     chunk, less = (peak_bytes(vae, 17, at_once) for at_once in (8, 4))
     assert less < 0.7 * chunk
+
+
+def test_clips_of_the_shipped_config_learn_evenly_though_frames_do_not():
+    """A causal VAE gives the first frame most of the gradient; so each moment must come first at times."""
+    vae, x = make("wan 2.1", torch.float32), clips(17, torch.float32)
+    latents = moments(vae, x)
+    (gradient,) = torch.autograd.grad(latents, x, torch.randn_like(latents))
+    of_frame = gradient.abs().mean((0, 1, 3, 4))
+    assert of_frame[0] > 2 * of_frame[1] and of_frame[0] > 20 * of_frame[-1]
+    view = load_experiment(
+        [CONFIGS / "fourdfy_stage_3_wan.yaml"], ["system.prompt_processor.prompt=a panda"]
+    ).cfg.data.single_view
+    generator, of_moment = torch.Generator().manual_seed(0), torch.zeros(17)
+    for _ in range(2000):
+        times = sample_video(replace(view, batch_size=1), step=0, generator=generator).times
+        of_moment.index_add_(0, (17 * times).long(), of_frame)
+    assert of_moment.max() < 1.5 * of_moment.min()
 
 
 @pytest.mark.parametrize(("frames", "nearest"), [(16, 17), (15, 17), (14, 13), (2, 5), (80, 81)])
