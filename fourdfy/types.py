@@ -223,6 +223,8 @@ class TextEmbeddings(TensorRecord):
     """Degrees; see ``prompts.views.direction_indices``."""
     perp_neg: PerpNegDecays | None = None
     """If given, views between two others get a mixed text and negative ones (``prompts.views``)."""
+    still: TextEmbeddings | None = None
+    """Those of ``prompt_still``: the same without its motion."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Real
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from fourdfy.bounds import number, scheduled
 from fourdfy.config import Component
-from fourdfy.ops.diffusion import NoiseScales, add_noise, sample_noise
-from fourdfy.ops.distillation import bounded
+from fourdfy.ops.diffusion import GuidanceMode, NoiseScales, add_noise, noise_from_x0, sample_noise
+from fourdfy.ops.distillation import bounded, held_still
 from fourdfy.priors.base import Prior
 from fourdfy.prompts.views import for_views
-from fourdfy.schedules import Schedule, schedule_value
+from fourdfy.schedules import SQRT, Schedule, ramp, schedule_value
 from fourdfy.types import (
     Cameras,
     Conditions,
@@ -45,6 +45,8 @@ class NoisyLatents:
     text: TextEmbeddings
     cameras: Cameras
     """Cameras of the latents' first frames."""
+    still: NoisyLatents | None = None
+    """The same clips held still, with the same noise and the text for it; only with ``still_source``."""
 
     @property
     def clean(self) -> Float[Tensor, "B C *S"]:
@@ -64,6 +66,9 @@ class Distillation(Component, nn.Module, ABC):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Prior.Config):
+        is_video: ClassVar[bool] = False
+        """``prior_class.is_video``."""
+
         min_step_percent: Schedule = scheduled(0.02, 0, 0.999)
         """Least noise that is drawn, as a share of the model's timesteps; may be a schedule."""
         max_step_percent: Schedule = scheduled(0.98, 0, 0.999)
@@ -74,9 +79,38 @@ class Distillation(Component, nn.Module, ABC):
         """Beyond this global step ``max_step_percent_annealed`` replaces ``max_step_percent``."""
         grad_clip: Schedule = scheduled(None, 0)
         """Bound on each entry of the latents' gradient; a scheduled scalar or null."""
+        guidance_mode: GuidanceMode = "cfg"
+        """How predictions with and without the text are combined: ``cfg`` as usual (Ho & Salimans 2022),
+        ``apg`` without the part that raises saturation (Sadat et al. 2024), ``cfg_zero`` with the flow
+        without the text scaled to fit that with it (CFG-Zero*, Fan et al. 2025). All cost the same."""
+        apg_norm_bound: float = number(0.0, 0)
+        """With ``apg``: bound on the norm of the difference that the text makes to a latent; 0 is none."""
+        correct_noise: bool = False
+        """Replace the noise that was drawn by the one that the prior sees in the noisy latents (RFDS-Rev,
+        Yang et al. 2025), for one more network call with the text alone."""
+        still_source: bool = False
+        """Clips alone: learn the difference to what the prior says of the same clip held still at one of
+        its moments, with ``prompt_still`` of the prompt processor (motion score distillation, MSD); for
+        one more network call, and the VAE's without gradients. With ``vsd`` it is the LoRA that sees, and
+        learns, the clip held still."""
+        still_guidance_scale: float = number(1.0, 0, 10_000)
+        """With ``still_source``: guidance on ``prompt_still``, counted from the unconditional prediction; at
+        1, none, the call takes half the time."""
 
         def __post_init__(self) -> None:
             super().__post_init__()
+            if self.apg_norm_bound and self.guidance_mode != "apg":
+                raise ValueError(
+                    f"apg_norm_bound={self.apg_norm_bound:g}: guidance_mode={self.guidance_mode} has no "
+                    "bound; set guidance_mode=apg"
+                )
+            if self.still_source and not self.is_video:
+                raise ValueError("still_source=true needs a prior for clips: one image does not move")
+            if self.still_guidance_scale != 1 and not self.still_source:
+                raise ValueError(
+                    f"still_guidance_scale={self.still_guidance_scale:g}: nothing is held still; set "
+                    "still_source=true"
+                )
             for step in sorted(self._turns()):
                 low, high = self.noise_range(step)
                 if low > high:
@@ -92,9 +126,13 @@ class Distillation(Component, nn.Module, ABC):
             return schedule_value(self.min_step_percent, step), schedule_value(high, step)
 
         def _turns(self) -> set[int]:
-            """Global steps between which the noise range is linear."""
-            ramps = [s for s in (self.min_step_percent, self.max_step_percent) if isinstance(s, Sequence)]
-            turns = {0, *(turn for ramp in ramps for turn in (*ramp[:-3], ramp[-1]))}
+            """Global steps that show where the ends of the noise range are too near."""
+            turns = {0}
+            for value in (self.min_step_percent, self.max_step_percent):
+                if isinstance(value, Sequence):
+                    first, _, _, last = ramp(value)
+                    parts = 64 if value[-1] == SQRT else 1  # a root bends on its way
+                    turns |= {first + (last - first) * part // parts for part in range(parts + 1)}
             start = self.anneal_start_step
             return turns if start is None else turns | {start, start + 1}
 
@@ -110,7 +148,7 @@ class Distillation(Component, nn.Module, ABC):
         self.prior.accelerate(compile_small)
 
     def halve_chunks(self, frames: int) -> dict[str, int]:
-        halved = self.prior.halve_chunks(frames)
+        halved: dict[str, Any] = self.prior.halve_chunks(frames)
         self.cfg = replace(self.cfg, **halved)
         return halved
 
@@ -120,6 +158,7 @@ class Distillation(Component, nn.Module, ABC):
         self.cfg.check_group_size(cameras.group_size, "the group_size of the step's cameras")
         low, high = self.cfg.noise_range(context.step)
         prior, schedule, generator = self.prior, self.prior.denoiser.schedule, context.random
+        same_draws = generator.clone_state()
         latents = prior.encode(frames.comp_rgb, cameras.group_size, generator)
         timesteps = prior.draw_timesteps(schedule, low, high, len(latents), generator)
         noise = sample_noise(latents.shape, generator, self.device)
@@ -134,6 +173,11 @@ class Distillation(Component, nn.Module, ABC):
             text=text,
             cameras=first,
         )
+        if self.cfg.correct_noise:
+            step = replace(step, noise=noise_from_x0(self.text_x0(step), step.noisy, step.scales))
+        if self.cfg.still_source:
+            rgb = held_still(frames.comp_rgb, cameras.group_size, generator)
+            step = self.beside_still(step, rgb, cameras.group_size, same_draws)
         losses, grad = self.distil(step, context)
         least, most = schedule.span(low, high)
         return GuidanceOutput(
@@ -146,6 +190,35 @@ class Distillation(Component, nn.Module, ABC):
         self, x: NoisyLatents, context: StepContext
     ) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "B C *S"]]:
         """(losses by name, the gradient of the latents, which is logged)."""
+
+    @torch.no_grad()
+    def beside_still(
+        self, x: NoisyLatents, rgb: Float[Tensor, "N H W 3"], frames: int, generator: torch.Generator
+    ) -> NoisyLatents:
+        """``x`` with its clips of ``frames`` frames held still, which are ``rgb``."""
+        text, latents = x.text.still or x.text, self.prior.encode(rgb, frames, generator)
+        texts = for_views(text, x.cameras, self.prior.view_dependent)
+        conditions = self.prior.condition(texts, x.cameras)
+        return replace(x, still=replace(x, latents=latents, text=text, conditions=conditions))
+
+    def less_still(self, x0: Float[Tensor, "B C *S"], x: NoisyLatents) -> Float[Tensor, "B C *S"]:
+        """``x0`` without what the prior would change about the clips held still too."""
+        if (still := x.still) is None:
+            return x0
+        scale = self.cfg.still_guidance_scale
+        source = self.text_x0(still) if scale == 1 else self.guided_x0(still, scale)[0]
+        return still.clean + (x0 - source)  # in this order it is x for a clip that is still itself
+
+    def text_x0(self, x: NoisyLatents) -> Float[Tensor, "B C *S"]:
+        """The prior's x_0 from the text alone."""
+        return self.prior.x0(x.noisy, x.timesteps, [x.conditions.text], x.conditions.cameras)[0]
+
+    def guided_x0(
+        self, x: NoisyLatents, scale: float
+    ) -> tuple[Float[Tensor, "B C *S"], Float[Tensor, "B C *S"]]:
+        """``Prior.guided_x0``, combined as the config says."""
+        mode, norm_bound = self.cfg.guidance_mode, self.cfg.apg_norm_bound
+        return self.prior.guided_x0(x.noisy, x.timesteps, x.conditions, scale, mode, norm_bound)
 
     def bound(self, grad: Float[Tensor, "B C *S"], context: StepContext) -> Float[Tensor, "B C *S"]:
         """``grad``, clipped if the config says so."""

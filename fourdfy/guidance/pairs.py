@@ -34,7 +34,14 @@ def join(pair: str, *fields: tuple[str, Any, Any]) -> type:
     content = {
         "__doc__": f"{distillation.__name__} of {prior.__name__}.",
         "__module__": __name__,
-        "Config": make_dataclass("Config", fields, bases=bases, frozen=True, kw_only=True),
+        "Config": make_dataclass(
+            "Config",
+            fields,
+            bases=bases,
+            namespace={"is_video": prior.is_video},
+            frozen=True,
+            kw_only=True,
+        ),
         "prior_class": prior,
         "losses": tuple(
             "sds_video" if name == "sds" and prior.is_video else name for name in distillation.losses

@@ -33,11 +33,13 @@ class Reconstruction(Distillation):
     def distil(
         self, x: NoisyLatents, context: StepContext
     ) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "B C *S"]]:
-        x0, with_text = self.prior.guided_x0(x.noisy, x.timesteps, x.conditions, self.cfg.guidance_scale)
+        x0, with_text = self.guided_x0(x, self.cfg.guidance_scale)
         if not self.cfg.recon_loss:
+            x0 = self.less_still(x0, x)
             grad = self.bound(self.prior.adjust(sds_gradient(x.clean, x0, x.scales, "sds")), context)
             return {self.losses[0]: score_loss(x.latents, grad)}, grad
         x0 = rescale_guided_x0(x0, with_text, self.prior.joint_latents, self.cfg.recon_std_rescale)
+        x0 = self.less_still(x0, x)
         if self.prior.is_video or self.cfg.grad_clip is not None:  # else the difference and the sum round
             x0 = x.clean - self.bound(self.prior.adjust(x.clean - x0), context)
         return {self.losses[0]: reconstruction_loss(x.latents, x0)}, (x.clean - x0) / len(x.clean)

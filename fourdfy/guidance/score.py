@@ -25,7 +25,7 @@ class ScoreDistillation(Distillation):
         """Counted from the prediction with the text: text + scale (text - uncond), one less than usual."""
         weighting_strategy: Weighting = "sds"
         """w(t): sds 1 - abar, uniform 1, fantasia3d sqrt(abar) (1 - abar), flow 1 / sqrt(abar): the
-        difference of a rectified flow's velocities."""
+        difference of a rectified flow's velocities, for any prior."""
         use_sjc: bool = False
         """Use score Jacobian chaining (Wang et al. 2022) instead of score distillation."""
         var_red: bool = True
@@ -37,7 +37,8 @@ class ScoreDistillation(Distillation):
         self, x: NoisyLatents, context: StepContext
     ) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "B C *S"]]:
         # + 1: this config's scale is counted from the text prediction, the prior's from the uncond.
-        x0, _ = self.prior.guided_x0(x.noisy, x.timesteps, x.conditions, self.cfg.guidance_scale + 1)
+        x0, _ = self.guided_x0(x, self.cfg.guidance_scale + 1)
+        x0 = self.less_still(x0, x)
         if self.cfg.use_sjc:
             score = sjc_gradient(x.clean, x.noise, x0, x.scales, self.cfg.var_red)
         else:

@@ -79,6 +79,11 @@ class VariationalScoreDistillation(Distillation):
 
         def __post_init__(self) -> None:
             super().__post_init__()
+            if self.still_guidance_scale != 1:
+                raise ValueError(
+                    f"still_guidance_scale={self.still_guidance_scale:g}: here the LoRA sees the clip held "
+                    "still; set guidance_scale_lora"
+                )
             if getattr(self, "enable_sequential_cpu_offload", False):
                 raise ValueError(
                     "enable_sequential_cpu_offload=true would move the LoRA that is being trained; "
@@ -117,16 +122,18 @@ class VariationalScoreDistillation(Distillation):
     def distil(
         self, x: NoisyLatents, context: StepContext
     ) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "B C *S"]]:
+        source = x.still or x
         # The LoRA is conditioned on the camera itself, so its text does not mention the view.
-        texts = self.prior.condition(for_views(x.text, x.cameras, view_dependent=False), x.cameras)
+        texts = self.prior.condition(for_views(source.text, x.cameras, view_dependent=False), x.cameras)
         camera = self.camera_matrices(x.cameras).flatten(1)
-        noisy = x.noisy
-        guided, _ = self.prior.guided_x0(noisy, x.timesteps, x.conditions, self.cfg.guidance_scale)
-        renderings = self.predict_x0_of_renderings(noisy, x.timesteps, texts, camera)
+        guided, _ = self.guided_x0(x, self.cfg.guidance_scale)
+        renderings = self.predict_x0_of_renderings(source.noisy, x.timesteps, texts, camera)
+        if x.still:  # not always: the sum rounds
+            renderings = renderings + (x.clean - source.clean)
         grad = self.bound(self.prior.adjust(vsd_gradient(guided, renderings, x.scales)), context)
         losses = {"vsd": score_loss(x.latents, grad)}
         if self._learning():
-            losses["lora"] = self.lora_loss(x.clean, texts, camera, context.random)
+            losses["lora"] = self.lora_loss(source.clean, texts, camera, context.random)
         return losses, grad
 
     def camera_matrices(self, cameras: Cameras) -> Float[Tensor, "B 4 4"]:

@@ -20,6 +20,10 @@ from torch import Tensor
 Prediction = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 """The names that scheduler files use for what a network predicts."""
 
+GuidanceMode = Literal["cfg", "apg", "cfg_zero"]
+"""How predictions with and without the text are combined: ``classifier_free_guidance``,
+``projected_guidance``, ``zero_star_guidance``."""
+
 
 class NoiseScales(NamedTuple):
     """Signal and noise scales, one of each for a latent, shaped to broadcast over it."""
@@ -98,6 +102,13 @@ def x0_from_prediction(
     raise ValueError(f"prediction_type {kind!r} is not known; expected one of {get_args(Prediction)}")
 
 
+def noise_from_x0(
+    x0: Float[Tensor, "B C *S"], noisy: Float[Tensor, "B C *S"], scales: NoiseScales
+) -> Float[Tensor, "B C *S"]:
+    """The noise that a prediction of x_0 takes ``noisy`` to hold: where its flow ends, in one step."""
+    return (noisy - scales.alphas * x0) / scales.sigmas
+
+
 def prediction_target(
     latents: Float[Tensor, "B C *S"],
     noise: Float[Tensor, "B C *S"],
@@ -131,6 +142,49 @@ def classifier_free_guidance(
     return uncond + scale * (text - uncond)
 
 
+def projected_guidance(
+    text: Float[Tensor, "B C *S"],
+    uncond: Float[Tensor, "B C *S"],
+    scale: float,
+    norm_bound: float = 0.0,
+    parallel: float = 0.0,
+) -> Float[Tensor, "B C *S"]:
+    """APG (Sadat et al. 2024): guidance of x_0 without what only raises contrast and saturation.
+
+    Its momentum over the steps of a sampler is left out: steps of training see other latents and levels.
+
+    Args:
+        norm_bound: bound on the norm of each latent's ``text - uncond``; 0 is none.
+        parallel: share that is kept of the component of ``text - uncond`` along ``text``; 1 is
+            ``classifier_free_guidance``, if there is no bound.
+    """
+    difference = text - uncond
+    if norm_bound:
+        norm = _dot(difference, difference).sqrt().clamp_min(1e-12)
+        difference = _per_latent((norm_bound / norm).clamp(max=1), text) * difference
+    along = _per_latent(_share_along(difference, text), text) * text
+    return text + (scale - 1) * (difference - (1 - parallel) * along)
+
+
+def zero_star_guidance(
+    text: Float[Tensor, "B C *S"],
+    uncond: Float[Tensor, "B C *S"],
+    scale: float,
+    noisy: Float[Tensor, "B C *S"],
+    scales: NoiseScales,
+) -> Float[Tensor, "B C *S"]:
+    """CFG-Zero* (Fan et al. 2025): guidance of flows ``eps - x_0`` with the unconditional one scaled to be as
+    near as it can to that of the text; from x_0 to x_0.
+
+    Every noise schedule is that of a flow, whose latents are ours over ``a + s``. That the method's sampler
+    leaves out its first steps has no meaning here.
+    """
+    flow, uncond_flow = (noise_from_x0(x0, noisy, scales) - x0 for x0 in (text, uncond))
+    nearest = _per_latent(_share_along(flow, uncond_flow), text) * uncond_flow
+    guided = classifier_free_guidance(flow, nearest, scale)
+    return x0_from_prediction(guided, noisy, scales, "flow_prediction")
+
+
 def lead_away(
     text: Float[Tensor, "B C *S"],
     uncond: Float[Tensor, "B C *S"],
@@ -145,10 +199,9 @@ def lead_away(
     """
     direction = text - uncond
     for negative, weight in zip(negatives, weights, strict=True):
-        axes = (-1, *[1] * (text.ndim - 1))
-        along = _dot(negative - uncond, direction) / _dot(direction, direction).clamp_min(1e-12)
-        perpendicular = negative - uncond - along.reshape(axes) * direction
-        text = text + weight.reshape(axes) * perpendicular
+        along = _share_along(negative - uncond, direction)
+        perpendicular = negative - uncond - _per_latent(along, text) * direction
+        text = text + _per_latent(weight, text) * perpendicular
     return text
 
 
@@ -175,6 +228,15 @@ def sample_noise(
 ) -> Float[Tensor, "..."]:
     """Standard normal numbers, drawn on the generator's device."""
     return torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=dtype).to(device)
+
+
+def _share_along(x: Float[Tensor, "B C *S"], direction: Float[Tensor, "B C *S"]) -> Float[Tensor, "B"]:
+    """How much of ``direction`` is in each latent of ``x``: a least squares fit."""
+    return _dot(x, direction) / _dot(direction, direction).clamp_min(1e-12)
+
+
+def _per_latent(values: Float[Tensor, "B"], latents: Float[Tensor, "B C *S"]) -> Float[Tensor, "B *ones"]:
+    return values.reshape(-1, *[1] * (latents.ndim - 1))
 
 
 def _dot(a: Float[Tensor, "B C *S"], b: Float[Tensor, "B C *S"]) -> Float[Tensor, "B"]:

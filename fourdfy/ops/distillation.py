@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fourdfy.ops.diffusion import NoiseScales, add_noise
+from fourdfy.ops.diffusion import NoiseScales, add_noise, noise_from_x0
 
 Weighting = Literal["sds", "uniform", "fantasia3d", "flow"]
 
@@ -65,7 +65,7 @@ def sds_gradient(
         latents: what was rendered; a graph on it is ignored.
         x0: the prior's guided prediction for the noisy ``latents``.
         scales: the noise level at which ``x0`` was predicted.
-        weighting: w, see ``weight``.
+        weighting: w, see ``x0_factor``.
     """
     return score_difference(x0, latents, scales, weighting)
 
@@ -85,7 +85,7 @@ def sjc_gradient(
     """
     if variance_reduction:
         return score_difference(x0, latents, scales, "uniform")
-    return score_difference(x0, add_noise(latents, noise, scales) / scales.alphas, scales, "uniform")
+    return noise_from_x0(x0, add_noise(latents, noise, scales), scales).detach()
 
 
 def vsd_gradient(
@@ -110,27 +110,28 @@ def score_difference(
     weighting: str,
 ) -> Float[Tensor, "B C *S"]:
     """``w(t) (eps - eps_reference)`` of two predictions for the same noisy latents, without a graph."""
-    factor = weight(scales, weighting) * scales.alphas / scales.sigmas
-    return (factor * (x0_reference - x0)).detach()
+    return (x0_factor(scales, weighting) * (x0_reference - x0)).detach()
 
 
-def weight(scales: NoiseScales, weighting: str) -> Float[Tensor, "B *ones"]:
-    """w(t): ``sds`` s^2 (= 1 - abar), ``uniform`` 1, ``fantasia3d`` a s^2, ``flow`` 1 / a.
+def x0_factor(scales: NoiseScales, weighting: str) -> Float[Tensor, "B *ones"]:
+    """w(t) a / s, the factor of a difference of x_0; finite for pure noise, a = 0.
 
-    With 1 / a, a difference of noise predictions is one of a rectified flow's velocities,
-    ``(x0_2 - x0_1) / s`` (Yang et al. 2025, RFDS).
+    w(t) is ``sds`` s^2 (= 1 - abar), ``uniform`` 1, ``fantasia3d`` a s^2, ``flow`` 1 / a: a difference of
+    noise predictions is then one of a rectified flow's velocities, ``(x0_2 - x0_1) / s`` (Yang et al.
+    2025, RFDS).
 
     Raises:
         ValueError: an unknown ``weighting``.
     """
+    alphas, sigmas = scales
     if weighting == "sds":
-        return scales.sigmas**2
+        return sigmas**2 * alphas / sigmas
     if weighting == "uniform":
-        return torch.ones_like(scales.sigmas)
+        return alphas / sigmas
     if weighting == "fantasia3d":
-        return scales.alphas * scales.sigmas**2
+        return alphas * sigmas**2 * alphas / sigmas
     if weighting == "flow":
-        return 1 / scales.alphas
+        return 1 / sigmas
     raise ValueError(f"weighting_strategy={weighting!r}; expected one of {get_args(Weighting)}")
 
 
@@ -144,6 +145,15 @@ def amplify_motion(score: Float[Tensor, "B C F H W"], scale: float) -> Float[Ten
         return score
     still = score.mean(dim=2, keepdim=True)
     return still + scale * (score - still)
+
+
+def held_still(
+    rgb: Float[Tensor, "N H W 3"], frames: int, generator: torch.Generator
+) -> Float[Tensor, "N H W 3"]:
+    """Clips of ``frames`` frames that show one of their own, drawn for each, all the time."""
+    clips = rgb.unflatten(0, (-1, frames))
+    drawn = torch.randint(frames, (len(clips),), generator=generator, device=generator.device)
+    return clips[torch.arange(len(clips)), drawn.to(rgb.device)].repeat_interleave(frames, 0)
 
 
 def bounded(grad: Float[Tensor, "B C *S"], clip: float | int | None = None) -> Float[Tensor, "B C *S"]:

@@ -7,6 +7,7 @@ and the axes S behind these; L tokens, E text channels, K numbers of a camera.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,14 +17,17 @@ from torch import Tensor, nn
 
 from fourdfy.config import Component
 from fourdfy.ops.diffusion import (
+    GuidanceMode,
     NoiseScales,
     classifier_free_guidance,
     lead_away,
     noise_scales,
+    projected_guidance,
     sample_timesteps,
     shifted,
     timestep_range,
     x0_from_prediction,
+    zero_star_guidance,
 )
 from fourdfy.types import Cameras, Conditions
 
@@ -125,6 +129,8 @@ class Prior(Component, ABC):
         """Whether a step needs a prompt processor."""
         view_dependent_prompting = True
         """Whether the text says which view is seen."""
+        still_source = False
+        """Whether ``prompt_still`` of the prompt processor is read."""
 
         def models(self) -> list[tuple[str, tuple[str, ...]]]:
             """Every model that is needed, by its name or path, with the parts that are."""
@@ -240,29 +246,47 @@ class Prior(Component, ABC):
         return timesteps if self.joint_latents == 1 else timesteps[:1].expand(count)
 
     @torch.no_grad()
+    def x0(
+        self,
+        noisy: Float[Tensor, "B C *S"],
+        timesteps: Real[Tensor, "B"],
+        texts: Sequence[Float[Tensor, "B L E"]],
+        cameras: Float[Tensor, "B K"] | None = None,
+    ) -> list[Float[Tensor, "B C *S"]]:
+        """The prior's x_0 with each of some texts, from one network call."""
+        inputs = [noisy, timesteps] if cameras is None else [noisy, timesteps, cameras]
+        noisy_all, timesteps_all, *cameras_all = (torch.cat([x] * len(texts)) for x in inputs)
+        schedule = self.denoiser.schedule
+        prediction = self.denoise(noisy_all, timesteps_all, torch.cat([*texts]), *cameras_all)
+        scales = schedule.scales(timesteps, noisy.ndim)
+        return [
+            x0_from_prediction(part, noisy, scales, schedule.prediction)
+            for part in prediction.chunk(len(texts))
+        ]
+
     def guided_x0(
         self,
         noisy: Float[Tensor, "B C *S"],
         timesteps: Real[Tensor, "B"],
         conditions: Conditions,
         scale: float,
+        mode: GuidanceMode = "cfg",
+        norm_bound: float = 0.0,
     ) -> tuple[Float[Tensor, "B C *S"], Float[Tensor, "B C *S"]]:
         """The prior's x_0 from one network call: (guided by ``scale``, predicted from the text alone).
 
         Args:
             scale: counted from the unconditional prediction: uncond + scale (text - uncond).
+            norm_bound: see ``ops.diffusion.projected_guidance``.
         """
         texts = (conditions.text, conditions.uncond, *conditions.negatives)
-        inputs = [noisy, timesteps] if conditions.cameras is None else [noisy, timesteps, conditions.cameras]
-        noisy_all, timesteps_all, *cameras_all = (torch.cat([x] * len(texts)) for x in inputs)
-        schedule = self.denoiser.schedule
-        prediction = self.denoise(noisy_all, timesteps_all, torch.cat(texts), *cameras_all)
-        scales = schedule.scales(timesteps, noisy.ndim)
-        with_text, without, *with_negatives = (
-            x0_from_prediction(part, noisy, scales, schedule.prediction)
-            for part in prediction.chunk(len(texts))
-        )
+        with_text, without, *with_negatives = self.x0(noisy, timesteps, texts, conditions.cameras)
         led = lead_away(with_text, without, with_negatives, conditions.weights)
+        if mode == "apg":
+            return projected_guidance(led, without, scale, norm_bound), with_text
+        if mode == "cfg_zero":
+            scales = self.denoiser.schedule.scales(timesteps, noisy.ndim)
+            return zero_star_guidance(led, without, scale, noisy, scales), with_text
         return classifier_free_guidance(led, without, scale), with_text
 
     def adjust(self, score: Float[Tensor, "B C *S"]) -> Float[Tensor, "B C *S"]:

@@ -12,7 +12,7 @@ import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -58,6 +58,9 @@ class PromptProcessor(Component, ABC):
         """The same for the back view."""
         prompt_overhead: str | None = None
         """The same for the view from above."""
+        prompt_still: str | None = None
+        """The prompt without its motion ("a panda standing still"), for a guidance with ``still_source``;
+        null: the prompt itself."""
         moments: list[str] = field(default_factory=list)
         """Words for equal parts of the scene's time (e.g. four quarters). Only this processor appends them to
         the prompt, before the view's words; a single entry applies to all times."""
@@ -93,22 +96,25 @@ class PromptProcessor(Component, ABC):
             return [(self.pretrained_model_name_or_path, PARTS)]
 
         def __post_init__(self) -> None:
-            if self.prompt != MISSING:
-                resolve_prompt(self.prompt)
+            for prompt in (self.prompt, self.prompt_still):
+                if prompt not in (MISSING, None):
+                    resolve_prompt(prompt)
 
     cfg: Config
 
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
-        prompt = resolve_prompt(cfg.prompt)
-        self.prompts = [f"{prompt}, {moment}" for moment in cfg.moments] or [prompt]
+        self.prompts = self._at_moments(cfg.prompt)
+        self.still_prompts = [] if cfg.prompt_still is None else self._at_moments(cfg.prompt_still)
 
     @abstractmethod
     def load_encoder(self, folder: Path, device: torch.device) -> TextEncoder:
         """The text encoder of a model folder, on ``device``."""
 
     def direction_texts(self, prompt: str) -> list[str]:
-        """One text for each of ``DIRECTIONS``; ``prompt`` is one of ``prompts``."""
+        """One text for each of ``DIRECTIONS``; ``prompt`` is one of ``prompts``, or of those held still."""
+        if prompt in self.still_prompts and prompt not in self.prompts:
+            return [self._with_view(prompt, name) for name in DIRECTIONS]
         given = (getattr(self.cfg, f"prompt_{direction}") for direction in DIRECTIONS)
         return [text or self._with_view(prompt, name) for text, name in zip(given, DIRECTIONS, strict=True)]
 
@@ -125,8 +131,8 @@ class PromptProcessor(Component, ABC):
 
     def texts(self) -> set[str]:
         """Every text that is encoded: prompts, their texts for views, and the negative prompt."""
-        views = (self.direction_texts(prompt) for prompt in self.prompts)
-        return {*self.prompts, *chain(*views), self.cfg.negative_prompt}
+        prompts = [*self.prompts, *self.still_prompts]
+        return {*prompts, *chain(*map(self.direction_texts, prompts)), self.cfg.negative_prompt}
 
     def check_texts(self) -> None:
         """Warn of texts that the model has not learned, and refuse texts that are too long for it.
@@ -163,11 +169,17 @@ class PromptProcessor(Component, ABC):
         """
         self._others_than_learned()
         device = torch.device(device)
-        views = [self.direction_texts(prompt) for prompt in self.prompts]
         embeddings = self._embeddings(self.texts(), device)
+        still = self._text_embeddings(self.still_prompts, embeddings) if self.still_prompts else None
+        return replace(self._text_embeddings(self.prompts, embeddings), still=still)
+
+    def _text_embeddings(
+        self, prompts: Sequence[str], embeddings: Mapping[str, Float[Tensor, "L C"]]
+    ) -> TextEmbeddings:
+        views = map(self.direction_texts, prompts)
         decays = PerpNegDecays(*(tuple(getattr(self.cfg, f"perp_neg_f_{f}")) for f in PerpNegDecays._fields))
         return TextEmbeddings(
-            text=torch.stack([embeddings[prompt] for prompt in self.prompts]),
+            text=torch.stack([embeddings[prompt] for prompt in prompts]),
             text_directions=torch.stack(
                 [torch.stack([embeddings[text] for text in texts]) for texts in views]
             ),
@@ -177,6 +189,10 @@ class PromptProcessor(Component, ABC):
             overhead_threshold=self.cfg.overhead_threshold,
             perp_neg=decays if self.cfg.use_perp_neg else None,
         )
+
+    def _at_moments(self, prompt: str) -> list[str]:
+        text = resolve_prompt(prompt)
+        return [f"{text}, {moment}" for moment in self.cfg.moments] or [text]
 
     def _with_view(self, prompt: str, direction: str) -> str:
         if not self.cfg.view_dependent_prompt_front:

@@ -49,6 +49,10 @@ def _check_frames_and_texts(kind: StepKind, *, static: bool) -> None:
         logger.warning(
             "%s.moments: a static scene has the first alone, %r", kind.prompts_key, prompts.moments[0]
         )
+    if prompts.prompt_still is not None and not guidance.still_source:
+        logger.warning(
+            "%s.prompt_still: no effect, %s.still_source is false", kind.prompts_key, kind.guidance_key
+        )
     if prompts.use_perp_neg and not guidance.view_dependent_prompting:
         raise ConfigError(
             f"{kind.prompts_key}.use_perp_neg=true weighs the texts of views; set "

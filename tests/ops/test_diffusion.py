@@ -14,12 +14,15 @@ from fourdfy.ops.diffusion import (
     add_noise,
     classifier_free_guidance,
     lead_away,
+    noise_from_x0,
     noise_scales,
     prediction_target,
+    projected_guidance,
     sample_noise,
     sample_timesteps,
     timestep_range,
     x0_from_prediction,
+    zero_star_guidance,
 )
 from fourdfy.schedules import schedule_value
 from tests.priors.analytic import GaussianMixturePrior
@@ -136,6 +139,57 @@ def test_an_unknown_kind_of_prediction_is_named():
         x0_from_prediction(x, noisy, scales, "x0")
     with pytest.raises(ValueError, match="'x0' is not known"):
         prediction_target(x, noise, scales, "x0")
+
+
+def test_projected_guidance_is_that_of_diffusers():
+    from diffusers.guiders.adaptive_projected_guidance import normalized_guidance
+
+    text, uncond = random_predictions(2)
+    text[0], uncond[0] = 3 * text[0], 5 * uncond[0]  # longer than the bound; the others stay below it
+    for bound, parallel in ((0.0, 0.0), (25.0, 0.0), (0.0, 0.3), (25.0, 1.0)):
+        wanted = normalized_guidance(
+            text, uncond, 6.5, eta=parallel, norm_threshold=bound, use_original_formulation=True
+        )
+        given = projected_guidance(text, uncond, 7.5, bound, parallel)
+        torch.testing.assert_close(given, wanted, rtol=0, atol=1e-10)
+
+
+def test_projected_guidance_with_everything_is_guidance_and_else_leaves_the_length_of_the_text():
+    text, uncond = random_predictions(2)
+    whole = projected_guidance(text, uncond, 7.5, parallel=1.0)
+    torch.testing.assert_close(whole, classifier_free_guidance(text, uncond, 7.5))
+    moved = projected_guidance(text, uncond, 7.5) - text
+    assert moved.flatten(1).norm(dim=1).min() > 1
+    torch.testing.assert_close((moved * text).flatten(1).sum(1), torch.zeros(3).double(), rtol=0, atol=1e-9)
+
+
+def test_zero_star_guidance_is_that_of_diffusers_on_the_flow():
+    from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
+
+    generator = torch.Generator().manual_seed(1)
+    flow, uncond_flow, noisy = torch.randn(3, 3, 4, 2, 5, generator=generator)
+    sigmas = torch.tensor([0.02, 0.5, 1.0]).reshape(3, 1, 1, 1)
+    scales = NoiseScales(1 - sigmas, sigmas)
+    share = cfg_zero_star_scale(flow.flatten(1), uncond_flow.flatten(1)).reshape(3, 1, 1, 1)
+    wanted = share * uncond_flow + 7.5 * (flow - share * uncond_flow)
+    text, uncond = (noisy - sigmas * v for v in (flow, uncond_flow))
+    given = zero_star_guidance(text, uncond, 7.5, noisy, scales)
+    torch.testing.assert_close((noisy - given) / sigmas, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_zero_star_guidance_of_flows_that_fit_is_guidance():
+    flow, difference, noisy = random_predictions(3)
+    scales = NoiseScales(*(torch.full((3, 1, 1, 1), value).double() for value in (0.6, 0.4)))
+    along = (flow * difference).flatten(1).sum(1) / flow.square().flatten(1).sum(1)
+    uncond_flow, text_flow = flow, flow + difference - along.reshape(3, 1, 1, 1) * flow
+    text, uncond = (noisy - 0.4 * v for v in (text_flow, uncond_flow))
+    given = zero_star_guidance(text, uncond, 7.5, noisy, scales)
+    torch.testing.assert_close(given, classifier_free_guidance(text, uncond, 7.5))
+
+
+def test_the_noise_of_an_exact_prediction_is_the_one_that_was_added():
+    x, noise, noisy, scales = noisy_points()
+    torch.testing.assert_close(noise_from_x0(x, noisy, scales), noise)
 
 
 def random_predictions(count: int):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fourdfy.ops.diffusion import (
+    NoiseScales,
     Prediction,
     add_noise,
     classifier_free_guidance,
@@ -18,15 +19,17 @@ from fourdfy.ops.diffusion import (
     x0_from_prediction,
 )
 from fourdfy.ops.distillation import (
+    Weighting,
     amplify_motion,
     bounded,
+    held_still,
     reconstruction_loss,
     rescale_guided_x0,
     score_loss,
     sds_gradient,
     sjc_gradient,
     vsd_gradient,
-    weight,
+    x0_factor,
 )
 from tests.priors.analytic import GaussianMixturePrior
 
@@ -158,13 +161,18 @@ def random_case(batch=3, shape=(4, 2, 3, 3)):
     return x, noise, epsilon, scales
 
 
-@pytest.mark.parametrize("weighting", ["sds", "uniform", "fantasia3d"])
+@pytest.mark.parametrize("weighting", ["sds", "uniform", "fantasia3d", "flow"])
 def test_sds_gradient_is_its_definition_for_any_number_of_videos(weighting):
     x, noise, epsilon, scales = random_case()
     noisy = add_noise(x, noise, scales)
     x0 = x0_from_prediction(epsilon, noisy, scales, "epsilon")
     abar = (scales.alphas**2).flatten()
-    w = {"sds": 1 - abar, "uniform": torch.ones(3), "fantasia3d": abar.sqrt() * (1 - abar)}[weighting]
+    w = {
+        "sds": 1 - abar,
+        "uniform": torch.ones(3),
+        "fantasia3d": abar.sqrt() * (1 - abar),
+        "flow": 1 / abar.sqrt(),
+    }[weighting]
     for video in range(3):
         definition = w[video] * (epsilon - noise)[video]
         torch.testing.assert_close(sds_gradient(x, x0, scales, weighting)[video], definition)
@@ -219,7 +227,28 @@ def test_full_rescaling_gives_each_group_the_spread_of_the_text():
 
 def test_an_unknown_weighting_is_named():
     with pytest.raises(ValueError, match="weighting_strategy='sdss'"):
-        weight(random_case()[3], "sdss")
+        x0_factor(random_case()[3], "sdss")
+
+
+@pytest.mark.parametrize("weighting", Weighting.__args__)
+def test_pure_noise_has_a_finite_gradient_in_every_weighting(weighting):
+    x, noise, velocity, _ = random_case()
+    scales = NoiseScales(*(torch.full((3, 1, 1, 1, 1), value).double() for value in (0, 1)))
+    x0 = x0_from_prediction(velocity, add_noise(x, noise, scales), scales, "v_prediction")
+    gradient = sds_gradient(x, x0, scales, weighting)
+    assert gradient.isfinite().all()
+    torch.testing.assert_close(sjc_gradient(x, noise, x0, scales, variance_reduction=False), noise)
+    if weighting == "flow":
+        torch.testing.assert_close(gradient, x + velocity)
+
+
+def test_held_still_shows_one_moment_of_each_clip():
+    clips = torch.arange(2 * 4.0).reshape(8, 1, 1, 1).expand(8, 2, 3, 3)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([held_still(clips, 4, generator) for _ in range(40)])[:, :, 0, 0, 0]
+    assert torch.equal(drawn, drawn[:, [0, 0, 0, 0, 4, 4, 4, 4]]), "the frames of a clip are equal"
+    assert set(drawn[:, 0].tolist()) == {0, 1, 2, 3} and set(drawn[:, 4].tolist()) == {4, 5, 6, 7}
+    assert (drawn[:, 0] != drawn[:, 4] - 4).any(), "each has a draw of its own"
 
 
 # ---------------------------------------------------------------------------------------------
@@ -291,3 +320,38 @@ def test_vsd_matches_the_distribution_and_not_just_its_mode():
     assert (vsd.mean(0) - MODES[0]).norm() < 0.1
     assert vsd.std(0).mean() == pytest.approx(0.4, abs=0.1)
     assert sds.std(0).mean() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("weighting", "most", "scale", "lands"),
+    [
+        (None, 0.98, 1, 1.0),
+        (None, 0.98, 6, 2.26),
+        (None, 0.98, 100, 2.95),
+        (None, 0.5, 6, 1.35),
+        ("flow", 0.98, 1, 1.0),
+        ("flow", 0.98, 6, 1.73),
+        ("flow", 0.98, 100, 2.0),
+        ("flow", 0.5, 6, 1.27),
+        ("flow", 0.5, 100, 1.34),
+    ],
+)
+def test_high_noise_makes_guidance_overshoot(weighting, most, scale, lands):
+    """A text that means N(1, 0.3^2) among N(0, 1): where descent ends. Without a weight: reconstruction."""
+    sigmas = torch.linspace(0.02, most, 2000, dtype=torch.float64)[:, None]
+    scales = NoiseScales(1 - sigmas, sigmas)
+
+    def gaussian(mean, std):
+        means, one = torch.tensor([[mean]]).double(), torch.ones(1).double()
+        return GaussianMixturePrior(means=means, weights=one, std=std)
+
+    def pull(value):
+        """The mean gradient over levels; in that over noise, none is the mean of all, since all is linear."""
+        x = torch.full_like(sigmas, value)
+        noisy = add_noise(x, torch.zeros_like(x), scales)
+        text, uncond = (g.x0(noisy, scales) for g in (gaussian(1.0, 0.3), gaussian(0.0, 1.0)))
+        x0 = classifier_free_guidance(text, uncond, float(scale))
+        return (x - x0 if weighting is None else sds_gradient(x, x0, scales, weighting)).mean()
+
+    at_zero, at_one = pull(0.0), pull(1.0)
+    assert at_zero / (at_zero - at_one) == pytest.approx(lands, abs=0.01)

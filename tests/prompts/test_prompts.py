@@ -130,6 +130,23 @@ def test_a_prompt_must_be_given():
         parse_config(find(NAMES[0], PromptProcessor).Config, {})
 
 
+def test_the_prompt_without_its_motion_has_views_and_moments_too(model, loads):
+    config = {"pretrained_model_name_or_path": str(model), "moments": ["early", "late"]}
+    still = make(prompt_still="a red cube standing still", prompt_front="a red front", **config)
+    given, alone = still.embeddings("cpu"), make(prompt="a red cube standing still", **config)
+    wanted = alone.embeddings("cpu")
+    assert len(loads) == 1, "encoded with the others"
+    assert torch.equal(given.still.text, wanted.text)
+    assert torch.equal(given.still.text_directions, wanted.text_directions), (
+        "no text of the prompt's own views"
+    )
+    assert torch.equal(given.still.uncond, given.uncond)
+    assert given.to("meta").still.text.is_meta
+    assert wanted.still is None
+    with pytest.raises(ConfigError, match="fits no prompt"):
+        make(prompt_still="lib:qqqq")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_says_which_model_it_needs(name):
     (needed,) = make(name, pretrained_model_name_or_path="a").cfg.models()

@@ -164,8 +164,18 @@ def test_settings_that_the_stage_does_not_read_are_said(caplog):
     with caplog.at_level(logging.WARNING):
         parsed(STAGE_3, "data.single_view.simultan=false")
         parsed(STAGE_1, "system.prompt_processor_multi_view.moments=[early, late]")
+        parsed(STAGE_3, "system.prompt_processor_video.prompt_still=a red cube standing still")
     assert "prob_single_view_video=0.75: no effect, data.single_view.simultan is false" in caplog.text
     assert "prompt_processor_multi_view.moments: a static scene has the first alone, 'early'" in caplog.text
+    still = "prompt_processor_video.prompt_still: no effect, system.guidance_video.still_source is false"
+    assert still in caplog.text
+    caplog.clear()
+    parsed(
+        STAGE_3,
+        "system.prompt_processor_video.prompt_still=a cube",
+        "system.guidance_video.still_source=true",
+    )
+    assert "prompt_still" not in caplog.text
 
 
 def test_the_stills_of_a_moving_scene_take_the_moments_of_its_clips():

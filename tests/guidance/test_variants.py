@@ -1,0 +1,292 @@
+"""Options of every distillation: combined halves, corrected noise, and the difference to stillness."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from fourdfy.config import ConfigError, parse_config
+from fourdfy.guidance import distillation
+from fourdfy.guidance.base import Guidance
+from fourdfy.ops.diffusion import (
+    GuidanceMode,
+    Prediction,
+    add_noise,
+    noise_from_x0,
+    prediction_target,
+    projected_guidance,
+    sample_noise,
+    zero_star_guidance,
+)
+from fourdfy.priors.base import DDPMSchedule, Denoiser, FlowSchedule, Prior
+from fourdfy.registry import find, register
+from fourdfy.types import TextEmbeddings
+from tests.guidance.networks import context, images, make
+from tests.guidance.reference import CPU, cameras, embeddings, filled
+from tests.renders import images_of
+
+FRAMES = 4
+STD = 0.3
+LEVELS = torch.tensor([0.8, 0.5, 0.2, 0.05]).double()
+MODES = GuidanceMode.__args__
+
+
+@register("moving-grey")
+class MovingGrey(Prior):
+    """Clips that get brighter by the mean of their text in each frame, give or take ``STD``: a Gaussian,
+    whose denoiser is exact in every parametrisation. Without text: any grey, give or take 1."""
+
+    is_video = True
+    view_dependent = False
+
+    def __init__(self, cfg, *, device):
+        super().__init__(cfg, device=device)
+        self.denoiser = Denoiser(nn.Identity(), DDPMSchedule(alphas_cumprod=LEVELS, prediction="epsilon"))
+        self.calls = []
+
+    def encode(self, rgb, group_size, generator):
+        return rgb.movedim(-1, 1).unflatten(0, (-1, group_size)).movedim(1, 2)
+
+    def predict(self, network, noisy, timesteps, text_embeddings, cameras=None):
+        self.calls.append(noisy)
+        slope = text_embeddings.mean((1, 2)).reshape(-1, 1, 1, 1, 1).double()
+        mean, std = slope * torch.arange(FRAMES).reshape(-1, 1, 1), torch.where(slope == 0, 1.0, STD)
+        scales = self.denoiser.schedule.scales(timesteps, noisy.ndim)
+        gain = scales.alphas * std**2 / ((scales.alphas * std) ** 2 + scales.sigmas**2)
+        x0 = mean + gain * (noisy - scales.alphas * mean)
+        prediction = self.denoiser.schedule.prediction
+        return prediction_target(x0, noise_from_x0(x0, noisy, scales), scales, prediction)
+
+
+def text(slope: float, still: TextEmbeddings | None = None) -> TextEmbeddings:
+    given = filled(1, slope)
+    return replace(
+        embeddings(),
+        text=given,
+        text_directions=given[:, None],
+        uncond=torch.zeros_like(given[0]),
+        still=still,
+    )
+
+
+def analytic(distillation: str, kind: str = "epsilon", **config) -> Guidance:
+    cls = find(f"moving-grey+{distillation}", Guidance)
+    guidance = cls(parse_config(cls.Config, config), device=CPU)
+    schedule = DDPMSchedule(alphas_cumprod=LEVELS, prediction=kind)
+    guidance.prior.denoiser = guidance.prior.denoiser._replace(schedule=schedule)
+    return guidance
+
+
+def frames(moving: bool = True) -> torch.Tensor:
+    """Two clips of four frames."""
+    rgb = images(2 * FRAMES, 3).detach().double()
+    return rgb if moving else rgb[::FRAMES].repeat_interleave(FRAMES, 0)
+
+
+def gradient(guidance: Guidance, rgb: torch.Tensor, texts: TextEmbeddings) -> torch.Tensor:
+    rgb = rgb.clone().requires_grad_()
+    out = guidance(images_of(rgb), texts, cameras([0.0] * len(rgb), group_size=FRAMES), context())
+    return torch.autograd.grad(out.losses["sds_video"], rgb)[0]
+
+
+def drawn(guidance: Guidance):
+    """(timesteps, noise) of a step of two clips."""
+    schedule, source = guidance.prior.denoiser.schedule, context().random
+    timesteps = guidance.prior.draw_timesteps(schedule, 0.02, 0.98, 2, source)
+    return timesteps, sample_noise((2, 3, FRAMES, 3, 3), source, CPU)
+
+
+@pytest.mark.parametrize("kind", Prediction.__args__)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"guidance_mode": mode} for mode in MODES),
+        {"guidance_mode": "apg", "apg_norm_bound": 0.5},
+        {"correct_noise": True},
+        {"still_source": True},
+        {"still_source": True, "still_guidance_scale": 5.0},
+        {"weighting_strategy": "flow"},
+    ],
+)
+def test_what_the_network_predicts_changes_nothing(kind, options):
+    """Nor is any option without effect."""
+    texts = text(0.4, text(0.1))
+    plain, given, other = (
+        gradient(analytic("sds", of, **config), frames(), texts)
+        for of, config in (("epsilon", {}), ("epsilon", options), (kind, options))
+    )
+    torch.testing.assert_close(other, given, rtol=0, atol=1e-10 * given.abs().max().item())
+    assert torch.equal(plain, given) == (options == {"guidance_mode": "cfg"})
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("distillation", "scale"), [("sds", 6.0), ("reconstruction", 7.0)])
+def test_the_halves_are_combined_as_the_config_says(distillation, scale, mode):
+    bound = {"apg_norm_bound": 2.0} if mode == "apg" else {}
+    config = {"guidance_mode": mode, "guidance_scale": scale, **bound}
+    config |= {"recon_std_rescale": 0.0} if distillation == "reconstruction" else {}
+    guidance = analytic(distillation, **config)
+    given = gradient(guidance, frames(), text(0.4))
+    timesteps, noise = drawn(guidance)
+    x, scales = (
+        guidance.prior.encode(frames(), FRAMES, None),
+        guidance.prior.denoiser.schedule.scales(timesteps, 5),
+    )
+    noisy = add_noise(x, noise, scales)
+    with_text, uncond = guidance.prior.x0(noisy, timesteps, [filled(2, 0.4), filled(2, 0.0)])
+    x0 = {
+        "cfg": uncond + 7 * (with_text - uncond),
+        "apg": projected_guidance(with_text, uncond, 7.0, 2.0),
+        "cfg_zero": zero_star_guidance(with_text, uncond, 7.0, noisy, scales),
+    }[mode]
+    factor = scales.alphas * scales.sigmas if distillation == "sds" else 1
+    wanted = (factor * (x - x0) / 2).movedim(2, 1).flatten(0, 1).movedim(1, -1)
+    torch.testing.assert_close(given, wanted, rtol=0, atol=1e-6)  # draws are float32
+
+
+def test_a_flow_corrects_its_noise_by_one_step_to_pure_noise():
+    """eps + (1 - sigma) (v + x - eps), v without guidance (Yang et al. 2025, RFDS-Rev)."""
+    guidance = analytic("sds", correct_noise=True, weighting_strategy="flow")
+    schedule = FlowSchedule(device=CPU)
+    guidance.prior.denoiser = guidance.prior.denoiser._replace(schedule=schedule)
+    given = gradient(guidance, frames(), text(0.4))
+    first, second = guidance.prior.calls
+    assert (len(first), len(second)) == (2, 4), "the text alone, then both halves"
+    timesteps, noise = drawn(guidance)
+    sigmas = (timesteps / 1000).reshape(2, 1, 1, 1, 1)
+    x = guidance.prior.encode(frames(), FRAMES, None)
+    velocity = guidance.prior.predict(None, (1 - sigmas) * x + sigmas * noise, timesteps, filled(2, 0.4))
+    corrected = noise + (1 - sigmas) * (velocity + x - noise)
+    torch.testing.assert_close(second[:2], (1 - sigmas) * x + sigmas * corrected, rtol=0, atol=1e-6)
+    assert given.isfinite().all()
+
+
+def test_the_noise_of_an_exact_straight_flow_stays():
+    """A prior of one clip flows straight; what was drawn is the noise that it couples with that clip."""
+    guidance = analytic("sds", correct_noise=True)
+    guidance.prior.predict = lambda network, noisy, timesteps, *_: (
+        seen.append(noisy)
+        or noise_from_x0(clip.expand_as(noisy), noisy, guidance.prior.denoiser.schedule.scales(timesteps, 5))
+    )
+    seen, clip = [], guidance.prior.encode(frames()[:FRAMES], FRAMES, None)
+    gradient(guidance, frames()[:FRAMES].repeat(2, 1, 1, 1), text(0.4))
+    torch.testing.assert_close(seen[1][:2], seen[0])
+
+
+@pytest.mark.parametrize("config", [{}, {"correct_noise": True}, {"weighting_strategy": "flow"}])
+def test_without_guidance_the_pull_at_the_mode_is_none_on_average_over_noise(config):
+    guidance = analytic("sds", guidance_scale=0.0, **config)
+    mode = 0.5 * torch.arange(FRAMES).double().repeat(2).reshape(-1, 1, 1, 1).expand(-1, 3, 3, 3)
+    pulls, draw = [], distillation.sample_noise
+    for sign in (1, -1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(distillation, "sample_noise", lambda *args, sign=sign: sign * draw(*args))
+            pulls.append(gradient(guidance, mode, text(0.5)))
+    assert pulls[0].abs().max() > 0.01
+    torch.testing.assert_close(*pulls[:1], -pulls[1], rtol=0, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------
+# The difference to stillness
+
+
+@pytest.mark.parametrize("distillation", ["sds", "reconstruction"])
+def test_a_still_clip_with_the_same_text_and_scale_is_left_alone(distillation):
+    count = {"sds": 6.0, "reconstruction": 7.0}[distillation]
+    config = {"guidance_scale": count, "still_source": True, "still_guidance_scale": 7.0}
+    guidance = analytic(distillation, **config, **({"recon_loss": False} if distillation != "sds" else {}))
+    for texts in (text(0.4), text(0.4, text(0.4))):
+        assert not gradient(guidance, frames(moving=False), texts).any()
+        assert gradient(guidance, frames(), texts).any(), "what moves is not"
+    motion = gradient(guidance, frames(moving=False), text(0.4, text(0.1)))
+    slopes = motion.reshape(2, FRAMES, -1).mean(-1).diff(dim=1)
+    assert (slopes < 0).all(), "it gets brighter, as the verb says"
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_what_the_prior_says_of_the_still_clip_is_subtracted(scale):
+    """w (eps(x_t; text) - eps(still_t; text of the still clip)), with the same noise and level."""
+    guidance = analytic("sds", guidance_scale=6.0, still_source=True, still_guidance_scale=scale)
+    given = gradient(guidance, frames(), text(0.4, text(0.1)))
+    assert [len(noisy) for noisy in guidance.prior.calls] == [4, 2 if scale == 1 else 4]
+    timesteps, noise = drawn(guidance)
+    scales = guidance.prior.denoiser.schedule.scales(timesteps, 5)
+    x = guidance.prior.encode(frames(), FRAMES, None)
+    noisy, still = guidance.prior.calls[0][:2], guidance.prior.calls[1][:2]
+    held = (still - scales.sigmas * noise) / scales.alphas
+    for clip, own in zip(held, x, strict=True):
+        torch.testing.assert_close(clip, clip[:, :1].expand_as(clip), rtol=0, atol=1e-6)
+        assert min((clip[:, 0] - own[:, k]).abs().max() for k in range(FRAMES)) < 1e-6, "one of its moments"
+
+    def noise_of(noisy, slope, scale):
+        with_text, uncond = guidance.prior.x0(noisy, timesteps, [filled(2, slope), filled(2, 0.0)])
+        return noise_from_x0(uncond + scale * (with_text - uncond), noisy, scales)
+
+    score = scales.sigmas**2 * (noise_of(noisy, 0.4, 7) - noise_of(still, 0.1, scale))
+    wanted = (score / 2).movedim(2, 1).flatten(0, 1).movedim(1, -1)
+    torch.testing.assert_close(given, wanted, rtol=0, atol=1e-6)
+
+
+def test_a_lora_may_see_and_learn_the_clip_held_still(tiny):
+    """Before it has learned anything it is the prior: a still clip of equal texts is left alone."""
+    config = {"height": None, "width": None, "guidance_scale": 1.0, "view_dependent_prompting": False}
+    guidance = make("zeroscope+vsd", tiny["zeroscope"], still_source=True, **config)
+    for parameter in guidance.camera_embedding.parameters():
+        parameter.data.zero_()
+    moving, learned = images(4), []
+    still = moving.detach()[:1].repeat_interleave(4, 0).requires_grad_()
+    lora_loss = guidance.lora_loss
+    guidance.lora_loss = lambda latents, *more: learned.append(latents) or lora_loss(latents, *more)
+    pulls = []
+    for rgb in (still, moving):
+        out = guidance(images_of(rgb), embeddings(), cameras([0.0] * 4, group_size=4), context())
+        pulls.append(torch.autograd.grad(out.losses["vsd"], rgb)[0].abs().max())
+    assert pulls[0] < 1e-4 * pulls[1]
+    with_noise = guidance.prior.encode(still, 4, context().random)
+    torch.testing.assert_close(learned[0], with_noise)
+    assert not torch.allclose(learned[1], guidance.prior.encode(moving, 4, context().random))
+
+
+def test_a_causal_vae_encodes_the_still_clip_itself(tmp_path):
+    """Its latents are no copies of one: the first holds one frame, the others four."""
+    from tests.tiny_models import save_wan
+
+    size = {"height": 32, "width": 48, "view_dependent_prompting": False}
+    config = {"guidance_scale": 5.0, "still_source": True, "still_guidance_scale": 6.0}
+    guidance = make("wan-guidance", save_wan(tmp_path / "wan"), **size, **config)
+    texts, views = embeddings(tokens=512), cameras([0.0] * 5, group_size=5)
+    pulls = []
+    for rgb in (images(5), images(1).detach().repeat(5, 1, 1, 1).requires_grad_()):
+        out = guidance(images_of(rgb), texts, views, context())
+        pulls.append(torch.autograd.grad(out.losses["sds_video"], rgb)[0])
+    assert pulls[0].any() and not pulls[1].any()
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        (
+            "zeroscope-guidance",
+            {"apg_norm_bound": 1.0},
+            "guidance_mode=cfg has no bound; set guidance_mode=apg",
+        ),
+        ("stable-diffusion-guidance", {"still_source": True}, "still_source=true needs a prior for clips"),
+        ("wan-guidance", {"still_guidance_scale": 2.0}, "nothing is held still; set still_source=true"),
+        (
+            "zeroscope+vsd",
+            {"still_source": True, "still_guidance_scale": 2.0},
+            "the LoRA sees the clip held still; set guidance_scale_lora",
+        ),
+        (
+            "wan-guidance",
+            {"min_step_percent": [0, 0.9, 0.2, 100], "max_step_percent": [0, 0.98, 0.25, 100, "sqrt"]},
+            r"is 0\.\d+ at step \d, where the most is 0\.8\d",
+        ),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(name, given, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(find(name, Guidance).Config, given)
