@@ -1,9 +1,9 @@
 """Tiny random-weight models in genuine folder layouts, loaded through the genuine code paths.
 
 ``save_stable_diffusion(folder)``, ``save_multi_view(folder)``, ``save_zeroscope(folder)``,
-``save_videocrafter2(folder)`` and ``save_wan(folder)`` write a diffusers folder of about a megabyte and
-return it; the tokenizer is a real CLIP byte-pair encoding (Wan's: a T5 unigram model) with a small
-vocabulary, so prompts of the usual lengths fit into 77 tokens.
+``save_videocrafter2(folder)``, ``save_wan(folder)`` and ``save_animatediff(folder)`` write a diffusers folder
+of about a megabyte and return it; the tokenizer is a real CLIP byte-pair encoding (Wan's: a T5 unigram model)
+with a small vocabulary, so prompts of the usual lengths fit into 77 tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLWan,
     DDIMScheduler,
+    MotionAdapter,
     UNet2DConditionModel,
     UNet3DConditionModel,
     UniPCMultistepScheduler,
@@ -120,6 +121,15 @@ def save_wan(folder: Path, seed: int = 0) -> Path:
         tie_word_embeddings=False,
     )
     UMT5EncoderModel(text_config).save_pretrained(folder / "text_encoder")
+    return folder
+
+
+def save_animatediff(folder: Path, seed: int = 0) -> Path:
+    """Stable Diffusion, and in ``motion_adapter`` the layers in time."""
+    save_stable_diffusion(folder, seed=seed)
+    config = {"motion_layers_per_block": 1, "motion_norm_num_groups": 8, "motion_num_attention_heads": 2}
+    adapter = MotionAdapter(block_out_channels=(16, 32), **config)
+    _randomise(adapter).save_pretrained(folder / "motion_adapter")
     return folder
 
 

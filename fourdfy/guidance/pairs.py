@@ -57,6 +57,7 @@ for name, pair in {
     "videocrafter-guidance": "videocrafter+sds",
     "wan-guidance": "wan+sds",
     "cogvideox-guidance": "cogvideox+sds",
+    "animatediff-guidance": "animatediff+sds",
 }.items():
     register(name)(join(pair))
 

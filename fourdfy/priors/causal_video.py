@@ -5,13 +5,11 @@ N = B F rendered frames, the F = 1 + stride k frames of a clip neighbours in the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from fourdfy.bounds import number
 from fourdfy.priors.causal_vae import STRIDE, check_frames
-from fourdfy.priors.hub import stored_description
 from fourdfy.priors.video import VideoPrior
 
 
@@ -35,15 +33,6 @@ class CausalVideoPrior(VideoPrior):
         """Number of frames in the VAE at once, in whole chunks of what it takes together; fewer than all are
         encoded again in the backward pass. 0 or -1: all."""
 
-        @staticmethod
-        def multiple(vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> int:
-            """Pixels along each side of what the transformer takes as one.
-
-            Args:
-                vae, transformer: their descriptions; empty if they are not known yet.
-            """
-            raise NotImplementedError
-
         def __post_init__(self) -> None:
             super().__post_init__()
             if self.gradient == "subset":
@@ -59,27 +48,6 @@ class CausalVideoPrior(VideoPrior):
         def check_group_size(self, size: int, key: str) -> None:
             check_frames(size, f"num_frames is {key}", self.stride)
             super().check_group_size(size, key)
-
-        def check_models(self) -> None:
-            super().check_models()
-            (transformer, vae), name = self.networks, self.pretrained_model_name_or_path
-            self.check_size(
-                self.multiple(stored_description(name, vae), stored_description(name, transformer))
-            )
-
-        def check_size(self, multiple: int) -> None:
-            """Refuse frames whose margin the networks would cut.
-
-            Raises:
-                ValueError: says the nearest size.
-            """
-            given = (self.height, self.width)
-            height, width = (max(1, round(pixels / multiple)) * multiple for pixels in given)
-            if (height, width) != given:
-                raise ValueError(
-                    f"height={self.height}, width={self.width}: {self.pretrained_model_name_or_path} takes "
-                    f"multiples of {multiple} pixels; set height={height}, width={width}"
-                )
 
     cfg: Config
 

@@ -33,6 +33,7 @@ from fourdfy.priors.model_folder import (
     ModelNotFound,
     description_file,
     part_flaw,
+    part_folder,
     read_description,
     read_mapping,
     shown,
@@ -110,7 +111,7 @@ def check_part(folder: Path, part: str, class_name: str = "") -> None:
     if wanted and not (stated == wanted if key == "_class_name" else wanted in str(stated)):
         name = stated[:60] if isinstance(stated, str) else shown(stated)
         raise ConfigError(
-            f"{folder / part} holds a {name}, expected a {wanted} ({key} of "
+            f"{part_folder(folder, part)} holds a {name}, expected a {wanted} ({key} of "
             f"{description_file(folder, part).name}); is pretrained_model_name_or_path another kind of model?"
         )
     if part == "tokenizer":
@@ -135,9 +136,10 @@ def load_part(
     check_part(folder, part, class_name)
     import diffusers
 
-    with loading(folder / part):
+    place = part_folder(folder, part)
+    with loading(place):
         network, found = getattr(diffusers, class_name).from_pretrained(
-            folder / part, torch_dtype=dtype, **_loading_options(folder, part, dtype)
+            place, torch_dtype=dtype, **_loading_options(folder, part, dtype)
         )
         _check_complete(found)
         return _checked(freeze(network.to(device)))
@@ -191,8 +193,11 @@ def load_tokenizer(folder: Path, class_name: str = "CLIPTokenizer") -> Any:
         return cls.from_pretrained(place, local_files_only=True)
 
 
-def load_noise_schedule(folder: Path, device: torch.device) -> NoiseSchedule:
+def load_noise_schedule(folder: Path, device: torch.device, **betas: Any) -> NoiseSchedule:
     """The noise schedule that ``folder/scheduler`` describes, whichever sampler it names.
+
+    Args:
+        betas: keys of a DDPM's file whose values there are those of another model.
 
     Raises:
         ModelNotFound: no scheduler there.
@@ -205,9 +210,9 @@ def load_noise_schedule(folder: Path, device: torch.device) -> NoiseSchedule:
     if prediction == "flow_prediction":
         return FlowSchedule(**levels, device=device)
     if "snr_shift_scale" in levels:
-        alphas_cumprod = shifted_alphas_cumprod(**levels)
+        alphas_cumprod = shifted_alphas_cumprod(**levels | betas)
     else:
-        alphas_cumprod = DDPMScheduler(**levels).alphas_cumprod
+        alphas_cumprod = DDPMScheduler(**levels | betas).alphas_cumprod
     return DDPMSchedule(alphas_cumprod=alphas_cumprod.to(device), prediction=prediction)
 
 
@@ -328,7 +333,7 @@ def _loading_options(folder: Path, part: str, dtype: torch.dtype) -> dict[str, A
     """
     files = weight_files(folder, part)
     if files.variant and dtype == torch.float32:
-        _say_once(f"{folder / part}: rounded to half precision; there are no other weights")
+        _say_once(f"{part_folder(folder, part)}: rounded to half precision; there are no other weights")
     return {
         "local_files_only": True,
         "variant": files.variant,

@@ -23,6 +23,7 @@ from fourdfy.priors.model_folder import (
     DESCRIPTIONS,
     ModelNotFound,
     file_flaw,
+    inside,
     model_flaw,
     part_flaw,
     read_description,
@@ -87,6 +88,14 @@ MODELS = {
     "cerspense/zeroscope_v2_576w": (
         Source(repo="cerspense/zeroscope_v2_576w", revision="6963642a64dbefa93663d1ecebb4ceda2d9ecb28"),
     ),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": (
+        Source(
+            repo="stable-diffusion-v1-5/stable-diffusion-v1-5",
+            revision="451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+            gigabytes=4.3,
+        ),
+    ),
+    "guoyww/animatediff-motion-adapter-v1-5-3": (Source(repo="guoyww/animatediff-motion-adapter-v1-5-3"),),
     "MVDream/MVDream": (
         Source(
             repo="MVDream/MVDream",
@@ -278,7 +287,7 @@ def _place(source: Source, parts: Sequence[str]) -> Path | None:
         return Path(__file__).parents[1] / "shapes" / "assets" / source.asset
     if source.file:
         return _in_hub_cache(source, source.file)
-    probes = [f"{part}/{DESCRIPTIONS.get(part, 'config.json')}" for part in parts] or ["model_index.json"]
+    probes = [inside(part) + DESCRIPTIONS.get(part, "config.json") for part in parts] or ["model_index.json"]
     for probe in probes:
         if found := _in_hub_cache(source, probe):
             return found.parents[probe.count("/")]
@@ -366,14 +375,15 @@ def _fetch(source: Source, parts: Sequence[str]) -> Path:
 
 
 def _missing(name: str, parts: Sequence[str], tried: Sequence[str]) -> ModelNotFound:
-    layout = ", ".join(f"{part}/" for part in parts) or "model_index.json"
+    layout = ", ".join(inside(part) or "config.json" for part in parts) or "model_index.json"
     advice = f"Name a local folder in diffusers layout (with {layout})"
     if Path(name).suffix in (".pt", ".ckpt") or any(source.file for source in _sources(name)):
         advice += " or an original checkpoint file"
     if _may_be_fetched(name):
         sources = _sources(name)
         source = next((source for source in sources if source.revision), sources[0])
-        what = f" {source.file}" if source.file else "".join(f' --include "{part}/*"' for part in parts)
+        wanted = "".join(f' --include "{inside(part)}*"' for part in parts)
+        what = f" {source.file}" if source.file else wanted
         revision = f" --revision {source.revision}" if source.revision else ""
         advice += (
             f",\nor fetch it where there is a network:  hf download {source.repo}{what}{revision}\n"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -23,7 +24,7 @@ from fourdfy.bounds import number
 from fourdfy.config import file_path
 from fourdfy.ops.replay import Replay
 from fourdfy.priors.acceleration import compiled
-from fourdfy.priors.base import Denoiser, Network, Prior
+from fourdfy.priors.base import Denoiser, Network, NoiseSchedule, Prior
 from fourdfy.priors.distilled import check_not_distilled
 from fourdfy.priors.frozen import (
     Gradient,
@@ -100,9 +101,39 @@ class LatentPrior(Prior):
                 if folder := stored_folder(name, parts):
                     for part in parts:
                         check_part(folder, part, self.networks.get(part, ""))
+            (name, _), *_ = self.models()
+            denoiser, vae, *_ = (stored_description(name, part) for part in self.networks)
+            self.check_size(self.multiple(vae, denoiser))
+
+        @staticmethod
+        def multiple(vae: Mapping[str, Any], denoiser: Mapping[str, Any]) -> int:
+            """Pixels along each side of what the denoiser takes as one.
+
+            Args:
+                vae, denoiser: their descriptions; empty if they are not known yet.
+            """
+            return 2 ** (len(vae.get("block_out_channels", range(4))) - 1)
+
+        def check_size(self, multiple: int) -> None:
+            """Refuse frames whose margin the networks would cut.
+
+            Raises:
+                ValueError: says the nearest size.
+            """
+            given = {side: pixels for side in ("height", "width") if (pixels := getattr(self, side))}
+            nearest = {side: max(1, round(pixels / multiple)) * multiple for side, pixels in given.items()}
+            if nearest != given:
+                ours, theirs = (
+                    ", ".join(f"{side}={pixels}" for side, pixels in sizes.items())
+                    for sizes in (given, nearest)
+                )
+                raise ValueError(
+                    f"{ours}: {self.pretrained_model_name_or_path} takes multiples of {multiple} pixels; "
+                    f"set {theirs}"
+                )
 
         def check_text_encoder(self, name: str) -> None:
-            (denoiser, _), (gives, reads) = self.networks, self.text_keys
+            denoiser, (gives, reads) = next(iter(self.networks)), self.text_keys
             given = stored_description(name, "text_encoder").get(gives)
             for model in [model for model, parts in self.models() if denoiser in parts]:
                 read = stored_description(model, denoiser).get(reads)
@@ -136,7 +167,7 @@ class LatentPrior(Prior):
         """The frozen networks: (denoiser, VAE)."""
         folder = resolve_model(*self.cfg.models()[0])
         unet, vae = self.load_unet(folder), self.load_network(folder, "vae", self.dtype)
-        return Denoiser(unet, load_noise_schedule(folder, self.device)), vae
+        return Denoiser(unet, self.load_schedule(folder)), vae
 
     def load_denoiser(self, name: str) -> Denoiser:
         (own, parts), *_ = self.cfg.models()
@@ -144,7 +175,7 @@ class LatentPrior(Prior):
         folder = resolve_model(name, parts)
         if folder.resolve() == resolve_model(own, parts).resolve():
             return self.denoiser
-        return Denoiser(self.load_unet(folder), load_noise_schedule(folder, self.device))
+        return Denoiser(self.load_unet(folder), self.load_schedule(folder))
 
     def load_unet(self, folder: Path) -> nn.Module:
         unet = self.load_network(folder, next(iter(self.cfg.networks)), self.dtype)
@@ -154,6 +185,9 @@ class LatentPrior(Prior):
             # Its random choices come from its own generator, which no checkpoint would hold.
             tomesd.apply_patch(unet, **{"use_rand": False} | (self.cfg.token_merging_params or {}))
         return unet
+
+    def load_schedule(self, folder: Path) -> NoiseSchedule:
+        return load_noise_schedule(folder, self.device)
 
     def load_network(self, folder: Path, part: str, dtype: torch.dtype) -> nn.Module:
         network = load_part(folder, part, self.cfg.networks[part], dtype=dtype, device=self.device)
@@ -251,11 +285,10 @@ class LatentPrior(Prior):
 
     def _image_size(self) -> tuple[int, int]:
         factor = vae_factor(self.vae)
+        self.cfg.check_size(factor)
         own = self.denoiser.network.config.sample_size or 0
         own_height, own_width = (own, own) if isinstance(own, int) else own
         size = (self.cfg.height or own_height * factor, self.cfg.width or own_width * factor)
         if not all(size):
             raise ValueError("height, width: the U-Net's config.json has no sample_size, so set both")
-        if any(pixels % factor for pixels in size):
-            raise ValueError(f"height, width = {size}: this VAE needs multiples of {factor} pixels")
         return size

@@ -21,6 +21,9 @@ DESCRIPTIONS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_co
 PIECES = "spiece.model"
 """The vocabulary of a T5 tokenizer, where there is no ``tokenizer.json``."""
 
+ALONE = ("motion_adapter",)
+"""Parts that have a model's folder for themselves, without a subfolder."""
+
 MOST_NESTED = 20
 """Lists and mappings in each other, in a JSON file that is read."""
 
@@ -34,7 +37,7 @@ class ModelNotFound(ConfigError, FileNotFoundError):
 
 def part_flaw(folder: Path, part: str) -> str:
     """Why a loader can't read ``part`` of a model folder; "" if everything that it opens is there."""
-    place = folder / part
+    place = part_folder(folder, part)
     if not place.is_dir():
         return "no such folder"
     files = [description_file(folder, part)]
@@ -43,6 +46,16 @@ def part_flaw(folder: Path, part: str) -> str:
     if part not in DESCRIPTIONS:
         files += weight_files(folder, part).paths
     return next((f"{file.name} {flaw}" for file in files if (flaw := file_flaw(file))), "")
+
+
+def part_folder(folder: Path, part: str) -> Path:
+    """The folder of a part's files."""
+    return folder / inside(part)
+
+
+def inside(part: str) -> str:
+    """What stands before the names of a part's files, in a model's folder."""
+    return "" if part in ALONE else f"{part}/"
 
 
 def read_description(folder: Path, part: str) -> dict[str, Any]:
@@ -56,7 +69,7 @@ def read_description(folder: Path, part: str) -> dict[str, Any]:
 
 def description_file(folder: Path, part: str) -> Path:
     """The file that describes a part."""
-    return folder / part / DESCRIPTIONS.get(part, "config.json")
+    return part_folder(folder, part) / DESCRIPTIONS.get(part, "config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +92,7 @@ def weight_files(folder: Path, part: str) -> WeightFiles:
 
     If no set is complete, the one that has at least one file, or the usual one.
     """
-    place, sets = folder / part, []
+    place, sets = part_folder(folder, part), []
     for variant, file, index in _weight_names(part):
         paths: tuple[Path, ...] = (place / file,)
         if (place / index).is_file():
@@ -134,19 +147,20 @@ def wanted_files(files: Sequence[str], parts: Sequence[str]) -> list[str]:
     """The parts' descriptions, and of their weights the set that ``_weight_names`` prefers."""
     wanted = [file for file in files if file == "model_index.json"]
     for part in parts:
-        inside = [Path(file).name for file in files if file.startswith(f"{part}/") and file.count("/") == 1]
-        chosen = [f for f in inside if len(Path(f).suffixes) == 1 and f.endswith((".json", ".txt", ".model"))]
+        within = inside(part)
+        names = [Path(file).name for file in files if file == within + Path(file).name]
+        chosen = [f for f in names if len(Path(f).suffixes) == 1 and f.endswith((".json", ".txt", ".model"))]
         for variant, file, index in () if part in DESCRIPTIONS else _weight_names(part):
             shards = [
                 f
-                for f in inside
+                for f in names
                 if re.fullmatch(rf"{file.partition('.')[0]}\b.*-\d+-of-\d+\b.*{Path(file).suffix}", f)
                 and (".fp16" in f) == bool(variant)
             ]
-            if weights := [index, *shards] if index in inside else [file] if file in inside else []:
+            if weights := [index, *shards] if index in names else [file] if file in names else []:
                 chosen += weights
                 break
-        wanted += [f"{part}/{name}" for name in chosen]
+        wanted += [within + name for name in chosen]
     return wanted
 
 

@@ -23,7 +23,9 @@ LAYERS, SIZE, NUMBER = range(1, MOST + 1), range(1, 2**20), Bounds(-1e6, 1e6)
 ALLOWED: dict[str, Allowed] = {
     **dict.fromkeys(
         (
-            "dim_mult", "layers_per_block", "num_decoder_layers", "num_heads", "num_hidden_layers",
+            "dim_mult", "layers_per_block", "motion_layers_per_block", "motion_mid_block_layers_per_block",
+            "motion_transformer_layers_per_block", "motion_transformer_layers_per_mid_block",
+            "num_decoder_layers", "num_heads", "num_hidden_layers",
             "num_layers", "num_res_blocks", "patch_size", "reverse_transformer_layers_per_block",
             "transformer_layers_per_block",
         ),
@@ -32,10 +34,12 @@ ALLOWED: dict[str, Allowed] = {
     **dict.fromkeys(
         (
             "addition_embed_type_num_heads", "addition_time_embed_dim", "attention_head_dim", "base_dim",
-            "block_out_channels", "conv_in_kernel", "conv_out_kernel", "cross_attention_dim",
-            "d_ff", "d_kv", "d_model", "decoder_base_dim", "encoder_hid_dim", "ffn_dim", "freq_dim",
+            "block_out_channels", "conv_in_channels", "conv_in_kernel", "conv_out_kernel",
+            "cross_attention_dim", "d_ff", "d_kv", "d_model", "decoder_base_dim", "encoder_hid_dim",
+            "ffn_dim", "freq_dim",
             "hidden_size", "in_channels", "intermediate_size", "latent_channels",
-            "max_position_embeddings", "max_text_seq_length", "norm_num_groups", "num_attention_heads",
+            "max_position_embeddings", "max_text_seq_length", "motion_max_seq_length",
+            "motion_norm_num_groups", "motion_num_attention_heads", "norm_num_groups", "num_attention_heads",
             "num_class_embeds",
             "out_channels", "projection_dim", "projection_class_embeddings_input_dim",
             "relative_attention_max_distance", "relative_attention_num_buckets", "rope_max_seq_len",
@@ -59,8 +63,8 @@ ALLOWED: dict[str, Allowed] = {
             "center_input_sample", "class_embeddings_concat", "cross_attn_norm", "dual_cross_attention",
             "flip_sin_to_cos", "force_upcast", "is_residual", "mid_block_add_attention",
             "mid_block_only_cross_attention", "only_cross_attention", "resnet_skip_time_act",
-            "temperal_downsample", "upcast_attention", "use_linear_projection", "use_post_quant_conv",
-            "use_quant_conv", "use_rotary_positional_embeddings",
+            "temperal_downsample", "upcast_attention", "use_linear_projection", "use_motion_mid_block",
+            "use_post_quant_conv", "use_quant_conv", "use_rotary_positional_embeddings",
         ),
         (False, True),
     ),
@@ -81,15 +85,16 @@ LISTS = ("block_out_channels", "down_block_types", "up_block_types")
 
 OR_LISTS = (
     "attention_head_dim", "cross_attention_dim", "dim_mult", "latents_mean", "latents_std",
-    "layers_per_block", "num_attention_heads", "only_cross_attention", "patch_size",
-    "reverse_transformer_layers_per_block", "sample_size", "temperal_downsample",
-    "transformer_layers_per_block",
+    "layers_per_block", "motion_layers_per_block", "motion_num_attention_heads",
+    "motion_transformer_layers_per_block", "motion_transformer_layers_per_mid_block", "num_attention_heads",
+    "only_cross_attention", "patch_size", "reverse_transformer_layers_per_block", "sample_size",
+    "temperal_downsample", "transformer_layers_per_block",
 )  # fmt: skip
 """Keys that may have a list."""
 
 OR_NULL = (
-    "addition_time_embed_dim", "bos_token_id", "decoder_base_dim", "encoder_hid_dim", "latents_mean",
-    "latents_std", "mid_block_only_cross_attention", "mid_block_type", "num_attention_heads",
+    "addition_time_embed_dim", "bos_token_id", "conv_in_channels", "decoder_base_dim", "encoder_hid_dim",
+    "latents_mean", "latents_std", "mid_block_only_cross_attention", "mid_block_type", "num_attention_heads",
     "num_class_embeds", "pad_token_id", "patch_size", "projection_class_embeddings_input_dim",
     "reverse_transformer_layers_per_block", "sample_size", "shift_factor", "time_cond_proj_dim",
     "time_embedding_act_fn", "time_embedding_dim", "timestep_post_act",
@@ -113,7 +118,7 @@ def check_network_file(folder: Path, part: str) -> None:
             a_list = f"a list of 1 to {MOST}: " if key in LISTS else ""
             raise ConfigError(f"{file}: {key}={shown(value)}; expected {a_list}{either(ALLOWED[key])}")
     counts = [len(description.get(key, ())) for key in LISTS]
-    if len({*counts}) > 1:
+    if "up_block_types" in description and len({*counts}) > 1:
         raise ConfigError(f"{file}: {', '.join(LISTS)} have {counts} entries; expected as many in each")
 
 

@@ -79,8 +79,10 @@ def pack_attention_in_time(unet: nn.Module) -> None:
     """Let the attention over frames take several pixels at once, where its kernel is PyTorch's SDPA."""
     from diffusers.models.attention_processor import AttnProcessor2_0
     from diffusers.models.transformers.transformer_temporal import TransformerTemporalModel
+    from diffusers.models.unets.unet_motion_model import AnimateDiffTransformer3D
 
-    in_time = [module for module in unet.modules() if isinstance(module, TransformerTemporalModel)]
+    kinds = (TransformerTemporalModel, AnimateDiffTransformer3D)
+    in_time = [module for module in unet.modules() if isinstance(module, kinds)]
     for block in (block for module in in_time for block in module.transformer_blocks):
         for attention in (block.attn1, block.attn2):
             if type(attention.processor) is AttnProcessor2_0:

@@ -30,6 +30,7 @@ COMMANDS = {
     "fourdfy_stage_3_vc": "fourdfy_stage_2",
     "fourdfy_stage_3_wan": "fourdfy_stage_2",
     "fourdfy_stage_3_cogvideox": "fourdfy_stage_2",
+    "fourdfy_stage_3_animatediff": "fourdfy_stage_2",
     "fourdfy_stage_1_low_vram": None,
     "fourdfy_stage_2_low_vram": "fourdfy_stage_1_low_vram",
     "fourdfy_stage_3_low_vram": "fourdfy_stage_2_low_vram",
@@ -39,7 +40,13 @@ COMMANDS = {
     "fourdfy_stage_3_low_vram_vc_deformation": "fourdfy_stage_2_low_vram_deformation",
     "fourdfy_stage_3_vc_deformation": "fourdfy_stage_2_low_vram_deformation",
 }
-RECIPES = sorted(path.stem for path in CONFIGS.glob("fourdfy*.yaml") if "stage" not in path.stem)
+MODERN = ("wan", "animatediff", "cogvideox", "ltx")
+"""Video models, as the names of their configs end; one of their recipes stands for all."""
+RECIPES = sorted(
+    path.stem
+    for path in CONFIGS.glob("fourdfy*.yaml")
+    if "stage" not in path.stem and not path.stem.endswith(MODERN[1:])
+)
 STEPS = 2
 
 
@@ -54,16 +61,19 @@ def models(tmp_path_factory) -> Path:
     tiny_models.save_videocrafter2(root / "videocrafter2")
     tiny_models.save_wan(root / "wan")
     save_cogvideox(root / "cogvideox")
+    tiny_models.save_animatediff(root / "animatediff")
     return root
 
 
 def toy(name: str, models: Path) -> list[str]:
     """Overrides that make an experiment run in seconds, and change nothing else."""
-    ends = {"_vc": "videocrafter2", "_wan": "wan", "_cogvideox": "cogvideox"}
+    ends = {"_vc": "videocrafter2", "_wan": "wan", "_cogvideox": "cogvideox", "_animatediff": "animatediff"}
     video = models / next((model for end, model in ends.items() if end in name), "zeroscope")
     masked = any(end in name for end in ("_low_vram", "_vc", "_deformation"))
     renderer = "renderer.base_renderer" if masked else "renderer"
+    adapter = [f"system.guidance_video.motion_adapter={video / 'motion_adapter'}"]
     return [
+        *(adapter if video.name == "animatediff" else []),
         f"trainer.max_steps={STEPS}",
         "trainer.val_check_interval=0",
         "data.single_view.width=16",
