@@ -96,7 +96,7 @@ class AnimateDiff(VideoPrior):
         network: Network,
         noisy: Float[Tensor, "B C F h w"],
         text_embeddings: Float[Tensor, "B L E"],
-        cameras: None,
+        cameras: Float[Tensor, "B K"] | None,
     ) -> dict[str, Any]:
         # Its cross-attention sees images, so each frame has a text.
         return {"encoder_hidden_states": text_embeddings.repeat_interleave(noisy.shape[2], 0)}
