@@ -163,10 +163,11 @@ def save_videocrafter2_checkpoint(file: Path, seed: int = 0) -> dict[str, torch.
     return networks
 
 
-def save_clip_text(folder: Path) -> None:
-    """The parts ``tokenizer`` (vocab.json, merges.txt) and ``text_encoder``."""
+def save_clip_text(folder: Path, number: str = "", encoder_class: type = CLIPTextModel) -> None:
+    """The parts ``tokenizer`` (vocab.json, merges.txt) and ``text_encoder``, with ``number`` behind their
+    names."""
     vocab, merges = _byte_pairs()
-    place = folder / "tokenizer"
+    place = folder / f"tokenizer{number}"
     place.mkdir(parents=True, exist_ok=True)
     (place / "vocab.json").write_text(json.dumps(vocab))
     (place / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
@@ -188,13 +189,14 @@ def save_clip_text(folder: Path) -> None:
         intermediate_size=32,
         num_hidden_layers=2,
         num_attention_heads=2,
+        projection_dim=TEXT_WIDTH,
         max_position_embeddings=MAX_TOKENS,
         hidden_act="gelu",
         bos_token_id=vocab["<|startoftext|>"],
         eos_token_id=vocab["<|endoftext|>"],
         pad_token_id=vocab["!"],
     )
-    CLIPTextModel(text_config).save_pretrained(folder / "text_encoder")
+    encoder_class(text_config).save_pretrained(folder / f"text_encoder{number}")
 
 
 def _save_common(folder: Path, pipeline: str, unet_class: str, prediction_type: str) -> None:

@@ -1,6 +1,7 @@
 """More of ``tests.tiny_models``: video and image models that are transformers or read several texts.
 
-``save_cogvideox(folder)`` writes a diffusers folder and returns it.
+``save_cogvideox(folder)``, ``save_sdxl(folder)`` and ``save_sd3(folder)`` write a diffusers folder and return
+it.
 """
 
 from __future__ import annotations
@@ -8,10 +9,27 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXTransformer3DModel,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
-from tests.tiny_models import TEXT_WIDTH, _randomise, unigram_pieces
+from tests.tiny_models import (
+    SAMPLE_SIZE,
+    TEXT_WIDTH,
+    _randomise,
+    _save_common,
+    _unet_config,
+    save_clip_text,
+    unigram_pieces,
+)
 
 
 def save_cogvideox(folder: Path, seed: int = 0, rotary: bool = False) -> Path:
@@ -48,9 +66,59 @@ def save_cogvideox(folder: Path, seed: int = 0, rotary: bool = False) -> Path:
     return folder
 
 
-def save_t5_text(folder: Path, tokenizer: str = "tokenizer", text_encoder: str = "text_encoder") -> None:
-    """The parts ``tokenizer`` and ``text_encoder``, or others."""
+def save_sdxl(folder: Path, seed: int = 0) -> Path:
+    """Stable Diffusion XL: a U-Net that is told sizes and a vector for the text, and two CLIPs."""
+    torch.manual_seed(seed)
+    _save_common(folder, "StableDiffusionXLPipeline", "UNet2DConditionModel", "epsilon")
+    save_clip_text(folder, "_2", CLIPTextModelWithProjection)
+    config = _unet_config(SAMPLE_SIZE) | {"cross_attention_dim": 2 * TEXT_WIDTH}
+    config |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
+    config |= {"projection_class_embeddings_input_dim": 6 * 8 + TEXT_WIDTH}
+    _randomise(UNet2DConditionModel(**config)).save_pretrained(folder / "unet")
+    EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+    ).save_pretrained(folder / "scheduler")
+    return folder
+
+
+def save_sd3(folder: Path, seed: int = 0) -> Path:
+    """Stable Diffusion 3.5: a flow transformer, a VAE with a shift, two CLIPs and T5."""
+    torch.manual_seed(seed)
+    for number in ("", "_2"):
+        save_clip_text(folder, number, CLIPTextModelWithProjection)
+    save_t5_text(folder, "_3", width=3 * TEXT_WIDTH)
+    transformer = SD3Transformer2DModel(
+        sample_size=SAMPLE_SIZE,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=3 * TEXT_WIDTH,
+        caption_projection_dim=16,
+        pooled_projection_dim=2 * TEXT_WIDTH,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    _randomise(transformer).save_pretrained(folder / "transformer")
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        norm_num_groups=4,
+        latent_channels=16,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    vae.save_pretrained(folder / "vae")
+    FlowMatchEulerDiscreteScheduler(shift=3.0).save_pretrained(folder / "scheduler")
+    return folder
+
+
+def save_t5_text(folder: Path, number: str = "", width: int = TEXT_WIDTH) -> None:
+    """The parts ``tokenizer`` and ``text_encoder``, with ``number`` behind their names."""
     pieces = unigram_pieces()
-    T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder / tokenizer)
-    config = T5Config(vocab_size=len(pieces), d_model=TEXT_WIDTH, d_ff=32, d_kv=8, num_heads=2, num_layers=2)
-    T5EncoderModel(config).save_pretrained(folder / text_encoder)
+    T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder / f"tokenizer{number}")
+    config = T5Config(vocab_size=len(pieces), d_model=width, d_ff=32, d_kv=8, num_heads=2, num_layers=2)
+    T5EncoderModel(config).save_pretrained(folder / f"text_encoder{number}")

@@ -52,6 +52,8 @@ def join(pair: str, *fields: tuple[str, Any, Any]) -> type:
 
 for name, pair in {
     "stable-diffusion-guidance": "stable-diffusion+sds",
+    "sdxl-guidance": "sdxl+sds",
+    "sd3-guidance": "sd3+sds",
     "multiview-diffusion-guidance": "mvdream+reconstruction",
     "zeroscope-guidance": "zeroscope+sds",
     "videocrafter-guidance": "videocrafter+sds",

@@ -15,8 +15,7 @@ from fourdfy.config_files import COMMAND_LINE
 from fourdfy.devices import memory_of
 from fourdfy.launching.experiment import Experiment, TrainerConfig, trial_of
 from fourdfy.priors.hub import locate_model, resolve_model, stored_bytes
-from fourdfy.priors.model_folder import ModelNotFound
-from fourdfy.prompts.base import PARTS
+from fourdfy.priors.model_folder import TEXT_ENCODERS, TOKENIZERS, ModelNotFound
 from fourdfy.systems.base import System
 from fourdfy.systems.checkpoint import has_checkpoint
 from fourdfy.systems.optim import parameters_of
@@ -220,7 +219,7 @@ def _memory_estimate(experiment: Experiment, system: System) -> tuple[float, flo
     each = DEFORMED_BYTES if "deformation" in cfg.scene_cfg.renders else SAMPLE_BYTES
     scene = sum(p.numel() for p in system.parameters()) * 16
     stored = sum(
-        stored_bytes(name, tuple(part for part in parts if part not in PARTS)) or 0
+        stored_bytes(name, tuple(part for part in parts if part not in (*TOKENIZERS, *TEXT_ENCODERS))) or 0
         for name, parts in needed_models([experiment]).items()
     )
     priors, graphs = [0.0], []

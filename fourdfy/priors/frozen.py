@@ -30,6 +30,8 @@ from fourdfy.priors.base import DDPMSchedule, FlowSchedule, Network, NoiseSchedu
 from fourdfy.priors.convert import no_progress_bar
 from fourdfy.priors.model_folder import (
     PIECES,
+    TEXT_ENCODERS,
+    TOKENIZERS,
     ModelNotFound,
     description_file,
     part_flaw,
@@ -48,8 +50,8 @@ logger = logging.getLogger(__name__)
 
 CLASSES = {
     "vae": ("_class_name", "AutoencoderKL"),
-    "text_encoder": ("architectures", "CLIPTextModel"),
-    "tokenizer": ("tokenizer_class", "CLIPTokenizer"),
+    **dict.fromkeys(TEXT_ENCODERS, ("architectures", "CLIPTextModel")),
+    **dict.fromkeys(TOKENIZERS, ("tokenizer_class", "CLIPTokenizer")),
     "fps_embedding": ("_class_name", "TimestepEmbedding"),
 }
 """For each part, the key that names its class, and the class that most priors have."""
@@ -114,7 +116,7 @@ def check_part(folder: Path, part: str, class_name: str = "") -> None:
             f"{part_folder(folder, part)} holds a {name}, expected a {wanted} ({key} of "
             f"{description_file(folder, part).name}); is pretrained_model_name_or_path another kind of model?"
         )
-    if part == "tokenizer":
+    if part in TOKENIZERS:
         for file in (folder / part).glob("*.json"):
             read_mapping(file)
     else:
@@ -151,23 +153,25 @@ def load_text_encoder(
     class_name: str = "CLIPTextModel",
     tokenizer: str = "CLIPTokenizer",
     dtype: torch.dtype = torch.float32,
+    number: str = "",
 ) -> tuple[Any, nn.Module]:
     """(tokenizer, text encoder, frozen) of a model folder.
 
     Args:
         class_name: of the encoder in transformers, as ``tokenizer`` is of the other part.
+        number: the end of both parts' names: nothing, ``_2`` or ``_3``.
 
     Raises:
         ModelNotFound: a part is missing or incomplete.
         ConfigError: a part is of another class, or can't be loaded.
     """
-    words = load_tokenizer(folder, tokenizer)
-    check_part(folder, "text_encoder", class_name)
+    words, part = load_tokenizer(folder, tokenizer, number), f"text_encoder{number}"
+    check_part(folder, part, class_name)
     import transformers
 
-    with no_progress_bar(), loading(folder / "text_encoder"):
+    with no_progress_bar(), loading(folder / part):
         encoder, found = getattr(transformers, class_name).from_pretrained(
-            folder / "text_encoder", dtype=dtype, **_loading_options(folder, "text_encoder", dtype)
+            folder / part, dtype=dtype, **_loading_options(folder, part, dtype)
         )
         _check_complete(found)
         if (most := len(words)) > (known_words := encoder.config.vocab_size):
@@ -175,17 +179,18 @@ def load_text_encoder(
         return words, _checked(freeze(encoder.to(device)))
 
 
-def load_tokenizer(folder: Path, class_name: str = "CLIPTokenizer") -> Any:
+def load_tokenizer(folder: Path, class_name: str = "CLIPTokenizer", number: str = "") -> Any:
     """The tokenizer of a model folder.
 
     Raises:
         ModelNotFound: it is missing or incomplete.
         ConfigError: it is of another class, or can't be loaded.
     """
-    check_part(folder, "tokenizer", class_name)
+    part = f"tokenizer{number}"
+    check_part(folder, part, class_name)
     import transformers
 
-    place = folder / "tokenizer"
+    place = folder / part
     with loading(place):
         cls = getattr(transformers, class_name)
         if (place / PIECES).is_file() and not (place / "tokenizer.json").is_file():
@@ -251,7 +256,7 @@ def encode_images(
     gradient: Gradient = "exact",
     posterior_of: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> Float[Tensor, "B C h w"]:
-    """Latents drawn from the VAE's posterior, times its ``scaling_factor``, in float32.
+    """Latents drawn from the VAE's posterior, in float32, normalised by its shift and ``scaling_factor``.
 
     With ``chunk`` > 0 that many images are in the network at once. Gradients reach ``images``:
 
@@ -277,7 +282,8 @@ def encode_images(
         )
         mean, std = _joined([(part.mean, part.std) for part in parts])
     noise = sample_noise(mean.shape, generator, mean.device, mean.dtype)
-    return (mean + std * noise) * vae.config.scaling_factor
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    return (mean + std * noise - shift) * vae.config.scaling_factor
 
 
 def vae_factor(vae: Network) -> int:
@@ -349,7 +355,7 @@ def _sentencepiece(place: Path) -> dict[str, Any]:
     model = import_protobuf().ModelProto.FromString((place / PIECES).read_bytes())
     return {
         "vocab": [(piece.piece, piece.score) for piece in model.pieces],
-        "extra_ids": read_description(place.parent, "tokenizer").get("extra_ids", 100),
+        "extra_ids": read_description(place.parent, place.name).get("extra_ids", 100),
         "_spm_precompiled_charsmap": model.normalizer_spec.precompiled_charsmap or None,
     }
 

@@ -85,6 +85,22 @@ MODELS = {
         ),
         Source(repo="Manojb/stable-diffusion-2-1"),
     ),
+    # In float32.
+    "stabilityai/stable-diffusion-xl-base-1.0": (
+        Source(
+            repo="stabilityai/stable-diffusion-xl-base-1.0",
+            revision="462165984030d82259a11f4367a4eed129e94a7b",
+            gigabytes=13.9,
+        ),
+    ),
+    # Its page asks for consent to a licence, so it is fetched with HF_TOKEN; 9.5 GB are T5.
+    "stabilityai/stable-diffusion-3.5-medium": (
+        Source(
+            repo="stabilityai/stable-diffusion-3.5-medium",
+            revision="b940f670f0eda2d07fbb75229e779da1ad11eb80",
+            gigabytes=16.3,
+        ),
+    ),
     "cerspense/zeroscope_v2_576w": (
         Source(repo="cerspense/zeroscope_v2_576w", revision="6963642a64dbefa93663d1ecebb4ceda2d9ecb28"),
     ),

@@ -66,6 +66,8 @@ class LatentPrior(Prior):
         parts: ClassVar[tuple[str, ...]] = ("unet", "vae", "scheduler")
         text_keys: ClassVar[tuple[str, str]] = ("hidden_size", "cross_attention_dim")
         """Where the descriptions of the text encoder and of the denoiser say how many channels a text has."""
+        float32_vae: ClassVar[bool] = False
+        """Whether 16 bits are too few for the VAE, whatever the denoiser has."""
 
         pretrained_model_name_or_path: str = file_path("stabilityai/stable-diffusion-2-1-base")
         """Folder, embedded name or hub id of the model."""
@@ -89,7 +91,8 @@ class LatentPrior(Prior):
 
         def activation_bytes(self, frames: int, height: int, width: int) -> int:
             pixels = self.frames_at_once(frames) * (self.height or height) * (self.width or width)
-            return pixels * VAE_BYTES_PER_PIXEL * (2 if self.half_precision_weights is False else 1)
+            wide = self.float32_vae or self.half_precision_weights is False
+            return pixels * VAE_BYTES_PER_PIXEL * (2 if wide else 1)
 
         def frames_at_once(self, frames: int) -> int:
             """How many of the ``frames`` of a step are in the VAE at once."""
@@ -132,9 +135,13 @@ class LatentPrior(Prior):
                     f"set {theirs}"
                 )
 
+        def text_channels(self, name: str) -> int | None:
+            """How many channels the texts of the model ``name`` have; None if it is not on this disk."""
+            return stored_description(name, "text_encoder").get(self.text_keys[0])
+
         def check_text_encoder(self, name: str) -> None:
-            denoiser, (gives, reads) = next(iter(self.networks)), self.text_keys
-            given = stored_description(name, "text_encoder").get(gives)
+            denoiser, (_, reads) = next(iter(self.networks)), self.text_keys
+            given = self.text_channels(name)
             for model in [model for model, parts in self.models() if denoiser in parts]:
                 read = stored_description(model, denoiser).get(reads)
                 if given and isinstance(read, int) and read != given:
@@ -190,6 +197,7 @@ class LatentPrior(Prior):
         return load_noise_schedule(folder, self.device)
 
     def load_network(self, folder: Path, part: str, dtype: torch.dtype) -> nn.Module:
+        dtype = torch.float32 if part == "vae" and self.cfg.float32_vae else dtype
         network = load_part(folder, part, self.cfg.networks[part], dtype=dtype, device=self.device)
         apply_memory_options(network, self.cfg, self.device)
         if self.device.type == "cpu" and part == "vae":

@@ -15,7 +15,10 @@ from typing import Any
 
 from fourdfy.config_files import ConfigError
 
-DESCRIPTIONS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+
+DESCRIPTIONS = {"scheduler": "scheduler_config.json", **dict.fromkeys(TOKENIZERS, "tokenizer_config.json")}
 """The file that describes a part; ``config.json`` for all others."""
 
 PIECES = "spiece.model"
@@ -41,7 +44,7 @@ def part_flaw(folder: Path, part: str) -> str:
     if not place.is_dir():
         return "no such folder"
     files = [description_file(folder, part)]
-    if part == "tokenizer" and not any((place / name).is_file() for name in ("tokenizer.json", PIECES)):
+    if part in TOKENIZERS and not any((place / name).is_file() for name in ("tokenizer.json", PIECES)):
         files += [place / "vocab.json", place / "merges.txt"]
     if part not in DESCRIPTIONS:
         files += weight_files(folder, part).paths
@@ -135,7 +138,7 @@ def file_flaw(file: Path) -> str:
 def _weight_names(part: str) -> Iterator[tuple[str | None, str, str]]:
     """(variant, file, index of shards) of every set of weights, in the order of preference."""
     stems = ("model.safetensors", "pytorch_model.bin")
-    if part != "text_encoder":
+    if part not in TEXT_ENCODERS:
         stems = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
     for variant in VARIANTS:
         for name, _, suffix in (stem.partition(".") for stem in stems):

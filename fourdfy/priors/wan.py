@@ -34,6 +34,7 @@ class Wan(CausalVideoPrior):
         }
         parts: ClassVar[tuple[str, ...]] = ("transformer", "vae", "scheduler")
         text_keys: ClassVar[tuple[str, str]] = ("d_model", "text_dim")
+        float32_vae: ClassVar[bool] = True
         vae_bytes_per_pixel: ClassVar[int] = 13_300
         cache_bytes_per_pixel: ClassVar[int] = 5_600
 
@@ -67,9 +68,6 @@ class Wan(CausalVideoPrior):
                 )
 
     cfg: Config
-
-    def load_network(self, folder: Path, part: str, dtype: torch.dtype) -> nn.Module:
-        return super().load_network(folder, part, torch.float32 if part == "vae" else dtype)
 
     def encode(
         self, rgb: Float[Tensor, "N H W 3"], group_size: int, generator: torch.Generator

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -32,8 +32,6 @@ from fourdfy.types import PerpNegDecays, TextEmbeddings
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("tokenizer", "text_encoder")
-
 LIBRARY = Path(__file__).with_name("library.json")
 
 MOST_CHARACTERS = 20_000
@@ -48,6 +46,9 @@ class PromptProcessor(Component, ABC):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Component.Config):
+        parts: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
+        """Parts of the model that are needed."""
+
         prompt: str = MISSING
         """The prompt. ``lib:panda_dancing`` takes the one library prompt that has both words."""
         prompt_front: str | None = None
@@ -93,7 +94,7 @@ class PromptProcessor(Component, ABC):
 
         def models(self) -> list[tuple[str, tuple[str, ...]]]:
             """Every model that is needed, with its parts."""
-            return [(self.pretrained_model_name_or_path, PARTS)]
+            return [(self.pretrained_model_name_or_path, self.parts)]
 
         def __post_init__(self) -> None:
             for prompt in (self.prompt, self.prompt_still):
@@ -127,7 +128,7 @@ class PromptProcessor(Component, ABC):
 
     def identity(self, folder: Path) -> str:
         """A name for what makes the embeddings, under which they are cached."""
-        return model_identity(folder)
+        return model_identity(folder, self.cfg.parts)
 
     def texts(self) -> set[str]:
         """Every text that is encoded: prompts, their texts for views, and the negative prompt."""
@@ -142,7 +143,7 @@ class PromptProcessor(Component, ABC):
         Raises:
             ValueError: a text is longer than the encoder reads; shows where it would be cut.
         """
-        folder = stored_folder(self.cfg.pretrained_model_name_or_path, PARTS)
+        folder = stored_folder(self.cfg.pretrained_model_name_or_path, self.cfg.parts)
         if (others := self._others_than_learned()) and folder:
             self.check_length(others, folder)
 
@@ -201,7 +202,7 @@ class PromptProcessor(Component, ABC):
         return f"{view} view of {prompt}"
 
     def _embeddings(self, texts: set[str], device: torch.device) -> dict[str, Float[Tensor, "L C"]]:
-        folder = resolve_model(self.cfg.pretrained_model_name_or_path, PARTS)
+        folder = resolve_model(self.cfg.pretrained_model_name_or_path, self.cfg.parts)
         identity = self.identity(folder)
         known = {}
         if self.cfg.use_cache:
@@ -291,9 +292,9 @@ def cache_folder() -> Path:
     return cache_root() / "text_embeddings"
 
 
-def model_identity(folder: Path) -> str:
-    """A name for this text encoder and tokenizer with these weights; a retrained one has another name."""
-    files = sorted(f for part in PARTS for f in (folder / part).rglob("*"))
+def model_identity(folder: Path, parts: Sequence[str]) -> str:
+    """A name for these text encoders and tokenizers with these weights; a retrained one has another name."""
+    files = sorted(f for part in parts for f in (folder / part).rglob("*"))
     stamps = [
         (str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()
     ]

@@ -28,10 +28,10 @@ class StableDiffusionPromptProcessor(PromptProcessor):
 
     def load_encoder(self, folder: Path, device: torch.device) -> TextEncoder:
         tokenizer, encoder = load_text_encoder(folder, device)
-        max_length = _max_length(tokenizer, folder)
+        length = max_length(tokenizer, folder)
 
         def encode(texts: list[str]) -> Float[Tensor, "T L C"]:
-            ids = [tokenize(tokenizer, text, max_length) for text in texts]
+            ids = [tokenize(tokenizer, text, length) for text in texts]
             # There is no attention mask, because these models were trained with the padding visible.
             return encoder(torch.tensor(ids, device=device)).last_hidden_state
 
@@ -40,16 +40,21 @@ class StableDiffusionPromptProcessor(PromptProcessor):
     def check_length(self, texts: Collection[str], folder: Path) -> None:
         tokenizer = load_tokenizer(folder)
         for text in texts:
-            tokenize(tokenizer, text, _max_length(tokenizer, folder))
+            tokenize(tokenizer, text, max_length(tokenizer, folder))
 
 
-def _max_length(tokenizer: Any, folder: Path) -> int:
-    """Tokens that tokenizer and encoder both take, the two ends of a text included."""
-    encoder = read_description(folder, "text_encoder")
+def max_length(tokenizer: Any, folder: Path, number: str = "") -> int:
+    """Tokens that tokenizer and encoder both take, the two ends of a text included.
+
+    Args:
+        number: the end of both parts' names: nothing, ``_2`` or ``_3``.
+    """
+    encoder = read_description(folder, f"text_encoder{number}")
     lengths = tokenizer.model_max_length, encoder.get("max_position_embeddings", 77)
     if not all(isinstance(length, int) and length > 2 for length in lengths):
         raise ConfigError(
-            f"{folder}: tokenizer and text_encoder state model_max_length={shown(lengths[0])} and "
-            f"max_position_embeddings={shown(lengths[1])}; expected whole numbers"
+            f"{folder}: tokenizer{number} and text_encoder{number} state "
+            f"model_max_length={shown(lengths[0])} and max_position_embeddings={shown(lengths[1])}; expected "
+            "whole numbers"
         )
     return min(lengths)

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fourdfy.priors.frozen import load_text_encoder, load_tokenizer
-from fourdfy.prompts.base import PromptProcessor, TextEncoder, model_identity, tokenize
+from fourdfy.prompts.base import PromptProcessor, TextEncoder, tokenize
 
 TOKENIZER = "T5Tokenizer"
 
@@ -22,6 +22,8 @@ class T5PromptProcessor(PromptProcessor):
 
     encoder_class: ClassVar[str] = "T5EncoderModel"
     """Of the encoder, in transformers."""
+    number: ClassVar[str] = ""
+    """The end of the names of its parts: nothing, ``_2`` or ``_3``."""
     max_tokens: ClassVar[int]
     """Rows of an embedding."""
     encodes_padding: ClassVar[bool] = True
@@ -32,7 +34,9 @@ class T5PromptProcessor(PromptProcessor):
     def load_encoder(self, folder: Path, device: torch.device) -> TextEncoder:
         # In float32 the usual ones have 19 GB or more, which a GPU need not have.
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        tokenizer, encoder = load_text_encoder(folder, device, self.encoder_class, TOKENIZER, dtype)
+        tokenizer, encoder = load_text_encoder(
+            folder, device, self.encoder_class, TOKENIZER, dtype, self.number
+        )
 
         def encode(text: str, padded: list[int]) -> Float[Tensor, "L C"]:
             length = len(tokenizer(self.cleaned(text)).input_ids)
@@ -52,10 +56,10 @@ class T5PromptProcessor(PromptProcessor):
         return text
 
     def check_length(self, texts: Collection[str], folder: Path) -> None:
-        self._tokens(load_tokenizer(folder, TOKENIZER), texts)
+        self._tokens(load_tokenizer(folder, TOKENIZER, self.number), texts)
 
     def _tokens(self, tokenizer: Any, texts: Collection[str]) -> list[list[int]]:
         return [tokenize(tokenizer, self.cleaned(text), self.max_tokens) for text in texts]
 
     def identity(self, folder: Path) -> str:
-        return f"{model_identity(folder)} {self.max_tokens} tokens"
+        return f"{super().identity(folder)} {self.max_tokens} tokens"

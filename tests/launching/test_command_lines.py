@@ -18,7 +18,7 @@ from fourdfy.systems.checkpoint import read_checkpoint
 from fourdfy.systems.fourdfy import FourdfySystem
 from tests import tiny_models
 from tests.commands import CONFIGS, ROOT
-from tests.tiny_transformers import save_cogvideox
+from tests.tiny_transformers import save_cogvideox, save_sd3, save_sdxl
 
 PROMPT = "system.prompt_processor.prompt=a panda dancing"
 
@@ -168,6 +168,22 @@ def test_the_readme_s_command_line_works_as_typed(name, outputs, models, monkeyp
         "fourdfy_stage_2_low_vram_deformation",
     )
     assert bool(lora and any(value.any() for value in lora)) or not trains_image_steps
+
+
+@pytest.mark.parametrize("name", ["sdxl", "sd3"])
+def test_an_overlay_replaces_the_image_model(name, models, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    folder = {"sdxl": save_sdxl, "sd3": save_sd3}[name](tmp_path / name)
+    replaced = ("system.guidance.", "system.prompt_processor.")
+    own = [line for line in toy("fourdfy_stage_2", models) if not line.startswith(replaced)]
+    own += [f"system.prompt_processor.pretrained_model_name_or_path={folder}", "data.prob_multi_view=0"]
+    own += ["system.guidance.height=32", "system.guidance.width=32"]
+    files = ["--config", "configs/fourdfy_stage_2.yaml", "--config", f"configs/overlays/{name}.yaml"]
+    assert main([*files, "--train", "--gpu", "cpu", f"exp_root_dir={tmp_path}", PROMPT, *own]) == 0
+    (checkpoint,) = tmp_path.glob("fourdfy_stage_2/a_panda_dancing@*/ckpts/last.ckpt")
+    state = read_checkpoint(checkpoint)["state_dict"]
+    assert all(value.isfinite().all() for value in state.values())
+    assert any(value.any() for key, value in state.items() if key.endswith("lora_B.weight"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
