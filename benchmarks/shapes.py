@@ -3,6 +3,10 @@
     python benchmarks/shapes.py --out outputs/benchmark --per-gpu 12       # all 48 runs side by side
     python benchmarks/shapes.py --out outputs/benchmark --drop none --prompts 2 trainer.max_steps=2
 
+Or run the third stage alone, in several variants, from the second stages of such runs:
+
+    python benchmarks/shapes.py --after outputs/benchmark --variants benchmarks/variants.yaml --out outputs/v
+
 Each run is a process (``python -m fourdfy.evaluation.shapes``) on one of the GPUs, or on the CPU. A run whose
 JSON file exists is not repeated.
 """
@@ -11,12 +15,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
+import yaml
 from gpus import environment, spread
+
+from fourdfy.files.names import sanitize_tag
+from fourdfy.shapes.grammar import parse_prompt
 
 PROMPTS = (
     "a red cube bouncing",
@@ -35,25 +46,41 @@ PROMPTS = (
 DROPS = ("none", "multi_view", "video", "single_view")
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--per-gpu", type=int, default=1, help="runs at a time on each GPU (or on the CPU)")
     parser.add_argument("--drop", action="append", choices=DROPS)
-    parser.add_argument("--config", default="configs/shapes.yaml", help="the recipe")
+    parser.add_argument("--variants", type=Path, metavar="YAML", help="overrides by name; needs --after")
+    parser.add_argument("--after", type=Path, metavar="DIR", help="--out of the runs that these continue")
+    parser.add_argument("--config", help="the recipe (configs/shapes.yaml), or the third stage")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="the first so many")
+    parser.add_argument("--seed", type=int, action="append", help="may be repeated (0)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    args = parser.parse_intermixed_args()
-    jobs = [(prompt, drop) for drop in args.drop or DROPS for prompt in PROMPTS[: args.prompts]]
-    rows = spread(jobs, lambda job, place: run(*job, place, args), args.per_gpu)
+    args = parser.parse_intermixed_args(argv)
+    if bool(args.variants) != bool(args.after):
+        parser.error("--variants and --after go together: variants of the third stage follow on a second one")
+    args.config = args.config or f"configs/shapes{'_stage_3' if args.after else ''}.yaml"
+    ways = {drop: [] if drop == "none" else ["--drop", drop] for drop in args.drop or DROPS}
+    if args.variants:
+        ways = yaml.safe_load(args.variants.read_text(encoding="utf-8"))
+    prompts, seeds = PROMPTS[: args.prompts], args.seed or [0]
+    jobs = [(prompt, way, seed) for way in ways for seed in seeds for prompt in prompts]
+    rows = spread(jobs, lambda job, place: run(*job, ways[job[1]], place, args), args.per_gpu)
     rows = [row for row in rows if row]
     (args.out / "all.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    print(table(rows))
+    print(table(rows, "variant" if args.variants else "left out"))
 
 
-def run(prompt: str, drop: str, place: str, args: argparse.Namespace) -> dict | None:
-    """Return the row of one run, or None if it failed; the log then says why."""
-    name = f"{prompt} {drop}".replace(" ", "_")
+def run(
+    prompt: str, way: str, seed: int, options: list[str], place: str, args: argparse.Namespace
+) -> dict | None:
+    """Return the row of one run, or None if it failed; the log then says why.
+
+    Args:
+        options: what is special to this ``way``, for the command line.
+    """
+    name = f"{prompt} {way}{f' seed {seed}' if seed else ''}".replace(" ", "_")
     out: Path = args.out
     result, log = out / f"{name}.json", out / f"{name}.log"
     out.mkdir(parents=True, exist_ok=True)
@@ -61,36 +88,65 @@ def run(prompt: str, drop: str, place: str, args: argparse.Namespace) -> dict | 
         command = [sys.executable, "-m", "fourdfy.evaluation.shapes", "--prompt", prompt]
         command += ["--gpu", "cpu" if place == "cpu" else "0"]  # the one that the environment leaves
         command += ["--config", args.config, "--json", str(result)]
-        command += [f"exp_root_dir={out / 'trials'}", *args.overrides]
-        command += ["--drop", drop] if drop != "none" else []
+        command += [f"exp_root_dir={trials(out, way, seed)}", f"seed={seed}"]
+        if args.after:
+            stage = trials(args.after, "none", seed) / "shapes_stage_2" / sanitize_tag(prompt)
+            command += [f"system.weights={stage / 'ckpts' / 'last.ckpt'}"]
+        still = replace(parse_prompt(prompt), motion="standing still").text
+        command += [*args.overrides, *(option.replace("{still}", still) for option in options)]
         with open(log, "w", encoding="utf-8") as file:
             subprocess.run(
                 command, stdout=file, stderr=subprocess.STDOUT, env=environment(place), check=False
             )
-    return json.loads(result.read_text(encoding="utf-8"))[0] if result.exists() else None
+    if not result.exists():
+        return None
+    return json.loads(result.read_text(encoding="utf-8"))[0] | {"way": way, "seed": seed}
 
 
-def table(rows: list[dict]) -> str:
-    """Return Markdown with a line for each run, then the means of each ablation."""
-    lines = ["| prompt | left out | IoU | PSNR | colour | motion | fronts | s |", "|" + " --- |" * 8]
+def trials(out: Path, way: str, seed: int) -> Path:
+    """The folder of the trials of one way and seed; names of trials tell the priors that are left out."""
+    folder = out / "trials"
+    return folder if way in DROPS and not seed else folder / sanitize_tag(f"{way} {seed}")
+
+
+def table(rows: list[dict], heading: str) -> str:
+    """Return Markdown with a line for each run, then the means of each way."""
+    lines = [f"| prompt | {heading} | IoU | PSNR | colour | motion | fronts | s |", "|" + " --- |" * 8]
     for row in rows:
         motion = "still" if row["motion_corr"] is None else f"{row['motion_corr']:.2f}"
         lines.append(
-            f"| {row['prompt']}{' *' if row['held_out'] else ''} | {row['drop'] or '-'} | {row['iou']:.2f} "
+            f"| {row['prompt']}{' *' if row['held_out'] else ''} | {label(row)} | {row['iou']:.2f} "
             f"| {row['psnr']:.1f} | {'right' if row['colour_ok'] else 'wrong'} | {motion} | {row['fronts']} "
             f"| {row['seconds']:.0f} |"
         )
-    lines += ["", "| left out | IoU | PSNR | colour right | motion right | one front |", "|" + " --- |" * 6]
-    for drop in dict.fromkeys(row["drop"] for row in rows):
-        some = [row for row in rows if row["drop"] == drop]
+    columns = (
+        "IoU",
+        "PSNR",
+        "colour right",
+        "motion right",
+        "correlation",
+        "one front",
+        "saturation",
+        "steps/s",
+    )
+    lines += ["", f"| {heading} | {' | '.join(columns)} |", "|" + " --- |" * (1 + len(columns))]
+    for way in dict.fromkeys(row["way"] for row in rows):
+        some = [row for row in rows if row["way"] == way]
         moving = [row for row in some if row["motion_corr"] is not None]
+        correlation = mean(row["motion_corr"] for row in moving) if moving else math.nan
         lines.append(
-            f"| {drop or '-'} | {mean(r['iou'] for r in some):.3f} | {mean(r['psnr'] for r in some):.1f} "
+            f"| {label(some[0])} | {mean(r['iou'] for r in some):.3f} | {mean(r['psnr'] for r in some):.1f} "
             f"| {sum(r['colour_ok'] for r in some)}/{len(some)} "
-            f"| {sum(r['motion_right'] for r in moving)}/{len(moving)} "
-            f"| {sum(r['fronts'] == 1 for r in some)}/{len(some)} |"
+            f"| {sum(r['motion_right'] for r in moving)}/{len(moving)} | {correlation:.3f} "
+            f"| {sum(r['fronts'] == 1 for r in some)}/{len(some)} "
+            f"| {mean(r.get('saturation_error', math.nan) for r in some):+.3f} "
+            f"| {mean(r.get('steps_per_second', math.nan) for r in some):.1f} |"
         )
     return "\n".join(lines)
+
+
+def label(row: dict) -> str:
+    return "-" if row["way"] == "none" else row["way"]
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ class ProgressLine(Callback):
         self._began = self._drawn = 0.0
         self._first_step = 0
         self._means, self._coming = Means({}), Means({})
+        self.rate = 0.0
+        """Steps per second of the last stage that has ended."""
 
     def begin(self, run: Run) -> None:
         self._began, self._first_step = time.monotonic(), run.step
@@ -56,7 +58,8 @@ class ProgressLine(Callback):
 
     def end(self, run: Run, error: BaseException | None) -> None:
         if error is None:
-            self._show(_pieces(run, self._rate(run), run.means.read()))
+            self.rate = self._rate(run)
+            self._show(_pieces(run, self.rate, run.means.read()))
         self._line.close()
 
     def _latest(self, run: Run) -> Means:

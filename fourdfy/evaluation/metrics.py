@@ -6,7 +6,7 @@ F frames, H x W pixels, T moments of a track.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 MAX_PSNR_DB = 100.0
@@ -38,6 +38,14 @@ def psnr(rgb: Float[Tensor, "F H W 3"], truth: Float[Tensor, "F H W 3"]) -> Floa
 def colour_error(colour: Float[Tensor, "3"], truth: Float[Tensor, "3"]) -> float:
     """Root mean square difference of the channels, 0..1."""
     return float((colour - truth).square().mean().sqrt())
+
+
+def mean_saturation(colours: Float[Tensor, "F H W 3"], inside: Bool[Tensor, "F H W"]) -> float:
+    """Mean saturation (of HSV) of the pixels inside, 0..1; 0 if there are none."""
+    pixels = colours[inside]
+    highest = pixels.amax(-1)
+    saturation = (highest - pixels.amin(-1)) / highest.clamp_min(1e-6)
+    return float(saturation.mean()) if len(pixels) else 0.0
 
 
 def pearson(track: Float[Tensor, "T"], truth: Float[Tensor, "T"]) -> float:

@@ -42,6 +42,8 @@ class ShapesReport:
     """Root mean square difference of the median body colours, 0..1."""
     colour_ok: bool
     """Whether the prompt's colour is the nearest of the palette's six, and the body is not grey."""
+    saturation_error: float
+    """Mean HSV saturation of the object less that of the truth, -1..1; above 0 is oversaturated."""
     motion_corr: float | None
     """Correlation of the track with the true one; 0 if frozen or lost, None if nothing should move."""
     motion_gain: float | None

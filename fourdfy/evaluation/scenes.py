@@ -84,6 +84,7 @@ def evaluate_scene(
         psnr=float(psnrs.mean()),
         colour_error=metrics.colour_error(ours.body_colour, theirs.body_colour),
         colour_ok=_nearest_colour(prompt, ours.body_colour, theirs.body_colour) == prompt.colour,
+        saturation_error=ours.saturation - theirs.saturation,
         motion_corr=corr,
         motion_gain=None if still else metrics.gain(track, track_truth),
         motion_right=None if corr is None else corr >= RIGHT_MOTION,
@@ -154,6 +155,10 @@ class _Frames:
     @cached_property
     def body_colour(self) -> Tensor:
         return marks.body_colour(self.colours, self.inside)
+
+    @cached_property
+    def saturation(self) -> float:
+        return metrics.mean_saturation(self.colours, self.inside)
 
     @cached_property
     def visible_mark(self) -> Tensor:

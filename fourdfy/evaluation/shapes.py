@@ -54,8 +54,10 @@ def train_prompt(
     overrides: Sequence[str],
     recipe: Path,
     stop: StopSignals,
-) -> tuple[Render, float]:
-    """Train a recipe of the shapes world on a prompt: the scene's renderer, and the seconds it took.
+) -> tuple[Render, dict[str, float]]:
+    """Train a recipe of the shapes world on a prompt: the scene's renderer, and how long it took.
+
+    That is ``seconds``, and the ``steps_per_second`` of the last stage.
 
     Args:
         device: "cuda" or "cpu".
@@ -69,10 +71,12 @@ def train_prompt(
         f"system.prompt_processor.prompt={prompt.text}",
         *DROP_OVERRIDES.get(drop or "", ()),
     ]
-    looking_on = [FinishStep(stop), ProgressLine()]
+    progress = ProgressLine()
+    looking_on = [FinishStep(stop), progress]
     trial = fourdfy.train(recipe, [*given, *overrides], device=device, callbacks=looking_on, test=False)
     stop.check()
-    return scene_renderer(trial.system), time.perf_counter() - began
+    pace = {"seconds": time.perf_counter() - began, "steps_per_second": progress.rate}
+    return scene_renderer(trial.system), pace
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     with StopSignals(lambda: "the same command continues") as stop, on_device(device):
         for prompt in prompts:
-            render, seconds = train_prompt(prompt, device, args.drop, args.overrides, args.config, stop)
-            rows.append(results.add(evaluate_scene(prompt, render), seconds))
+            render, pace = train_prompt(prompt, device, args.drop, args.overrides, args.config, stop)
+            rows.append(results.add(evaluate_scene(prompt, render), pace))
     Console().print(summary_table(rows))
     return 0
 
@@ -123,9 +127,9 @@ class Results:
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} holds no results of this command; name another file") from error
 
-    def add(self, report: ShapesReport, seconds: float) -> dict[str, Any]:
+    def add(self, report: ShapesReport, pace: dict[str, float]) -> dict[str, Any]:
         """Add the row of a prompt, write the file, and return the row."""
-        row = asdict(report) | {"seconds": seconds} | self._settings
+        row = asdict(report) | pace | self._settings
         self._rows = [other for other in self._rows if self._key(other) != self._key(row)] + [row]
         if self._path is not None:
             write_json(self._path, self._rows)

@@ -139,7 +139,7 @@ def test_the_truth_is_right_in_everything(shape, motion):
     assert report.prompt == prompt.text
     assert report.iou == 1
     assert report.psnr == pytest.approx(100)
-    assert report.colour_ok and report.colour_error == 0
+    assert report.colour_ok and report.colour_error == report.saturation_error == 0
     assert report.fronts == 1
     if motion == "standing still":
         assert report.motion_corr is None and report.motion_right is None
@@ -372,7 +372,7 @@ def trained(monkeypatch):
 
     def train_prompt(prompt, gpu, drop, overrides, recipe, stop):
         calls.append((prompt.text, gpu, drop, list(overrides)))
-        return truth(prompt), 1.5
+        return truth(prompt), {"seconds": 1.5, "steps_per_second": 4.0}
 
     monkeypatch.setattr(shapes, "train_prompt", train_prompt)
     return calls
@@ -393,7 +393,7 @@ def test_the_command_writes_a_row_for_each_prompt(trained, tmp_path, capsys):
     wanted = {"prompt", "iou", "psnr", "colour_ok", "motion_corr", "fronts", "seconds", "held_out"}
     assert all(wanted <= set(row) for row in rows)
     assert rows[0]["motion_corr"] == pytest.approx(1) and rows[1]["motion_corr"] is None
-    assert rows[0]["seconds"] == 1.5
+    assert (rows[0]["seconds"], rows[0]["steps_per_second"], rows[0]["saturation_error"]) == (1.5, 4.0, 0)
     assert "2 in all" in capsys.readouterr().out
 
 
