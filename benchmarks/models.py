@@ -35,7 +35,49 @@ DDPM = {
 EPSILON, VELOCITY = (
     ("DDIMScheduler", DDPM | {"prediction_type": prediction}) for prediction in ("epsilon", "v_prediction")
 )
+VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 512,
+}
+# Text encoders have one layer: they run once.
 T5 = {"d_model": 4096, "d_ff": 10240, "num_heads": 64, "num_layers": 1, "feed_forward_proj": "gated-gelu"}
+CLIP, CLIP_L, CLIP_G = (
+    {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_attention_heads": width // 64,
+        "projection_dim": width,
+        "num_hidden_layers": 1,
+    }
+    for width in (1024, 768, 1280)
+)
+SDXL = {
+    "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "transformer_layers_per_block": [1, 2, 10],
+    "attention_head_dim": [5, 10, 20],
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+}
+SD3 = {
+    "num_layers": 24,
+    "num_attention_heads": 24,
+    "caption_projection_dim": 1536,
+    "pos_embed_max_size": 384,
+    "dual_attention_layers": [*range(13)],
+    "qk_norm": "rms_norm",
+}
+SD3_VAE = VAE | {"latent_channels": 16, "shift_factor": 0.0609, "scaling_factor": 1.5305}
+SD3_VAE |= {"use_quant_conv": False, "use_post_quant_conv": False}
 WAN = {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}
 MODELS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "stable-diffusion": {"unet": ("UNet2DConditionModel", IMAGE), "scheduler": EPSILON},
@@ -46,6 +88,20 @@ MODELS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "mvdream": {"unet": ("UNet2DConditionModel", IMAGE | VIEWS), "scheduler": EPSILON},
     "zeroscope": {"unet": ("UNet3DConditionModel", {"sample_size": 32}), "scheduler": EPSILON},
     "videocrafter2": {"unet": ("UNet3DConditionModel", {"sample_size": (40, 64)}), "scheduler": EPSILON},
+    "sdxl": {
+        "unet": ("UNet2DConditionModel", SDXL),
+        "scheduler": EPSILON,
+        "text_encoder": ("CLIPTextModel", CLIP_L),
+        "text_encoder_2": ("CLIPTextModelWithProjection", CLIP_G),
+    },
+    "sd3": {
+        "transformer": ("SD3Transformer2DModel", SD3),
+        "vae": ("AutoencoderKL", SD3_VAE),
+        "scheduler": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+        "text_encoder": ("CLIPTextModelWithProjection", CLIP_L),
+        "text_encoder_2": ("CLIPTextModelWithProjection", CLIP_G),
+        "text_encoder_3": ("T5EncoderModel", T5),
+    },
     "wan": {
         "transformer": ("WanTransformer3DModel", WAN),
         "vae": ("AutoencoderKLWan", {}),
@@ -68,14 +124,6 @@ MODELS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
 """Folder -> the classes and configs of its parts; a VAE and a text encoder that are missing are shared."""
 VIDEO = {"_vc": "videocrafter2", "_wan": "wan", "_cogvideox": "cogvideox"}
 """What the names of configs contain -> the video model that they use; ZeroScope otherwise."""
-VAE = {
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 512,
-}
 
 
 def make_models(root: Path, names: Iterable[str] = MODELS) -> None:
@@ -106,6 +154,8 @@ def make_tiny_models(root: Path) -> None:
         ("mvdream", tiny_models.save_multi_view),
         ("zeroscope", tiny_models.save_zeroscope),
         ("videocrafter2", tiny_models.save_videocrafter2),
+        ("sdxl", tiny_transformers.save_sdxl),
+        ("sd3", tiny_transformers.save_sd3),
         ("wan", tiny_models.save_wan),
         ("cogvideox", tiny_transformers.save_cogvideox),
     ):
@@ -119,14 +169,19 @@ def models_folder(*, toy: bool) -> Path:
 
 
 def model_paths(root: Path, config: str) -> list[str]:
-    """Overrides that let an experiment use the models in ``root``."""
+    """Overrides that let an experiment use the models in ``root``.
+
+    Args:
+        config: its name, perhaps with that of an overlay for image steps: ``fourdfy_stage_2+sdxl``.
+    """
+    image = config.partition("+")[2] or "stable-diffusion"
     video = next((model for end, model in VIDEO.items() if end in config), "zeroscope")
     models = {
-        "prompt_processor.pretrained_model_name_or_path": "stable-diffusion",
+        "prompt_processor.pretrained_model_name_or_path": image,
         "prompt_processor_multi_view.pretrained_model_name_or_path": "stable-diffusion",
         "prompt_processor_video.pretrained_model_name_or_path": video,
-        "guidance.pretrained_model_name_or_path": "stable-diffusion",
-        "guidance.pretrained_model_name_or_path_lora": "stable-diffusion-v",
+        "guidance.pretrained_model_name_or_path": image,
+        "guidance.pretrained_model_name_or_path_lora": "stable-diffusion-v" if "+" not in config else image,
         "guidance_multi_view.pretrained_model_name_or_path": "mvdream",
         "guidance_video.pretrained_model_name_or_path": video,
     }
@@ -134,49 +189,42 @@ def model_paths(root: Path, config: str) -> list[str]:
 
 
 def link_common(folder: Path, common: Path) -> None:
-    """Link the VAE, the tokenizer and a text encoder of the right width (one layer: it runs once), as far as
-    the model has no others."""
+    """Link the VAE, the tokenizer and the text encoder that the model lacks."""
     if not common.exists():
         save("AutoencoderKL", VAE, common / "vae")
-        save_text_encoder(common)
+        save("CLIPTextModel", CLIP, common / "text_encoder")
     for part in ("vae", "tokenizer", "text_encoder"):
         if not (folder / part).exists():
             (folder / part).symlink_to((common / part).absolute())
 
 
-def save_text_encoder(folder: Path) -> None:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    from tests.tiny_models import MAX_TOKENS, save_clip_text
-
-    save_clip_text(folder)
-    shape = {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_attention_heads": 16,
-        "num_hidden_layers": 1,
-    }
-    config = CLIPTextConfig(hidden_act="gelu", max_position_embeddings=MAX_TOKENS, **shape)
-    CLIPTextModel(config).save_pretrained(folder / "text_encoder")
-
-
 def save(class_name: str, config: dict[str, Any], folder: Path) -> None:
     """Save a scheduler, or a network in float16, with PyTorch's initial weights, which a GPU draws faster."""
     import diffusers
-    import transformers
 
     torch.manual_seed(0)
-    if "T5" in class_name:
-        from tests.tiny_models import unigram_pieces
-
-        pieces = unigram_pieces()
-        transformers.T5Tokenizer(vocab=pieces, extra_ids=0).save_pretrained(folder.with_name("tokenizer"))
-        encoder = getattr(transformers, class_name)
-        encoder(encoder.config_class(**config, vocab_size=len(pieces))).half().save_pretrained(folder)
+    if folder.name.startswith("text_encoder"):
+        save_text_encoder(class_name, config, folder)
         return
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         part = getattr(diffusers, class_name)(**config)
         (part.half() if isinstance(part, torch.nn.Module) else part).save_pretrained(folder)
+
+
+def save_text_encoder(class_name: str, config: dict[str, Any], folder: Path) -> None:
+    """Save it with a tokenizer of the tests, whose part has the same number."""
+    import transformers
+
+    from tests import tiny_models, tiny_transformers
+
+    encoder, number = getattr(transformers, class_name), folder.name.removeprefix("text_encoder")
+    if "T5" in class_name:
+        tiny_transformers.save_t5_text(folder.parent, number)
+        config = config | {"vocab_size": len(tiny_models.unigram_pieces())}
+    else:
+        tiny_models.save_clip_text(folder.parent, number)
+        config = config | {"hidden_act": "gelu", "max_position_embeddings": tiny_models.MAX_TOKENS}
+    encoder(encoder.config_class(**config)).half().save_pretrained(folder)
 
 
 def save_tensors(network: torch.nn.Module, folder: Path) -> None:

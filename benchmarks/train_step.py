@@ -1,7 +1,8 @@
 """Measure every kind of training step of the paper's experiments, with models of the real size.
 
     python benchmarks/train_step.py fourdfy_stage_3 --out outputs/steps      # about two minutes
-    python benchmarks/train_step.py --out outputs/steps --steps 32           # all twelve, on every GPU
+    python benchmarks/train_step.py --out outputs/steps --steps 32           # all configs, on every GPU
+    python benchmarks/train_step.py fourdfy_stage_2+sdxl --out outputs/sdxl  # with configs/overlays/sdxl.yaml
     python benchmarks/train_step.py fourdfy_stage_3 --toy --out outputs/toy  # seconds; what the test runs
 
 Cameras and seeds are fixed, and learning rates are 0, so that every step sees the same object: ``blob`` is
@@ -67,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         measure(*jobs[0], args)
     else:
         if not args.toy:
-            make_models(args.models)
+            paths = (path for config in args.configs for path in model_paths(args.models, config))
+            make_models(args.models, {Path(path).name for path in paths})
         spread(jobs, lambda job, gpu: measure_apart(*job, gpu, args))
     results = []
     for config, state in jobs:
@@ -93,8 +95,11 @@ def measure_apart(config: str, state: str, gpu: str, args: argparse.Namespace) -
 def measure(config: str, state: str, args: argparse.Namespace) -> None:
     """Measure one config in this process, and write down each block as soon as it is measured."""
     began = time.perf_counter()
+    name, *overlays = config.split("+")
+    files = [f"{name}.yaml", *(f"overlays/{overlay}.yaml" for overlay in overlays)]
     experiment = load_experiment(
-        [ROOT / "configs" / f"{config}.yaml"], [*settings(config, args), *STATES[state], *args.overrides]
+        [ROOT / "configs" / file for file in files],
+        [*settings(config, args), *STATES[state], *args.overrides],
     )
     experiment = restricted(experiment, args.kinds)
     needed = {Path(name).name for kind in experiment.plan.kinds for name in models_of(kind)}
@@ -154,6 +159,7 @@ def restricted(experiment: Experiment, kinds: Sequence[str]) -> Experiment:
 
 def settings(config: str, args: argparse.Namespace) -> list[str]:
     toy = [*TOY, *(TOY_VIDEO if "stage_3" in config else ())] if args.toy else []
+    toy += ["system.guidance.height=32", "system.guidance.width=32"] if args.toy and "+" in config else []
     # The blob's annealing would change the scene with the step.
     fixed = ["system.geometry.anneal_density_blob_std_config=null"] if "stage_3" in config else []
     return [
@@ -221,7 +227,9 @@ def cells(block: dict[str, Any]) -> list[str]:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("given", nargs="*", metavar="CONFIG or key=value", help="default: all twelve configs")
+    parser.add_argument(
+        "given", nargs="*", metavar="CONFIG or key=value", help="default: all configs of stages"
+    )
     parser.add_argument("--state", nargs="+", choices=STATES, default=list(STATES))
     parser.add_argument("--steps", type=int, default=16, help="that are timed, of each kind")
     parser.add_argument("--warm-up", type=int, default=6)
@@ -233,7 +241,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     args.overrides = [word for word in args.given if "=" in word]
     args.configs = [word for word in args.given if "=" not in word] or CONFIGS
-    if unknown := set(args.configs) - set(CONFIGS):
+    if unknown := {config.partition("+")[0] for config in args.configs} - set(CONFIGS):
         parser.error(f"{', '.join(sorted(unknown))}: expected {', '.join(CONFIGS)}")
     args.models = args.models or models_folder(toy=args.toy)
     if args.toy:
