@@ -20,6 +20,11 @@ NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGBRE
 ONE_REQUEST_SECONDS = 0.1
 """Signals this close together are one request: ``timeout`` and some wrappers pass theirs on twice."""
 
+IMPORTING = "<frozen importlib._bootstrap>"
+
+AGAIN_SECONDS = 0.02
+"""After which a signal that came while an object was being deleted is sent again."""
+
 
 class Stopped(SystemExit):
     """A signal ended the program. The exit status is 128 plus its number, as in a shell."""
@@ -56,6 +61,9 @@ class StopSignals:
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if _is_within(frame, name="__del__"):  # Python ignores what is raised there, with a traceback
+            threading.Timer(AGAIN_SECONDS, os.kill, (os.getpid(), number)).start()
+            return
         now, name = time.monotonic(), signal.Signals(number).name
         if self.received is None:
             self.received, self._received_at = number, now
@@ -67,7 +75,8 @@ class StopSignals:
             self._quit(number, "\nquit at once")
         if self.deferred:
             return
-        if _is_importing(frame):  # what is half imported breaks the rest, and some modules catch everything
+        # What is half imported breaks the rest, and some modules catch everything.
+        if _is_within(frame, file=IMPORTING):
             self._quit(number, f"stopped by {name}")
         raise Stopped(128 + number)
 
@@ -90,8 +99,9 @@ class StopSignals:
             self.check()
 
 
-def _is_importing(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+def _is_within(frame: FrameType | None, *, name: str = "", file: str = "") -> bool:
+    """Whether a function of that name, or of that file, is being executed."""
+    while frame is not None and frame.f_code.co_name != name and frame.f_code.co_filename != file:
         frame = frame.f_back
     return frame is not None
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
 
 import pytest
@@ -84,6 +85,21 @@ def test_no_import_is_left_half_done(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "")
     assert done.stderr == "stopped by SIGTERM; type it again\n"
+
+
+def test_a_signal_that_comes_while_an_object_is_deleted_is_no_traceback(monkeypatch):
+    class Held:
+        def __del__(self):
+            send("SIGTERM")
+            deleted.append(self)
+
+    deleted, ignored = [], []
+    monkeypatch.setattr(sys, "unraisablehook", ignored.append)
+    with pytest.raises(Stopped) as stopped, StopSignals(str):
+        Held()
+        time.sleep(10)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert deleted and not ignored
 
 
 def test_a_stop_that_a_library_caught_is_one_all_the_same(caplog):
