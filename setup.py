@@ -45,6 +45,8 @@ setup(
     ],
     extras_require={
         "textures": ["xatlas>=0.0.10"],
+        "ray": ["ray>=2.50"],
+        "slurm": ["submitit>=1.5"],
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -82,6 +82,9 @@ MODULES = {
     "all-exporter": "fourdfy.exporters.all_exporter",
     "single-multiview-combined-camera-datamodule": "fourdfy.data.datamodule",
     "fourdfy-system": "fourdfy.systems.fourdfy",
+    "local": "fourdfy.launching.sweeps.runners",
+    "ray": "fourdfy.launching.sweeps.ray_runner",
+    "slurm": "fourdfy.launching.sweeps.slurm_runner",
 }
 
 ALIASES = {

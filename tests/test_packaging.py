@@ -16,7 +16,7 @@ from fourdfy.config_files import ConfigError, find_config, read_layers
 from fourdfy.systems.checkpoint import read_checkpoint
 from tests.commands import CONFIGS, ROOT, TINY, trial
 
-OPTIONAL = {"accelerate", "triton", "tomesd", "xformers", "mvdream", "wandb"}
+OPTIONAL = {"accelerate", "triton", "tomesd", "xformers", "mvdream", "wandb", "ray", "submitit"}
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit-image"}
 
 

@@ -15,6 +15,7 @@ from typing import Literal, get_args, get_origin
 from fourdfy import registry
 from fourdfy.config import Component, Named, Schema, Slot, held, init_fields, kinds
 from fourdfy.launching.experiment import ExperimentConfig
+from fourdfy.launching.sweeps.jobs import SweepConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
 INTRODUCTION = """# Every key of a config
@@ -31,7 +32,7 @@ the steps: most of the change comes early.
 
 def reference() -> str:
     """The whole page, in Markdown."""
-    return "\n".join((INTRODUCTION, *map(_section, configs(ExperimentConfig))))
+    return "\n".join((INTRODUCTION, *map(_section, configs(ExperimentConfig, SweepConfig))))
 
 
 def configs(*pending: type) -> list[type]:

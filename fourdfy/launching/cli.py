@@ -17,6 +17,7 @@ from fourdfy.terminal import log_to_stderr, open_streams, printable_lines, say
 EXAMPLES = """examples:
   launch.py --config configs/shapes.yaml --train --prompt "a red cube spinning"
   launch.py --config configs/shapes_stage_1.yaml --train --gpu 0 trainer.max_steps=500
+  launch.py --sweep prompts.txt --seeds 0-3 --config configs/shapes.yaml
   launch.py --trial outputs/shapes_stage_3/a_red_cube_spinning --export
 """
 
@@ -58,6 +59,8 @@ def _main(argv: Sequence[str] | None, stop: StopSignals) -> int:
     _quieten_libraries(args.verbose)
     command = ["launch.py", *(sys.argv[1:] if argv is None else argv)]
     try:
+        if args.sweep:
+            return _sweep(args, stop)
         config, overrides = args.config, args.overrides
         if args.trial:
             file, go_on = trial_arguments(args.trial)
@@ -67,7 +70,8 @@ def _main(argv: Sequence[str] | None, stop: StopSignals) -> int:
 
             replay(args.replay, overrides, gpu=args.gpu)
         else:
-            run(args.mode, config, overrides, gpu=args.gpu, command=command, out=args.out, stop=stop)
+            given = {"gpu": args.gpu, "out": args.out, "first": args.stages}
+            run(args.mode, config, overrides, command=command, stop=stop, **given)
     except ConfigError as error:
         say(f"error: {error}\n")
         return 2
@@ -90,13 +94,33 @@ def _main(argv: Sequence[str] | None, stop: StopSignals) -> int:
     return 0
 
 
+def _sweep(args: argparse.Namespace, stop: StopSignals) -> int:
+    from fourdfy.launching.sweeps.command import sweep
+
+    given = {
+        "config": args.config and [str(name) for name in args.config],
+        "seeds": args.seeds,
+        "runner": args.per_gpu and {"type": "local", "per_gpu": args.per_gpu},
+    }
+    given = {key: value for key, value in given.items() if value is not None}
+    return sweep(args.sweep, given, args.overrides, mode=args.sweep_mode, gpu=args.gpu, stop=stop)
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, with ``--prompt`` as one of the overrides."""
     from fourdfy.config_files import PROMPT, literal_override
 
     parser = _parser()
     args, unknown = parser.parse_known_intermixed_args(argv)
-    if (args.mode is None) == (args.replay is None):
+    if not (args.config or args.trial or args.replay or args.sweep):
+        parser.error("one of the arguments --config --trial --replay --sweep is required")
+    if args.sweep and (args.trial or args.replay or args.mode):
+        parser.error("--sweep takes no --trial, no --replay and no mode; its jobs are --train")
+    if not args.sweep and (args.seeds or args.per_gpu or args.sweep_mode):
+        parser.error("--seeds, --per-gpu, --dry-run and --gather are for --sweep")
+    if args.stages is not None and (args.mode != "train" or args.stages < 1):
+        parser.error("--stages says how many stages of a recipe to --train, from 1")
+    if not args.sweep and (args.mode is None) == (args.replay is None):
         modes = " ".join(f"--{mode}" for mode in MODES)
         parser.error(f"--replay takes no mode; the others need one of {modes}")
     if strange := [word for word in unknown if not re.match(r"-+\w+[.=]", word)]:
@@ -126,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    source = parser.add_mutually_exclusive_group(required=True)
+    source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--config", action="append", type=Path, metavar="YAML",
         help="an experiment or a recipe; several are merged left to right",
@@ -154,6 +178,23 @@ def _parser() -> argparse.ArgumentParser:
         "--out", type=Path, metavar="DIR",
         help="where results of --validate, --test, --export and --evaluate go instead of the trial's save/",
     )  # fmt: skip
+    parser.add_argument("--stages", type=int, metavar="N", help="train only the first N stages of a recipe")
+    sweep = parser.add_argument_group("sweeps", "runs of all combinations of prompts, seeds and settings")
+    sweep.add_argument(
+        "--sweep", type=Path, metavar="FILE",
+        help="run what a sweep's YAML file says, or, with --config, a text file of prompts; goes on where it "
+        "stopped",
+    )  # fmt: skip
+    sweep.add_argument("--seeds", metavar="0-3", help="the seeds of a sweep (default: 0)")
+    sweep.add_argument(
+        "--per-gpu", type=int, metavar="K", help="runs at a time on each visible GPU, or the CPU"
+    )
+    modes = sweep.add_mutually_exclusive_group()
+    for name, text in (
+        ("dry-run", "list the jobs, their memory and the time that is left"),
+        ("gather", "write results.csv and index.html anew, also while the sweep runs"),
+    ):
+        modes.add_argument(f"--{name}", dest="sweep_mode", action="store_const", const=name, help=text)
     parser.add_argument("--verbose", action="store_true", help="log more")
     parser.add_argument(
         "--typecheck", action="store_true", help="check tensor shapes and types in every call"
@@ -175,3 +216,7 @@ def _check_types() -> None:
     from jaxtyping import install_import_hook
 
     install_import_hook("fourdfy", "beartype.beartype")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -85,6 +85,15 @@ def _stage_lines(experiment: Experiment, system: System) -> Iterator[str]:
     yield f"memory, roughly: {memory_line(*_memory_estimate(experiment, system), cfg.trainer)}{rest}"
 
 
+def memory_needed(experiment: Experiment) -> str:
+    """Roughly, as a line; without the models that are not on this disk.
+
+    Raises:
+        ConfigError: see ``check_groups``.
+    """
+    return memory_line(*_memory_estimate(experiment, check_groups(experiment)), experiment.cfg.trainer)
+
+
 def memory_line(least: float, at_once: float, cfg: TrainerConfig) -> str:
     """The bytes of a training with the fewest samples at once, and with all of them, as a user needs them."""
     budget = math.inf if cfg.memory_budget_gb is None else cfg.memory_budget_gb * 2**30

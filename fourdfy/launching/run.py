@@ -35,6 +35,7 @@ def run(
     command: Sequence[str],
     stop: StopSignals,
     out: Path | None = None,
+    first: int | None = None,
 ) -> None:
     """One mode of the command line, for a single experiment or a recipe of several.
 
@@ -43,6 +44,7 @@ def run(
         command: the command line, for the trial folder.
         stop: the signals that end the run.
         out: where results of an evaluation go instead.
+        first: train only so many stages of a recipe.
 
     Raises:
         ConfigError: the user's input does not work; says what would.
@@ -63,7 +65,7 @@ def run(
         keep_freed_memory()
     with on_device(device):
         if mode == "train":
-            train(stages, device, command, stop)
+            train(stages[:first], device, command, stop)
         else:
             evaluate(mode, stages[-1], device=device, out=out)
 

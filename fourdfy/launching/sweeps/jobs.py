@@ -1,0 +1,298 @@
+"""The jobs of a sweep: prompts x seeds x settings, each an ordinary run with its own trial folders.
+
+Nothing else says how far a sweep is: a job is done when the test views of its last stage are complete.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fourdfy.bounds import number
+from fourdfy.config import Schema, file_path, inner_slot, parse_config
+from fourdfy.config_files import COMMAND_LINE, PROMPT, ConfigError, expand_path, find_config, literal_override
+from fourdfy.config_layers import load_config
+from fourdfy.files.evaluations import TEST, is_evaluated
+from fourdfy.files.names import sanitize_tag
+from fourdfy.launching.experiment import Experiment
+from fourdfy.launching.recipe import load_recipe
+from fourdfy.launching.sweeps.runners import Runner
+
+FOLDER = "sweep"
+"""Of results and logs, in ``exp_root_dir``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig(Schema):
+    """A sweep file. Its jobs are all combinations of ``prompts``, ``seeds``, ``settings`` and ``grid``."""
+
+    config: list[str] = field(default_factory=list)
+    """The recipe or experiment of every job, by name or file; several are merged left to right."""
+    prompts: Any = None
+    """Texts, or a file with one in each line; null: that of the config."""
+    seeds: Any = 0
+    """One seed, a list of them, or a range such as ``0-3``, with both ends."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """Name -> ``key=value`` overrides, as a list; jobs are made with each of them."""
+    grid: dict[str, Any] = field(default_factory=dict)
+    """Dotted key of the config -> values to try; all combinations are."""
+    overrides: list[str] = field(default_factory=list)
+    """``key=value`` for all jobs."""
+    exp_root_dir: str = file_path("outputs/sweep")
+    """The folder of all trials, and of ``sweep/`` with the results."""
+    retries: int = number(1, 0)
+    """How often a job that has failed is started again."""
+    keep: str = ""
+    """Such as ``2 of 8 after stage 1``: of the seeds of each prompt and settings, only the best two go on
+    after the first stage. Empty: all do."""
+    keep_by: str = "lowest prior"
+    """``lowest`` or ``highest``, and a column of ``results.csv`` by which seeds are kept. ``prior`` is the
+    mean of the priors' losses over the last quarter of a stage."""
+    runner: Any = inner_slot(Runner, by="type", default={"type": "local"})
+    """What starts the processes: ``local``, ``ray`` or ``slurm``."""
+
+    def __post_init__(self) -> None:
+        if self.keep and not re.fullmatch(r"\d+ of \d+ after stage \d+", self.keep):
+            raise ValueError(f"keep={self.keep!r}: expected such as 2 of 8 after stage 1")
+        if not re.fullmatch(r"(lowest|highest) \S+", self.keep_by):
+            raise ValueError(f"keep_by={self.keep_by!r}: expected lowest or highest, and a column's name")
+        for key, values in self.grid.items():
+            if not isinstance(values, list) or not values:
+                raise ValueError(f"grid.{key}={values!r}: expected a list of values")
+        for name, overrides in self.settings.items():
+            if not isinstance(overrides, list):
+                raise ValueError(f"settings.{name}={overrides!r}: expected a list of key=value")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep."""
+
+    prompt: str | None
+    seed: int
+    settings: Mapping[str, str]
+    """What distinguishes it besides prompt and seed: keys of the grid, and ``settings``, as texts."""
+    tag: str
+    trials: tuple[Path, ...]
+    """The trial folder of each stage."""
+    ends: tuple[int, ...]
+    """The last global step of each stage."""
+    arguments: tuple[str, ...]
+    """What follows ``launch.py``."""
+
+    @property
+    def name(self) -> str:
+        """For people: the prompt, the settings and the seed."""
+        given = [f"{key.rpartition('.')[2]} {value}" for key, value in self.settings.items()]
+        return ", ".join([*([self.prompt] if self.prompt else []), *given, f"seed {self.seed}"])
+
+    def has_finished(self, stages: int) -> bool:
+        """Whether the test views of the first so many stages are complete."""
+        done = zip(self.trials[:stages], self.ends, strict=False)
+        return all(is_evaluated(trial, TEST.format(end)) for trial, end in done)
+
+    @property
+    def is_owned(self) -> bool:
+        """Whether some process is at work on one of its trials."""
+        return any(map(_is_locked, self.trials))
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A parsed sweep file."""
+
+    cfg: SweepConfig
+
+    @property
+    def root(self) -> Path:
+        return Path(self.cfg.exp_root_dir).absolute()
+
+    @property
+    def folder(self) -> Path:
+        """Of results and logs."""
+        return self.root / FOLDER
+
+    def log(self, job: Job) -> Path:
+        """What its processes write, and the seconds that each took."""
+        return self.folder / "logs" / f"{job.tag}.log"
+
+    def seconds(self, job: Job) -> float:
+        """Of all of its processes that have ended."""
+        log = self.log(job)
+        text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+        return sum(map(float, re.findall(r"^# ([\d.]+) s, exit status ", text, re.M)), 0.0)
+
+    @cached_property
+    def kept(self) -> tuple[int, int]:
+        """(how many seeds go on, after which stage), as ``keep`` says; zeros if all do.
+
+        Raises:
+            ConfigError: there are other numbers of seeds or stages.
+        """
+        if not self.cfg.keep:
+            return 0, 0
+        best, of, stage = map(int, re.findall(r"\d+", self.cfg.keep))
+        seeds, stages = len(_seeds(self.cfg.seeds)), min(len(stages) for *_, stages in self.recipes)
+        if of != seeds or not 0 < best <= of:
+            raise ConfigError(f"keep: {self.cfg.keep}: there are {seeds} seeds")
+        if not 0 < stage < stages:
+            raise ConfigError(
+                f"keep: {self.cfg.keep}: the recipe has {stages} stages; name one before the last"
+            )
+        return best, stage
+
+    @cached_property
+    def recipes(self) -> list[tuple[dict[str, str], list[str], list[Experiment]]]:
+        """(what distinguishes it, its overrides, its stages) of each combination of settings and grid.
+
+        Raises:
+            ConfigError: a config or an override is wrong.
+        """
+        return [(words, given, self._stages(given)) for words, given in self._combinations()]
+
+    @cached_property
+    def jobs(self) -> list[Job]:
+        """All of them; those of one prompt and settings, which differ by their seed, together.
+
+        Raises:
+            ConfigError: see ``recipes``; or two jobs are the same.
+        """
+        prompts: list[str | None] = [*_texts(self.cfg.prompts)] or [None]
+        seeds = _seeds(self.cfg.seeds)
+        combined = itertools.product(self.recipes, prompts, seeds)
+        jobs = [self._job(prompt, seed, *recipe) for recipe, prompt, seed in combined]
+        tags = [job.tag for job in jobs]
+        if twice := [job.name for job in jobs if tags.count(job.tag) > 1]:
+            raise ConfigError(f"prompts, seeds, settings: {twice[0]!r} is there more than once")
+        return jobs
+
+    def _combinations(self) -> Iterator[tuple[dict[str, str], list[str]]]:
+        grid = [[(key, _text(value)) for value in values] for key, values in self.cfg.grid.items()]
+        for name in self.cfg.settings or [""]:
+            for point in itertools.product(*grid):
+                words = {**({"settings": name} if name else {}), **dict(point)}
+                own = [f"{key}={value}" for key, value in point]
+                yield words, [*self.cfg.overrides, *self.cfg.settings.get(name, ()), *own]
+
+    def _stages(self, given: Sequence[str]) -> list[Experiment]:
+        if not self.cfg.config:
+            raise ConfigError("config: missing; name the recipe or experiment of the jobs: --config NAME")
+        place = self._place("tag")
+        prompts = [literal_override(PROMPT, text) for text in _texts(self.cfg.prompts)[:1]]
+        return [stage.experiment for stage in load_recipe(self.cfg.config, [*prompts, *given, *place])]
+
+    def _place(self, tag: str) -> list[str]:
+        root = str(self.root).replace("$", "$$")
+        return ["use_timestamp=false", literal_override("tag", tag), literal_override("exp_root_dir", root)]
+
+    def _job(
+        self,
+        prompt: str | None,
+        seed: int,
+        words: dict[str, str],
+        given: list[str],
+        stages: list[Experiment],
+    ) -> Job:
+        distinct = [f"{key.rpartition('.')[2]}={value}" for key, value in words.items()]
+        tag = sanitize_tag(" ".join([*([prompt] if prompt else []), *distinct, f"seed {seed}"]))
+        prompts = [] if prompt is None else [literal_override(PROMPT, prompt)]
+        configs = [word for name in self.cfg.config for word in ("--config", str(find_config(name)))]
+        return Job(
+            prompt=prompt,
+            seed=seed,
+            settings=words,
+            tag=tag,
+            trials=tuple(stage.trial_dir.with_name(tag) for stage in stages),
+            ends=tuple(stage.cfg.trainer.max_steps for stage in stages),
+            arguments=(*configs, "--train", *prompts, *given, f"seed={seed}", *self._place(tag)),
+        )
+
+
+def read_sweep(file: Path, given: Mapping[str, Any], overrides: Sequence[str]) -> Sweep:
+    """The sweep of a YAML file, or of a text file of prompts, one in each line.
+
+    Args:
+        given: keys of ``SweepConfig`` that replace the file's.
+        overrides: ``key=value`` for all jobs, after the file's own.
+
+    Raises:
+        ConfigError: names the key and the file.
+    """
+    values: dict[str, Any] = {"prompts": str(file)}
+    sources: dict[str, str] = {}
+    if file.suffix in (".yaml", ".yml"):
+        loaded = load_config([file], schema=SweepConfig)
+        values, sources = dict(loaded.values), loaded.sources
+        names = values.get("config", [])
+        names = [names] if isinstance(names, str) else names
+        values["config"] = [str(find_config(str(name), file.parent)) for name in names]
+        if isinstance(prompts := values.get("prompts"), str):
+            values["prompts"] = str(file.parent / prompts)
+    roots = [word.partition("=")[2] for word in overrides if word.startswith("exp_root_dir=")]
+    overrides = [word for word in overrides if not word.startswith("exp_root_dir=")]
+    values |= {**given, **({"exp_root_dir": expand_path(roots[-1])} if roots else {})}
+    sources = sources | dict.fromkeys(given, COMMAND_LINE)
+    cfg: SweepConfig = parse_config(SweepConfig, values, sources=sources)
+    _check_overrides(cfg, overrides)
+    return Sweep(replace(cfg, overrides=[*cfg.overrides, *overrides]))
+
+
+def _check_overrides(cfg: SweepConfig, typed: Sequence[str]) -> None:
+    """Refuse keys that the sweep sets in each job."""
+    own = {"seed": "seeds", "tag": "prompts", "use_timestamp": "prompts", "exp_root_dir": "exp_root_dir"}
+    own |= {} if cfg.prompts is None else {PROMPT: "prompts"}
+    lists = [*cfg.overrides, *typed, *cfg.grid, *itertools.chain(*cfg.settings.values())]
+    for key in (str(word).partition("=")[0] for word in lists):
+        if key in own:
+            raise ConfigError(f"{key}: a sweep sets it for each of its jobs, from its own key {own[key]}")
+
+
+def _texts(prompts: Any) -> list[str]:
+    if prompts is None:
+        return []
+    if isinstance(prompts, list):
+        return [str(prompt) for prompt in prompts]
+    try:
+        lines = Path(str(prompts)).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"prompts: {prompts}: expected a list, or a text file of prompts ({error})"
+        ) from error
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def _seeds(seeds: Any) -> list[int]:
+    found = re.fullmatch(r"(\d+)-(\d+)", str(seeds))
+    if found:
+        return [*range(int(found[1]), int(found[2]) + 1)]
+    listed = seeds if isinstance(seeds, list) else [seeds]
+    if not listed or not all(re.fullmatch(r"\d+", str(seed)) for seed in listed):
+        raise ConfigError(f"seeds: expected such as 0-3, 5 or [0, 2], got {seeds!r}")
+    return [int(seed) for seed in listed]
+
+
+def _text(value: Any) -> str:
+    """A value as it is typed."""
+    if isinstance(value, bool) or value is None:
+        return str(value).lower() if value is not None else "null"
+    return str(value)
+
+
+def _is_locked(trial: Path) -> bool:
+    file = trial / ".lock"
+    try:
+        if file.exists():
+            with FileLock(file, timeout=0):
+                pass
+    except Timeout:
+        return True
+    except OSError:  # a file system without locks, or read-only
+        pass
+    return False

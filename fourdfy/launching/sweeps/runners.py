@@ -1,0 +1,143 @@
+"""Runners start the processes of a sweep: here or, each in a file of its own, on a cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fourdfy.bounds import number
+from fourdfy.config import Component
+from fourdfy.config_files import PACKAGE
+from fourdfy.registry import register
+
+
+@dataclass(frozen=True)
+class Task:
+    """A process to be started."""
+
+    arguments: tuple[str, ...]
+    """What follows ``launch.py``."""
+    log: Path
+    """Where stdout and stderr go, after what is there already."""
+    name: str
+    """A word for the queue of a cluster."""
+
+    def run(self, environment: Mapping[str, str] | None = None) -> int:
+        """Run it to its exit status; an exception meanwhile asks it to stop, and waits until it has."""
+        process = self.start(environment)
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+
+    def start(self, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+        """Start it.
+
+        Args:
+            environment: variables besides this process's.
+        """
+        path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+        with open(self.log, "ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "fourdfy.launching.cli", *self.arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+                process_group=0,  # Ctrl-C is for the sweep, which then stops its tasks
+            )
+
+
+class Runner(Component, ABC):
+    """Starts tasks; the sweep decides which and when.
+
+    Args:
+        gpu: ``cpu``, or None for a GPU where there is one.
+    """
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Component.Config):
+        pass
+
+    cfg: Config
+
+    def __init__(self, cfg: Config, gpu: str | None = None) -> None:
+        self.cfg, self.gpu = cfg, gpu
+
+    @property
+    @abstractmethod
+    def capacity(self) -> int:
+        """Tasks that should be started and not ended at a time."""
+
+    @abstractmethod
+    def start(self, tasks: Sequence[Task]) -> Sequence[Any]:
+        """Start tasks, or queue them; gives a handle of each."""
+
+    @abstractmethod
+    def poll(self, handle: Any) -> int | None:
+        """The exit status of a task, or None while it waits or runs; never waits."""
+
+    @abstractmethod
+    def stop(self, handle: Any) -> None:
+        """Ask a task to stop, as SIGTERM does: it saves first."""
+
+
+@register("local")
+class LocalRunner(Runner):
+    """Processes of this machine, each on one of its GPUs, or on the CPU if it has none."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Runner.Config):
+        per_gpu: int = number(1, 1)
+        """Processes at a time on each visible GPU, or on the CPU."""
+
+    cfg: Config
+
+    def __init__(self, cfg: Config, gpu: str | None = None) -> None:
+        super().__init__(cfg, gpu)
+        self._places = visible_gpus() if gpu != "cpu" else []
+        self._free = (self._places or [""]) * cfg.per_gpu
+        self._capacity, self._taken = len(self._free), dict[int, str]()
+
+    @property
+    def capacity(self) -> int:
+        return self._capacity
+
+    def start(self, tasks: Sequence[Task]) -> Sequence[subprocess.Popen[bytes]]:
+        return [self._start(task) for task in tasks]
+
+    def _start(self, task: Task) -> subprocess.Popen[bytes]:
+        place = self._free.pop(0)
+        threads = max(1, (os.cpu_count() or 1) // self.capacity)
+        shared = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
+        process = task.start({"CUDA_VISIBLE_DEVICES": place, **shared})
+        self._taken[process.pid] = place
+        return process
+
+    def poll(self, handle: subprocess.Popen[bytes]) -> int | None:
+        status = handle.poll()
+        if status is not None and handle.pid in self._taken:
+            self._free.append(self._taken.pop(handle.pid))
+        return status
+
+    def stop(self, handle: subprocess.Popen[bytes]) -> None:
+        handle.send_signal(signal.SIGTERM)
+
+
+def visible_gpus() -> list[str]:
+    """As ``CUDA_VISIBLE_DEVICES`` names them."""
+    import torch
+
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return [str(index) for index in range(torch.cuda.device_count())]
+    return [name for name in named.split(",") if name]

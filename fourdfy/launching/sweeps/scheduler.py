@@ -1,0 +1,186 @@
+"""The loop of a sweep: start what is to be done, see what has ended, until nothing is left."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from fourdfy.files.atomic import by_product
+from fourdfy.launching.sweeps.jobs import Job, Sweep
+from fourdfy.launching.sweeps.results import score_of
+from fourdfy.launching.sweeps.runners import Runner, Task
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS, ELSEWHERE_SECONDS = 0.2, 5.0
+"""Between two looks at the own processes, and at trials that other processes own."""
+STOP_SECONDS = 120.0
+"""For tasks to save and end, once the sweep is asked to stop."""
+
+
+class State(StrEnum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    ELSEWHERE = "running elsewhere"
+    """Some process that this sweep did not start owns a trial of it."""
+    DONE = "done"
+    FAILED = "failed"
+    DROPPED = "dropped"
+    """Others of its prompt and settings were better."""
+
+
+@dataclass
+class Entry:
+    """A job and how far it is."""
+
+    job: Job
+    log: Path
+    stages: int
+    """How many of its stages it is to train, for the time being."""
+    state: State = State.WAITING
+    failures: int = 0
+    handle: Any = None
+    began: float = 0.0
+    seconds: float = 0.0
+    """Of its processes so far."""
+
+
+class Scheduler:
+    """Runs a sweep with a runner.
+
+    Args:
+        show: called with all entries after each change, and now and then.
+    """
+
+    def __init__(self, sweep: Sweep, runner: Runner, show: Callable[[Sequence[Entry]], None]) -> None:
+        self.cfg, self.runner, self.show = sweep.cfg, runner, show
+        self.kept, self.first = sweep.kept
+        stages = self.first or len(sweep.jobs[0].trials)
+        self.entries = [Entry(job, sweep.log(job), stages) for job in sweep.jobs]
+        self._looked = 0.0
+
+    def run(self) -> None:
+        """Until every job is done, dropped, or has failed too often. What is raised stops the tasks first."""
+        for entry in self.entries:
+            self._look(entry)
+        try:
+            while self._advance():
+                time.sleep(POLL_SECONDS)
+        except BaseException:
+            self._stop()
+            raise
+
+    def _advance(self) -> bool:
+        """Whether anything is left to wait for."""
+        for entry in self._in(State.RUNNING):
+            if (status := self.runner.poll(entry.handle)) is not None:
+                self._ended(entry, status)
+        if time.monotonic() - self._looked > ELSEWHERE_SECONDS:
+            self._looked = time.monotonic()
+            for entry in self._in(State.ELSEWHERE):
+                self._look(entry)
+        self._keep_the_best()
+        room = self.runner.capacity - len(self._in(State.RUNNING))
+        self._start(self._in(State.WAITING)[: max(room, 0)])
+        self.show(self.entries)
+        return bool(self._in(State.WAITING, State.RUNNING, State.ELSEWHERE))
+
+    def _in(self, *states: State) -> list[Entry]:
+        return [entry for entry in self.entries if entry.state in states]
+
+    def _look(self, entry: Entry) -> None:
+        """Take an entry's state from its folders."""
+        if entry.job.has_finished(entry.stages):
+            entry.state = State.DONE
+        else:
+            entry.state = State.ELSEWHERE if entry.job.is_owned else State.WAITING
+
+    def _start(self, entries: Sequence[Entry]) -> None:
+        for entry in entries:
+            self._look(entry)  # some other sweep may have been faster
+        entries = [entry for entry in entries if entry.state is State.WAITING]
+        tasks = []
+        for entry in entries:
+            entry.log.parent.mkdir(parents=True, exist_ok=True)
+            entry.began = time.monotonic()
+            stages = () if entry.stages == len(entry.job.trials) else ("--stages", str(entry.stages))
+            device = ("--gpu", "cpu") if self.runner.gpu == "cpu" else ()
+            tasks.append(Task((*entry.job.arguments, *stages, *device), entry.log, entry.job.tag))
+        for entry, handle in zip(entries, self.runner.start(tasks), strict=True):
+            entry.handle, entry.state = handle, State.RUNNING
+
+    def _ended(self, entry: Entry, status: int) -> None:
+        seconds = time.monotonic() - entry.began
+        entry.seconds += seconds
+        with by_product("logs of jobs"), open(entry.log, "a", encoding="utf-8") as log:
+            log.write(f"\n# {seconds:.1f} s, exit status {status}\n")
+        self._look(entry)
+        if entry.state is not State.WAITING:
+            return
+        entry.failures += 1
+        what = f"exit status {status}" if status else "it ended without test views"
+        if entry.failures > self.cfg.retries or status == 2:  # a mistake in its config stays one
+            entry.state = State.FAILED
+        again = "; it is started again" if entry.state is State.WAITING else ""
+        logger.warning("%s: %s%s; see %s", entry.job.name, what, again, entry.log)
+
+    def _keep_the_best(self) -> None:
+        """Once all seeds of a prompt and settings have come to the stage after which some are dropped."""
+        if not self.first:
+            return
+        for _, group in groupby(self.entries, key=lambda entry: (entry.job.prompt, entry.job.settings)):
+            seeds = [entry for entry in group if entry.stages == self.first]
+            if not seeds or any(entry.state not in (State.DONE, State.FAILED) for entry in seeds):
+                continue
+            ranked = best_first(seeds, self.cfg.keep_by, self.first)
+            for place, entry in enumerate(ranked):
+                if entry.state is State.DONE and place < self.kept:
+                    entry.stages = len(entry.job.trials)
+                    self._look(entry)
+                elif entry.state is State.DONE:
+                    entry.state, entry.stages = State.DROPPED, 0
+
+    def _stop(self) -> None:
+        """Have all tasks save and end, and wait for them."""
+        until = time.monotonic() + STOP_SECONDS
+        for entry in self._in(State.RUNNING):
+            self.runner.stop(entry.handle)
+        while time.monotonic() < until and any(
+            self.runner.poll(entry.handle) is None for entry in self._in(State.RUNNING)
+        ):
+            time.sleep(POLL_SECONDS)
+
+
+def best_first(entries: Iterable[Entry], by: str, stage: int) -> list[Entry]:
+    """Entries in the order of ``keep_by`` after so many stages; those without a number come last."""
+    order, column = by.split(" ", 1)
+
+    def rank(entry: Entry) -> tuple[bool, float]:
+        score = score_of(entry.job, column, stage) if entry.state is State.DONE else None
+        return score is None, (score or 0.0) * (1 if order == "lowest" else -1)
+
+    return sorted(entries, key=rank)
+
+
+def counts(entries: Sequence[Entry]) -> str:
+    """Such as ``2 running, 5 waiting, 1 done``."""
+    found = Counter(entry.state for entry in entries)
+    return ", ".join(f"{found[state]} {state}" for state in State if found[state])
+
+
+def seconds_left(entries: Sequence[Entry], capacity: int) -> float | None:
+    """As long as those that this sweep has finished took; None if none has been."""
+    took = [entry.seconds for entry in entries if entry.state is State.DONE and entry.seconds]
+    if not took:
+        return None
+    mean, now = sum(took) / len(took), time.monotonic()
+    running = sum(max(mean - (now - e.began), 0.0) for e in entries if e.state is State.RUNNING)
+    waiting = mean * sum(entry.state is State.WAITING for entry in entries)
+    return (running + waiting) / capacity

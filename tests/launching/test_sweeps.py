@@ -1,0 +1,333 @@
+"""Sweeps: many runs, whose folders alone say how far they are."""
+
+import csv
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from fourdfy.config import ConfigError
+from fourdfy.launching.cli import main
+from fourdfy.launching.sweeps import command, scheduler
+from fourdfy.launching.sweeps.jobs import Job, Sweep, read_sweep
+from fourdfy.launching.sweeps.results import row_of, write_results
+from fourdfy.launching.sweeps.runners import LocalRunner, Runner, Task
+from fourdfy.launching.sweeps.scheduler import Entry, Scheduler, State, seconds_left
+from fourdfy.launching.trial import owned
+from fourdfy.signals import Stopped
+from fourdfy.systems.checkpoint import read_checkpoint
+from tests.commands import CONFIGS, TINY, launch, trial
+
+OWN = ("use_timestamp", "tag", "system.prompt_processor.prompt")
+GIVEN = [word for word in TINY if not word.startswith(OWN)]
+STAGE = str(CONFIGS / "shapes_stage_1.yaml")
+PROMPTS = ["a red cube bouncing", "a blue ball spinning"]
+
+
+class Here(Runner):
+    """Runs each task at once, in this process; ``statuses`` replaces the first results."""
+
+    def __init__(self, capacity: int = 1, statuses: Sequence[int | None] = ()) -> None:
+        super().__init__(Runner.Config(), "cpu")
+        self.most, self.statuses, self.started, self.stopped = capacity, [*statuses], [], []
+
+    @property
+    def capacity(self) -> int:
+        return self.most
+
+    def start(self, tasks):
+        return [self._start(task) for task in tasks]
+
+    def _start(self, task):
+        self.started.append(task)
+        return self.statuses.pop(0) if self.statuses else main(list(task.arguments))
+
+    def poll(self, handle):
+        return handle
+
+    def stop(self, handle):
+        self.stopped.append(handle)
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr(scheduler, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(scheduler, "ELSEWHERE_SECONDS", 0.0)
+
+
+@pytest.fixture
+def made(tmp_path):
+    """``made(text, *overrides)``: the sweep of a YAML file."""
+
+    def read(text: str, *overrides: str) -> Sweep:
+        file = tmp_path / "many.yaml"
+        file.write_text(f"exp_root_dir: {tmp_path / 'out'}\n{text}")
+        return read_sweep(file, {}, [*GIVEN, "trainer.max_steps=1", *overrides])
+
+    return read
+
+
+def entries(sweep: Sweep, runner: Runner, show=lambda entries: None) -> list:
+    """Of the sweep, when it has been run."""
+    runs = Scheduler(sweep, runner, show)
+    runs.run()
+    return runs.entries
+
+
+def states(found) -> list[str]:
+    return [str(entry.state) for entry in found]
+
+
+# ---------------------------------------------------------------------------------------------
+# Jobs
+
+
+def test_the_jobs_are_all_combinations_and_each_has_a_folder(made, tmp_path):
+    sweep = made(
+        f"config: {STAGE}\nprompts: {PROMPTS}\nseeds: 2-3\n"
+        "settings: {all: [], sparse: [system.loss.lambda_sparsity=3]}\n"
+        "grid: {trainer.max_steps: [1, 2]}\noverrides: [data.multi_view.width=8]"
+    )
+    assert len(sweep.jobs) == 2 * 2 * 2 * 2 == len({job.trials for job in sweep.jobs})
+    job = sweep.jobs[-1]
+    assert job.name == "a blue ball spinning, settings sparse, max_steps 2, seed 3"
+    tag = "a_blue_ball_spinning_settings=sparse_max_steps=2_seed_3"
+    assert job.trials == (tmp_path / "out" / "shapes_stage_1" / tag,) and job.ends == (2,)
+    given = [word for word in job.arguments if "=" in word]
+    assert given.index("data.multi_view.width=8") < given.index("system.loss.lambda_sparsity=3")
+    assert given[-5:-3] == ["trainer.max_steps=2", "seed=3"] and f"tag={tag}" in given
+
+
+def test_a_text_file_of_prompts_is_a_sweep_too(tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red cube bouncing\n\n# not this one\na blue ball spinning\n")
+    given = {"config": [STAGE], "seeds": "0-3"}
+    sweep = read_sweep(tmp_path / "prompts.txt", given, [f"exp_root_dir={tmp_path}"])
+    assert [(job.prompt, job.seed) for job in sweep.jobs] == [(p, s) for p in PROMPTS for s in range(4)]
+    assert sweep.root == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("config: shapes_stage_9", r"shapes_stage_9: no such config file"),
+        ("", r"^config: missing; .*--config NAME$"),
+        (
+            f"config: {STAGE}\nprompts: nowhere.txt",
+            r"^prompts: .*nowhere\.txt: expected a list, or a text file",
+        ),
+        (f"config: {STAGE}\nseeds: 3-x", r"^seeds: expected such as 0-3, 5 or \[0, 2\], got '3-x'$"),
+        (f"config: {STAGE}\nprompts: [a red cube spinning, a red cube spinning]", "there more than once"),
+        (
+            f"config: {STAGE}\nprompts: {PROMPTS}\ngrid: {{system.loss.lambda_sparsty: [1]}}",
+            r"^system\.loss\.lambda_sparsty=1: there is no such loss",
+        ),
+        (f"config: {STAGE}\ngrid: {{seed: [1]}}", r"^seed: a sweep sets it .* its own key seeds$"),
+        (f"config: {STAGE}\noverrides: [tag=x]", r"^tag: a sweep sets it"),
+        (f"config: {STAGE}\ngrid: {{trainer.max_steps: 3}}", r"grid\.trainer\.max_steps=3: expected a list"),
+        (f"config: {STAGE}\nkeep: two of 8", r"keep='two of 8': expected such as 2 of 8 after stage 1"),
+        (
+            f"config: {STAGE}\nprompts: {PROMPTS}\nkeep: 2 of 8 after stage 1",
+            r"^keep: .*: there are 1 seeds$",
+        ),
+        (
+            f"config: {STAGE}\nprompts: {PROMPTS}\nkeep: 1 of 1 after stage 1",
+            r"^keep: .* the recipe has 1 stages",
+        ),
+        (f"config: {STAGE}\nrunner: {{type: loca}}", r"runner\.type .* did you mean 'local'"),
+    ],
+)
+def test_a_mistake_is_named_before_anything_runs(made, text, message):
+    with pytest.raises(ConfigError, match=message):
+        sweep = made(text)
+        assert sweep.jobs and sweep.kept
+
+
+# ---------------------------------------------------------------------------------------------
+# Running
+
+
+def test_a_sweep_goes_on_where_it_stopped_and_equals_single_runs(made, tmp_path, caplog):
+    sweep = made(f"config: {STAGE}\nprompts: {PROMPTS}\nretries: 1")
+    runner = Here(statuses=[1])
+    assert states(entries(sweep, runner)) == ["done", "done"]
+    assert len(runner.started) == 3  # the first failed once
+    assert "a red cube bouncing, seed 0: exit status 1; it is started again; see " in caplog.text
+    assert sweep.seconds(sweep.jobs[0]) > 0
+
+    again = Here()
+    assert states(entries(made(f"config: {STAGE}\nprompts: {PROMPTS}\nseeds: 0-1"), again)) == ["done"] * 4
+    assert [task.name for task in again.started] == [f"{p.replace(' ', '_')}_seed_1" for p in PROMPTS]
+
+    launch(STAGE.split("/")[-1], "train", tmp_path / "alone", "trainer.max_steps=1")
+    alone = read_checkpoint(trial(tmp_path / "alone", "shapes_stage_1"))["state_dict"]
+    for name, value in read_checkpoint(sweep.jobs[0].trials[0])["state_dict"].items():
+        assert torch.equal(value, alone[name]), name
+
+
+def test_what_fails_for_good_does_not_stop_the_others(made):
+    sweep = made(f"config: {STAGE}\nprompts: {PROMPTS}\nseeds: 0-2\nretries: 1")
+    runner = Here(capacity=2, statuses=[0, 2, 143, *[1] * 8])  # 0: without any test views
+    assert states(entries(sweep, runner)) == ["failed"] * 6
+    names = [task.name.rpartition("a_")[2] for task in runner.started]
+    assert len(names) == 11 and names.count("red_cube_bouncing_seed_1") == 1  # 2: not once more
+
+
+def test_a_trial_that_another_process_owns_is_waited_for(made):
+    sweep = made(f"config: {STAGE}\nprompts: {PROMPTS[:1]}")
+    other = owned(sweep.jobs[0].trials[0])
+    other.__enter__()
+    seen = []
+
+    def show(found):
+        seen.append(found[0].state)
+        if seen == [State.ELSEWHERE] * 3:
+            other.__exit__(None, None, None)
+
+    assert states(entries(sweep, Here(), show)) == ["done"]
+    assert seen[:3] == [State.ELSEWHERE] * 3
+
+
+def test_a_signal_stops_the_tasks_first(made):
+    def show(found):
+        raise Stopped(143)
+
+    runner = Here(capacity=2, statuses=[None, None])
+    polls = iter([None, None, 143, 143])
+    runner.poll = lambda handle: next(polls)
+    with pytest.raises(Stopped):
+        entries(made(f"config: {STAGE}\nprompts: {PROMPTS}\nseeds: 0-1"), runner, show)
+    assert len(runner.stopped) == 2 and list(polls) == []
+
+
+def test_the_best_seeds_go_on(made, tmp_path):
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text(f"stages: [{STAGE}, {CONFIGS / 'shapes_stage_2.yaml'}]\n")
+    text = f"config: {recipe}\nprompts: {PROMPTS[:1]}\nseeds: 0-2\nkeep: 1 of 3 after stage 1\n"
+    sweep = made(text)
+    found = entries(sweep, Here(statuses=[2]))  # seed 0 fails
+    assert sorted(states(found)) == ["done", "dropped", "failed"] and found[0].state is State.FAILED
+    priors = {
+        state: row_of(sweep, entry.job).get("prior")
+        for state, entry in zip(states(found), found, strict=True)
+    }
+    scores = [scheduler.score_of(entry.job, "prior", 1) for entry in found]
+    done = states(found).index("done")
+    assert scores[0] is None and scores[done] == min(scores[1:]) and priors["done"] > 0
+    assert [row_of(sweep, entry.job)["stages"] for entry in found if entry.state is State.DROPPED] == [
+        "1 of 2"
+    ]
+    again = Here()
+    assert (
+        states(entries(made(text.replace("0-2", "1-2").replace("of 3", "of 2")), again)) == states(found)[1:]
+    )
+    assert not again.started
+
+
+def test_the_time_that_is_left_is_that_of_those_that_are_done(monkeypatch):
+    monkeypatch.setattr(scheduler.time, "monotonic", lambda: 100.0)
+
+    def entry(state, seconds=0.0, began=0.0):
+        job = Job("", 0, {}, "", (), (), ())
+        return Entry(job, Path(), 1, state, seconds=seconds, began=began)
+
+    waiting, running = entry(State.WAITING), entry(State.RUNNING, began=95.0)
+    assert seconds_left([waiting, running, entry(State.DONE)], 2) is None  # done before this command
+    assert seconds_left([waiting, running, entry(State.DONE, 20.0)], 2) == (20 + 15) / 2
+
+
+# ---------------------------------------------------------------------------------------------
+# The local runner
+
+
+def test_each_gpu_has_its_tasks_and_a_task_sees_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    given: list = []
+
+    def start(self, environment):
+        given.append(environment)
+        return Mock(spec=subprocess.Popen, pid=len(given), poll=lambda: 0)
+
+    monkeypatch.setattr(Task, "start", start)
+    runner = LocalRunner.Config(per_gpu=2).build()
+    task = Task((), tmp_path / "log", "x")
+    assert runner.capacity == 4
+    handles = runner.start([task] * 4)
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in given] == ["3", "5", "3", "5"]
+    assert runner.poll(handles[1]) == runner.poll(handles[1]) == 0
+    runner.start([task])
+    assert given[-1]["CUDA_VISIBLE_DEVICES"] == "5" and int(given[-1]["OMP_NUM_THREADS"]) >= 1
+    assert LocalRunner.Config().build("cpu").capacity == 1
+
+
+def test_a_task_is_the_command_line_in_a_process_with_a_log(tmp_path):
+    runner = LocalRunner.Config(per_gpu=2).build("cpu")
+    words = (("--help",), ("--train",))
+    tasks = [Task(given, tmp_path / given[0], "x") for given in words]
+    handles = runner.start(tasks)
+    for handle in handles:
+        handle.wait()
+    assert [runner.poll(handle) for handle in handles] == [0, 2]
+    assert "--sweep FILE" in tasks[0].log.read_text() and "is required" in tasks[1].log.read_text()
+
+
+# ---------------------------------------------------------------------------------------------
+# The command line, and the results
+
+
+def test_the_command_lists_runs_and_gathers(tmp_path, monkeypatch, capsys, caplog):
+    monkeypatch.setattr(LocalRunner.Config, "build", lambda self, gpu: Here())
+    (tmp_path / "prompts.txt").write_text("a red cube bouncing\n")
+    words = ["--sweep", str(tmp_path / "prompts.txt"), "--config", STAGE, "--seeds", "0-1", "--gpu", "cpu"]
+    words += [*GIVEN, "trainer.max_steps=1", f"exp_root_dir={tmp_path / 'out'}"]
+    assert main([*words, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"a red cube bouncing, seed 1 +│ to do +│ \d\.\d GiB", said)
+    assert "2 of 2 jobs to do: unknown time" in said and not (tmp_path / "out").exists()
+    assert main(words) == 0
+    folder = tmp_path / "out" / "sweep"
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    assert [(row["prompt"], row["seed"], row["stages"]) for row in rows] == [
+        ("a red cube bouncing", "0", "1 of 1"), ("a red cube bouncing", "1", "1 of 1"),
+    ]  # fmt: skip
+    assert float(rows[0]["prior"]) > 0 and Path(rows[0]["trial"]).is_dir() and float(rows[0]["seconds"]) > 0
+    page = (folder / "index.html").read_text()
+    assert page.count('<img src="data:image/webp;base64,') == 2 and "http" not in page
+    assert "../shapes_stage_1/a_red_cube_bouncing_seed_1" in page and "2 of 2 jobs are done." in page
+    assert "a red cube bouncing, seed 1: done (2 done)" in caplog.text
+    (folder / "index.html").unlink()
+    assert main([*words, "--gather"]) == 0 and (folder / "index.html").read_text() == page
+    assert main([*words, "--dry-run"]) == 0
+    assert "0 of 2 jobs to do: about 0.0 hours" in capsys.readouterr().out
+
+
+def test_a_prompt_can_not_act_on_the_page(made):
+    sweep = made(f"config: {STAGE}\nprompts: ['<script>alert(1)</script> \"x']")
+    write_results(sweep)
+    page = (sweep.folder / "index.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;" in page
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sweep", "x.yaml", "--train"], "--sweep takes no"),
+        (["--config", "shapes", "--train", "--seeds", "0-3"], "are for --sweep"),
+        (["--config", "shapes", "--check", "--stages", "2"], "--stages says how many"),
+        (["--train"], "one of the arguments --config --trial --replay --sweep is required"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_the_log_s_last_line_is_shown(tmp_path):
+    assert command.last_line(tmp_path / "no.log") == ""
+    (tmp_path / "a.log").write_text("first\nstage 1/3  4/4\n\n")
+    assert command.last_line(tmp_path / "a.log") == "stage 1/3  4/4"
