@@ -128,7 +128,7 @@ def needs(part: str) -> tuple[str, str]:
 
 def latent_shape(part: str) -> tuple[int, ...]:
     """A scene's latents: frames before channels for the U-Nets, behind them for the transformer."""
-    if part == "wan":
+    if part in ("wan", "wan_vae"):
         return WAN_CHANNELS, 1 + FRAMES[part] // STRIDE, LATENT_SIZE, LATENT_SIZE
     return FRAMES[part], 4, LATENT_SIZE, LATENT_SIZE
 

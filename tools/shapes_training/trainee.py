@@ -18,7 +18,7 @@ from tools.shapes_training.models import DENOISERS, TEXTS, VAES, build
 
 logger = logging.getLogger(__name__)
 
-BATCH = {"vae": 192, "image": 512, "multi_view": 128, "video": 64, "wan_vae": 24, "wan": 128}
+BATCH = {"vae": 192, "image": 512, "multi_view": 128, "video": 64, "wan_vae": 8, "wan": 128}
 BATCH |= dict.fromkeys(TEXTS, 256)
 LEARNING_RATE = dict.fromkeys(TEXTS, 2e-3) | dict.fromkeys(VAES, 1.5e-3) | dict.fromkeys(DENOISERS, 6e-4)
 EMA_DECAY = 0.999
@@ -135,6 +135,10 @@ class Trainee:
         """One optimizer step on the sum of ``losses``, which must be weighted."""
         self.optimizer.zero_grad(set_to_none=True)
         torch.stack([*losses.values()]).sum().backward()
+        self.step_optimizer(losses)
+
+    def step_optimizer(self, losses: dict[str, Tensor]) -> None:
+        """One optimizer step by the parameters' gradients, which are those of the sum of ``losses``."""
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.step += 1

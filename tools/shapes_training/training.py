@@ -10,7 +10,7 @@ import math
 import multiprocessing
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy, interpolate, l1_loss, mse_loss
 
 from fourdfy.ops.diffusion import add_noise, prediction_target, sample_noise
+from fourdfy.ops.replay import Replay
 from fourdfy.priors.acceleration import Compiled
 from fourdfy.seeds import step_generator, step_seed
 from fourdfy.shapes.grammar import COLOURS, MOMENTS, MOTIONS, SHAPES, VIEWS
@@ -44,6 +45,7 @@ from tools.shapes_training.models import (
     build,
     decode,
     encode,
+    latent_shape,
     needs,
     noise_schedule,
     posterior,
@@ -63,6 +65,7 @@ REFRESH_EVERY = 50
 """Steps between two renewals of a part of the pool."""
 RENDER_AT_ONCE = 2048
 """Images rendered at once on an accelerator; the CPU renders 32."""
+VAE_LOSSES = ("l1", "l2", "edges", "kl")
 TEXT_WORDS = (COLOURS, SHAPES, MOTIONS, MOMENTS, VIEWS)
 
 
@@ -152,26 +155,48 @@ def train_text(trainee: Trainee) -> dict[str, float]:
 
 def train_vae(trainee: Trainee) -> dict[str, Any]:
     """Train an autoencoder on renderings, clean and half-made, and measure its latents' scale."""
-    vae, part, device = trainee.model, trainee.options.part, trainee.options.device
-    generator = torch.Generator().manual_seed(trainee.seed(part))
-    while trainee.goes_on():
-        images = _spoil(render_scenes(draw_scenes(part, trainee.batch, generator), device), generator)
+    vae, options = trainee.model, trainee.options
+    parameters = [*vae.parameters()]
+
+    def losses(images: Float[Tensor, "B F 3 H W"], noise: Float[Tensor, "B *S"]) -> tuple[Tensor, ...]:
+        """That of each of VAE_LOSSES, then the gradients of their sum."""
         with trainee.autocast():
             latent = posterior(vae, images)
-            decoded = vae.decode(latent.sample()).sample
-        decoded, mean, logvar = decoded.float(), latent.mean.float(), latent.logvar.float()
-        images = images.transpose(1, 2) if part == "wan_vae" else images.flatten(0, 1)
+            drawn = latent.mean + latent.std * noise.view_as(latent.mean)
+            decoded = vae.decode(drawn).sample.float()
+        mean, logvar = latent.mean.float(), latent.logvar.float()
+        images = images.transpose(1, 2) if options.part == "wan_vae" else images.flatten(0, 1)
         edges = sum(l1_loss(decoded.diff(dim=axis), images.diff(dim=axis)) for axis in (-1, -2))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        trainee.learn(
-            {
-                "l1": l1_loss(decoded, images),
-                "l2": 2 * mse_loss(decoded, images),
-                "edges": 0.5 * edges,
-                "kl": 1e-4 * kl,
-            }
-        )
+        found = l1_loss(decoded, images), 2 * mse_loss(decoded, images), 0.5 * edges, 1e-4 * kl
+        gradients = torch.autograd.grad(torch.stack(found).sum(), parameters)
+        return (*(loss.detach() for loss in found), *gradients)
+
+    # A clip is taken in pieces by thousands of small kernels.
+    step = Replay(losses, "the VAE's training step")
+    generator = torch.Generator().manual_seed(trainee.seed(options.part))
+    batches = _rendered(options, trainee.batch, generator)
+    noises = step_generator(options.seed, trainee.step, "noise", options.device)
+    while trainee.goes_on():
+        noise = sample_noise((trainee.batch, *latent_shape(options.part)), noises, options.device)
+        found = step(next(batches), noise)
+        for parameter, gradient in zip(parameters, found[len(VAE_LOSSES) :], strict=True):
+            parameter.grad = gradient
+        trainee.step_optimizer(dict(zip(VAE_LOSSES, found, strict=False)))
     return _measure_vae(trainee, generator)
+
+
+def _rendered(
+    options: Options, batch: int, generator: torch.Generator
+) -> Iterator[Float[Tensor, "{batch} F 3 H W"]]:
+    """Scenes without end, clean and half-made; as many are rendered at once as pay."""
+    while True:
+        scenes = draw_scenes(options.part, batch * max(1, _scenes_at_once(options) // batch), generator)
+        yield from _spoil(render_scenes(scenes, options.device), generator).split(batch)
+
+
+def _scenes_at_once(options: Options) -> int:
+    return (RENDER_AT_ONCE if options.on_gpu else 32) // FRAMES[options.part]
 
 
 def train_denoiser(trainee: Trainee) -> dict[str, float]:
@@ -184,7 +209,7 @@ def train_denoiser(trainee: Trainee) -> dict[str, float]:
     if part == "wan" and options.on_gpu:
         predict = Compiled(predict, trainee.model, "the transformer")
     pool = LatentPool(part, options.pool or POOL[part], vae, trainee.seed("pool"), device)
-    chunk = (RENDER_AT_ONCE if options.on_gpu else 32) // FRAMES[part]
+    chunk = _scenes_at_once(options)
     while pool.filled < len(pool) and (pool.filled == 0 or trainee.fraction < 0.2):
         pool.refresh(chunk)
     logger.info("%s: %d scenes ready after %.0f s", part, pool.filled, trainee.elapsed)
