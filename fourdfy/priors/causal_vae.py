@@ -75,7 +75,6 @@ def cogvideox_moments(
     if 0 < frames_at_once < size:
         vae.enable_gradient_checkpointing()
         vae.encoder.gradient_checkpointing = False  # that of whole levels, around those of their blocks
-
     return _encoded(partial(_encode_cogvideox, vae), chunks, [None], frames_at_once / size)
 
 

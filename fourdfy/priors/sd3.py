@@ -38,6 +38,17 @@ class StableDiffusion3(LatentPrior):
         def multiple(vae: Mapping[str, Any], denoiser: Mapping[str, Any]) -> int:
             return LatentPrior.Config.multiple(vae, denoiser) * denoiser.get("patch_size", 2)
 
+        def check_models(self) -> None:
+            super().check_models()
+            name = self.pretrained_model_name_or_path
+            vae, network = (stored_description(name, part) for part in ("vae", "transformer"))
+            most = network.get("pos_embed_max_size", 384) * self.multiple(vae, network)
+            if max(self.height, self.width) > most:
+                raise ValueError(
+                    f"height={self.height}, width={self.width}: {name} knows the places of {most} pixels along "
+                    f"each side; set both to {most} at most"
+                )
+
         def text_channels(self, name: str) -> int | None:
             return stored_description(name, "text_encoder_3").get("d_model")
 

@@ -319,6 +319,12 @@ def test_only_the_wanted_files_are_fetched_and_pickles_only_where_nothing_is_saf
             f"config.json {UNET}.fp16.safetensors",
         ),
         ("tokenizer", "tokenizer_config.json spiece.model README.md", "tokenizer_config.json spiece.model"),
+        (
+            "text_encoder_2",
+            "config.json flax_model.msgpack model.fp16.safetensors model.onnx model.safetensors",
+            "config.json model.safetensors",
+        ),
+        ("tokenizer_2", "tokenizer_config.json vocab.json", "tokenizer_config.json vocab.json"),
     ],
 )
 def test_shards_variants_and_sentencepiece_models_are_fetched(part, files, wanted):

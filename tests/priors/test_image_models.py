@@ -213,6 +213,13 @@ def test_sizes_are_checked_before_anything_is_loaded(name, multiple, nearest):
         config.check_models()
 
 
+def test_images_that_are_too_large_are_refused(folders):
+    given = {"pretrained_model_name_or_path": str(folders["sd3"]), "height": 32, "width": 80}
+    config = parse_config(find("sd3-guidance", Guidance).Config, given)
+    with pytest.raises(ValueError, match=r"knows the places of 64 pixels .*; set both to 64 at most$"):
+        config.check_models()
+
+
 @pytest.mark.parametrize("name", SAVE)
 def test_texts_of_other_encoders_are_refused(name, folders, tmp_path):
     guidance = make(f"{name}-guidance", folders[name], height=32, width=32)
