@@ -88,6 +88,12 @@ MODELS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "mvdream": {"unet": ("UNet2DConditionModel", IMAGE | VIEWS), "scheduler": EPSILON},
     "zeroscope": {"unet": ("UNet3DConditionModel", {"sample_size": 32}), "scheduler": EPSILON},
     "videocrafter2": {"unet": ("UNet3DConditionModel", {"sample_size": (40, 64)}), "scheduler": EPSILON},
+    "animatediff": {
+        "unet": ("UNet2DConditionModel", {"cross_attention_dim": 768, "sample_size": 64}),
+        "motion_adapter": ("MotionAdapter", {"use_motion_mid_block": False}),
+        "scheduler": EPSILON,
+        "text_encoder": ("CLIPTextModel", CLIP_L),
+    },
     "sdxl": {
         "unet": ("UNet2DConditionModel", SDXL),
         "scheduler": EPSILON,
@@ -122,7 +128,12 @@ MODELS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     },
 }
 """Folder -> the classes and configs of its parts; a VAE and a text encoder that are missing are shared."""
-VIDEO = {"_vc": "videocrafter2", "_wan": "wan", "_cogvideox": "cogvideox"}
+VIDEO = {
+    "_vc": "videocrafter2",
+    "_wan": "wan",
+    "_cogvideox": "cogvideox",
+    "_animatediff": "animatediff",
+}
 """What the names of configs contain -> the video model that they use; ZeroScope otherwise."""
 
 
@@ -154,6 +165,7 @@ def make_tiny_models(root: Path) -> None:
         ("mvdream", tiny_models.save_multi_view),
         ("zeroscope", tiny_models.save_zeroscope),
         ("videocrafter2", tiny_models.save_videocrafter2),
+        ("animatediff", tiny_models.save_animatediff),
         ("sdxl", tiny_transformers.save_sdxl),
         ("sd3", tiny_transformers.save_sd3),
         ("wan", tiny_models.save_wan),
@@ -185,6 +197,8 @@ def model_paths(root: Path, config: str) -> list[str]:
         "guidance_multi_view.pretrained_model_name_or_path": "mvdream",
         "guidance_video.pretrained_model_name_or_path": video,
     }
+    if video == "animatediff":
+        models["guidance_video.motion_adapter"] = f"{video}/motion_adapter"
     return [f"system.{key}={root / name}" for key, name in models.items()]
 
 

@@ -45,8 +45,8 @@ class StableDiffusion3(LatentPrior):
             most = network.get("pos_embed_max_size", 384) * self.multiple(vae, network)
             if max(self.height, self.width) > most:
                 raise ValueError(
-                    f"height={self.height}, width={self.width}: {name} knows the places of {most} pixels along "
-                    f"each side; set both to {most} at most"
+                    f"height={self.height}, width={self.width}: {name} knows the places of {most} pixels "
+                    f"along each side; set both to {most} at most"
                 )
 
         def text_channels(self, name: str) -> int | None:
