@@ -1,7 +1,7 @@
 """More of ``tests.tiny_models``: video and image models that are transformers or read several texts.
 
-``save_cogvideox(folder)``, ``save_sdxl(folder)`` and ``save_sd3(folder)`` write a diffusers folder and return
-it.
+``save_cogvideox(folder)``, ``save_ltx(folder)``, ``save_sdxl(folder)`` and ``save_sd3(folder)`` write a diffusers
+folder and return it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLCogVideoX,
+    AutoencoderKLLTXVideo,
     CogVideoXDDIMScheduler,
     CogVideoXTransformer3DModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LTXVideoTransformer3DModel,
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
@@ -30,6 +32,21 @@ from tests.tiny_models import (
     save_clip_text,
     unigram_pieces,
 )
+
+LTX_CHANNELS = 16
+LTX_ENCODERS = {
+    "0.9.0": {"block_out_channels": (8,) * 4},
+    "0.9.5": {
+        "block_out_channels": (8, 8, 16, 16, 16),
+        "down_block_types": ("LTXVideo095DownBlock3D",) * 4,
+        "spatio_temporal_scaling": (True,) * 4,
+        "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
+        "timestep_conditioning": True,
+        "spatial_compression_ratio": 32,
+        "temporal_compression_ratio": 8,
+    },
+}
+"""Versions, with what differs in their VAE."""
 
 
 def save_cogvideox(folder: Path, seed: int = 0, rotary: bool = False) -> Path:
@@ -62,6 +79,38 @@ def save_cogvideox(folder: Path, seed: int = 0, rotary: bool = False) -> Path:
         timestep_spacing="trailing",
         clip_sample=False,
     ).save_pretrained(folder / "scheduler")
+    save_t5_text(folder)
+    return folder
+
+
+def save_ltx(folder: Path, seed: int = 0, version: str = "0.9.0") -> Path:
+    """LTX-Video, its VAE of version 0.9.0 or 0.9.5: transformer, VAE of the genuine strides, T5 encoder."""
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=LTX_CHANNELS,
+        out_channels=LTX_CHANNELS,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        cross_attention_dim=24,
+        num_layers=2,
+        caption_channels=TEXT_WIDTH,
+    )
+    _randomise(transformer).save_pretrained(folder / "transformer")
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=LTX_CHANNELS,
+        decoder_block_out_channels=(8,) * 4,
+        decoder_layers_per_block=(1,) * 5,
+        layers_per_block=(1,) * 5,
+        **LTX_ENCODERS[version],
+    )
+    # Mean and spread of latents are weights, which the config does not hold.
+    vae.latents_mean.normal_()
+    vae.latents_std.uniform_(0.5, 2.0)
+    _randomise(vae).save_pretrained(folder / "vae")
+    by_tokens = {"base_shift": 0.95, "max_shift": 2.05, "base_image_seq_len": 1024, "max_image_seq_len": 4096}
+    levels = {"use_dynamic_shifting": True, "shift_terminal": 0.1, **by_tokens} if version == "0.9.0" else {}
+    FlowMatchEulerDiscreteScheduler(**levels).save_pretrained(folder / "scheduler")
     save_t5_text(folder)
     return folder
 

@@ -157,9 +157,10 @@ class Distillation(Component, nn.Module, ABC):
     ) -> GuidanceOutput:
         self.cfg.check_group_size(cameras.group_size, "the group_size of the step's cameras")
         low, high = self.cfg.noise_range(context.step)
-        prior, schedule, generator = self.prior, self.prior.denoiser.schedule, context.random
+        prior, generator = self.prior, context.random
         same_draws = generator.clone_state()
         latents = prior.encode(frames.comp_rgb, cameras.group_size, generator)
+        schedule = prior.levels(prior.denoiser.schedule, latents)
         timesteps = prior.draw_timesteps(schedule, low, high, len(latents), generator)
         noise = sample_noise(latents.shape, generator, self.device)
         # A clip has one text: that of the view of its first frame.

@@ -60,6 +60,7 @@ for name, pair in {
     "wan-guidance": "wan+sds",
     "cogvideox-guidance": "cogvideox+sds",
     "animatediff-guidance": "animatediff+sds",
+    "ltx-guidance": "ltx+sds",
 }.items():
     register(name)(join(pair))
 

@@ -183,7 +183,7 @@ class VariationalScoreDistillation(Distillation):
         repeat = self.cfg.lora_n_timestamp_samples
         latents, text, camera = (torch.cat([x] * repeat) for x in (latents, texts.text, camera))
         told = None if texts.cameras is None else torch.cat([texts.cameras] * repeat)
-        schedule = self.renderings.schedule
+        schedule = self.prior.levels(self.renderings.schedule, latents)
         timesteps = self.prior.draw_timesteps(schedule, 0, 1, len(latents), generator)
         noise = sample_noise(latents.shape, generator, self.device)
         if self.cfg.lora_cfg_training:

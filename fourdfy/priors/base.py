@@ -6,9 +6,10 @@ and the axes S behind these; L tokens, E text channels, K numbers of a camera.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -58,6 +59,10 @@ class NoiseSchedule(ABC):
     def scales(self, timesteps: Real[Tensor, "B"], ndim: int) -> NoiseScales:
         """The scales of noisy latents of ``ndim`` axes."""
 
+    def for_tokens(self, count: int) -> NoiseSchedule:
+        """The levels of latents that the network takes as ``count`` tokens."""
+        return self
+
 
 @dataclass(frozen=True, kw_only=True)
 class DDPMSchedule(NoiseSchedule):
@@ -84,13 +89,18 @@ class FlowSchedule(NoiseSchedule):
     """A rectified flow: its noise is any number. Shares of noise are those before ``shift``."""
 
     shift: float = 1.0
+    by_tokens: tuple[tuple[int, float], tuple[int, float]] | None = None
+    """Two numbers of tokens, with the logarithms of their shifts, on a line with those of all others; null:
+    ``shift`` is that of all."""
+    least: float = 0.0
+    """The noise of a share of 0, below which the network is never used."""
     num_train_timesteps: int = 1000
     """What the network is told for pure noise."""
     device: torch.device
     prediction: str = "flow_prediction"
 
     def span(self, low: float | int, high: float | int) -> tuple[float, float]:
-        least, most = (self.num_train_timesteps * shifted(share, self.shift) for share in (low, high))
+        least, most = (self.timestep(share) for share in (low, high))
         return least, most
 
     def draw(
@@ -99,11 +109,23 @@ class FlowSchedule(NoiseSchedule):
         drawn = torch.rand(count, generator=generator, device=generator.device)
         # Without the lower end, which may be 0: losses divide by the noise.
         share = high - (high - low) * drawn.to(self.device)
-        return self.num_train_timesteps * shifted(share, self.shift)
+        return self.timestep(share)
 
     def scales(self, timesteps: Real[Tensor, "B"], ndim: int) -> NoiseScales:
         sigmas = (timesteps / self.num_train_timesteps).reshape(-1, *[1] * (ndim - 1))
         return NoiseScales(1 - sigmas, sigmas)
+
+    def timestep(self, share: Any) -> Any:
+        """What the network is told for a share, or shares, of all noise."""
+        assert self.by_tokens is None, "for_tokens was not called"
+        return self.num_train_timesteps * (self.least + (1 - self.least) * shifted(share, self.shift))
+
+    def for_tokens(self, count: int) -> FlowSchedule:
+        if self.by_tokens is None:
+            return self
+        (few, least), (many, most) = self.by_tokens
+        shift = math.exp(least + (most - least) * (count - few) / (many - few))
+        return replace(self, shift=shift, by_tokens=None)
 
 
 class Denoiser(NamedTuple):
@@ -231,6 +253,10 @@ class Prior(Component, ABC):
     def condition(self, texts: Conditions, cameras: Cameras) -> Conditions:
         """The conditioning of B latents: ``texts`` and more; ``cameras`` are those of their first frames."""
         return texts
+
+    def levels(self, schedule: NoiseSchedule, latents: Float[Tensor, "B C *S"]) -> NoiseSchedule:
+        """``schedule`` for latents of such a size."""
+        return schedule
 
     def draw_timesteps(
         self,

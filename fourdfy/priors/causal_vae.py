@@ -1,10 +1,11 @@
-"""Clips through the encoders of Wan and CogVideoX, in bounded memory and with exact gradients.
+"""Clips through the encoders of Wan, CogVideoX and LTX-Video, in bounded memory and with exact gradients.
 
 The encoders are causal: a chunk of frames needs nothing but what its convolutions have kept of the frames
-before. ``vae.encode`` feeds them in chunks, and keeps all of their activations. Here these caches are inputs
-and outputs of checkpoints, so that one chunk's activations exist at a time.
+before. ``vae.encode`` feeds those of the former two in chunks, and keeps all of their activations. Here these
+caches are inputs and outputs of checkpoints, so that one chunk's activations exist at a time.
 
-B clips of F = 1 + 4 k frames, H x W pixels, K = 2 x latent channels, f = 1 + k latents in time of h x w.
+B clips of F = 1 + 4 k frames (LTX-Video: 1 + 8 k), H x W pixels, K = 2 x latent channels, f = 1 + k latents
+in time of h x w.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fourdfy.priors.base import Network
 
-STRIDE = 4
-"""Frames that each latent but the first one holds."""
+STRIDE, LTX_STRIDE = 4, 8
+"""Frames that each latent but the first one holds, and that of LTX-Video."""
 
 
 def check_frames(frames: int, key: str, stride: int = STRIDE) -> None:
@@ -73,17 +74,34 @@ def cogvideox_moments(
     later = max(0, clips.shape[2] // size - 1)
     chunks = clips.split([clips.shape[2] - later * size, *[size] * later], dim=2)
     if 0 < frames_at_once < size:
-        vae.enable_gradient_checkpointing()
-        vae.encoder.gradient_checkpointing = False  # that of whole levels, around those of their blocks
+        _checkpoint_blocks(vae)
     return _encoded(partial(_encode_cogvideox, vae), chunks, [None], frames_at_once / size)
 
 
-def _check_axes(clips: Tensor) -> None:
+def ltx_moments(
+    vae: Network, clips: Float[Tensor, "B C F H W"], frames_at_once: int = 0
+) -> Float[Tensor, "B K f h w"]:
+    """The same of LTX-Video, which has no caches: all frames are in it together.
+
+    From 1 on for ``frames_at_once``, the activations of one residual block exist at a time.
+    """
+    _check_axes(clips, LTX_STRIDE)
+    if frames_at_once > 0:
+        _checkpoint_blocks(vae)
+    return vae.encode(clips).latent_dist.parameters
+
+
+def _checkpoint_blocks(vae: Network) -> None:
+    vae.enable_gradient_checkpointing()
+    vae.encoder.gradient_checkpointing = False  # that of whole levels, around those of their blocks
+
+
+def _check_axes(clips: Tensor, stride: int = STRIDE) -> None:
     if clips.shape[1] != 3:
         raise ValueError(
             f"clips of shape {list(clips.shape)}; expected [B, 3, F, H, W]: colours before frames"
         )
-    check_frames(clips.shape[2], "frames")
+    check_frames(clips.shape[2], "frames", stride)
 
 
 def _encoded(

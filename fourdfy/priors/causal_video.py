@@ -24,6 +24,8 @@ class CausalVideoPrior(VideoPrior):
         """What the VAE keeps for the backward pass, of each frame that is in it at once."""
         cache_bytes_per_pixel: ClassVar[int]
         """What it keeps of one frame, for each latent in time."""
+        fits_float16: ClassVar[bool] = True
+        """Whether the transformer's numbers do."""
 
         height: int = number(320, 1, 8192)
         """Pixels that frames are resized to before the VAE."""
@@ -37,6 +39,10 @@ class CausalVideoPrior(VideoPrior):
             super().__post_init__()
             if self.gradient == "subset":
                 raise ValueError("gradient=subset: this VAE takes frames together; set gradient=exact")
+            if self.half_precision_weights is True and not self.fits_float16:
+                raise ValueError(
+                    "half_precision_weights=true is float16, too narrow for this model; set it to bf16"
+                )
 
         def activation_bytes(self, frames: int, height: int, width: int) -> int:
             kept = (

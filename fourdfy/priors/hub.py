@@ -120,6 +120,13 @@ MODELS = {
         ),
     ),
     "VideoCrafter/VideoCrafter2": (Source(repo="VideoCrafter/VideoCrafter2", file="model.ckpt"),),
+    # The folder's parts are version 0.9.0; other versions in it are single files.
+    "Lightricks/LTX-Video": (
+        Source(repo="Lightricks/LTX-Video", revision="8984fa25007f376c1a299016d0957a37a2f797bb"),
+    ),
+    "Lightricks/LTX-Video-0.9.5": (
+        Source(repo="Lightricks/LTX-Video-0.9.5", revision="e58e28c39631af4d1468ee57a853764e11c1d37e"),
+    ),
     # All of it in float32; 22.7 GB are the text encoder.
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (
         Source(

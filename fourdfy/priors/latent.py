@@ -56,6 +56,8 @@ for its backward pass is reserved for good."""
 class LatentPrior(Prior):
     """A latent diffusion model in diffusers layout."""
 
+    patch: ClassVar[int] = 1
+    """Latents along each side of what a transformer takes as one token."""
     follows_autocast: ClassVar[bool] = False
     """Whether the networks run in the trainer's mixed precision, or in the type of their weights."""
 
@@ -250,6 +252,9 @@ class LatentPrior(Prior):
         if images.shape[-2:] == self.image_size:
             return images
         return F.interpolate(images, self.image_size, mode="bilinear", align_corners=False)
+
+    def levels(self, schedule: NoiseSchedule, latents: Float[Tensor, "B C *S"]) -> NoiseSchedule:
+        return schedule.for_tokens(latents[0, 0].numel() // self.patch**2)
 
     def predict(
         self,

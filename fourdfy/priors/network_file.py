@@ -23,7 +23,8 @@ LAYERS, SIZE, NUMBER = range(1, MOST + 1), range(1, 2**20), Bounds(-1e6, 1e6)
 ALLOWED: dict[str, Allowed] = {
     **dict.fromkeys(
         (
-            "dim_mult", "layers_per_block", "motion_layers_per_block", "motion_mid_block_layers_per_block",
+            "decoder_layers_per_block", "dim_mult", "layers_per_block", "motion_layers_per_block",
+            "motion_mid_block_layers_per_block",
             "motion_transformer_layers_per_block", "motion_transformer_layers_per_mid_block",
             "num_decoder_layers", "num_heads", "num_hidden_layers",
             "num_layers", "num_res_blocks", "patch_size", "reverse_transformer_layers_per_block",
@@ -34,9 +35,9 @@ ALLOWED: dict[str, Allowed] = {
     **dict.fromkeys(
         (
             "addition_embed_type_num_heads", "addition_time_embed_dim", "attention_head_dim", "base_dim",
-            "block_out_channels", "caption_projection_dim", "conv_in_channels", "conv_in_kernel",
-            "conv_out_kernel", "cross_attention_dim", "d_ff", "d_kv", "d_model", "decoder_base_dim",
-            "encoder_hid_dim", "ffn_dim", "freq_dim",
+            "block_out_channels", "caption_channels", "caption_projection_dim", "conv_in_channels",
+            "conv_in_kernel", "conv_out_kernel", "cross_attention_dim", "d_ff", "d_kv", "d_model",
+            "decoder_base_dim", "decoder_block_out_channels", "encoder_hid_dim", "ffn_dim", "freq_dim",
             "hidden_size", "in_channels", "intermediate_size", "joint_attention_dim", "latent_channels",
             "max_position_embeddings", "max_text_seq_length", "motion_max_seq_length",
             "motion_norm_num_groups", "motion_num_attention_heads", "norm_num_groups", "num_attention_heads",
@@ -85,7 +86,8 @@ LISTS = ("block_out_channels", "down_block_types", "up_block_types")
 """Keys of lists, with one entry for each block."""
 
 OR_LISTS = (
-    "attention_head_dim", "cross_attention_dim", "dim_mult", "latents_mean", "latents_std",
+    "attention_head_dim", "cross_attention_dim", "decoder_block_out_channels", "decoder_layers_per_block",
+    "dim_mult", "latents_mean", "latents_std",
     "layers_per_block", "motion_layers_per_block", "motion_num_attention_heads",
     "motion_transformer_layers_per_block", "motion_transformer_layers_per_mid_block", "num_attention_heads",
     "only_cross_attention", "patch_size", "reverse_transformer_layers_per_block", "sample_size",
@@ -97,8 +99,8 @@ OR_NULL = (
     "addition_time_embed_dim", "bos_token_id", "conv_in_channels", "decoder_base_dim", "encoder_hid_dim",
     "latents_mean", "latents_std", "mid_block_only_cross_attention", "mid_block_type", "num_attention_heads",
     "num_class_embeds", "pad_token_id", "patch_size", "projection_class_embeddings_input_dim",
-    "reverse_transformer_layers_per_block", "sample_size", "shift_factor", "time_cond_proj_dim",
-    "time_embedding_act_fn", "time_embedding_dim", "timestep_post_act",
+    "reverse_transformer_layers_per_block", "sample_size", "shift_factor", "temporal_compression_ratio",
+    "time_cond_proj_dim", "time_embedding_act_fn", "time_embedding_dim", "timestep_post_act",
 )  # fmt: skip
 """Keys that may be null."""
 

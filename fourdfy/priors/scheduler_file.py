@@ -6,6 +6,7 @@ rectified flow, and on what the network predicts; a file that may mean other lev
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,15 @@ FLOW: dict[str, Allowed] = ALLOWED | {
 
 SHIFT = Bounds(above=0, high=1000)
 
+BY_TOKENS: dict[str, Allowed] = {
+    **dict.fromkeys(("base_image_seq_len", "max_image_seq_len"), range(1, 10**6)),
+    **dict.fromkeys(("base_shift", "max_shift"), Bounds(-10, 10)),
+}
+"""Keys of a flow whose shift depends on the number of tokens: its logarithm is linear in it."""
+
+TERMINAL = Bounds(0, 0.99)
+"""Of ``shift_terminal``, the least noise that samplers use; the noise of all levels is raised towards it."""
+
 COGVIDEOX: dict[str, Allowed] = ALLOWED | {
     "beta_schedule": ("scaled_linear",),
     # From noise without any signal, as zero_snr has it, no epsilon tells x_0.
@@ -90,8 +100,8 @@ LINEAR = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
 
 def read_scheduler(folder: Path) -> tuple[dict[str, Any], str]:
     """(arguments for a ``DDPMScheduler`` with the model's betas, its ``prediction_type``). For CogVideoX they
-    are those of ``ops.diffusion.shifted_alphas_cumprod``; of a rectified flow, ({``shift``,
-    ``num_train_timesteps``}, ``flow_prediction``).
+    are those of ``ops.diffusion.shifted_alphas_cumprod``; of a rectified flow, those of a ``FlowSchedule``
+    besides its device, and ``flow_prediction``.
 
     Raises:
         ConfigError: the file may describe other noise levels; names it, its class and the keys in question.
@@ -102,13 +112,12 @@ def read_scheduler(folder: Path) -> tuple[dict[str, Any], str]:
     is_shifted = str(name) in COGVIDEOX_CLASSES
     betas = None if is_shifted else config.pop("trained_betas", None)
     is_flow = not is_shifted and (name == FLOW_CLASS or config.get("use_flow_sigmas") is True)
-    shift = "shift" if name == FLOW_CLASS else "flow_shift"
-    known = FLOW | {shift: SHIFT} if is_flow else COGVIDEOX if is_shifted else ALLOWED
+    known = COGVIDEOX if is_shifted else ALLOWED
     needed: tuple[str, ...] = LINEAR if betas is None else ()
     if is_shifted:
         needed = (*LINEAR, "snr_shift_scale")
     elif is_flow:
-        needed = ("num_train_timesteps", shift, *(() if name == FLOW_CLASS else ("prediction_type",)))
+        known, needed = _keys_of_flow(name, config)
     problems = [f"{key} is missing" for key in needed if key not in config]
     problems += [
         f"{key}={repr(config[key])[:60]}, expected {either(allowed)}"
@@ -121,6 +130,9 @@ def read_scheduler(folder: Path) -> tuple[dict[str, Any], str]:
         isinstance(betas, list) and len(betas) > 1 and all(fits(beta, BETA) for beta in betas)
     ):
         problems.append(f"trained_betas, expected a list of numbers, each {BETA}")
+    few, many = [*BY_TOKENS][:2]
+    if many in needed and not problems and config[few] >= config[many]:
+        problems.append(f"{few} is not less than {many}")
     if str(name) not in (classes := CLASSES | COGVIDEOX_CLASSES | {FLOW_CLASS}):
         problems = [f"the known classes (_class_name) are {', '.join(sorted(classes))}"]
     if problems:
@@ -129,10 +141,34 @@ def read_scheduler(folder: Path) -> tuple[dict[str, Any], str]:
             f"are not understood: {'; '.join(problems)}"
         )
     if is_flow:
-        flow = {"shift": float(config[shift]), "num_train_timesteps": config["num_train_timesteps"]}
-        return flow, "flow_prediction"
+        return _flow_levels(config), "flow_prediction"
     levels = {key: config[key] for key in (*needed, "rescale_betas_zero_snr") if key in config}
     return levels | ({} if is_shifted else {"trained_betas": betas}), config.get("prediction_type", "epsilon")
+
+
+def _keys_of_flow(name: object, config: Mapping[str, Any]) -> tuple[dict[str, Allowed], tuple[str, ...]]:
+    """(what is understood of a rectified flow's file, the keys that it must hold)."""
+    if name != FLOW_CLASS:
+        return FLOW | {"flow_shift": SHIFT}, ("num_train_timesteps", "flow_shift", "prediction_type")
+    known = FLOW | {"shift": SHIFT, "use_dynamic_shifting": (False, True)}
+    if config.get("shift_terminal") is not None:
+        known["shift_terminal"] = TERMINAL
+    needed = ("num_train_timesteps", "shift")
+    if not config.get("use_dynamic_shifting"):
+        return known, needed
+    return known | BY_TOKENS | {"time_shift_type": ("exponential",)}, (*needed, *BY_TOKENS)
+
+
+def _flow_levels(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of a ``FlowSchedule``, from a file that is understood."""
+    shift = float(config.get("shift", config.get("flow_shift")))
+    found = {"shift": shift, "num_train_timesteps": config["num_train_timesteps"]}
+    if config.get("use_dynamic_shifting"):
+        few, many, least, most = (config[key] for key in BY_TOKENS)
+        found["by_tokens"] = ((few, least), (many, most))
+    if config.get("shift_terminal"):
+        found["least"] = config["shift_terminal"]
+    return found
 
 
 def fits(value: Any, allowed: Allowed) -> bool:

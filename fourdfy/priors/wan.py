@@ -26,6 +26,8 @@ PATCH = 2
 
 @register("wan")
 class Wan(CausalVideoPrior):
+    patch: ClassVar[int] = PATCH
+
     @dataclass(frozen=True, kw_only=True)
     class Config(CausalVideoPrior.Config):
         networks: ClassVar[dict[str, str]] = {
@@ -37,6 +39,7 @@ class Wan(CausalVideoPrior):
         float32_vae: ClassVar[bool] = True
         vae_bytes_per_pixel: ClassVar[int] = 13_300
         cache_bytes_per_pixel: ClassVar[int] = 5_600
+        fits_float16: ClassVar[bool] = False
 
         pretrained_model_name_or_path: str = file_path("Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
         height: int = number(320, 1, 8192)
@@ -47,13 +50,6 @@ class Wan(CausalVideoPrior):
         @staticmethod
         def multiple(vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> int:
             return vae.get("scale_factor_spatial", 8) * PATCH
-
-        def __post_init__(self) -> None:
-            super().__post_init__()
-            if self.half_precision_weights is True:
-                raise ValueError(
-                    "half_precision_weights=true is float16, too narrow for this model; set it to bf16"
-                )
 
         def check_models(self) -> None:
             super().check_models()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
+from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 
 from fourdfy.config import ConfigError
 from fourdfy.ops.diffusion import add_noise
@@ -48,6 +49,54 @@ def test_the_noise_of_wan_is_that_of_its_reference():
     assert levels == pytest.approx(wanted, abs=1.5e-3)
 
 
+def ltx_scheduler(**changes) -> FlowMatchEulerDiscreteScheduler:
+    """That of LTX-Video 0.9.0."""
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=0.95,
+        max_shift=2.05,
+        base_image_seq_len=1024,
+        max_image_seq_len=4096,
+        **{"shift_terminal": 0.1} | changes,
+    )
+
+
+@pytest.mark.parametrize(("tokens", "shift"), [(540, 2.17), (1170, 2.72), (4290, 8.33)])
+def test_the_shift_of_ltx_is_that_of_its_tokens(tokens, shift, tmp_path):
+    sampler = ltx_scheduler(shift_terminal=None)
+    sampler.save_pretrained(tmp_path / "scheduler")
+    config = sampler.config
+    exponent = calculate_shift(
+        tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
+    )
+    shares = np.linspace(1, 1 / 50, 50)
+    sampler.set_timesteps(sigmas=shares, mu=exponent)
+    schedule = load_noise_schedule(tmp_path, CPU).for_tokens(tokens)
+    assert schedule.shift == pytest.approx(shift, abs=5e-3)
+    sigmas = torch.tensor([schedule.span(share, share)[0] / 1000 for share in shares], dtype=torch.float32)
+    torch.testing.assert_close(sigmas, sampler.sigmas[:-1], rtol=1e-5, atol=0)
+    assert schedule.for_tokens(1) is schedule
+
+
+def test_ltx_is_never_given_less_noise_than_its_samplers_use(tmp_path):
+    sampler, steps = ltx_scheduler(), 100_000
+    sampler.save_pretrained(tmp_path / "scheduler")
+    shares = np.linspace(1, 1 / steps, steps)
+    sampler.set_timesteps(sigmas=shares, mu=0.95)
+    schedule = load_noise_schedule(tmp_path, CPU).for_tokens(1024)
+    given = [schedule.span(share, share)[0] / 1000 for share in shares[::1000]]
+    # Samplers stretch their steps so that the last one is at 0.1, here those of infinitely many steps.
+    torch.testing.assert_close(torch.tensor(given), sampler.sigmas[:-1:1000].double(), rtol=0, atol=1e-4)
+    drawn = schedule.draw(0, 1, 5000, generator())
+    assert 100 < drawn.min() < 105 and 995 < drawn.max() <= 1000
+
+
+def test_a_shift_by_tokens_is_not_used_before_they_are_counted(tmp_path):
+    ltx_scheduler().save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(AssertionError, match="for_tokens"):
+        load_noise_schedule(tmp_path, CPU).span(0, 1)
+
+
 def test_the_network_is_told_thousands_of_the_noise():
     schedule = FlowSchedule(shift=3.0, device=CPU)
     timesteps = torch.tensor([250.0, 1000.0])
@@ -82,8 +131,11 @@ def test_levels_are_drawn_continuously_between_the_bounds_and_never_without_nois
         ("unipc", {"flow_shift": 0}, "flow_shift=0, expected more than 0"),
         ("unipc", {"shift": 3.0}, "unknown keys that might change the noise levels: shift"),
         ("unipc", {"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
-        ("euler", {"use_dynamic_shifting": True}, "use_dynamic_shifting=True"),
-        ("euler", {"shift_terminal": 0.1}, "shift_terminal=0.1"),
+        ("euler", {"use_dynamic_shifting": True, "base_shift": None}, "base_shift is missing"),
+        ("euler", {"use_dynamic_shifting": 2}, "use_dynamic_shifting=2"),
+        ("euler", {"use_dynamic_shifting": True, "time_shift_type": "linear"}, "time_shift_type='linear'"),
+        ("euler", {"use_dynamic_shifting": True, "base_image_seq_len": 4096}, "is not less than"),
+        ("euler", {"shift_terminal": 1.0}, "shift_terminal=1.0"),
         ("euler", {"invert_sigmas": True}, "invert_sigmas=True"),
         ("euler", {"shift": None}, "shift is missing"),
         ("euler", {"shift": "3"}, "shift='3'"),
