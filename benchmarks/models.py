@@ -117,6 +117,22 @@ MODELS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         ),
         "text_encoder": ("UMT5EncoderModel", T5),
     },
+    "ltx": {
+        "transformer": ("LTXVideoTransformer3DModel", {}),
+        "vae": ("AutoencoderKLLTXVideo", {}),
+        "scheduler": (
+            "FlowMatchEulerDiscreteScheduler",
+            {
+                "use_dynamic_shifting": True,
+                "base_shift": 0.95,
+                "max_shift": 2.05,
+                "base_image_seq_len": 1024,
+                "max_image_seq_len": 4096,
+                "shift_terminal": 0.1,
+            },
+        ),
+        "text_encoder": ("T5EncoderModel", T5),
+    },
     "cogvideox": {
         "transformer": ("CogVideoXTransformer3DModel", {}),
         "vae": ("AutoencoderKLCogVideoX", {}),
@@ -133,6 +149,7 @@ VIDEO = {
     "_wan": "wan",
     "_cogvideox": "cogvideox",
     "_animatediff": "animatediff",
+    "_ltx": "ltx",
 }
 """What the names of configs contain -> the video model that they use; ZeroScope otherwise."""
 
@@ -170,6 +187,7 @@ def make_tiny_models(root: Path) -> None:
         ("sd3", tiny_transformers.save_sd3),
         ("wan", tiny_models.save_wan),
         ("cogvideox", tiny_transformers.save_cogvideox),
+        ("ltx", tiny_transformers.save_ltx),
     ):
         if not (root / name).exists():
             save_model(root / name)

@@ -52,7 +52,7 @@ TOY = (
     "system.guidance_multi_view.width=32",
 )
 TOY_VIDEO = (
-    "data.single_view.num_frames=5",
+    "data.single_view.num_frames=9",
     "data.single_view.width_vid=16",
     "data.single_view.height_vid=16",
     "system.guidance_video.height=32",

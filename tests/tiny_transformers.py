@@ -1,7 +1,7 @@
 """More of ``tests.tiny_models``: video and image models that are transformers or read several texts.
 
-``save_cogvideox(folder)``, ``save_ltx(folder)``, ``save_sdxl(folder)`` and ``save_sd3(folder)`` write a diffusers
-folder and return it.
+``save_cogvideox(folder)``, ``save_ltx(folder)``, ``save_sdxl(folder)`` and ``save_sd3(folder)`` write a
+diffusers folder and return it.
 """
 
 from __future__ import annotations

@@ -53,6 +53,7 @@ class StableDiffusion3(LatentPrior):
             return stored_description(name, "text_encoder_3").get("d_model")
 
     cfg: Config
+    patch: ClassVar[int] = 2
 
     def told(
         self,

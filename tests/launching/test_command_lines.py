@@ -18,7 +18,7 @@ from fourdfy.systems.checkpoint import read_checkpoint
 from fourdfy.systems.fourdfy import FourdfySystem
 from tests import tiny_models
 from tests.commands import CONFIGS, ROOT
-from tests.tiny_transformers import save_cogvideox, save_sd3, save_sdxl
+from tests.tiny_transformers import save_cogvideox, save_ltx, save_sd3, save_sdxl
 
 PROMPT = "system.prompt_processor.prompt=a panda dancing"
 
@@ -31,6 +31,7 @@ COMMANDS = {
     "fourdfy_stage_3_wan": "fourdfy_stage_2",
     "fourdfy_stage_3_cogvideox": "fourdfy_stage_2",
     "fourdfy_stage_3_animatediff": "fourdfy_stage_2",
+    "fourdfy_stage_3_ltx": "fourdfy_stage_2",
     "fourdfy_stage_1_low_vram": None,
     "fourdfy_stage_2_low_vram": "fourdfy_stage_1_low_vram",
     "fourdfy_stage_3_low_vram": "fourdfy_stage_2_low_vram",
@@ -61,13 +62,14 @@ def models(tmp_path_factory) -> Path:
     tiny_models.save_videocrafter2(root / "videocrafter2")
     tiny_models.save_wan(root / "wan")
     save_cogvideox(root / "cogvideox")
+    save_ltx(root / "ltx")
     tiny_models.save_animatediff(root / "animatediff")
     return root
 
 
 def toy(name: str, models: Path) -> list[str]:
     """Overrides that make an experiment run in seconds, and change nothing else."""
-    ends = {"_vc": "videocrafter2", "_wan": "wan", "_cogvideox": "cogvideox", "_animatediff": "animatediff"}
+    ends = {"_vc": "videocrafter2"} | {f"_{model}": model for model in MODERN}
     video = models / next((model for end, model in ends.items() if end in name), "zeroscope")
     masked = any(end in name for end in ("_low_vram", "_vc", "_deformation"))
     renderer = "renderer.base_renderer" if masked else "renderer"
