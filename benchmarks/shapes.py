@@ -16,17 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 
 import yaml
-from gpus import environment, spread
 
 from fourdfy.files.names import sanitize_tag
+from fourdfy.launching.sweeps.runners import LocalRunner, Task, run_all
 from fourdfy.shapes.grammar import parse_prompt
 
 PROMPTS = (
@@ -66,41 +64,40 @@ def main(argv: Sequence[str] | None = None) -> None:
         ways = yaml.safe_load(args.variants.read_text(encoding="utf-8"))
     prompts, seeds = PROMPTS[: args.prompts], args.seed or [0]
     jobs = [(prompt, way, seed) for way in ways for seed in seeds for prompt in prompts]
-    rows = spread(jobs, lambda job, place: run(*job, ways[job[1]], place, args), args.per_gpu)
-    rows = [row for row in rows if row]
+    args.out.mkdir(parents=True, exist_ok=True)
+    new = [job for job in jobs if not result(job, args.out).exists()]
+    run_all([task(*job, ways[job[1]], args) for job in new], LocalRunner.Config(per_gpu=args.per_gpu).build())
+    rows = [row_of(job, args.out) for job in jobs if result(job, args.out).exists()]  # the logs say why not
     (args.out / "all.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     print(table(rows, "variant" if args.variants else "left out"))
 
 
-def run(
-    prompt: str, way: str, seed: int, options: list[str], place: str, args: argparse.Namespace
-) -> dict | None:
-    """Return the row of one run, or None if it failed; the log then says why.
+def result(job: tuple[str, str, int], out: Path) -> Path:
+    prompt, way, seed = job
+    return out / f"{prompt} {way}{f' seed {seed}' if seed else ''}.json".replace(" ", "_")
+
+
+def row_of(job: tuple[str, str, int], out: Path) -> dict:
+    """Return the row of a run that has its result."""
+    return json.loads(result(job, out).read_text(encoding="utf-8"))[0] | {"way": job[1], "seed": job[2]}
+
+
+def task(prompt: str, way: str, seed: int, options: list[str], args: argparse.Namespace) -> Task:
+    """Return what runs one job.
 
     Args:
         options: what is special to this ``way``, for the command line.
     """
-    name = f"{prompt} {way}{f' seed {seed}' if seed else ''}".replace(" ", "_")
-    out: Path = args.out
-    result, log = out / f"{name}.json", out / f"{name}.log"
-    out.mkdir(parents=True, exist_ok=True)
-    if not result.exists():
-        command = [sys.executable, "-m", "fourdfy.evaluation.shapes", "--prompt", prompt]
-        command += ["--gpu", "cpu" if place == "cpu" else "0"]  # the one that the environment leaves
-        command += ["--config", args.config, "--json", str(result)]
-        command += [f"exp_root_dir={trials(out, way, seed)}", f"seed={seed}"]
-        if args.after:
-            stage = trials(args.after, "none", seed) / "shapes_stage_2" / sanitize_tag(prompt)
-            command += [f"system.weights={stage / 'ckpts' / 'last.ckpt'}"]
-        still = replace(parse_prompt(prompt), motion="standing still").text
-        command += [*args.overrides, *(option.replace("{still}", still) for option in options)]
-        with open(log, "w", encoding="utf-8") as file:
-            subprocess.run(
-                command, stdout=file, stderr=subprocess.STDOUT, env=environment(place), check=False
-            )
-    if not result.exists():
-        return None
-    return json.loads(result.read_text(encoding="utf-8"))[0] | {"way": way, "seed": seed}
+    written = result((prompt, way, seed), args.out)
+    words = ["--prompt", prompt, "--config", args.config, "--json", str(written)]
+    words += [f"exp_root_dir={trials(args.out, way, seed)}", f"seed={seed}"]
+    if args.after:
+        stage = trials(args.after, "none", seed) / "shapes_stage_2" / sanitize_tag(prompt)
+        words += [f"system.weights={stage / 'ckpts' / 'last.ckpt'}"]
+    still = replace(parse_prompt(prompt), motion="standing still").text
+    words += [*args.overrides, *(option.replace("{still}", still) for option in options)]
+    log = written.with_suffix(".log")
+    return Task(tuple(words), log, written.stem, ("-m", "fourdfy.evaluation.shapes"))
 
 
 def trials(out: Path, way: str, seed: int) -> Path:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -27,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpus import environment, spread
 from models import MODELS, make_models, make_tiny_models, model_paths, models_folder
 from profiling import PARTS
 from stopwatch import MILESTONE, Batches, Block, Stopwatch
@@ -37,6 +35,7 @@ from torch.utils.data import DataLoader
 from fourdfy.callbacks.base import Run
 from fourdfy.launching.experiment import Experiment, load_experiment
 from fourdfy.launching.lightning import Trainer
+from fourdfy.launching.sweeps.runners import LocalRunner, Task, run_all
 from fourdfy.systems.base import System
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not args.toy:
             paths = (path for config in args.configs for path in model_paths(args.models, config))
             make_models(args.models, {Path(path).name for path in paths})
-        spread(jobs, lambda job, gpu: measure_apart(*job, gpu, args))
+        run_all([measurement(*job, args) for job in jobs], LocalRunner.Config().build())
     results = []
     for config, state in jobs:
         if (file := args.out / f"{config}-{state}.json").exists():
@@ -80,16 +79,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{where(device())}\n\n{report(results)}")
 
 
-def measure_apart(config: str, state: str, gpu: str, args: argparse.Namespace) -> None:
-    """Measure one config in its own process; its output is written beside the result."""
+def measurement(config: str, state: str, args: argparse.Namespace) -> Task:
+    """Return what measures one config in its own process; its output is written beside the result."""
     options = ["--models", str(args.models), "--out", str(args.out), "--state", state]
     options += ["--steps", str(args.steps), "--warm-up", str(args.warm_up)]
     options += ["--toy"] * args.toy + ["--times-only"] * args.times_only
     options += ["--kinds", *args.kinds] if args.kinds else []
-    (args.out / f"{config}-{state}.json").unlink(missing_ok=True)
-    with open(args.out / f"{config}-{state}.log", "w", encoding="utf-8") as log:
-        command = [sys.executable, __file__, config, *options, *args.overrides]
-        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment(gpu), check=False)
+    files = [args.out / f"{config}-{state}.{suffix}" for suffix in ("json", "log")]
+    for file in files:
+        file.unlink(missing_ok=True)
+    return Task((config, *options, *args.overrides), files[1], config, (__file__,))
 
 
 def measure(config: str, state: str, args: argparse.Namespace) -> None:

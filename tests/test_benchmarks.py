@@ -1,10 +1,7 @@
-"""The benchmarks share out the GPUs, and run at toy size."""
+"""The benchmarks run at toy size."""
 
 import importlib
 import json
-import threading
-import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,26 +17,6 @@ def load(monkeypatch):
     """Import a benchmark by name."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     return importlib.import_module
-
-
-@pytest.mark.parametrize("per_gpu", [1, 2])
-def test_no_gpu_has_more_jobs_than_its_share(per_gpu, load, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    running, most, lock = Counter(), Counter(), threading.Lock()
-
-    def run(seconds, gpu):
-        with lock:
-            running[gpu] += 1
-            most[gpu] = max(most[gpu], running[gpu])
-        time.sleep(seconds)
-        with lock:
-            running[gpu] -= 1
-        return seconds
-
-    # A long job first: whoever hands out places in turn gives its GPU a second one meanwhile.
-    jobs = [0.2, 0.01, 0.01, 0.01, 0.01, 0.01]
-    assert load("gpus").spread(jobs, run, per_gpu) == jobs
-    assert most == {"3": per_gpu, "5": per_gpu}
 
 
 def test_every_kind_of_step_is_measured_at_toy_size(load, tmp_path, capsys):
@@ -86,12 +63,13 @@ def test_variants_of_the_third_stage_follow_on_second_ones_of_their_prompt_and_s
     measured = {"held_out": False, "iou": 0.5, "psnr": 20.0, "colour_ok": True, "fronts": 1, "seconds": 9.0}
     measured |= {"motion_corr": 0.9, "motion_right": True, "saturation_error": 0.25, "steps_per_second": 5.0}
 
-    def run(command, **_):
-        commands.append(command)
-        row = measured | {"prompt": command[command.index("--prompt") + 1], "drop": None}
-        Path(command[command.index("--json") + 1]).write_text(json.dumps([row]))
+    def run(tasks, runner):
+        for command in (list(task.arguments) for task in tasks):
+            commands.append(command)
+            row = measured | {"prompt": command[command.index("--prompt") + 1], "drop": None}
+            Path(command[command.index("--json") + 1]).write_text(json.dumps([row]))
 
-    monkeypatch.setattr(shapes.subprocess, "run", run)
+    monkeypatch.setattr(shapes, "run_all", run)
     base, out, variants = (
         tmp_path / "base",
         tmp_path / "out",

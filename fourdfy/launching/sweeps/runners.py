@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +18,21 @@ from fourdfy.config import Component
 from fourdfy.config_files import PACKAGE
 from fourdfy.registry import register
 
+POLL_SECONDS = 0.2
+
 
 @dataclass(frozen=True)
 class Task:
     """A process to be started."""
 
     arguments: tuple[str, ...]
-    """What follows ``launch.py``."""
+    """What follows ``launch.py``, or another ``program``."""
     log: Path
     """Where stdout and stderr go, after what is there already."""
     name: str
     """A word for the queue of a cluster."""
+    program: tuple[str, ...] = ("-m", "fourdfy.launching.cli")
+    """What Python runs."""
 
     def run(self, environment: Mapping[str, str] | None = None) -> int:
         """Run it to its exit status; an exception meanwhile asks it to stop, and waits until it has."""
@@ -48,7 +53,7 @@ class Task:
         path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
         with open(self.log, "ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "fourdfy.launching.cli", *self.arguments],
+                [sys.executable, *self.program, *self.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -131,6 +136,19 @@ class LocalRunner(Runner):
 
     def stop(self, handle: subprocess.Popen[bytes]) -> None:
         handle.send_signal(signal.SIGTERM)
+
+
+def run_all(tasks: Sequence[Task], runner: Runner) -> list[int]:
+    """Run tasks, as many at a time as the runner takes; gives their exit statuses."""
+    handles: list[Any] = []
+    statuses: dict[int, int] = {}
+    while len(statuses) < len(tasks):
+        handles += runner.start(tasks[len(handles) : len(statuses) + runner.capacity])
+        for index, handle in enumerate(handles):
+            if index not in statuses and (status := runner.poll(handle)) is not None:
+                statuses[index] = status
+        time.sleep(POLL_SECONDS)
+    return [statuses[index] for index in range(len(tasks))]
 
 
 def visible_gpus() -> list[str]:

@@ -15,12 +15,12 @@ from typing import Any
 from fourdfy.files.atomic import by_product
 from fourdfy.launching.sweeps.jobs import Job, Sweep
 from fourdfy.launching.sweeps.results import score_of
-from fourdfy.launching.sweeps.runners import Runner, Task
+from fourdfy.launching.sweeps.runners import POLL_SECONDS, Runner, Task
 
 logger = logging.getLogger(__name__)
 
-POLL_SECONDS, ELSEWHERE_SECONDS = 0.2, 5.0
-"""Between two looks at the own processes, and at trials that other processes own."""
+ELSEWHERE_SECONDS = 5.0
+"""Between two looks at trials that other processes own."""
 STOP_SECONDS = 120.0
 """For tasks to save and end, once the sweep is asked to stop."""
 
