@@ -2,6 +2,7 @@
 
     python benchmarks/shapes.py --out outputs/benchmark --per-gpu 12       # all 48 runs side by side
     python benchmarks/shapes.py --out outputs/benchmark --drop none --prompts 2 trainer.max_steps=2
+    python benchmarks/shapes.py --out outputs/further --drop none --skip 12 --seed 1
 
 Or run the third stage alone, in several variants, from the second stages of such runs:
 
@@ -40,6 +41,19 @@ PROMPTS = (
     "a purple cylinder bouncing",
     "a yellow cube standing still",
     "an orange diamond standing still",
+    # Twelve further ones, for settings that were chosen with the first.
+    "a red cone bouncing",
+    "a green ball sliding",
+    "an orange diamond pulsing",
+    "a purple ball bouncing",
+    "a red cylinder spinning",
+    "a blue cylinder sliding",
+    "a green diamond spinning",
+    "a yellow ball bouncing",
+    "an orange cube pulsing",
+    "a purple cone spinning",
+    "a blue cube standing still",
+    "a yellow cone standing still",
 )
 DROPS = ("none", "multi_view", "video", "single_view")
 
@@ -52,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", type=Path, metavar="YAML", help="overrides by name; needs --after")
     parser.add_argument("--after", type=Path, metavar="DIR", help="--out of the runs that these continue")
     parser.add_argument("--config", help="the recipe (configs/shapes.yaml), or the third stage")
-    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="the first so many")
+    parser.add_argument("--prompts", type=int, default=12, help="so many")
+    parser.add_argument("--skip", type=int, default=0, help="but not the first so many; 12: the further ones")
     parser.add_argument("--seed", type=int, action="append", help="may be repeated (0)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)
@@ -62,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ways = {drop: [] if drop == "none" else ["--drop", drop] for drop in args.drop or DROPS}
     if args.variants:
         ways = yaml.safe_load(args.variants.read_text(encoding="utf-8"))
-    prompts, seeds = PROMPTS[: args.prompts], args.seed or [0]
+    prompts, seeds = PROMPTS[args.skip :][: args.prompts], args.seed or [0]
     jobs = [(prompt, way, seed) for way in ways for seed in seeds for prompt in prompts]
     args.out.mkdir(parents=True, exist_ok=True)
     new = [job for job in jobs if not result(job, args.out).exists()]

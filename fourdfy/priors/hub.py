@@ -65,6 +65,7 @@ MODELS = {
     "fourdfy/shapes-image": (Source(asset="shapes-image", grammar=GRAMMAR),),
     "fourdfy/shapes-4view": (Source(asset="shapes-4view", grammar=GRAMMAR),),
     "fourdfy/shapes-video": (Source(asset="shapes-video", grammar=GRAMMAR),),
+    "fourdfy/shapes-wan": (Source(asset="shapes-wan", grammar=GRAMMAR),),
     # No longer served under their own names since 2025; old caches still hold them.
     "stabilityai/stable-diffusion-2-1-base": (
         Source(repo="stabilityai/stable-diffusion-2-1-base"),

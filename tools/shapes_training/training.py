@@ -273,8 +273,8 @@ def _measure_vae(trainee: Trainee, generator: torch.Generator) -> dict[str, Any]
     images = render_scenes(scenes, options.device)
     latents = encode(vae, images)
     error = (decode(vae, latents) - images).square().mean() / 4
-    scales: dict[str, Any] = {"scaling_factor": 1 / float(latents.std())}
-    if part == "wan_vae":
-        axes = (0, *range(2, latents.ndim))
-        scales = {"latents_mean": latents.mean(axes).tolist(), "latents_std": latents.std(axes).tolist()}
-    return {**scales, "psnr": -10 * math.log10(float(error))}
+    psnr = -10 * math.log10(float(error))
+    if part == "vae":
+        return {"scaling_factor": 1 / float(latents.std()), "psnr": psnr}
+    channels = latents.transpose(0, 1).flatten(1)
+    return {"latents_mean": channels.mean(1).tolist(), "latents_std": channels.std(1).tolist(), "psnr": psnr}
