@@ -32,6 +32,21 @@ def test_any_prior_is_distilled_in_any_way(tiny, prior, distillation):
     assert {name.partition(".")[0] for name in guidance.state_dict()} <= {"lora", "camera_embedding"}
 
 
+@pytest.mark.parametrize(
+    ("distillation", "mode"), [("sds", "apg"), ("reconstruction", "cfg_zero"), ("vsd", "apg")]
+)
+@pytest.mark.parametrize("prior", PRIORS)
+def test_any_prior_takes_all_variants_together(tiny, prior, distillation, mode):
+    folder, config = PRIORS[prior]
+    video = find(f"{prior}+{distillation}", Guidance).prior_class.is_video
+    variant = {"guidance_mode": mode, "correct_noise": True, "still_source": video}
+    variant |= {"weighting_strategy": "flow"} if distillation == "sds" else {}
+    guidance = make(f"{prior}+{distillation}", tiny[folder], **variant, **config)
+    rgb, out = run(guidance)
+    out.losses[guidance.losses[0]].backward()
+    assert rgb.grad.isfinite().all() and rgb.grad.abs().amax(dim=(1, 2, 3)).gt(0).all()
+
+
 @pytest.mark.parametrize("prior", PRIORS)
 def test_the_adapter_of_any_prior_is_told_the_camera(tiny, prior):
     folder, config = PRIORS[prior]

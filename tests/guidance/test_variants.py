@@ -193,11 +193,17 @@ def test_without_guidance_the_pull_at_the_mode_is_none_on_average_over_noise(con
 # The difference to stillness
 
 
-@pytest.mark.parametrize("distillation", ["sds", "reconstruction"])
-def test_a_still_clip_with_the_same_text_and_scale_is_left_alone(distillation):
-    count = {"sds": 6.0, "reconstruction": 7.0}[distillation]
-    config = {"guidance_scale": count, "still_source": True, "still_guidance_scale": 7.0}
-    guidance = analytic(distillation, **config, **({"recon_loss": False} if distillation != "sds" else {}))
+@pytest.mark.parametrize(
+    ("distillation", "more"),
+    [
+        ("sds", {"guidance_scale": 6.0}),
+        ("sds", {"guidance_scale": 6.0, "correct_noise": True, "guidance_mode": "apg"}),
+        ("reconstruction", {"guidance_scale": 7.0, "recon_loss": False}),
+        ("reconstruction", {"guidance_scale": 7.0, "recon_std_rescale": 0.0}),
+    ],
+)
+def test_a_still_clip_with_the_same_text_and_scale_is_left_alone(distillation, more):
+    guidance = analytic(distillation, still_source=True, still_guidance_scale=7.0, **more)
     for texts in (text(0.4), text(0.4, text(0.4))):
         assert not gradient(guidance, frames(moving=False), texts).any()
         assert gradient(guidance, frames(), texts).any(), "what moves is not"
