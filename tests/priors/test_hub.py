@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-import http.server
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import huggingface_hub
@@ -27,6 +24,7 @@ from fourdfy.priors.hub import (
     stored_bytes,
 )
 from fourdfy.priors.model_folder import DESCRIPTIONS, wanted_files, weight_files
+from tests.fake_hub import serving
 from tests.tiny_models import save_clip_text, save_mvdream_checkpoint
 
 SD = "stabilityai/stable-diffusion-2-1-base"
@@ -494,44 +492,13 @@ def test_a_file_that_is_no_model_is_an_error_with_its_name(tmp_path):
 # A hub of our own, asked by a process that has not imported anything yet
 
 
-class Hub(http.server.SimpleHTTPRequestHandler):
-    """The few answers that a download needs; files from ``directory``."""
-
-    asked: list[tuple[str, str | None]] = []  # noqa: RUF012
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        self.asked.append((self.path, self.headers.get("authorization")))
-        repo, _, rest = self.path.partition("/resolve/")
-        commit, _, name = rest.partition("/")
-        file = Path(self.directory) / name
-        if repo != f"/{MVDREAM}" or not file.is_file():
-            self.send_error(404)
-            return
-        content = file.read_bytes()
-        self.send_response(200)
-        self.send_header("x-repo-commit", commit)
-        self.send_header("etag", '"0123456789abcdef"')
-        self.send_header("content-length", str(len(content)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *_args) -> None: ...
-
-
 def test_a_checkpoint_is_fetched_from_the_named_endpoint_with_the_token(tmp_path, monkeypatch):
     monkeypatch.undo()
     served = tmp_path / "served"
     served.mkdir()
     (served / "sd-v2.1-base-4view.pt").write_bytes(b"weights")
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Hub, directory=str(served)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
     plain = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     settings = {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         "HF_HOME": str(tmp_path / "home"),
         "HF_TOKEN": "hf_secret",
         "NO_PROXY": "127.0.0.1",
@@ -542,14 +509,15 @@ def test_a_checkpoint_is_fetched_from_the_named_endpoint_with_the_token(tmp_path
         f"print(hub.locate_model({MVDREAM!r}, {PARTS})); print(hub._fetched({MVDREAM!r}, {PARTS}, [])); "
         f"print(hub.locate_model({MVDREAM!r}, {PARTS}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], env=plain | settings, capture_output=True, text=True)
-    server.shutdown()
+    with serving({MVDREAM: served}) as (endpoint, asked):
+        command, environment = [sys.executable, "-c", code], plain | settings | {"HF_ENDPOINT": endpoint}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     before, file, after = done.stdout.splitlines()
     assert before == f"{MVDREAM}/sd-v2.1-base-4view.pt (to be fetched)"
     assert Path(file).is_relative_to(tmp_path / "home")
     assert Path(file).read_bytes() == b"weights"
     assert after == f"{file} (to be converted)"
-    asked = [(path, token) for path, token in Hub.asked if "/resolve/" in path]
-    assert {token for _path, token in asked} == {"Bearer hf_secret"}
-    assert MODELS[MVDREAM][0].revision in asked[0][0]
+    resolved = [request for request in asked if "/resolve/" in request.path]
+    assert {request.authorization for request in resolved} == {"Bearer hf_secret"}
+    assert MODELS[MVDREAM][0].revision in resolved[0].path
