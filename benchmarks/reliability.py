@@ -22,6 +22,7 @@ from faults.files import flipped_bits, full_disks, harmed_files, small_files
 from faults.kills import POLITE, kills, other_modes, starts
 from faults.races import races
 from faults.runs import Undisturbed, undisturbed
+from faults.sweeps import sweeps
 from faults.table import Row, markdown
 
 FAULTS: dict[str, tuple[Callable[[int, int, Path, Undisturbed], Iterator[Row]], int]] = {
@@ -34,6 +35,7 @@ FAULTS: dict[str, tuple[Callable[[int, int, Path, Undisturbed], Iterator[Row]], 
     "limits": (small_files, 8),
     "encoders": (encoders, 10),
     "races": (races, 100),
+    "sweeps": (sweeps, 10),
 }
 """Kinds of fault -> the function that plants them, and how many."""
 

@@ -1,8 +1,11 @@
 """Sweeps: many runs, whose folders alone say how far they are."""
 
 import csv
+import io
+import logging
 import re
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from unittest.mock import Mock
@@ -13,7 +16,7 @@ import torch
 from fourdfy.config import ConfigError
 from fourdfy.launching.cli import main
 from fourdfy.launching.sweeps import command, runners, scheduler
-from fourdfy.launching.sweeps.jobs import Job, Sweep, read_sweep
+from fourdfy.launching.sweeps.jobs import Job, Sweep, SweepConfig, read_sweep
 from fourdfy.launching.sweeps.results import row_of, write_results
 from fourdfy.launching.sweeps.runners import LocalRunner, Runner, Task
 from fourdfy.launching.sweeps.scheduler import Entry, Scheduler, State, seconds_left
@@ -296,8 +299,45 @@ def test_a_task_is_the_command_line_in_a_process_with_a_log(tmp_path):
     assert "--sweep FILE" in tasks[0].log.read_text() and "is required" in tasks[1].log.read_text()
 
 
+def test_a_task_that_is_cancelled_on_a_cluster_may_save_first(tmp_path, monkeypatch):
+    code = (
+        "import signal, sys; signal.signal(15, lambda *_: sys.exit(print('saved')))\n"
+        "print('ready', flush=True); signal.pause()"
+    )
+    task = Task((code,), tmp_path / "log", "x", ("-c",))
+
+    def cancelled(process):
+        while "ready" not in task.log.read_text():
+            time.sleep(0.01)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "wait", cancelled)
+    with pytest.raises(KeyboardInterrupt):
+        task.run()
+    assert task.log.read_text().split() == ["ready", "saved"]
+
+
 # ---------------------------------------------------------------------------------------------
 # The command line, and the results
+
+
+def test_a_terminal_shows_what_runs_and_what_is_logged_above_it(monkeypatch, tmp_path):
+    entry = Entry(Job("a\x1b[2J cube", 3, {}, "x", (), (), ()), tmp_path / "log", 1, State.RUNNING)
+    entry.log.write_text("stage 1/3  40/100\n")
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "80")
+    handler = logging.StreamHandler()
+    monkeypatch.setattr(logging.root, "handlers", [handler])
+    with command.Display(Sweep(SweepConfig()), 1) as display:
+        display.show([entry])
+        logging.getLogger().warning("a job failed")
+    shown = terminal.getvalue()
+    assert re.search(r"a\\x1b\[2J cube, seed 3 +│ stage 1/3  40/100", shown) and "1 running" in shown
+    assert shown.index("1 running") < shown.index("a job failed\n") < shown.rindex("1 running")
+    assert handler.stream is terminal
 
 
 def test_the_command_lists_runs_and_gathers(tmp_path, monkeypatch, capsys, caplog):

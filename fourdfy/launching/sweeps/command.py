@@ -118,11 +118,19 @@ class Display:
     def __enter__(self) -> Display:
         if self._live:
             self._live.start()
+            self._log_above()
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._live:
             self._live.stop()
+            self._log_above()
+
+    def _log_above(self) -> None:
+        """Have what is logged appear above the table, which has put its own stream in place of stderr."""
+        for handler in logging.root.handlers:
+            if type(handler) is logging.StreamHandler:
+                handler.setStream(sys.stderr)
 
     def show(self, entries: Sequence[Entry]) -> None:
         for entry in entries:

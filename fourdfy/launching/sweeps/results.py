@@ -126,7 +126,7 @@ def contact_sheet(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> str:
 def _cell(sweep: Sweep, job: Job, row: Mapping[str, Any]) -> str:
     folder = html.escape(os.path.relpath(row["trial"], sweep.folder), quote=True)
     described = {*job.settings, "prompt", "seed", "stages", "seconds", "trial"}
-    values = [(name, value) for name, value in row.items() if name not in described]
+    values = [(n, v) for n, v in row.items() if n not in described and not isinstance(v, bool)]
     lines = "".join(f"<br>{html.escape(name)} {float(value):.3g}" for name, value in values[:SHOWN])
     clip = _clip(Path(row["trial"]))
     picture = f'<img src="{clip}" alt="{html.escape(job.name, quote=True)}">' if clip else ""
