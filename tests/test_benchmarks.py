@@ -56,8 +56,12 @@ def test_a_soak_sees_what_grows(load, tmp_path, capsys):
         assert soak.report(watch)[1] == fine
 
 
+@pytest.mark.parametrize(
+    ("variants", "options"),
+    [("variants", []), ("variants_wan", ["--config", "configs/shapes_stage_3_wan.yaml"])],
+)
 def test_variants_of_the_third_stage_follow_on_second_ones_of_their_prompt_and_seed(
-    load, tmp_path, monkeypatch, capsys
+    variants, options, load, tmp_path, monkeypatch, capsys
 ):
     shapes, commands = load("shapes"), []
     measured = {"held_out": False, "iou": 0.5, "psnr": 20.0, "colour_ok": True, "fronts": 1, "seconds": 9.0}
@@ -70,31 +74,30 @@ def test_variants_of_the_third_stage_follow_on_second_ones_of_their_prompt_and_s
             Path(command[command.index("--json") + 1]).write_text(json.dumps([row]))
 
     monkeypatch.setattr(shapes, "run_all", run)
-    base, out, variants = (
-        tmp_path / "base",
-        tmp_path / "out",
-        Path(shapes.__file__).with_name("variants.yaml"),
-    )
-    which = ["--out", str(out), "--prompts", "2", "--seed", "0", "--seed", "3"]
-    shapes.main([*which, "--after", str(base), "--variants", str(variants), "trainer.max_steps=9"])
-    ways = yaml.safe_load(variants.read_text())
+    base, out = tmp_path / "base", tmp_path / "out"
+    file = Path(shapes.__file__).with_name(f"{variants}.yaml")
+    which = ["--out", str(out), "--prompts", "2", "--seed", "0", "--seed", "3", *options]
+    shapes.main([*which, "--after", str(base), "--variants", str(file), "trainer.max_steps=9"])
+    ways = yaml.safe_load(file.read_text())
     assert len(commands) == len(ways) * 2 * 2
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"| {[*ways][-1]} | 0.500 | 20.0 | 4/4 | 4/4 | 0.900 | 4/4 | +0.250 | 5.0 |"
 
-    folders = set()
-    for command in commands[1::4]:  # one prompt and seed of each
-        config, options = command[command.index("--config") + 1], command[command.index("--json") + 2 :]
-        folder = base / "trials" / "shapes_stage_2" / "a_blue_ball_spinning"
-        assert f"system.weights={folder / 'ckpts' / 'last.ckpt'}" in options
-        given = load_experiment(
-            [config], [*options, "system.prompt_processor.prompt=a blue ball spinning", "system.weights=null"]
-        )
-        folders.add(given.trial_dir)
-        assert (given.cfg.trainer.max_steps, given.cfg.seed) == (9, 0)
-    assert len(folders) == len(ways), "variants share no folder"
-    assert commands[-1][-1] == "system.prompt_processor_video.prompt_still=a blue ball standing still"
+    *some, last = [
+        command for command in commands if "seed=0" in command and "a blue ball spinning" in command
+    ]
+    folder = base / "trials" / "shapes_stage_2" / "a_blue_ball_spinning"
+    assert all(f"system.weights={folder / 'ckpts' / 'last.ckpt'}" in command for command in [*some, last])
+    assert len({word for words in [*some, last] for word in words if "exp_root" in word}) == len(ways)
+    assert last[-1] == "system.prompt_processor_video.prompt_still=a blue ball standing still"
     assert f"system.weights={base}/trials/none_3/shapes_stage_2/" in " ".join(commands[-1])
+    alone = ["system.prompt_processor.prompt=a blue ball spinning", "system.weights=null"]
+    for options in (
+        [word for words in some for word in words[6:]],
+        last[6:],
+    ):  # the last has another guidance
+        given = load_experiment([last[3]], [*options, *alone])
+        assert given.cfg.trainer.max_steps == 9 and given.cfg.system.guidance_video.still_source
     with pytest.raises(SystemExit):
         shapes.main(["--out", str(out), "--after", str(base)])
     assert "--variants and --after go together" in capsys.readouterr().err
