@@ -1,12 +1,19 @@
 """Code shared by video models whose VAE is causal: one latent of the first frame, then one of several.
 
-N = B F rendered frames, the F = 1 + stride k frames of a clip neighbours in the batch.
+N = B F rendered frames, the F = 1 + stride k frames of a clip neighbours in the batch; f latents in time of
+h x w.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from fourdfy.bounds import number
 from fourdfy.priors.causal_vae import STRIDE, check_frames
@@ -14,6 +21,9 @@ from fourdfy.priors.video import VideoPrior
 
 
 class CausalVideoPrior(VideoPrior):
+    moments: ClassVar[Callable[..., Tensor]]
+    """The function of ``causal_vae`` that encodes by the model's kind of VAE."""
+
     @dataclass(frozen=True, kw_only=True)
     class Config(VideoPrior.Config):
         stride: ClassVar[int] = STRIDE
@@ -56,6 +66,20 @@ class CausalVideoPrior(VideoPrior):
             super().check_group_size(size, key)
 
     cfg: Config
+
+    def encode(
+        self, rgb: Float[Tensor, "N H W 3"], group_size: int, generator: torch.Generator
+    ) -> Float[Tensor, "B C f h w"]:
+        """Latents of clips of ``group_size`` frames: the posterior's means."""
+        clips = self.resized(rgb).unflatten(0, (-1, group_size)).movedim(1, 2)
+        with self._precision():
+            moments = self.moments(self.vae, clips.to(self.vae.dtype) * 2 - 1, self.cfg.low_ram_vae)
+        mean, _ = moments.float().chunk(2, dim=1)
+        return self.normalised(mean)
+
+    @abstractmethod
+    def normalised(self, latents: Float[Tensor, "B C f h w"]) -> Float[Tensor, "B C f h w"]:
+        """What the VAE makes of clips, as the transformer knows it."""
 
     def halve_chunks(self, frames: int) -> dict[str, int]:
         chunked = self.cfg.frames_at_once(frames) > self.cfg.frames_in_chunk

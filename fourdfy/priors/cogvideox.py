@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
@@ -24,6 +23,8 @@ from fourdfy.registry import register
 
 @register("cogvideox")
 class CogVideoX(CausalVideoPrior):
+    moments = staticmethod(cogvideox_moments)
+
     @dataclass(frozen=True, kw_only=True)
     class Config(CausalVideoPrior.Config):
         networks: ClassVar[dict[str, str]] = {
@@ -73,15 +74,8 @@ class CogVideoX(CausalVideoPrior):
 
     cfg: Config
 
-    def encode(
-        self, rgb: Float[Tensor, "N H W 3"], group_size: int, generator: torch.Generator
-    ) -> Float[Tensor, "B C f h w"]:
-        """Latents of clips of ``group_size`` frames: the posterior's means."""
-        clips = self.resized(rgb).unflatten(0, (-1, group_size)).movedim(1, 2)
-        with self._precision():
-            moments = cogvideox_moments(self.vae, clips.to(self.dtype) * 2 - 1, self.cfg.low_ram_vae)
-        mean, _ = moments.float().chunk(2, dim=1)
-        return mean * self.vae.config.scaling_factor
+    def normalised(self, latents: Float[Tensor, "B C f h w"]) -> Float[Tensor, "B C f h w"]:
+        return latents * self.vae.config.scaling_factor
 
     def predict(
         self,

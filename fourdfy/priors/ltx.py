@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
@@ -28,6 +27,8 @@ SIDE = 32
 
 @register("ltx")
 class LTX(CausalVideoPrior):
+    moments = staticmethod(ltx_moments)
+
     @dataclass(frozen=True, kw_only=True)
     class Config(CausalVideoPrior.Config):
         networks: ClassVar[dict[str, str]] = {
@@ -64,19 +65,12 @@ class LTX(CausalVideoPrior):
     def halve_chunks(self, frames: int) -> dict[str, int]:
         return {} if self.cfg.low_ram_vae > 0 else super().halve_chunks(frames)
 
-    def encode(
-        self, rgb: Float[Tensor, "N H W 3"], group_size: int, generator: torch.Generator
-    ) -> Float[Tensor, "B C f h w"]:
-        """Latents of clips of ``group_size`` frames: the posterior's means."""
-        clips = self.resized(rgb).unflatten(0, (-1, group_size)).movedim(1, 2)
-        with self._precision():
-            moments = ltx_moments(self.vae, clips.to(self.dtype) * 2 - 1, self.cfg.low_ram_vae)
-        mean, _ = moments.float().chunk(2, dim=1)
+    def normalised(self, latents: Float[Tensor, "B C f h w"]) -> Float[Tensor, "B C f h w"]:
         # Unlike those of other models, they are among the weights.
         centre, spread = (
             numbers.float().reshape(-1, 1, 1, 1) for numbers in (self.vae.latents_mean, self.vae.latents_std)
         )
-        return (mean - centre) * self.vae.config.scaling_factor / spread
+        return (latents - centre) * self.vae.config.scaling_factor / spread
 
     def predict(
         self,

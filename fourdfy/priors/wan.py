@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -26,6 +25,8 @@ PATCH = 2
 
 @register("wan")
 class Wan(CausalVideoPrior):
+    moments = staticmethod(wan_moments)
+
     patch: ClassVar[int] = PATCH
 
     @dataclass(frozen=True, kw_only=True)
@@ -65,16 +66,10 @@ class Wan(CausalVideoPrior):
 
     cfg: Config
 
-    def encode(
-        self, rgb: Float[Tensor, "N H W 3"], group_size: int, generator: torch.Generator
-    ) -> Float[Tensor, "B C f h w"]:
-        """Latents of clips of ``group_size`` frames: the posterior's means, as the model was trained with."""
-        clips = self.resized(rgb).unflatten(0, (-1, group_size)).movedim(1, 2)
-        with self._precision():
-            mean, _ = wan_moments(self.vae, clips.float() * 2 - 1, self.cfg.low_ram_vae).chunk(2, dim=1)
+    def normalised(self, latents: Float[Tensor, "B C f h w"]) -> Float[Tensor, "B C f h w"]:
         scales = self.vae.config.latents_mean, self.vae.config.latents_std
-        centre, spread = (mean.new_tensor(numbers).reshape(-1, 1, 1, 1) for numbers in scales)
-        return (mean - centre) / spread
+        centre, spread = (latents.new_tensor(numbers).reshape(-1, 1, 1, 1) for numbers in scales)
+        return (latents - centre) / spread
 
     def time_embedding(self, network: Network) -> nn.Module:
         return network.condition_embedder.time_embedder
