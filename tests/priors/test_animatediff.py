@@ -110,6 +110,16 @@ def test_the_lora_may_sit_on_another_image_model_with_the_same_layers_in_time(fo
     assert torch.equal(own.schedule.alphas_cumprod, second.schedule.alphas_cumprod), "linear as well"
 
 
+def test_versions_with_layers_in_the_middle_load_too(folder, tmp_path):
+    with_middle = save_animatediff(tmp_path / "v2", in_the_middle=True)
+    for place, wanted in ((with_middle, True), (folder, False)):
+        network = small("animatediff-guidance", place).prior.denoiser.network
+        names = [name for name, _ in network.named_parameters() if "motion_modules" in name]
+        assert any(name.startswith("mid_block") for name in names) is wanted
+        saved = MotionAdapter.from_pretrained(place / "motion_adapter")
+        assert len(names) == len(list(saved.parameters()))
+
+
 def test_attention_in_time_is_packed_and_nothing_else(folder):
     network = small("animatediff-guidance", folder).prior.denoiser.network
     pack_attention_in_time(network)
