@@ -125,8 +125,8 @@ def save_wan(folder: Path, seed: int = 0) -> Path:
 
 
 def save_animatediff(folder: Path, seed: int = 0, in_the_middle: bool = False) -> Path:
-    """Stable Diffusion, and in ``motion_adapter`` the layers in time: of version 3, or of version 2, which has
-    some ``in_the_middle``."""
+    """Stable Diffusion, and in ``motion_adapter`` the layers in time: those of version 3, or of version 2,
+    which has some ``in_the_middle``."""
     save_stable_diffusion(folder, seed=seed)
     config = {"motion_layers_per_block": 1, "motion_norm_num_groups": 8, "motion_num_attention_heads": 2}
     config |= {"block_out_channels": (16, 32), "use_motion_mid_block": in_the_middle}

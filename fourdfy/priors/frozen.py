@@ -28,6 +28,7 @@ from fourdfy.ops.finite import not_finite
 from fourdfy.ops.recomputation import recomputed
 from fourdfy.priors.base import DDPMSchedule, FlowSchedule, Network, NoiseSchedule
 from fourdfy.priors.convert import no_progress_bar
+from fourdfy.priors.half_copy import converted_once, keep_converted
 from fourdfy.priors.model_folder import (
     PIECES,
     TEXT_ENCODERS,
@@ -169,14 +170,18 @@ def load_text_encoder(
     check_part(folder, part, class_name)
     import transformers
 
-    with no_progress_bar(), loading(folder / part):
+    home = converted_once(folder, part) if dtype == torch.bfloat16 else folder
+    with no_progress_bar(), loading(home / part):
         encoder, found = getattr(transformers, class_name).from_pretrained(
-            folder / part, dtype=dtype, **_loading_options(folder, part, dtype)
+            home / part, dtype=dtype, **_loading_options(home, part, dtype)
         )
         _check_complete(found)
         if (most := len(words)) > (known_words := encoder.config.vocab_size):
             raise ValueError(f"the tokenizer has {most} tokens, of which it knows {known_words}")
-        return words, _checked(freeze(encoder.to(device)))
+        _checked(freeze(encoder.to(device)))
+        if dtype == torch.bfloat16 and home is folder:
+            keep_converted(encoder, folder, part)
+    return words, encoder
 
 
 def load_tokenizer(folder: Path, class_name: str = "CLIPTokenizer", number: str = "") -> Any:
