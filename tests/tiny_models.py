@@ -53,25 +53,25 @@ def save_stable_diffusion(
 ) -> Path:
     """Stable Diffusion: UNet2D, VAE, scheduler, tokenizer, CLIP text encoder."""
     torch.manual_seed(seed)
-    _save_common(folder, "StableDiffusionPipeline", "UNet2DConditionModel", prediction_type)
-    _randomise(UNet2DConditionModel(**_unet_config(sample_size))).save_pretrained(folder / "unet")
+    save_common(folder, "StableDiffusionPipeline", "UNet2DConditionModel", prediction_type)
+    randomise(UNet2DConditionModel(**unet_config(sample_size))).save_pretrained(folder / "unet")
     return folder
 
 
 def save_multi_view(folder: Path, sample_size: int = SAMPLE_SIZE, seed: int = 0) -> Path:
     """MVDream as a diffusers folder: the U-Net takes 16 camera numbers as a projected class label."""
     torch.manual_seed(seed)
-    _save_common(folder, "StableDiffusionPipeline", "UNet2DConditionModel", "epsilon")
-    config = _unet_config(sample_size)
+    save_common(folder, "StableDiffusionPipeline", "UNet2DConditionModel", "epsilon")
+    config = unet_config(sample_size)
     config |= {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 16}
-    _randomise(UNet2DConditionModel(**config)).save_pretrained(folder / "unet")
+    randomise(UNet2DConditionModel(**config)).save_pretrained(folder / "unet")
     return folder
 
 
 def save_zeroscope(folder: Path, sample_size: int = SAMPLE_SIZE, seed: int = 0) -> Path:
     """ZeroScope: UNet3D and the parts of Stable Diffusion."""
     torch.manual_seed(seed)
-    _save_common(folder, "TextToVideoSDPipeline", "UNet3DConditionModel", "epsilon")
+    save_common(folder, "TextToVideoSDPipeline", "UNet3DConditionModel", "epsilon")
     _save_video_unet(folder, sample_size)
     return folder
 
@@ -79,7 +79,7 @@ def save_zeroscope(folder: Path, sample_size: int = SAMPLE_SIZE, seed: int = 0) 
 def save_videocrafter2(folder: Path, sample_size: int = SAMPLE_SIZE, seed: int = 0) -> Path:
     """VideoCrafter2 as it is after conversion: ZeroScope's parts and ``fps_embedding``."""
     torch.manual_seed(seed)
-    _save_common(folder, "TextToVideoSDPipeline", "UNet3DConditionModel", "epsilon")
+    save_common(folder, "TextToVideoSDPipeline", "UNet3DConditionModel", "epsilon")
     unet = _save_video_unet(folder, sample_size)
     place = folder / "fps_embedding"
     place.mkdir()
@@ -104,8 +104,8 @@ def save_wan(folder: Path, seed: int = 0) -> Path:
         num_layers=2,
         rope_max_seq_len=32,
     )
-    _randomise(transformer).save_pretrained(folder / "transformer")
-    _randomise(AutoencoderKLWan(base_dim=4, num_res_blocks=1)).save_pretrained(folder / "vae")
+    randomise(transformer).save_pretrained(folder / "transformer")
+    randomise(AutoencoderKLWan(base_dim=4, num_res_blocks=1)).save_pretrained(folder / "vae")
     UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     ).save_pretrained(folder / "scheduler")
@@ -131,7 +131,7 @@ def save_animatediff(folder: Path, seed: int = 0, in_the_middle: bool = False) -
     config = {"motion_layers_per_block": 1, "motion_norm_num_groups": 8, "motion_num_attention_heads": 2}
     config |= {"block_out_channels": (16, 32), "use_motion_mid_block": in_the_middle}
     adapter = MotionAdapter(**config)
-    _randomise(adapter).save_pretrained(folder / "motion_adapter")
+    randomise(adapter).save_pretrained(folder / "motion_adapter")
     return folder
 
 
@@ -201,7 +201,7 @@ def save_clip_text(folder: Path, number: str = "", encoder_class: type = CLIPTex
     encoder_class(text_config).save_pretrained(folder / f"text_encoder{number}")
 
 
-def _save_common(folder: Path, pipeline: str, unet_class: str, prediction_type: str) -> None:
+def save_common(folder: Path, pipeline: str, unet_class: str, prediction_type: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     save_clip_text(folder)
     vae = AutoencoderKL(
@@ -245,7 +245,7 @@ def _save_video_unet(folder: Path, sample_size: int) -> UNet3DConditionModel:
         cross_attention_dim=TEXT_WIDTH,
         attention_head_dim=8,
     )
-    _randomise(unet).save_pretrained(folder / "unet")
+    randomise(unet).save_pretrained(folder / "unet")
     return unet
 
 
@@ -277,7 +277,7 @@ def _original_state(name: str, networks: dict[str, torch.nn.Module]) -> dict[str
     ours = {}
     for part, network in networks.items():
         prefix = "fps_embedding." if part == "fps_embedding" else ""
-        ours[part] = {prefix + key: value for key, value in _randomise(network).state_dict().items()}
+        ours[part] = {prefix + key: value for key, value in randomise(network).state_dict().items()}
     ours["unet"] |= ours.pop("fps_embedding", {})
     maps = {"unet": f"{name}_unet", "vae": "vae", "text_encoder": "openclip_text"}
     tables = {part: json.loads((KEY_MAPS / f"{file}.json").read_text()) for part, file in maps.items()}
@@ -296,7 +296,7 @@ def _original_state(name: str, networks: dict[str, torch.nn.Module]) -> dict[str
     return state
 
 
-def _unet_config(sample_size: int) -> dict:
+def unet_config(sample_size: int) -> dict:
     return {
         "sample_size": sample_size,
         "block_out_channels": (16, 32),
@@ -310,7 +310,7 @@ def _unet_config(sample_size: int) -> dict:
     }
 
 
-def _randomise(network: torch.nn.Module) -> torch.nn.Module:
+def randomise(network: torch.nn.Module) -> torch.nn.Module:
     """Some layers start at zero (temporal convolutions, say) and would hide what they do."""
     for parameter in network.parameters():
         if not parameter.any():

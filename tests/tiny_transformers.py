@@ -26,10 +26,10 @@ from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, 
 from tests.tiny_models import (
     SAMPLE_SIZE,
     TEXT_WIDTH,
-    _randomise,
-    _save_common,
-    _unet_config,
+    randomise,
     save_clip_text,
+    save_common,
+    unet_config,
     unigram_pieces,
 )
 
@@ -64,14 +64,14 @@ def save_cogvideox(folder: Path, seed: int = 0, rotary: bool = False) -> Path:
         sample_frames=9,
         use_rotary_positional_embeddings=rotary,
     )
-    _randomise(transformer).save_pretrained(folder / "transformer")
+    randomise(transformer).save_pretrained(folder / "transformer")
     vae = AutoencoderKLCogVideoX(
         block_out_channels=(4, 4, 4, 4),
         layers_per_block=1,
         norm_num_groups=2,
         scaling_factor=0.7 if rotary else 1.15258426,
     )
-    _randomise(vae).save_pretrained(folder / "vae")
+    randomise(vae).save_pretrained(folder / "vae")
     CogVideoXDDIMScheduler(
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
@@ -96,7 +96,7 @@ def save_ltx(folder: Path, seed: int = 0, version: str = "0.9.0") -> Path:
         num_layers=2,
         caption_channels=TEXT_WIDTH,
     )
-    _randomise(transformer).save_pretrained(folder / "transformer")
+    randomise(transformer).save_pretrained(folder / "transformer")
     vae = AutoencoderKLLTXVideo(
         latent_channels=LTX_CHANNELS,
         decoder_block_out_channels=(8,) * 4,
@@ -107,7 +107,7 @@ def save_ltx(folder: Path, seed: int = 0, version: str = "0.9.0") -> Path:
     # Mean and spread of latents are weights, which the config does not hold.
     vae.latents_mean.normal_()
     vae.latents_std.uniform_(0.5, 2.0)
-    _randomise(vae).save_pretrained(folder / "vae")
+    randomise(vae).save_pretrained(folder / "vae")
     by_tokens = {"base_shift": 0.95, "max_shift": 2.05, "base_image_seq_len": 1024, "max_image_seq_len": 4096}
     levels = {"use_dynamic_shifting": True, "shift_terminal": 0.1, **by_tokens} if version == "0.9.0" else {}
     FlowMatchEulerDiscreteScheduler(**levels).save_pretrained(folder / "scheduler")
@@ -118,12 +118,12 @@ def save_ltx(folder: Path, seed: int = 0, version: str = "0.9.0") -> Path:
 def save_sdxl(folder: Path, seed: int = 0) -> Path:
     """Stable Diffusion XL: a U-Net that is told sizes and a vector for the text, and two CLIPs."""
     torch.manual_seed(seed)
-    _save_common(folder, "StableDiffusionXLPipeline", "UNet2DConditionModel", "epsilon")
+    save_common(folder, "StableDiffusionXLPipeline", "UNet2DConditionModel", "epsilon")
     save_clip_text(folder, "_2", CLIPTextModelWithProjection)
-    config = _unet_config(SAMPLE_SIZE) | {"cross_attention_dim": 2 * TEXT_WIDTH}
+    config = unet_config(SAMPLE_SIZE) | {"cross_attention_dim": 2 * TEXT_WIDTH}
     config |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
     config |= {"projection_class_embeddings_input_dim": 6 * 8 + TEXT_WIDTH}
-    _randomise(UNet2DConditionModel(**config)).save_pretrained(folder / "unet")
+    randomise(UNet2DConditionModel(**config)).save_pretrained(folder / "unet")
     EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
     ).save_pretrained(folder / "scheduler")
@@ -148,7 +148,7 @@ def save_sd3(folder: Path, seed: int = 0) -> Path:
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     )
-    _randomise(transformer).save_pretrained(folder / "transformer")
+    randomise(transformer).save_pretrained(folder / "transformer")
     vae = AutoencoderKL(
         block_out_channels=(8, 8, 16),
         down_block_types=("DownEncoderBlock2D",) * 3,

@@ -1,4 +1,4 @@
-"""``--fetch`` of the video models of today, from a hub on this machine."""
+"""``--fetch`` of the models of today, from a hub on this machine."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from fourdfy.priors import hub
 from tests.commands import CONFIGS
 from tests.fake_hub import NEWEST, serving
 from tests.tiny_models import save_animatediff, save_multi_view, save_stable_diffusion, save_wan
-from tests.tiny_transformers import save_cogvideox, save_ltx
+from tests.tiny_transformers import save_cogvideox, save_ltx, save_sd3, save_sdxl
 
 MODELS = {
     "wan": (save_wan, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
     "ltx": (save_ltx, "Lightricks/LTX-Video"),
     "cogvideox": (save_cogvideox, "zai-org/CogVideoX-2b"),
     "animatediff": (save_animatediff, "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    "sdxl": (save_sdxl, "stabilityai/stable-diffusion-xl-base-1.0"),
+    "sd3": (save_sd3, "stabilityai/stable-diffusion-3.5-medium"),
 }
-"""The end of a config's name -> what makes its model, and its name on the hub."""
+"""The end of a config's name, or an overlay -> what makes its model, and its name on the hub."""
 ADAPTER = "guoyww/animatediff-motion-adapter-v1-5-3"
 NOT_WANTED = ("README.md", "ltx-video-2b-v0.9.1.safetensors", "transformer/unused.safetensors")
 
@@ -41,9 +43,7 @@ def others(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_video_model_is_fetched_once_at_its_commit_and_found_offline(
-    kind, others, tmp_path, monkeypatch, caplog
-):
+def test_a_model_is_fetched_once_at_its_commit_and_found_offline(kind, others, tmp_path, monkeypatch, caplog):
     save, name = MODELS[kind]
     served = {name: save(tmp_path / "served" / "model")}
     if kind == "animatediff":
@@ -52,7 +52,12 @@ def test_a_video_model_is_fetched_once_at_its_commit_and_found_offline(
         for file in NOT_WANTED:
             (folder / file).parent.mkdir(exist_ok=True)
             (folder / file).write_bytes(b"not wanted")
-    command = ["--config", str(CONFIGS / f"fourdfy_stage_3_{kind}.yaml"), "--fetch", "--gpu", "cpu", *others]
+    files, own = [f"fourdfy_stage_3_{kind}.yaml"], ()
+    if (CONFIGS / "overlays" / f"{kind}.yaml").exists():
+        files = ["fourdfy_stage_2.yaml", f"overlays/{kind}.yaml"]
+        own = ("system.prompt_processor.", "system.guidance.")
+    command = [word for file in files for word in ("--config", str(CONFIGS / file))]
+    command += ["--fetch", "--gpu", "cpu", *(line for line in others if not line.startswith(own))]
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         monkeypatch.delenv(variable, raising=False)
