@@ -1,5 +1,7 @@
 """The runners of clusters, with real ones of one machine: a local Ray cluster, submitit's local executor."""
 
+import subprocess
+import sys
 import time
 
 import pytest
@@ -23,6 +25,22 @@ def tasks(tmp_path):
 
 
 @pytest.fixture
+def endless(tmp_path):
+    """Says that it is ready, and when it is asked to stop that it has saved."""
+    code = (
+        "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(print('saved')))\n"
+        "print('ready', flush=True)\nwhile True: signal.pause()"
+    )
+    return Task((code,), tmp_path / "endless.log", "c", ("-c",))
+
+
+def wait_until_ready(task: Task) -> None:
+    until = time.monotonic() + 60
+    while not (task.log.exists() and "ready" in task.log.read_text()) and time.monotonic() < until:
+        time.sleep(0.05)
+
+
+@pytest.fixture
 def ray_cluster():
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
@@ -30,24 +48,49 @@ def ray_cluster():
     ray.shutdown()
 
 
-def test_tasks_run_on_a_ray_cluster(ray_cluster, tasks, tmp_path, monkeypatch):
+def test_a_task_that_is_cancelled_saves_first(endless, monkeypatch):
+    def cancelled(process):
+        wait_until_ready(endless)
+        monkeypatch.undo()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "poll", cancelled)
+    with pytest.raises(KeyboardInterrupt):
+        endless.run()
+    assert endless.log.read_text().split() == ["ready", "saved"]
+
+
+def test_tasks_run_on_a_ray_cluster(ray_cluster, tasks, endless):
     runner = find("ray", Runner).Config().build("cpu")
     assert runner.capacity == 2
     assert statuses(runner, tasks) == [0, 2]
     assert "--sweep FILE" in tasks[0].log.read_text()
+    (handle,) = runner.start([endless])
+    wait_until_ready(endless)
+    runner.stop(handle)
+    while runner.poll(handle) is None:
+        time.sleep(0.1)
+    assert "saved" in endless.log.read_text()
     with pytest.raises(ConfigError, match=r"no machine of the Ray cluster has 1 GPUs and 1 processors"):
         find("ray", Runner).Config().build(None)
 
 
-def test_tasks_run_in_submitit_s_local_executor(tasks, tmp_path):
+def test_tasks_run_in_submitit_s_local_executor(tasks, endless, tmp_path):
     pytest.importorskip("submitit")
     runner = find("slurm", Runner).Config(folder=str(tmp_path), cluster="local").build("cpu")
     assert statuses(runner, tasks) == [0, 2]
     assert "--sweep FILE" in tasks[0].log.read_text()
+    (handle,) = runner.start([endless])
+    wait_until_ready(endless)
+    runner.stop(handle)
+    until = time.monotonic() + 30
+    while "saved" not in endless.log.read_text() and time.monotonic() < until:
+        time.sleep(0.1)
+    assert "saved" in endless.log.read_text()
 
 
 @pytest.mark.parametrize(("name", "advice"), [("ray", "ray>=2.50"), ("slurm", "submitit")])
 def test_what_is_not_installed_is_named_with_what_to_type(name, advice, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, {"slurm": "submitit"}.get(name, name), None)
+    monkeypatch.setitem(sys.modules, {"slurm": "submitit"}.get(name, name), None)
     with pytest.raises(ConfigError, match=f"runner.type={name}: .*pip install .*{advice}"):
         find(name, Runner).Config().build(None)

@@ -38,7 +38,9 @@ class Task:
         """Run it to its exit status; an exception meanwhile asks it to stop, and waits until it has."""
         process = self.start(environment)
         try:
-            return process.wait()
+            while (status := process.poll()) is None:  # Ray interrupts nothing that waits in C
+                time.sleep(POLL_SECONDS)
+            return status
         except BaseException:
             process.terminate()
             process.wait()

@@ -150,11 +150,12 @@ class Scheduler:
     def _stop(self) -> None:
         """Have all tasks save and end, and wait for them."""
         until = time.monotonic() + STOP_SECONDS
-        for entry in self._in(State.RUNNING):
+        running = self._in(State.RUNNING)
+        if running:
+            logger.info("stopping %d jobs, which save first", len(running))
+        for entry in running:
             self.runner.stop(entry.handle)
-        while time.monotonic() < until and any(
-            self.runner.poll(entry.handle) is None for entry in self._in(State.RUNNING)
-        ):
+        while time.monotonic() < until and any(self.runner.poll(entry.handle) is None for entry in running):
             time.sleep(POLL_SECONDS)
 
 
