@@ -121,8 +121,12 @@ def test_versions_with_layers_in_the_middle_load_too(folder, tmp_path):
 
 
 def test_attention_in_time_is_packed_and_nothing_else(folder):
-    network = small("animatediff-guidance", folder).prior.denoiser.network
+    prior = small("animatediff-guidance", folder).prior
+    network, told = prior.denoiser.network, (torch.tensor([500]), TEXT.text)
+    noisy = torch.randn(1, 4, 3, 6, 8, generator=torch.Generator().manual_seed(0))
+    plain = prior.predict(network, noisy, *told)
     pack_attention_in_time(network)
+    torch.testing.assert_close(prior.predict(network, noisy, *told), plain, rtol=1e-4, atol=1e-5)
     kernels = network.attn_processors
     assert all(isinstance(kernels[name], PackedAttention) == ("motion_modules" in name) for name in kernels)
     assert any("motion_modules" in name for name in kernels)
