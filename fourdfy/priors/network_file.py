@@ -101,6 +101,7 @@ OR_NULL = (
     "num_class_embeds", "pad_token_id", "patch_size", "projection_class_embeddings_input_dim",
     "reverse_transformer_layers_per_block", "sample_size", "shift_factor", "temporal_compression_ratio",
     "time_cond_proj_dim", "time_embedding_act_fn", "time_embedding_dim", "timestep_post_act",
+    "upcast_attention",
 )  # fmt: skip
 """Keys that may be null."""
 

@@ -18,8 +18,14 @@ from fourdfy.priors.pooled import split_pooled
 from fourdfy.registry import register
 
 
+PATCH = 2
+"""Latents along each side of what the transformer takes as one."""
+
+
 @register("sd3")
 class StableDiffusion3(LatentPrior):
+    patch: ClassVar[int] = PATCH
+
     @dataclass(frozen=True, kw_only=True)
     class Config(LatentPrior.Config):
         networks: ClassVar[dict[str, str]] = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"}
@@ -36,7 +42,7 @@ class StableDiffusion3(LatentPrior):
 
         @staticmethod
         def multiple(vae: Mapping[str, Any], denoiser: Mapping[str, Any]) -> int:
-            return LatentPrior.Config.multiple(vae, denoiser) * denoiser.get("patch_size", 2)
+            return LatentPrior.Config.multiple(vae, denoiser) * PATCH
 
         def check_models(self) -> None:
             super().check_models()

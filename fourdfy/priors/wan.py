@@ -25,6 +25,7 @@ PATCH = 2
 
 @register("wan")
 class Wan(CausalVideoPrior):
+    patch: ClassVar[int] = PATCH
     moments = staticmethod(wan_moments)
 
     patch: ClassVar[int] = PATCH

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from transformers import (
 from fourdfy.config import ConfigError, parse_config
 from fourdfy.guidance.base import Guidance
 from fourdfy.priors.acceleration import _layers
-from fourdfy.priors.frozen import load_noise_schedule
+from fourdfy.priors.frozen import load_noise_schedule, load_part
 from fourdfy.priors.pooled import split_pooled
 from fourdfy.prompts.base import PromptProcessor
 from fourdfy.registry import find
@@ -202,6 +204,29 @@ def test_the_published_scheduler_files_are_understood(name, file, known, tmp_pat
     assert schedule.prediction == known
     if name == "sd3":
         assert schedule.shift == 3.0
+
+
+def test_the_published_descriptions_are_understood(folders, tmp_path):
+    """Of the U-Net of SDXL, whose file has a null for nearly all that it does without."""
+    nulls = (
+        "class_embed_type", "cross_attention_norm", "encoder_hid_dim", "encoder_hid_dim_type",
+        "mid_block_only_cross_attention", "num_attention_heads", "num_class_embeds", "time_cond_proj_dim",
+        "time_embedding_act_fn", "time_embedding_dim", "timestep_post_act", "upcast_attention",
+    )  # fmt: skip
+    copy = shutil.copytree(folders["sdxl"] / "unet", tmp_path / "unet").parent
+    file = copy / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict.fromkeys(nulls)))
+    load_part(copy, "unet", "UNet2DConditionModel", dtype=torch.float32, device=CPU)
+
+
+def test_a_shift_by_size_counts_patches_of_latents(folders, tmp_path):
+    """Some files for Stable Diffusion 3 have one, of about 3 for 1024 x 1024 pixels."""
+    copy = shutil.copytree(folders["sd3"], tmp_path / "model")
+    file = copy / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_dynamic_shifting": True}))
+    prior = make("sd3-guidance", copy, height=32, width=32).prior
+    levels = prior.levels(prior.denoiser.schedule, torch.empty(1, 16, 128, 128))
+    assert levels.shift == pytest.approx(math.exp(1.15))
 
 
 @pytest.mark.parametrize(("name", "multiple", "nearest"), [("sdxl", 8, 1000), ("sd3", 16, 1008)])
