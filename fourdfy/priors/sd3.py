@@ -17,7 +17,6 @@ from fourdfy.priors.latent import LatentPrior
 from fourdfy.priors.pooled import split_pooled
 from fourdfy.registry import register
 
-
 PATCH = 2
 """Latents along each side of what the transformer takes as one."""
 
