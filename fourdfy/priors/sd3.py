@@ -23,8 +23,6 @@ PATCH = 2
 
 @register("sd3")
 class StableDiffusion3(LatentPrior):
-    patch: ClassVar[int] = PATCH
-
     @dataclass(frozen=True, kw_only=True)
     class Config(LatentPrior.Config):
         networks: ClassVar[dict[str, str]] = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"}
@@ -58,7 +56,7 @@ class StableDiffusion3(LatentPrior):
             return stored_description(name, "text_encoder_3").get("d_model")
 
     cfg: Config
-    patch: ClassVar[int] = 2
+    patch: ClassVar[int] = PATCH
 
     def told(
         self,

@@ -25,7 +25,6 @@ PATCH = 2
 
 @register("wan")
 class Wan(CausalVideoPrior):
-    patch: ClassVar[int] = PATCH
     moments = staticmethod(wan_moments)
 
     patch: ClassVar[int] = PATCH
