@@ -50,6 +50,8 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "ray>=2.50",
+            "submitit>=1.5",
             "hypothesis>=6",
             "ruff>=0.9",
             "mypy>=2.4",

@@ -100,7 +100,7 @@ def _sweep(args: argparse.Namespace, stop: StopSignals) -> int:
     given = {
         "config": args.config and [str(name) for name in args.config],
         "seeds": args.seeds,
-        "runner": args.per_gpu and {"type": "local", "per_gpu": args.per_gpu},
+        "per_gpu": args.per_gpu,
     }
     given = {key: value for key, value in given.items() if value is not None}
     return sweep(args.sweep, given, args.overrides, mode=args.sweep_mode, gpu=args.gpu, stop=stop)

@@ -104,12 +104,27 @@ def test_the_jobs_are_all_combinations_and_each_has_a_folder(made, tmp_path):
     assert given[-5:-3] == ["trainer.max_steps=2", "seed=3"] and f"tag={tag}" in given
 
 
+def test_keys_of_a_grid_that_end_alike_are_told_apart():
+    grid = {"stage_1.trainer.max_steps": [1], "stage_2.trainer.max_steps": [3], "a.b": [True]}
+    ((words, given),) = Sweep(SweepConfig(grid=grid))._combinations()
+    assert words == {"stage_1.trainer.max_steps": "1", "stage_2.trainer.max_steps": "3", "b": "true"}
+    assert given == ["stage_1.trainer.max_steps=1", "stage_2.trainer.max_steps=3", "a.b=true"]
+
+
 def test_a_text_file_of_prompts_is_a_sweep_too(tmp_path):
     (tmp_path / "prompts.txt").write_text("a red cube bouncing\n\n# not this one\na blue ball spinning\n")
     given = {"config": [STAGE], "seeds": "0-3"}
     sweep = read_sweep(tmp_path / "prompts.txt", given, [f"exp_root_dir={tmp_path}"])
     assert [(job.prompt, job.seed) for job in sweep.jobs] == [(p, s) for p in PROMPTS for s in range(4)]
     assert sweep.root == tmp_path
+
+
+def test_the_command_line_says_how_many_run_on_a_gpu(tmp_path):
+    (tmp_path / "many.yaml").write_text("runner: {type: local}")
+    assert read_sweep(tmp_path / "many.yaml", {"per_gpu": 3}, []).cfg.runner.per_gpu == 3
+    (tmp_path / "many.yaml").write_text("runner: {type: ray}")
+    with pytest.raises(ConfigError, match=r"runner\.per_gpu.*: unknown key of ray; local has it"):
+        read_sweep(tmp_path / "many.yaml", {"per_gpu": 3}, [])
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,8 @@ class Job:
     prompt: str | None
     seed: int
     settings: Mapping[str, str]
-    """What distinguishes it besides prompt and seed: keys of the grid, and ``settings``, as texts."""
+    """What distinguishes it besides prompt and seed, as texts: ``settings``, and keys of the grid, by their
+    last word where that is enough."""
     tag: str
     trials: tuple[Path, ...]
     """The trial folder of each stage."""
@@ -90,7 +91,7 @@ class Job:
     @property
     def name(self) -> str:
         """For people: the prompt, the settings and the seed."""
-        given = [f"{key.rpartition('.')[2]} {value}" for key, value in self.settings.items()]
+        given = [f"{key} {value}" for key, value in self.settings.items()]
         return ", ".join([*([self.prompt] if self.prompt else []), *given, f"seed {self.seed}"])
 
     def has_finished(self, stages: int) -> bool:
@@ -174,11 +175,13 @@ class Sweep:
         return jobs
 
     def _combinations(self) -> Iterator[tuple[dict[str, str], list[str]]]:
-        grid = [[(key, _text(value)) for value in values] for key, values in self.cfg.grid.items()]
+        keys = [*self.cfg.grid]
+        last = [key.rpartition(".")[2] for key in keys]
+        labels = [word if last.count(word) == 1 else key for key, word in zip(keys, last, strict=True)]
         for name in self.cfg.settings or [""]:
-            for point in itertools.product(*grid):
-                words = {**({"settings": name} if name else {}), **dict(point)}
-                own = [f"{key}={value}" for key, value in point]
+            for point in itertools.product(*([*map(_text, values)] for values in self.cfg.grid.values())):
+                words = ({"settings": name} if name else {}) | dict(zip(labels, point, strict=True))
+                own = [f"{key}={value}" for key, value in zip(keys, point, strict=True)]
                 yield words, [*self.cfg.overrides, *self.cfg.settings.get(name, ()), *own]
 
     def _stages(self, given: Sequence[str]) -> list[Experiment]:
@@ -200,7 +203,7 @@ class Sweep:
         given: list[str],
         stages: list[Experiment],
     ) -> Job:
-        distinct = [f"{key.rpartition('.')[2]}={value}" for key, value in words.items()]
+        distinct = [f"{key}={value}" for key, value in words.items()]
         tag = sanitize_tag(" ".join([*([prompt] if prompt else []), *distinct, f"seed {seed}"]))
         prompts = [] if prompt is None else [literal_override(PROMPT, prompt)]
         configs = [word for name in self.cfg.config for word in ("--config", str(find_config(name)))]
@@ -219,7 +222,7 @@ def read_sweep(file: Path, given: Mapping[str, Any], overrides: Sequence[str]) -
     """The sweep of a YAML file, or of a text file of prompts, one in each line.
 
     Args:
-        given: keys of ``SweepConfig`` that replace the file's.
+        given: keys of ``SweepConfig`` that replace the file's, and ``per_gpu`` of its runner.
         overrides: ``key=value`` for all jobs, after the file's own.
 
     Raises:
@@ -235,6 +238,9 @@ def read_sweep(file: Path, given: Mapping[str, Any], overrides: Sequence[str]) -
         values["config"] = [str(find_config(str(name), file.parent)) for name in names]
         if isinstance(prompts := values.get("prompts"), str):
             values["prompts"] = str(file.parent / prompts)
+    given = dict(given)
+    if (per_gpu := given.pop("per_gpu", None)) is not None:
+        values["runner"] = {"type": "local", **values.get("runner", {}), "per_gpu": per_gpu}
     roots = [word.partition("=")[2] for word in overrides if word.startswith("exp_root_dir=")]
     overrides = [word for word in overrides if not word.startswith("exp_root_dir=")]
     values |= {**given, **({"exp_root_dir": expand_path(roots[-1])} if roots else {})}
