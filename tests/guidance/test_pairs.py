@@ -6,7 +6,11 @@ import torch
 from fourdfy.config import ConfigError, parse_config
 from fourdfy.guidance.base import Guidance
 from fourdfy.registry import find, names
-from tests.guidance.networks import TEXT, make, run
+from tests.guidance.networks import TEXT, context, images, make, run
+from tests.guidance.reference import cameras, embeddings
+from tests.renders import images_of
+from tests.tiny_models import save_animatediff, save_wan
+from tests.tiny_transformers import save_cogvideox, save_ltx
 
 SIZE = {"height": None, "width": None}
 PRIORS = {
@@ -45,6 +49,29 @@ def test_any_prior_takes_all_variants_together(tiny, prior, distillation, mode):
     rgb, out = run(guidance)
     out.losses[guidance.losses[0]].backward()
     assert rgb.grad.isfinite().all() and rgb.grad.abs().amax(dim=(1, 2, 3)).gt(0).all()
+
+
+MODERN = {
+    "animatediff": (save_animatediff, 4, 77),
+    "wan": (save_wan, 5, 512),
+    "cogvideox": (save_cogvideox, 9, 226),
+    "ltx": (save_ltx, 9, 128),
+}
+"""Video models of today: what makes one, frames of a clip, tokens of a text."""
+
+
+@pytest.mark.parametrize("distillation", ["sds", "vsd"])
+@pytest.mark.parametrize("prior", MODERN)
+def test_video_models_of_today_take_all_variants_together(prior, distillation, tmp_path):
+    save, frames, tokens = MODERN[prior]
+    variant = {"guidance_mode": "apg", "correct_noise": True, "still_source": True, "height": 32, "width": 32}
+    variant |= {"motion_adapter": str(tmp_path / "motion_adapter")} if prior == "animatediff" else {}
+    guidance = make(f"{prior}+{distillation}", save(tmp_path), **variant)
+    rgb, views = images(frames), cameras([0.0] * frames, group_size=frames)
+    out = guidance(images_of(rgb), embeddings(tokens=tokens), views, context())
+    sum(out.losses.values()).backward()
+    assert rgb.grad.isfinite().all() and rgb.grad.abs().amax(dim=(1, 2, 3)).gt(0).all()
+    assert all(parameter.grad.isfinite().all() for parameter in guidance.parameters())
 
 
 @pytest.mark.parametrize("prior", PRIORS)
