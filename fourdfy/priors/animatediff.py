@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -76,7 +77,7 @@ class AnimateDiff(VideoPrior):
 
         place = resolve_model(self.cfg.motion_adapter, (ADAPTER,))
         image, adapter = (
-            load_part(where, part, self.cfg.networks[part], dtype=self.dtype, device=self.device)
+            load_part(where, part, self.cfg.networks[part], dtype=self.dtype, device=torch.device("cpu"))
             for where, part in ((folder, "unet"), (place, ADAPTER))
         )
         with loading(folder / "unet"):
