@@ -25,6 +25,7 @@ from torch.nn.functional import avg_pool2d, cross_entropy, interpolate, l1_loss,
 from fourdfy.ops.diffusion import add_noise, prediction_target, sample_noise
 from fourdfy.ops.replay import Replay
 from fourdfy.priors.acceleration import Compiled
+from fourdfy.priors.causal_vae import STRIDE
 from fourdfy.seeds import step_generator, step_seed
 from fourdfy.shapes.grammar import COLOURS, MOMENTS, MOTIONS, SHAPES, VIEWS
 from tools.shapes_training import store
@@ -165,7 +166,14 @@ def train_vae(trainee: Trainee) -> dict[str, Any]:
             drawn = latent.mean + latent.std * noise.view_as(latent.mean)
             decoded = vae.decode(drawn).sample.float()
         mean, logvar = latent.mean.float(), latent.logvar.float()
-        images = images.transpose(1, 2) if options.part == "wan_vae" else images.flatten(0, 1)
+        if options.part == "wan_vae":
+            # Its first frame has latents of its own, as four of the others have: it counts as much.
+            decoded, images = (
+                torch.cat([x[:, :, :1].expand(-1, -1, STRIDE - 1, -1, -1), x], 2)
+                for x in (decoded, images.transpose(1, 2))
+            )
+        else:
+            images = images.flatten(0, 1)
         edges = sum(l1_loss(decoded.diff(dim=axis), images.diff(dim=axis)) for axis in (-1, -2))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         found = l1_loss(decoded, images), 2 * mse_loss(decoded, images), 0.5 * edges, 1e-4 * kl
@@ -181,7 +189,8 @@ def train_vae(trainee: Trainee) -> dict[str, Any]:
         noise = sample_noise((trainee.batch, *latent_shape(options.part)), noises, options.device)
         found = step(next(batches), noise)
         for parameter, gradient in zip(parameters, found[len(VAE_LOSSES) :], strict=True):
-            parameter.grad = gradient
+            # In the parameter's own layout, which a convolution's gradient need not have.
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
         trainee.step_optimizer(dict(zip(VAE_LOSSES, found, strict=False)))
     return _measure_vae(trainee, generator)
 
