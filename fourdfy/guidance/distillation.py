@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fourdfy.bounds import number, scheduled
 from fourdfy.config import Component
 from fourdfy.ops.diffusion import GuidanceMode, NoiseScales, add_noise, noise_from_x0, sample_noise
-from fourdfy.ops.distillation import bounded, held_still
+from fourdfy.ops.distillation import bounded, less_still_motion
 from fourdfy.priors.base import Prior
 from fourdfy.prompts.views import for_views
 from fourdfy.schedules import SQRT, Schedule, ramp, schedule_value
@@ -89,10 +89,10 @@ class Distillation(Component, nn.Module, ABC):
         """Replace the noise that was drawn by the one that the prior sees in the noisy latents (RFDS-Rev,
         Yang et al. 2025), for one more network call with the text alone."""
         still_source: bool = False
-        """Clips alone: learn the difference to what the prior says of the same clip held still at one of
-        its moments, with ``prompt_still`` of the prompt processor (motion score distillation, MSD); for
-        one more network call, and the VAE's without gradients. With ``vsd`` it is the LoRA that sees, and
-        learns, the clip held still."""
+        """Clips alone: learn the motion as the difference to what the prior would move in the first frame
+        held still, with ``prompt_still`` of the prompt processor (motion score distillation, MSD); what the
+        frames have in common is learned as usual. One more network call, and the VAE's without gradients.
+        With ``vsd`` it is the LoRA that sees, and learns, the clip held still."""
         still_guidance_scale: float = number(1.0, 0, 10_000)
         """With ``still_source``: guidance on ``prompt_still``, counted from the unconditional prediction; at
         1, none, the call takes half the time."""
@@ -177,8 +177,7 @@ class Distillation(Component, nn.Module, ABC):
         if self.cfg.correct_noise:
             step = replace(step, noise=noise_from_x0(self.text_x0(step), step.noisy, step.scales))
         if self.cfg.still_source:
-            rgb = held_still(frames.comp_rgb, cameras.group_size, generator)
-            step = self.beside_still(step, rgb, cameras.group_size, same_draws)
+            step = self.beside_still(step, frames.comp_rgb, cameras.group_size, same_draws)
         losses, grad = self.distil(step, context)
         least, most = schedule.span(low, high)
         return GuidanceOutput(
@@ -196,19 +195,20 @@ class Distillation(Component, nn.Module, ABC):
     def beside_still(
         self, x: NoisyLatents, rgb: Float[Tensor, "N H W 3"], frames: int, generator: torch.Generator
     ) -> NoisyLatents:
-        """``x`` with its clips of ``frames`` frames held still, which are ``rgb``."""
-        text, latents = x.text.still or x.text, self.prior.encode(rgb, frames, generator)
+        """``x`` with its clips held still, those of ``frames`` frames of ``rgb``."""
+        held = rgb[::frames].repeat_interleave(frames, 0)
+        text, latents = x.text.still or x.text, self.prior.encode(held, frames, generator)
         texts = for_views(text, x.cameras, self.prior.view_dependent)
         conditions = self.prior.condition(texts, x.cameras)
         return replace(x, still=replace(x, latents=latents, text=text, conditions=conditions))
 
     def less_still(self, x0: Float[Tensor, "B C *S"], x: NoisyLatents) -> Float[Tensor, "B C *S"]:
-        """``x0`` without what the prior would change about the clips held still too."""
-        if (still := x.still) is None:
+        """``x0`` without what the prior would move in the clips held still too."""
+        if x.still is None:
             return x0
         scale = self.cfg.still_guidance_scale
-        source = self.text_x0(still) if scale == 1 else self.guided_x0(still, scale)[0]
-        return still.clean + (x0 - source)  # in this order it is x for a clip that is still itself
+        source = self.text_x0(x.still) if scale == 1 else self.guided_x0(x.still, scale)[0]
+        return less_still_motion(x0, x.still.clean, source)
 
     def text_x0(self, x: NoisyLatents) -> Float[Tensor, "B C *S"]:
         """The prior's x_0 from the text alone."""

@@ -147,13 +147,21 @@ def amplify_motion(score: Float[Tensor, "B C F H W"], scale: float) -> Float[Ten
     return still + scale * (score - still)
 
 
-def held_still(
-    rgb: Float[Tensor, "N H W 3"], frames: int, generator: torch.Generator
-) -> Float[Tensor, "N H W 3"]:
-    """Clips of ``frames`` frames that show one of their own, drawn for each, all the time."""
-    clips = rgb.unflatten(0, (-1, frames))
-    drawn = torch.randint(frames, (len(clips),), generator=generator, device=generator.device)
-    return clips[torch.arange(len(clips)), drawn.to(rgb.device)].repeat_interleave(frames, 0)
+def less_still_motion(
+    x0: Float[Tensor, "B C F H W"], still: Float[Tensor, "B C F H W"], x0_still: Float[Tensor, "B C F H W"]
+) -> Float[Tensor, "B C F H W"]:
+    """The x_0 whose score is that of clips less the motion in the score of the same clips held still: motion
+    score distillation, after Animus3D (2025).
+
+    What the frames of ``still - x0_still`` have in common is kept: ``still`` follows the clips, so in the
+    difference of the whole scores nothing would hold what all frames share.
+
+    Args:
+        x0: predicted for the noisy clips.
+        x0_still: predicted for ``still`` with the same noise.
+    """
+    residual = still - x0_still
+    return x0 + (residual - residual.mean(dim=2, keepdim=True))
 
 
 def bounded(grad: Float[Tensor, "B C *S"], clip: float | int | None = None) -> Float[Tensor, "B C *S"]:

@@ -22,7 +22,6 @@ from fourdfy.ops.distillation import (
     Weighting,
     amplify_motion,
     bounded,
-    held_still,
     reconstruction_loss,
     rescale_guided_x0,
     score_loss,
@@ -240,15 +239,6 @@ def test_pure_noise_has_a_finite_gradient_in_every_weighting(weighting):
     torch.testing.assert_close(sjc_gradient(x, noise, x0, scales, variance_reduction=False), noise)
     if weighting == "flow":
         torch.testing.assert_close(gradient, x + velocity)
-
-
-def test_held_still_shows_one_moment_of_each_clip():
-    clips = torch.arange(2 * 4.0).reshape(8, 1, 1, 1).expand(8, 2, 3, 3)
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.stack([held_still(clips, 4, generator) for _ in range(40)])[:, :, 0, 0, 0]
-    assert torch.equal(drawn, drawn[:, [0, 0, 0, 0, 4, 4, 4, 4]]), "the frames of a clip are equal"
-    assert set(drawn[:, 0].tolist()) == {0, 1, 2, 3} and set(drawn[:, 4].tolist()) == {4, 5, 6, 7}
-    assert (drawn[:, 0] != drawn[:, 4] - 4).any(), "each has a draw of its own"
 
 
 # ---------------------------------------------------------------------------------------------
