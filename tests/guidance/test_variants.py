@@ -239,6 +239,16 @@ def test_what_the_prior_says_of_the_still_clip_is_subtracted(scale):
     torch.testing.assert_close(given, wanted, rtol=0, atol=1e-6)
 
 
+def test_the_vae_draws_the_same_for_the_clip_held_still(tiny):
+    guidance = make("zeroscope-guidance", tiny["zeroscope"], height=None, width=None, still_source=True)
+    encode, latents = guidance.prior.encode, []
+    guidance.prior.encode = lambda *args: latents.append(encode(*args)) or latents[-1]
+    still = images(1).detach().repeat(4, 1, 1, 1)
+    guidance(images_of(still), embeddings(), cameras([0.0] * 4, group_size=4), context())
+    assert torch.equal(*latents)
+    assert not torch.equal(*latents[0][0, :, :2].unbind(1)), "there are draws"
+
+
 def test_a_lora_may_see_and_learn_the_clip_held_still(tiny):
     """Before it has learned anything it is the prior, so the motion is that of score distillation."""
     config = {"height": None, "width": None, "view_dependent_prompting": False, "still_source": True}
