@@ -5,7 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis.strategies import floats
 
-from fourdfy.evaluation.metrics import MAX_PSNR_DB, colour_error, gain, pearson, psnr, silhouette_iou
+from fourdfy.evaluation.metrics import (
+    MAX_PSNR_DB,
+    colour_error,
+    gain,
+    mean_saturation,
+    pearson,
+    psnr,
+    silhouette_iou,
+)
 
 RISING = torch.tensor([0.0, 1.0, 2.0, 4.0, 5.0, 7.0])
 
@@ -39,6 +47,14 @@ def test_psnr_of_an_offset_of_a_tenth_is_20_db():
 def test_psnr_of_equal_frames_is_finite():
     image = torch.rand(1, 4, 4, 3)
     assert psnr(image, image).item() == pytest.approx(MAX_PSNR_DB)
+
+
+def test_saturation_is_that_of_hsv_over_the_pixels_inside():
+    colours = torch.tensor([[1.0, 0.0, 0.0], [0.4, 0.4, 0.4], [0.0, 0.0, 0.0], [0.2, 0.5, 0.1]])[None, None]
+    inside = torch.tensor([[[True, True, True, False]]])
+    assert mean_saturation(colours, inside) == pytest.approx(1 / 3)
+    assert mean_saturation(colours, ~inside) == pytest.approx(0.8)
+    assert mean_saturation(colours, torch.zeros_like(inside)) == 0
 
 
 def test_colour_error_is_the_root_mean_square_of_the_channels():
