@@ -26,7 +26,7 @@ OF_PRIORS = re.compile(r"loss/[^/]+/(sds|vsd)\w*")
 CLIP_PIXELS, CLIP_FRAMES = 128, 24
 """Most pixels of a clip's longer side, and most frames, in the contact sheet."""
 SHOWN = 4
-"""Numbers below a clip."""
+"""Most numbers below a clip; losses are in ``results.csv``."""
 
 STYLE = """
 body { font: 14px system-ui, sans-serif; margin: 2em; color: #222; background: #fff }
@@ -126,7 +126,11 @@ def contact_sheet(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> str:
 def _cell(sweep: Sweep, job: Job, row: Mapping[str, Any]) -> str:
     folder = html.escape(os.path.relpath(row["trial"], sweep.folder), quote=True)
     described = {*job.settings, "prompt", "seed", "stages", "seconds", "trial"}
-    values = [(n, v) for n, v in row.items() if n not in described and not isinstance(v, bool)]
+    values = [
+        (name, value)
+        for name, value in row.items()
+        if name not in described and not name.startswith("loss/") and not isinstance(value, bool)
+    ]
     lines = "".join(f"<br>{html.escape(name)} {float(value):.3g}" for name, value in values[:SHOWN])
     clip = _clip(Path(row["trial"]))
     picture = f'<img src="{clip}" alt="{html.escape(job.name, quote=True)}">' if clip else ""
