@@ -65,6 +65,8 @@ def run(
         keep_freed_memory()
     with on_device(device):
         if mode == "train":
+            if first and first > len(stages):
+                raise ConfigError(f"--stages {first}: {config[0]} has {len(stages)}")
             train(stages[:first], device, command, stop)
         else:
             evaluate(mode, stages[-1], device=device, out=out)

@@ -343,7 +343,7 @@ def test_the_command_lists_runs_and_gathers(tmp_path, monkeypatch, capsys, caplo
     assert main([*words, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert re.search(r"a red cube bouncing, seed 1 +│ to do +│ \d\.\d GiB", said)
-    assert "2 of 2 jobs to do: unknown time" in said and not (tmp_path / "out").exists()
+    assert "2 of 2 jobs to do; it is not known" in said and not (tmp_path / "out").exists()
     assert main(words) == 0
     folder = tmp_path / "out" / "sweep"
     rows = list(csv.DictReader((folder / "results.csv").open()))
@@ -358,7 +358,7 @@ def test_the_command_lists_runs_and_gathers(tmp_path, monkeypatch, capsys, caplo
     (folder / "index.html").unlink()
     assert main([*words, "--gather"]) == 0 and (folder / "index.html").read_text() == page
     assert main([*words, "--dry-run"]) == 0
-    assert "0 of 2 jobs to do: about 0.0 hours" in capsys.readouterr().out
+    assert "0 of 2 jobs to do; about 0.0 hours" in capsys.readouterr().out
 
 
 def test_a_prompt_can_not_act_on_the_page(made):
@@ -381,6 +381,13 @@ def test_options_that_do_not_go_together_are_refused(words, message, capsys):
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_more_stages_than_a_recipe_has_are_refused(capsys):
+    assert (
+        main(["--config", STAGE, "--train", "--stages", "2", "--gpu", "cpu", "--prompt", "a red cube"]) == 2
+    )
+    assert capsys.readouterr().err == f"error: --stages 2: {STAGE} has 1\n"
 
 
 def test_the_log_s_last_line_is_shown(tmp_path):

@@ -101,10 +101,10 @@ def list_jobs(made: Sweep) -> None:
     Console().print(table)
     todo = sum(not job.has_finished(len(job.trials)) for job in made.jobs)
     took = [seconds for job in made.jobs if (seconds := made.seconds(job))]
-    hours = f"about {todo * sum(took) / len(took) / 3600:.1f} hours of one device" if took else "unknown time"
-    Console().print(
-        f"{todo} of {len(made.jobs)} jobs to do: {hours}, by those that are done", highlight=False
-    )
+    hours = "it is not known how long a job takes until one is done"
+    if took:
+        hours = f"about {todo * sum(took) / len(took) / 3600:.1f} hours of one device, by those that are done"
+    Console().print(f"{todo} of {len(made.jobs)} jobs to do; {hours}", highlight=False)
 
 
 class Display:

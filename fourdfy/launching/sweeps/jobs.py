@@ -268,8 +268,9 @@ def _texts(prompts: Any) -> list[str]:
     try:
         lines = Path(str(prompts)).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ConfigError(
-            f"prompts: {prompts}: expected a list, or a text file of prompts ({error})"
+            f"prompts: {prompts}: expected a list, or a text file of prompts ({why})"
         ) from error
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
