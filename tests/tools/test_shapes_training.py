@@ -236,8 +236,23 @@ def test_each_word_is_one_token_and_files_mean_the_same_tokenizer(tmp_path):
     )
 
 
-def test_the_shipped_tokenizer_is_the_one_that_is_written(tmp_path):
+def test_the_shipped_tokenizers_are_those_that_are_written(tmp_path):
     write_tokenizer(tmp_path)
-    for folder in ("shapes-image", "shapes-4view", "shapes-video"):
-        for name in ("vocab.json", "merges.txt"):
+    build_tokenizer("wan_text").save_pretrained(tmp_path)
+    for folder, names in {
+        "shapes-image": ("vocab.json", "merges.txt"),
+        "shapes-4view": ("vocab.json", "merges.txt"),
+        "shapes-video": ("vocab.json", "merges.txt"),
+        "shapes-wan": ("tokenizer.json",),
+    }.items():
+        for name in names:
             assert (tmp_path / name).read_bytes() == (store.ASSETS / folder / "tokenizer" / name).read_bytes()
+
+
+def test_each_word_is_one_piece_and_other_texts_are_letters():
+    tokenizer = build_tokenizer("wan_text")
+    text = "an orange diamond standing still, in the last quarter, overhead view"
+    pieces = [word if word == "," else f"▁{word}" for word in text.replace(",", " ,").split()]
+    assert tokenizer.tokenize(text) == pieces
+    assert tokenizer.tokenize("a zoo 7!")[1:] == ["▁", "z", "o", "o", "▁", "7", "!"]
+    assert tokenizer("").input_ids == [tokenizer.eos_token_id]
