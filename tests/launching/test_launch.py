@@ -215,7 +215,10 @@ def test_weights_start_the_next_stage_at_step_0(trained, tmp_path):
             "system.prompt_processor_multi_view: a prompt has",
         ),
         ("system.prompt_processor_multi_view.use_perp_neg=true", "view_dependent_prompting=true"),
-        ("system.guidance_multi_view.height=63", "system.guidance_multi_view: height, width"),
+        (
+            "system.guidance_multi_view.height=63",
+            "system.guidance_multi_view.height=63: fourdfy/shapes-4view",
+        ),
     ],
 )
 def test_a_mistake_ends_with_one_error_before_any_training(override, message, tmp_path, capsys, monkeypatch):
