@@ -263,7 +263,11 @@ def _share(schema: type, merged: Section, *, alike: bool) -> None:
     for path, owner, node in walk(schema, merged):
         for name in init_fields(owner):
             spec, inner = held(owner, name), mapping_at(node, name)
-            if not isinstance(spec, Slot) or not spec.shares or inner is None:
+            if not isinstance(spec, Slot) or not spec.shares:
+                continue
+            if inner is None and name not in node and selector(owner, name, node):
+                inner = node[name] = Section(source=node.source)  # a type alone was given
+            if inner is None:
                 continue
             place, _, key = spec.shares.rpartition(".")
             other = plain((mapping_at(node, place) or {}).get(key, "???"))

@@ -38,6 +38,7 @@ class AnimateDiff(VideoPrior):
             "vae": "AutoencoderKL",
             ADAPTER: "MotionAdapter",
         }
+        text_processors: ClassVar[tuple[str, ...]] = ("animatediff-prompt-processor",)
 
         pretrained_model_name_or_path: str = file_path("stable-diffusion-v1-5/stable-diffusion-v1-5")
         """Folder or hub id of the image model: Stable Diffusion 1.5, or one made from it."""

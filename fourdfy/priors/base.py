@@ -151,6 +151,9 @@ class Prior(Component, ABC):
         """Whether a step needs a prompt processor."""
         view_dependent_prompting = True
         """Whether the text says which view is seen."""
+        text_processors: ClassVar[tuple[str, ...]] = ()
+        """Prompt processors, by their names, whose texts it was trained with; those made from them fit too.
+        Empty: any."""
         still_source = False
         """Whether ``prompt_still`` of the prompt processor is read."""
 

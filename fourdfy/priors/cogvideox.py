@@ -33,6 +33,7 @@ class CogVideoX(CausalVideoPrior):
         }
         parts: ClassVar[tuple[str, ...]] = ("transformer", "vae", "scheduler")
         text_keys: ClassVar[tuple[str, str]] = ("d_model", "text_embed_dim")
+        text_processors: ClassVar[tuple[str, ...]] = ("cogvideox-prompt-processor",)
         vae_bytes_per_pixel: ClassVar[int] = 11_000
         cache_bytes_per_pixel: ClassVar[int] = 1_000
 

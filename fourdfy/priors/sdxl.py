@@ -23,6 +23,7 @@ from fourdfy.registry import register
 class StableDiffusionXL(LatentPrior):
     @dataclass(frozen=True, kw_only=True)
     class Config(LatentPrior.Config):
+        text_processors: ClassVar[tuple[str, ...]] = ("sdxl-prompt-processor",)
         float32_vae: ClassVar[bool] = True
 
         pretrained_model_name_or_path: str = file_path("stabilityai/stable-diffusion-xl-base-1.0")

@@ -6,6 +6,8 @@ import logging
 from typing import Any
 
 from fourdfy.config import ConfigError
+from fourdfy.prompts.base import PromptProcessor
+from fourdfy.registry import find
 from fourdfy.systems.supervision import StepKind, SupervisionPlan
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ def _check_scheduler(cfg: Any) -> None:
 
 def _check_frames_and_texts(kind: StepKind, *, static: bool) -> None:
     prompts, guidance, cameras = kind.prompts, kind.guidance, kind.cameras
+    if prompts is not None:
+        _check_processor(kind)
     try:
         source = cameras.group_key or f"the number of {kind.name} images that belong together"
         guidance.check_group_size(cameras.group_size, source)
@@ -57,4 +61,14 @@ def _check_frames_and_texts(kind: StepKind, *, static: bool) -> None:
         raise ConfigError(
             f"{kind.prompts_key}.use_perp_neg=true weighs the texts of views; set "
             f"{kind.guidance_key}.view_dependent_prompting=true, or it to false"
+        )
+
+
+def _check_processor(kind: StepKind) -> None:
+    """Refuse texts of another model's kind, which may have as many channels, or not be on this disk yet."""
+    names = kind.guidance.text_processors
+    if names and not isinstance(kind.prompts, tuple(find(name, PromptProcessor).Config for name in names)):
+        raise ConfigError(
+            f"{kind.prompts_key}: its texts are not those that {kind.guidance_type} was trained with; "
+            f"set {kind.prompts_type_key}={names[0]}"
         )

@@ -85,7 +85,8 @@ class StepKind:
     """The system's attribute that holds the guidance: its name in checkpoints and optimizer groups."""
     guidance_key: str
     prompts_key: str
-    """Keys of the guidance and of the prompts in the config, for messages."""
+    prompts_type_key: str
+    """Keys of the guidance, of the prompts and of their type in the config, for messages."""
 
     def loss_weights(self, step: int) -> dict[str, float]:
         """Loss -> weight, of those whose weight is not 0 at the global ``step``."""
@@ -213,6 +214,7 @@ def _row(cfg: Any, where: str, suffix: str = "") -> dict[str, Any]:
         "guidance_type": getattr(cfg, f"guidance_type{suffix}"),
         "guidance_key": f"{where}.guidance{suffix}",
         "prompts_key": f"{where}.prompt_processor{suffix}",
+        "prompts_type_key": f"{where}.prompt_processor_type{suffix}",
     }
 
 

@@ -1,6 +1,7 @@
 """What the data draws together is what a prior takes together; settings that disagree are refused."""
 
 import logging
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -9,12 +10,16 @@ from safetensors.torch import save_file
 from fourdfy.config import ConfigError
 from fourdfy.launching.experiment import load_experiment
 from fourdfy.priors.mvdream import MultiViewAttention
+from fourdfy.prompts.wan import WanPromptProcessor
+from fourdfy.systems.agreement import check_agreement
+from fourdfy.systems.supervision import SupervisionPlan
 from fourdfy.types import StepContext
 from tests.commands import CONFIGS
 from tests.guidance.reference import CPU, embeddings
 from tests.renders import images_of
 
 STAGE_3 = CONFIGS / "shapes_stage_3.yaml"
+STAGE_2 = CONFIGS / "shapes_stage_2.yaml"
 STAGE_1 = CONFIGS / "shapes_stage_1.yaml"
 TEXT = embeddings(channels=64, tokens=32)
 
@@ -182,3 +187,40 @@ def test_the_stills_of_a_moving_scene_take_the_moments_of_its_clips():
     this = parsed(STAGE_3, "data.multi_view={num_frames: null, sample_rand_frames: null}")
     batches = [b for b in map(this.build_data().batch, range(60)) if b.kind == "multi_view"]
     assert len({round(float(batch.cameras.times[0]), 6) for batch in batches}) > 8, "t0, not 8 fixed moments"
+
+
+VIDEO_MODELS = ["wan", "ltx", "cogvideox", "animatediff"]
+
+
+@pytest.mark.parametrize("model", VIDEO_MODELS)
+@pytest.mark.parametrize("other", ["zeroscope", *VIDEO_MODELS])
+def test_texts_of_another_models_processor_are_refused_before_anything_is_fetched(model, other):
+    given = (f"system.guidance_type_video={model}-guidance", "data.single_view.num_frames=17")
+    texts = f"system.prompt_processor_type_video={other}-prompt-processor"
+    if other == model:
+        this = parsed(STAGE_3, *given, texts)
+        assert this.cfg.system.prompt_processor_video.prompt == "a red cube bouncing", "the shared one"
+        return
+    with pytest.raises(
+        ConfigError, match=f"set system.prompt_processor_type_video={model}-prompt-processor$"
+    ):
+        parsed(STAGE_3, *given, texts)
+
+
+@pytest.mark.parametrize("model", ["sdxl", "sd3"])
+def test_so_are_those_of_another_image_model(model):
+    with pytest.raises(ConfigError, match=f"set system.prompt_processor_type={model}-prompt-processor$"):
+        parsed(STAGE_2, f"system.guidance_type={model}-guidance")
+
+
+def test_a_processor_made_from_the_priors_own_fits_it():
+    class Longer(WanPromptProcessor):
+        max_tokens = 600
+
+        @dataclass(frozen=True, kw_only=True)
+        class Config(WanPromptProcessor.Config):
+            pass
+
+    this = parsed(CONFIGS / "shapes_stage_3_wan.yaml")
+    kind = replace(this.plan["video"], prompts=Longer.Config(prompt="a cube"))
+    check_agreement(this.cfg, SupervisionPlan((kind,), dynamic=True))
