@@ -50,6 +50,11 @@ TRAINER_SETTINGS = (
 """The keys, and those of ``trainer``, whose change makes another run; a run's length, for one, doesn't."""
 
 
+def makes_another_run(key: str) -> bool:
+    """Whether a change of this one of the ``settings`` does; what bounds memory does not."""
+    return not (key.startswith("system.loggers") or key.endswith(MEMORY_KEYS))
+
+
 @dataclass(frozen=True)
 class Stage:
     """One experiment of a run; a single experiment is a run of one stage."""
@@ -154,9 +159,7 @@ class Stage:
 
     def _check_same_settings(
         self,
-        counts: Callable[[str], bool] = lambda key: (
-            not (key.startswith("system.loggers") or key.endswith(MEMORY_KEYS))
-        ),
+        counts: Callable[[str], bool] = makes_another_run,
     ) -> None:
         """Refuse to continue a trial with other settings; only its length, and what bounds its memory, may
         change.
@@ -171,14 +174,7 @@ class Stage:
             )
             return
         began = load_config([parsed], schema=ExperimentConfig).values
-        now = self.experiment.record()
-        changed = [
-            key
-            for part, settings in _settings(now).items()
-            for key in _differences(_settings(began)[part], settings, part)
-            if counts(key)
-        ]
-        if changed:
+        if changed := [key for key in changed_settings(began, self.experiment.record()) if counts(key)]:
             raise ConfigError(
                 f"{self.experiment.trial_dir} holds a run with other settings ({', '.join(changed[:4])}); "
                 "give this one a name of its own (tag=...), or delete that folder"
@@ -230,7 +226,13 @@ def _stage_files(paths: Sequence[Path]) -> tuple[list[Path], list[int]]:
     return files, numbers
 
 
-def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
+def changed_settings(began: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The dotted keys of ``settings`` that differ between two configs."""
+    before = settings(began)
+    return [key for part, value in settings(now).items() for key in _differences(before[part], value, part)]
+
+
+def settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """``SETTINGS`` and ``TRAINER_SETTINGS``, with the defaults of those that are not given."""
     trainer = values.get("trainer", {})
     return {

@@ -89,6 +89,18 @@ def test_tasks_run_in_submitit_s_local_executor(tasks, endless, tmp_path):
     assert "saved" in endless.log.read_text()
 
 
+def test_a_task_fits_on_one_machine_of_a_ray_cluster(monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    machines = [{"GPU": 1.0, "CPU": 8.0}] * 2 + [{"GPU": 2.0, "CPU": 4.0}, {"CPU": 64.0}]
+    nodes = [{"Alive": True, "Resources": each} for each in machines]
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"GPU": 8, "CPU": 64}}])
+    config = find("ray", Runner).Config
+    assert config().build(None).capacity == 4 and config(num_cpus=4).build(None).capacity == 3
+    with pytest.raises(ConfigError, match=r"no machine of the Ray cluster has 3 GPUs and 1 processors"):
+        config(num_gpus=3).build(None)
+
+
 @pytest.mark.parametrize(("name", "advice"), [("ray", "ray>=2.50"), ("slurm", "submitit")])
 def test_what_is_not_installed_is_named_with_what_to_type(name, advice, monkeypatch):
     monkeypatch.setitem(sys.modules, {"slurm": "submitit"}.get(name, name), None)

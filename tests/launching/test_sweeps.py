@@ -3,6 +3,7 @@
 import csv
 import io
 import logging
+import os
 import re
 import subprocess
 from collections.abc import Sequence
@@ -106,13 +107,18 @@ def test_the_jobs_are_all_combinations_and_each_has_a_folder(made, tmp_path):
 
 def test_keys_of_a_grid_that_end_alike_are_told_apart():
     grid = {"stage_1.trainer.max_steps": [1], "stage_2.trainer.max_steps": [3], "a.b": [True]}
+    grid |= {"x.prompt": [[1, None]], "x.seed": [{"y": False}]}  # results.csv has columns of these names
     ((words, given),) = Sweep(SweepConfig(grid=grid))._combinations()
-    assert words == {"stage_1.trainer.max_steps": "1", "stage_2.trainer.max_steps": "3", "b": "true"}
-    assert given == ["stage_1.trainer.max_steps=1", "stage_2.trainer.max_steps=3", "a.b=true"]
+    assert words == {"stage_1.trainer.max_steps": "1", "stage_2.trainer.max_steps": "3", "b": "true"} | {
+        "x.prompt": "[1, null]", "x.seed": '{"y": false}',
+    }  # fmt: skip
+    assert given[:3] == ["stage_1.trainer.max_steps=1", "stage_2.trainer.max_steps=3", "a.b=true"]
 
 
 def test_a_text_file_of_prompts_is_a_sweep_too(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a red cube bouncing\n\n# not this one\na blue ball spinning\n")
+    (tmp_path / "prompts.txt").write_text(
+        "\ufeffa red cube bouncing\n\n# not this one\n  # nor this\na blue ball spinning\n", encoding="utf-8"
+    )
     given = {"config": [STAGE], "seeds": "0-3"}
     sweep = read_sweep(tmp_path / "prompts.txt", given, [f"exp_root_dir={tmp_path}"])
     assert [(job.prompt, job.seed) for job in sweep.jobs] == [(p, s) for p in PROMPTS for s in range(4)]
@@ -125,6 +131,9 @@ def test_the_command_line_says_how_many_run_on_a_gpu(tmp_path):
     (tmp_path / "many.yaml").write_text("runner: {type: ray}")
     with pytest.raises(ConfigError, match=r"runner\.per_gpu.*: unknown key of ray; local has it"):
         read_sweep(tmp_path / "many.yaml", {"per_gpu": 3}, [])
+    (tmp_path / "many.yaml").write_text("runner: local")
+    with pytest.raises(ConfigError, match=r"^runner .*expected a mapping"):
+        read_sweep(tmp_path / "many.yaml", {"per_gpu": 3}, [])
 
 
 @pytest.mark.parametrize(
@@ -136,6 +145,14 @@ def test_the_command_line_says_how_many_run_on_a_gpu(tmp_path):
             f"config: {STAGE}\nprompts: nowhere.txt",
             r"^prompts: .*nowhere\.txt: expected a list, or a text file",
         ),
+        ("config:", r"^config: missing; .*--config NAME$"),
+        (f"config: {STAGE}\nprompts: []", r"^prompts: there are none; leave the key out"),
+        (f"config: {STAGE}\nprompts: ['']", r"^prompts: expected texts, got ''"),
+        (f"config: {STAGE}\nprompts: [a red cube: bouncing]", r"^prompts: expected texts, got \{'a red"),
+        (f"config: {STAGE}\nprompts: [null]", r"^prompts: expected texts, got None"),
+        (f"config: {STAGE}\nprompts: {os.devnull}", r"^prompts: /dev/null: there are none"),
+        (f"config: {STAGE}\nseeds: 3-0", r"^seeds: expected such as 0-3, 5 or \[0, 2\], got '3-0'$"),
+        (f"config: {STAGE}\nsettings: {{a: [3]}}", r"settings\.a=\[3\]: expected a list of key=value"),
         (f"config: {STAGE}\nseeds: 3-x", r"^seeds: expected such as 0-3, 5 or \[0, 2\], got '3-x'$"),
         (f"config: {STAGE}\nprompts: [a red cube spinning, a red cube spinning]", "there more than once"),
         (
@@ -143,6 +160,7 @@ def test_the_command_line_says_how_many_run_on_a_gpu(tmp_path):
             r"^system\.loss\.lambda_sparsty=1: there is no such loss",
         ),
         (f"config: {STAGE}\ngrid: {{seed: [1]}}", r"^seed: a sweep sets it .* its own key seeds$"),
+        (f"config: {STAGE}\ngrid: {{stage_2.seed: [1]}}", r"^stage_2\.seed: a sweep sets it .* key seeds$"),
         (f"config: {STAGE}\noverrides: [tag=x]", r"^tag: a sweep sets it"),
         (f"config: {STAGE}\ngrid: {{trainer.max_steps: 3}}", r"grid\.trainer\.max_steps=3: expected a list"),
         (f"config: {STAGE}\nkeep: two of 8", r"keep='two of 8': expected such as 2 of 8 after stage 1"),
@@ -160,7 +178,7 @@ def test_the_command_line_says_how_many_run_on_a_gpu(tmp_path):
 def test_a_mistake_is_named_before_anything_runs(made, text, message):
     with pytest.raises(ConfigError, match=message):
         sweep = made(text)
-        assert sweep.jobs and sweep.kept
+        sweep.check()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -184,6 +202,26 @@ def test_a_sweep_goes_on_where_it_stopped_and_equals_single_runs(made, tmp_path,
     alone = read_checkpoint(trial(tmp_path / "alone", "shapes_stage_1"))["state_dict"]
     for name, value in read_checkpoint(sweep.jobs[0].trials[0])["state_dict"].items():
         assert torch.equal(value, alone[name]), name
+
+
+def test_what_was_trained_with_other_settings_does_not_count(made, tmp_path):
+    """Names are the same, what they stand for isn't."""
+    config = tmp_path / "own.yaml"
+    config.write_text(f"base: {STAGE}\n")
+    text = f"config: {config}\nprompts: {PROMPTS[:1]}\nsettings: {{much: [system.loss.lambda_sparsity=3]}}"
+    sweep = made(text)
+    assert states(entries(sweep, Here())) == ["done"]
+    made(text).check()
+    made(text, "trainer.max_steps=2").check()  # longer: goes on
+    made(text.replace(PROMPTS[0], PROMPTS[1])).check()
+    other = r"^a red cube bouncing, settings much, seed 0: .* \(system\.loss\.lambda_sparsity\); .*name"
+    with pytest.raises(ConfigError, match=other):
+        made(text.replace("=3", "=4")).check()
+    with pytest.raises(ConfigError, match=r"\(data\.multi_view\.height\)"):
+        made(text, "data.multi_view.height=12").check()
+    config.write_text(f"base: {STAGE}\ndata: {{multi_view: {{batch_size: 8}}}}\n")
+    with pytest.raises(ConfigError, match=r"\(data\.multi_view\.batch_size\)"):
+        made(text).check()
 
 
 def test_what_fails_for_good_does_not_stop_the_others(made):

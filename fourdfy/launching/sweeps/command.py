@@ -51,14 +51,15 @@ def sweep(
         ConfigError: names the key and the file.
         Stopped: a signal ended it; the tasks have saved.
     """
+    if gpu not in (None, "cpu"):
+        raise ConfigError("--gpu: a sweep uses all visible GPUs (CUDA_VISIBLE_DEVICES), or --gpu cpu")
     made = read_sweep(file, given, overrides)
+    made.check()
     if mode == "dry-run":
         list_jobs(made)
         return 0
     if mode == "gather":
         return gather(made)
-    if gpu not in (None, "cpu"):
-        raise ConfigError("--gpu: a sweep uses all visible GPUs (CUDA_VISIBLE_DEVICES), or --gpu cpu")
     stop.advice = lambda: "the same command continues the sweep"
     with losses_noted():
         return run(made, gpu)

@@ -6,6 +6,7 @@ Nothing else says how far a sweep is: a job is done when the test views of its l
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,11 +23,14 @@ from fourdfy.config_layers import load_config
 from fourdfy.files.evaluations import TEST, is_evaluated
 from fourdfy.files.names import sanitize_tag
 from fourdfy.launching.experiment import Experiment
-from fourdfy.launching.recipe import load_recipe
+from fourdfy.launching.recipe import changed_settings, load_recipe, makes_another_run, settings
 from fourdfy.launching.sweeps.runners import Runner
+from fourdfy.systems.checkpoint import LAST, has_checkpoint
 
 FOLDER = "sweep"
 """Of results and logs, in ``exp_root_dir``."""
+COLUMNS = ("prompt", "settings", "seed", "stages", "seconds", "prior", "trial")
+"""Of ``results.csv``, in every sweep."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +71,7 @@ class SweepConfig(Schema):
             if not isinstance(values, list) or not values:
                 raise ValueError(f"grid.{key}={values!r}: expected a list of values")
         for name, overrides in self.settings.items():
-            if not isinstance(overrides, list):
+            if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
                 raise ValueError(f"settings.{name}={overrides!r}: expected a list of key=value")
 
 
@@ -87,6 +91,8 @@ class Job:
     """The last global step of each stage."""
     arguments: tuple[str, ...]
     """What follows ``launch.py``."""
+    given: tuple[Mapping[str, Any], ...] = ()
+    """The settings of each stage, those of the sweep's first prompt and of any seed."""
 
     @property
     def name(self) -> str:
@@ -98,6 +104,11 @@ class Job:
         """Whether the test views of the first so many stages are complete."""
         done = zip(self.trials[:stages], self.ends, strict=False)
         return all(is_evaluated(trial, TEST.format(end)) for trial, end in done)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is something that another run may not overwrite, or count as its own."""
+        return self.has_finished(1) or any(has_checkpoint(trial / LAST) for trial in self.trials)
 
     @property
     def is_owned(self) -> bool:
@@ -115,6 +126,11 @@ class Sweep:
     def root(self) -> Path:
         return Path(self.cfg.exp_root_dir).absolute()
 
+    @cached_property
+    def prompts(self) -> list[str]:
+        """None: that of the config."""
+        return _texts(self.cfg.prompts)
+
     @property
     def folder(self) -> Path:
         """Of results and logs."""
@@ -129,6 +145,41 @@ class Sweep:
         log = self.log(job)
         text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
         return sum(map(float, re.findall(r"^# ([\d.]+) s, exit status ", text, re.M)), 0.0)
+
+    def record(self, job: Job) -> Path:
+        """The settings that it was started with."""
+        return self.log(job).with_suffix(".json")
+
+    def check(self) -> None:
+        """Before anything runs, or is listed.
+
+        Raises:
+            ConfigError: see ``jobs`` and ``kept``; or a job's trials have other settings than it, which would
+                count as its own.
+        """
+        _ = self.kept
+        for job in self.jobs:
+            if changed := self._changed(job):
+                raise ConfigError(
+                    f"{job.name}: was trained with other settings ({', '.join(changed[:4])}); give these "
+                    f"settings another name, or the sweep another folder: exp_root_dir=DIR"
+                )
+
+    def _changed(self, job: Job) -> list[str]:
+        try:
+            began = json.loads(self.record(job).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # not yet started, by an earlier version, or torn: its run still checks
+            return []
+        if not job.has_begun:
+            return []
+        if len(began) != len(job.given):
+            return [f"{len(began)} stages"]
+        return [
+            f"stage_{number}.{key}" if len(began) > 1 else key
+            for number, (before, now) in enumerate(zip(began, job.given, strict=True), 1)
+            for key in changed_settings(before, now)
+            if makes_another_run(key) and key != "seed" and not (job.prompt and key.endswith(".prompt"))
+        ]
 
     @cached_property
     def kept(self) -> tuple[int, int]:
@@ -165,7 +216,7 @@ class Sweep:
         Raises:
             ConfigError: see ``recipes``; or two jobs are the same.
         """
-        prompts: list[str | None] = [*_texts(self.cfg.prompts)] or [None]
+        prompts: list[str | None] = [*self.prompts] or [None]
         seeds = _seeds(self.cfg.seeds)
         combined = itertools.product(self.recipes, prompts, seeds)
         jobs = [self._job(prompt, seed, *recipe) for recipe, prompt, seed in combined]
@@ -177,7 +228,10 @@ class Sweep:
     def _combinations(self) -> Iterator[tuple[dict[str, str], list[str]]]:
         keys = [*self.cfg.grid]
         last = [key.rpartition(".")[2] for key in keys]
-        labels = [word if last.count(word) == 1 else key for key, word in zip(keys, last, strict=True)]
+        labels = [
+            word if last.count(word) == 1 and word not in COLUMNS else key
+            for key, word in zip(keys, last, strict=True)
+        ]
         for name in self.cfg.settings or [""]:
             for point in itertools.product(*([*map(_text, values)] for values in self.cfg.grid.values())):
                 words = ({"settings": name} if name else {}) | dict(zip(labels, point, strict=True))
@@ -188,7 +242,7 @@ class Sweep:
         if not self.cfg.config:
             raise ConfigError("config: missing; name the recipe or experiment of the jobs: --config NAME")
         place = self._place("tag")
-        prompts = [literal_override(PROMPT, text) for text in _texts(self.cfg.prompts)[:1]]
+        prompts = [literal_override(PROMPT, text) for text in self.prompts[:1]]
         return [stage.experiment for stage in load_recipe(self.cfg.config, [*prompts, *given, *place])]
 
     def _place(self, tag: str) -> list[str]:
@@ -215,6 +269,7 @@ class Sweep:
             trials=tuple(stage.trial_dir.with_name(tag) for stage in stages),
             ends=tuple(stage.cfg.trainer.max_steps for stage in stages),
             arguments=(*configs, "--train", *prompts, *given, f"seed={seed}", *self._place(tag)),
+            given=tuple(settings(stage.values) for stage in stages),
         )
 
 
@@ -233,14 +288,16 @@ def read_sweep(file: Path, given: Mapping[str, Any], overrides: Sequence[str]) -
     if file.suffix in (".yaml", ".yml"):
         loaded = load_config([file], schema=SweepConfig)
         values, sources = dict(loaded.values), loaded.sources
-        names = values.get("config", [])
-        names = [names] if isinstance(names, str) else names
+        names = values.get("config") or []
+        names = names if isinstance(names, list) else [names]
         values["config"] = [str(find_config(str(name), file.parent)) for name in names]
         if isinstance(prompts := values.get("prompts"), str):
             values["prompts"] = str(file.parent / prompts)
     given = dict(given)
     if (per_gpu := given.pop("per_gpu", None)) is not None:
-        values["runner"] = {"type": "local", **values.get("runner", {}), "per_gpu": per_gpu}
+        runner = values.get("runner") or {}
+        is_named = isinstance(runner, Mapping)  # else it is refused below
+        values["runner"] = {"type": "local", **runner, "per_gpu": per_gpu} if is_named else runner
     roots = [word.partition("=")[2] for word in overrides if word.startswith("exp_root_dir=")]
     overrides = [word for word in overrides if not word.startswith("exp_root_dir=")]
     values |= {**given, **({"exp_root_dir": expand_path(roots[-1])} if roots else {})}
@@ -256,30 +313,37 @@ def _check_overrides(cfg: SweepConfig, typed: Sequence[str]) -> None:
     own |= {} if cfg.prompts is None else {PROMPT: "prompts"}
     lists = [*cfg.overrides, *typed, *cfg.grid, *itertools.chain(*cfg.settings.values())]
     for key in (str(word).partition("=")[0] for word in lists):
-        if key in own:
-            raise ConfigError(f"{key}: a sweep sets it for each of its jobs, from its own key {own[key]}")
+        if (bare := re.sub(r"^stage_\d+\.", "", key)) in own:
+            raise ConfigError(f"{key}: a sweep sets it for each of its jobs, from its own key {own[bare]}")
 
 
 def _texts(prompts: Any) -> list[str]:
     if prompts is None:
         return []
     if isinstance(prompts, list):
-        return [str(prompt) for prompt in prompts]
+        if wrong := [prompt for prompt in prompts if not isinstance(prompt, str) or not prompt.strip()]:
+            raise ConfigError(f"prompts: expected texts, got {wrong[0]!r}; write a text in quotes")
+        if not prompts:
+            raise ConfigError("prompts: there are none; leave the key out for that of the config")
+        return prompts
     try:
-        lines = Path(str(prompts)).read_text(encoding="utf-8").splitlines()
+        lines = Path(str(prompts)).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ConfigError(
             f"prompts: {prompts}: expected a list, or a text file of prompts ({why})"
         ) from error
-    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if texts := [text for line in lines if (text := line.strip()) and not text.startswith("#")]:
+        return texts
+    raise ConfigError(f"prompts: {prompts}: there are none; expected one in each line")
 
 
 def _seeds(seeds: Any) -> list[int]:
     found = re.fullmatch(r"(\d+)-(\d+)", str(seeds))
     if found:
-        return [*range(int(found[1]), int(found[2]) + 1)]
-    listed = seeds if isinstance(seeds, list) else [seeds]
+        listed = [*range(int(found[1]), int(found[2]) + 1)]
+    else:
+        listed = seeds if isinstance(seeds, list) else [seeds]
     if not listed or not all(re.fullmatch(r"\d+", str(seed)) for seed in listed):
         raise ConfigError(f"seeds: expected such as 0-3, 5 or [0, 2], got {seeds!r}")
     return [int(seed) for seed in listed]
@@ -287,9 +351,8 @@ def _seeds(seeds: Any) -> list[int]:
 
 def _text(value: Any) -> str:
     """A value as it is typed."""
-    if isinstance(value, bool) or value is None:
-        return str(value).lower() if value is not None else "null"
-    return str(value)
+    is_yaml_s_own = value is None or isinstance(value, bool | list | dict)
+    return json.dumps(value, ensure_ascii=False) if is_yaml_s_own else str(value)
 
 
 def _is_locked(trial: Path) -> bool:

@@ -45,9 +45,11 @@ class RayRunner(Runner):
         gpus = 0.0 if gpu == "cpu" else cfg.num_gpus
         options = ray.remote(num_gpus=gpus, num_cpus=cfg.num_cpus, max_retries=0)
         self._run = options(_run)
-        there = ray.cluster_resources()
-        fits = [there.get(name, 0) / each for name, each in (("GPU", gpus), ("CPU", cfg.num_cpus)) if each]
-        self._capacity = int(min(fits, default=1))
+        needed = [(name, each) for name, each in (("GPU", gpus), ("CPU", cfg.num_cpus)) if each]
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # a task is on one of them
+        self._capacity = sum(
+            int(min((there.get(name, 0) / each for name, each in needed), default=1)) for there in nodes
+        )
         if self._capacity < 1:
             raise ConfigError(
                 f"runner: no machine of the Ray cluster has {gpus:g} GPUs and {cfg.num_cpus:g} processors"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from collections import Counter
@@ -12,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from fourdfy.files.atomic import by_product
+from fourdfy.files.atomic import by_product, write_whole
 from fourdfy.launching.sweeps.jobs import Job, Sweep
 from fourdfy.launching.sweeps.results import score_of
 from fourdfy.launching.sweeps.runners import POLL_SECONDS, Runner, Task
@@ -60,7 +61,7 @@ class Scheduler:
     """
 
     def __init__(self, sweep: Sweep, runner: Runner, show: Callable[[Sequence[Entry]], None]) -> None:
-        self.cfg, self.runner, self.show = sweep.cfg, runner, show
+        self.sweep, self.cfg, self.runner, self.show = sweep, sweep.cfg, runner, show
         self.kept, self.first = sweep.kept
         stages = self.first or len(sweep.jobs[0].trials)
         self.entries = [Entry(job, sweep.log(job), stages) for job in sweep.jobs]
@@ -109,6 +110,8 @@ class Scheduler:
         tasks = []
         for entry in entries:
             entry.log.parent.mkdir(parents=True, exist_ok=True)
+            with by_product("settings of jobs"):
+                write_whole(self.sweep.record(entry.job), json.dumps(entry.job.given))
             entry.began = time.monotonic()
             stages = () if entry.stages == len(entry.job.trials) else ("--stages", str(entry.stages))
             device = ("--gpu", "cpu") if self.runner.gpu == "cpu" else ()
