@@ -29,7 +29,7 @@ class CausalVideoPrior(VideoPrior):
         stride: ClassVar[int] = STRIDE
         """Frames that each latent but the first one holds."""
         frames_in_chunk: ClassVar[int] = STRIDE
-        """The least that the VAE can take at once."""
+        """What the VAE takes together."""
         vae_bytes_per_pixel: ClassVar[int]
         """What the VAE keeps for the backward pass, of each frame that is in it at once."""
         cache_bytes_per_pixel: ClassVar[int]
@@ -46,13 +46,18 @@ class CausalVideoPrior(VideoPrior):
         encoded again in the backward pass. 0 or -1: all."""
 
         def __post_init__(self) -> None:
-            super().__post_init__()
             if self.gradient == "subset":
                 raise ValueError("gradient=subset: this VAE takes frames together; set gradient=exact")
+            super().__post_init__()
             if self.half_precision_weights is True and not self.fits_float16:
                 raise ValueError(
                     "half_precision_weights=true is float16, too narrow for this model; set it to bf16"
                 )
+
+        def frames_at_once(self, frames: int) -> int:
+            """Those of whole chunks; fewer than a chunk as they are given."""
+            whole = self.low_ram_vae - self.low_ram_vae % self.frames_in_chunk
+            return min(frames, whole or self.low_ram_vae) if self.low_ram_vae > 0 else frames
 
         def activation_bytes(self, frames: int, height: int, width: int) -> int:
             kept = (

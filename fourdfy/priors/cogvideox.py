@@ -18,6 +18,7 @@ from fourdfy.priors.base import Network
 from fourdfy.priors.causal_vae import cogvideox_moments
 from fourdfy.priors.causal_video import CausalVideoPrior
 from fourdfy.priors.hub import stored_description
+from fourdfy.priors.video import VideoPrior
 from fourdfy.registry import register
 
 
@@ -34,8 +35,11 @@ class CogVideoX(CausalVideoPrior):
         parts: ClassVar[tuple[str, ...]] = ("transformer", "vae", "scheduler")
         text_keys: ClassVar[tuple[str, str]] = ("d_model", "text_embed_dim")
         text_processors: ClassVar[tuple[str, ...]] = ("cogvideox-prompt-processor",)
-        vae_bytes_per_pixel: ClassVar[int] = 11_000
+        frames_in_chunk: ClassVar[int] = 8
+        vae_bytes_per_pixel: ClassVar[int] = 5_000
         cache_bytes_per_pixel: ClassVar[int] = 1_000
+        block_bytes_per_pixel: ClassVar[int] = 46_000
+        """What the largest block of a chunk takes while its gradients are computed."""
 
         pretrained_model_name_or_path: str = file_path("zai-org/CogVideoX-2b")
         height: int = number(480, 1, 8192)
@@ -48,6 +52,16 @@ class CogVideoX(CausalVideoPrior):
         """Number of frames in the VAE at once, by eights; fewer than all are encoded again in the backward
         pass. 1 to 7: eight, but one residual block's activations at a time, which are computed a third time.
         0 or -1: all."""
+
+        @property
+        def by_blocks(self) -> bool:
+            """Whether the VAE keeps one residual block's activations at a time."""
+            return 0 < self.low_ram_vae < self.frames_in_chunk
+
+        def activation_bytes(self, frames: int, height: int, width: int) -> int:
+            kept = 0 if self.by_blocks else self.frames_at_once(frames) * self.vae_bytes_per_pixel
+            caches = frames // self.stride * self.cache_bytes_per_pixel
+            return self.height * self.width * (self.block_bytes_per_pixel + kept + caches)
 
         @staticmethod
         def multiple(vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> int:
@@ -74,6 +88,10 @@ class CogVideoX(CausalVideoPrior):
                 )
 
     cfg: Config
+
+    def halve_chunks(self, frames: int) -> dict[str, int]:
+        # Half of a chunk means a block of it at a time.
+        return {} if self.cfg.by_blocks else VideoPrior.halve_chunks(self, frames)
 
     def normalised(self, latents: Float[Tensor, "B C f h w"]) -> Float[Tensor, "B C f h w"]:
         return latents * self.vae.config.scaling_factor

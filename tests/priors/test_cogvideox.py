@@ -265,6 +265,7 @@ def test_a_gpu_that_is_too_small_gets_a_chunk_and_then_a_block_at_a_time(small_f
 
 def test_the_memory_is_that_of_a_chunk_or_of_a_block():
     config = find("cogvideox-guidance", Guidance).Config
-    configs = (parse_config(config, {"low_ram_vae": at_once}) for at_once in (8, 4))
+    configs = (parse_config(config, {"low_ram_vae": at_once}) for at_once in (0, 12, 8, 4))
     gigabytes = [part.activation_bytes(17, 1, 1) / 1e9 for part in configs]
-    assert gigabytes == pytest.approx([32, 16], rel=0.05)
+    # As measured (docs/priors.md); 12 is one whole chunk.
+    assert gigabytes == pytest.approx([46, 32, 32, 16], rel=0.09)

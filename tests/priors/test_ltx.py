@@ -223,6 +223,11 @@ def test_a_gpu_that_is_too_small_keeps_one_block_at_a_time(folders):
     assert [prior.halve_chunks(17) for _ in range(2)] == [{"low_ram_vae": 8}, {}]
 
 
+def test_the_advice_for_gradients_of_a_subset_is_not_refused_next():
+    with pytest.raises(ValueError, match="set gradient=exact"):
+        config(gradient="subset")
+
+
 def test_the_memory_is_that_of_the_version_of_the_vae(folders):
     gigabytes = [
         config(pretrained_model_name_or_path=str(folders[version]), **more).activation_bytes(17, 0, 0) / 2**30
