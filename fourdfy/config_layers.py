@@ -205,14 +205,17 @@ def _settle(schema: type | Named, node: Section, path: str, sources: Mapping[str
         allowed, key = kinds(schema)[name], join(path, name)
         value, is_path = plain(found), "path" in f.metadata
         if set(allowed) <= {str, type(None)}:
+            optional = type(None) in allowed
+            if is_path and value is None and found.text in (None, "null") and not optional:
+                raise config_error("", key, sources, "expected a file, a folder or a name, got null")
             if found.text is not None:
-                value = None if found.text == "null" and type(None) in allowed else found.text
+                value = None if found.text == "null" and optional else found.text
             if not isinstance(value, (str, *allowed)):
                 given = "null" if value is None else value
                 raise config_error("", key, sources, f"expected a text, got {given}; put texts in quotes")
-            node[name] = Leaf(
-                _expanded(value, key, found.source, sources) if is_path else value, found.source
-            )
+            if is_path:
+                value = _expanded(value, key, found.source, sources, optional)
+            node[name] = Leaf(value, found.source)
         elif list[str] in allowed and isinstance(value, list):
             texts = [t if t is not None else entry for entry, t in zip(value, found.entries, strict=True)]
             texts = [_expanded(entry, key, found.source, sources) for entry in texts] if is_path else texts
@@ -221,9 +224,9 @@ def _settle(schema: type | Named, node: Section, path: str, sources: Mapping[str
         schema_at(schema, name, node, path, sources)  # raises if no class has the name
 
 
-def _expanded(path: Any, key: str, source: str, sources: Mapping[str, str]) -> Any:
+def _expanded(path: Any, key: str, source: str, sources: Mapping[str, str], optional: bool = False) -> Any:
     if path == "":
-        problem = "is empty; write . for the current folder, or null for no file"
+        problem = "is empty; write . for the current folder" + ", or null for no file" * optional
         raise config_error("", key, sources, problem)
     try:
         return expand_path(path, source == COMMAND_LINE) if isinstance(path, str) else path

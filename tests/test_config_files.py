@@ -415,7 +415,7 @@ def test_paths_are_expanded_once(load, monkeypatch):
 
 @pytest.mark.parametrize("path", ["$NOWHERE/a", "~nobody-of-this-name/a", ""])
 def test_a_path_that_leads_nowhere_is_refused_by_its_key(load, path):
-    expected = rf"'\{path[0]}.*/a': " if path else "is empty; write . "
+    expected = rf"'\{path[0]}.*/a': " if path else "is empty; write . for the current folder, or null "
     with pytest.raises(ConfigError, match=rf"^folder \(in the command line\): {expected}"):
         load("", f"folder={path}")
 

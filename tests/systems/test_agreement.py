@@ -224,3 +224,10 @@ def test_a_processor_made_from_the_priors_own_fits_it():
     this = parsed(CONFIGS / "shapes_stage_3_wan.yaml")
     kind = replace(this.plan["video"], prompts=Longer.Config(prompt="a cube"))
     check_agreement(this.cfg, SupervisionPlan((kind,), dynamic=True))
+
+
+@pytest.mark.parametrize("given", ["", "null"])
+def test_a_model_that_the_prior_needs_is_not_null(given):
+    problem = r"system.guidance_video.motion_adapter .*(, got null|write \. for the current folder)$"
+    with pytest.raises(ConfigError, match=problem):
+        parsed(CONFIGS / "fourdfy_stage_3_animatediff.yaml", f"system.guidance_video.motion_adapter={given}")
