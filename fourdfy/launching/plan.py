@@ -82,7 +82,7 @@ def _stage_lines(experiment: Experiment, system: System) -> Iterator[str]:
         yield f"model: {locate_model(name, parts)}, for its {', '.join(parts)}"
     here = all(stored_bytes(name, parts) is not None for name, parts in models)
     rest = "" if here else ", plus that of the models that are not on this disk"
-    yield f"memory, roughly: {memory_line(*_memory_estimate(experiment, system), cfg.trainer)}{rest}"
+    yield f"memory, roughly: {memory_line(*_memory_estimate(experiment, system), cfg.trainer, rest)}"
 
 
 def memory_needed(experiment: Experiment) -> str:
@@ -94,10 +94,11 @@ def memory_needed(experiment: Experiment) -> str:
     return memory_line(*_memory_estimate(experiment, check_groups(experiment)), experiment.cfg.trainer)
 
 
-def memory_line(least: float, at_once: float, cfg: TrainerConfig) -> str:
-    """The bytes of a training with the fewest samples at once, and with all of them, as a user needs them."""
+def memory_line(least: float, at_once: float, cfg: TrainerConfig, rest: str = "") -> str:
+    """The bytes of a training with the fewest samples at once, and with all of them, as a user needs them;
+    ``rest`` is what they lack."""
     budget = math.inf if cfg.memory_budget_gb is None else cfg.memory_budget_gb * 2**30
-    line = f"{min(at_once, max(least, budget)) / 2**30:.1f} GiB"
+    line = f"{min(at_once, max(least, budget)) / 2**30:.1f} GiB{rest}"
     if budget == math.inf and at_once - least > 2**30:
         line += f"; a GPU with less, from {least / 2**30:.1f} GiB on, takes several passes"
     return line

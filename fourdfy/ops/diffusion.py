@@ -147,7 +147,6 @@ def projected_guidance(
     uncond: Float[Tensor, "B C *S"],
     scale: float,
     norm_bound: float = 0.0,
-    parallel: float = 0.0,
 ) -> Float[Tensor, "B C *S"]:
     """APG (Sadat et al. 2024): guidance of x_0 without what only raises contrast and saturation.
 
@@ -155,15 +154,13 @@ def projected_guidance(
 
     Args:
         norm_bound: bound on the norm of each latent's ``text - uncond``; 0 is none.
-        parallel: share that is kept of the component of ``text - uncond`` along ``text``; 1 is
-            ``classifier_free_guidance``, if there is no bound.
     """
     difference = text - uncond
     if norm_bound:
         norm = _dot(difference, difference).sqrt().clamp_min(1e-12)
         difference = _per_latent((norm_bound / norm).clamp(max=1), text) * difference
     along = _per_latent(_share_along(difference, text), text) * text
-    return text + (scale - 1) * (difference - (1 - parallel) * along)
+    return text + (scale - 1) * (difference - along)
 
 
 def zero_star_guidance(

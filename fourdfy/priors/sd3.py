@@ -17,9 +17,6 @@ from fourdfy.priors.latent import LatentPrior
 from fourdfy.priors.pooled import split_pooled
 from fourdfy.registry import register
 
-PATCH = 2
-"""Latents along each side of what the transformer takes as one."""
-
 
 @register("sd3")
 class StableDiffusion3(LatentPrior):
@@ -40,7 +37,7 @@ class StableDiffusion3(LatentPrior):
 
         @staticmethod
         def multiple(vae: Mapping[str, Any], denoiser: Mapping[str, Any]) -> int:
-            return LatentPrior.Config.multiple(vae, denoiser) * PATCH
+            return LatentPrior.Config.multiple(vae, denoiser) * StableDiffusion3.patch
 
         def check_models(self) -> None:
             super().check_models()
@@ -57,7 +54,7 @@ class StableDiffusion3(LatentPrior):
             return stored_description(name, "text_encoder_3").get("d_model")
 
     cfg: Config
-    patch: ClassVar[int] = PATCH
+    patch: ClassVar[int] = 2
 
     def told(
         self,

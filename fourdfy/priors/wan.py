@@ -19,15 +19,12 @@ from fourdfy.priors.hub import stored_folder
 from fourdfy.priors.model_folder import read_mapping
 from fourdfy.registry import register
 
-PATCH = 2
-"""Latents along each side of what the transformer takes as one."""
-
 
 @register("wan")
 class Wan(CausalVideoPrior):
     moments = staticmethod(wan_moments)
 
-    patch: ClassVar[int] = PATCH
+    patch: ClassVar[int] = 2
 
     @dataclass(frozen=True, kw_only=True)
     class Config(CausalVideoPrior.Config):
@@ -51,7 +48,7 @@ class Wan(CausalVideoPrior):
 
         @staticmethod
         def multiple(vae: Mapping[str, Any], transformer: Mapping[str, Any]) -> int:
-            return vae.get("scale_factor_spatial", 8) * PATCH
+            return vae.get("scale_factor_spatial", 8) * Wan.patch
 
         def check_models(self) -> None:
             super().check_models()

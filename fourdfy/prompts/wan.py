@@ -30,7 +30,7 @@ class WanPromptProcessor(T5PromptProcessor):
             "fused fingers, still picture, messy background, three legs, many people in the background, "
             "walking backwards"
         )
-        """The authors' own by default, which leads away from stillness and from limbs too many."""
+        """The authors' own by default, which leads away from stillness and from superfluous limbs."""
 
     def cleaned(self, text: str) -> str:
         return " ".join(html.unescape(html.unescape(text)).split())

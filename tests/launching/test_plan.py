@@ -217,3 +217,8 @@ GIB = 2**30
 )
 def test_the_memory_is_bounded_by_the_budget_and_by_what_is_needed(least, at_once, budget, line):
     assert memory_line(float(least), float(at_once), TrainerConfig(memory_budget_gb=budget)) == line
+
+
+def test_models_that_are_not_here_stand_beside_the_memory_that_they_add_to():
+    line = memory_line(10.0 * GIB, 60.0 * GIB, TrainerConfig(), ", plus that of the models")
+    assert line.startswith("60.0 GiB, plus that of the models; a GPU with less")

@@ -146,18 +146,16 @@ def test_projected_guidance_is_that_of_diffusers():
 
     text, uncond = random_predictions(2)
     text[0], uncond[0] = 3 * text[0], 5 * uncond[0]  # longer than the bound; the others stay below it
-    for bound, parallel in ((0.0, 0.0), (25.0, 0.0), (0.0, 0.3), (25.0, 1.0)):
+    for bound in (0.0, 25.0):
         wanted = normalized_guidance(
-            text, uncond, 6.5, eta=parallel, norm_threshold=bound, use_original_formulation=True
+            text, uncond, 6.5, eta=0.0, norm_threshold=bound, use_original_formulation=True
         )
-        given = projected_guidance(text, uncond, 7.5, bound, parallel)
+        given = projected_guidance(text, uncond, 7.5, bound)
         torch.testing.assert_close(given, wanted, rtol=0, atol=1e-10)
 
 
-def test_projected_guidance_with_everything_is_guidance_and_else_leaves_the_length_of_the_text():
+def test_projected_guidance_moves_across_the_text():
     text, uncond = random_predictions(2)
-    whole = projected_guidance(text, uncond, 7.5, parallel=1.0)
-    torch.testing.assert_close(whole, classifier_free_guidance(text, uncond, 7.5))
     moved = projected_guidance(text, uncond, 7.5) - text
     assert moved.flatten(1).norm(dim=1).min() > 1
     torch.testing.assert_close((moved * text).flatten(1).sum(1), torch.zeros(3).double(), rtol=0, atol=1e-9)
