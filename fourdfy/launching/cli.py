@@ -103,7 +103,9 @@ def _sweep(args: argparse.Namespace, stop: StopSignals) -> int:
         "per_gpu": args.per_gpu,
     }
     given = {key: value for key, value in given.items() if value is not None}
-    return sweep(args.sweep, given, args.overrides, mode=args.sweep_mode, gpu=args.gpu, stop=stop)
+    options = [word for word in ("--verbose", "--typecheck") if getattr(args, word[2:])]
+    how = {"mode": args.sweep_mode, "gpu": args.gpu, "options": options, "stop": stop}
+    return sweep(args.sweep, given, args.overrides, **how)
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -181,6 +181,20 @@ def test_a_mistake_is_named_before_anything_runs(made, text, message):
         sweep.check()
 
 
+def test_an_override_that_is_wrong_is_named_with_its_place(made, tmp_path):
+    where = re.escape(f"(in {tmp_path / 'many.yaml'}, ")
+    wrong = "system.loss.lambda_sparsity=x"
+    for text, place in (
+        (f"settings: {{a: [], b: [{wrong}]}}", r"settings\.b"),
+        ("grid: {system.loss.lambda_sparsity: [x]}", r"grid\.system\.loss\.lambda_sparsity"),
+        (f"overrides: [{wrong}]", "overrides"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^system\.loss\.lambda_sparsity.*{where}{place}\)"):
+            _ = made(f"config: {STAGE}\nprompts: {PROMPTS}\n{text}").jobs
+    with pytest.raises(ConfigError, match=r"lambda_sparsity.*\(in the command line\)"):
+        _ = made(f"config: {STAGE}\nprompts: {PROMPTS}\n", wrong).jobs
+
+
 # ---------------------------------------------------------------------------------------------
 # Running
 
@@ -259,7 +273,7 @@ def test_a_signal_stops_the_tasks_first(made):
     assert len(runner.stopped) == 2 and list(polls) == []
 
 
-def test_the_best_seeds_go_on(made, tmp_path):
+def test_the_best_seeds_go_on(made, tmp_path, capsys, caplog):
     recipe = tmp_path / "two.yaml"
     recipe.write_text(f"stages: [{STAGE}, {CONFIGS / 'shapes_stage_2.yaml'}]\n")
     text = f"config: {recipe}\nprompts: {PROMPTS[:1]}\nseeds: 0-2\nkeep: 1 of 3 after stage 1\n"
@@ -276,11 +290,24 @@ def test_the_best_seeds_go_on(made, tmp_path):
     assert [row_of(sweep, entry.job)["stages"] for entry in found if entry.state is State.DROPPED] == [
         "1 of 2"
     ]
-    again = Here()
-    assert (
-        states(entries(made(text.replace("0-2", "1-2").replace("of 3", "of 2")), again)) == states(found)[1:]
-    )
+    again, fewer = Here(), made(text.replace("0-2", "1-2").replace("of 3", "of 2"))
+    assert states(entries(fewer, again)) == states(found)[1:]
     assert not again.started
+    write_results(fewer)
+    assert "1 of 2 jobs are done, 1 dropped." in (fewer.folder / "index.html").read_text()
+    command.list_jobs(fewer)
+    said = capsys.readouterr().out
+    assert re.search(r"seed \d +│ dropped ", said) and "0 of 2 jobs to do; about 0.0 hours" in said
+    with pytest.raises(ConfigError, match=r"^keep_by: .*: no 'piror' after stage 1; .*loss/.*, prior"):
+        entries(made(text.replace("0-2", "1-2").replace("of 3", "of 2") + "keep_by: lowest piror"), again)
+    for job in fewer.jobs:  # a disk was full, a copy torn
+        if job.has_finished(2):
+            (job.trials[1] / "save" / f"it{job.ends[1]}-evaluation.json").write_text("[")
+        else:
+            (job.trials[0] / "csv_logs" / "version_0" / "metrics.csv").write_text("step,loss/a\n1,0.0-1\n")
+    rows = write_results(fewer)
+    assert [row["stages"] for row in rows if "prior" not in row] == [row["stages"] for row in rows]
+    assert caplog.text.count("its numbers can't be read from") == 2
 
 
 def test_the_time_that_is_left_is_that_of_those_that_are_done(monkeypatch):
@@ -340,6 +367,22 @@ def test_tasks_run_as_many_at_a_time_as_the_runner_takes(monkeypatch, tmp_path):
     assert max(most) == 2
 
 
+def test_what_ends_a_run_of_tasks_stops_them_first(monkeypatch, tmp_path):
+    monkeypatch.setattr(runners, "POLL_SECONDS", 0.0)
+    runner = Here(capacity=2, statuses=[7, 8])
+    found = iter([0, KeyboardInterrupt, None, 143])
+
+    def poll(handle):
+        if (status := next(found)) is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return status
+
+    runner.poll = poll
+    with pytest.raises(KeyboardInterrupt):
+        runners.run_all([Task((), tmp_path, name) for name in "abc"], runner)
+    assert runner.stopped == [8] and list(found) == []
+
+
 def test_a_task_is_the_command_line_in_a_process_with_a_log(tmp_path):
     runner = LocalRunner.Config(per_gpu=2).build("cpu")
     words = (("--help",), ("--train",))
@@ -374,15 +417,18 @@ def test_a_terminal_shows_what_runs_and_what_is_logged_above_it(monkeypatch, tmp
 
 
 def test_the_command_lists_runs_and_gathers(tmp_path, monkeypatch, capsys, caplog):
-    monkeypatch.setattr(LocalRunner.Config, "build", lambda self, gpu: Here())
+    here = Here()
+    monkeypatch.setattr(LocalRunner.Config, "build", lambda self, gpu: here)
     (tmp_path / "prompts.txt").write_text("a red cube bouncing\n")
     words = ["--sweep", str(tmp_path / "prompts.txt"), "--config", STAGE, "--seeds", "0-1", "--gpu", "cpu"]
     words += [*GIVEN, "trainer.max_steps=1", f"exp_root_dir={tmp_path / 'out'}"]
     assert main([*words, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert re.search(r"a red cube bouncing, seed 1 +│ to do +│ \d\.\d GiB", said)
-    assert "2 of 2 jobs to do; it is not known" in said and not (tmp_path / "out").exists()
-    assert main(words) == 0
+    assert "2 of 2 jobs to do; time unknown until a job is done" in said and not (tmp_path / "out").exists()
+    assert main([*words, "--dry-run", "--gpu", "0"]) == 2 and "--gpu: a sweep uses" in capsys.readouterr().err
+    assert main([*words, "--verbose"]) == 0
+    assert here.started and all("--verbose" in task.arguments for task in here.started)
     folder = tmp_path / "out" / "sweep"
     rows = list(csv.DictReader((folder / "results.csv").open()))
     assert [(row["prompt"], row["seed"], row["stages"]) for row in rows] == [
@@ -394,7 +440,12 @@ def test_the_command_lists_runs_and_gathers(tmp_path, monkeypatch, capsys, caplo
     assert "../shapes_stage_1/a_red_cube_bouncing_seed_1" in page and "2 of 2 jobs are done." in page
     assert "a red cube bouncing, seed 1: done (2 done)" in caplog.text
     (folder / "index.html").unlink()
-    assert main([*words, "--gather"]) == 0 and (folder / "index.html").read_text() == page
+    with monkeypatch.context() as patched:  # the clips have not changed
+        patched.setattr("fourdfy.launching.sweeps.results.save_animated_image", None)
+        assert main([*words, "--gather"]) == 0 and (folder / "index.html").read_text() == page
+    (folder / "index.html").unlink()
+    (folder / "index.html").mkdir()
+    assert main([*words, "--gather"]) == 1 and "index.html could not be written" in caplog.text
     assert main([*words, "--dry-run"]) == 0
     assert "0 of 2 jobs to do; about 0.0 hours" in capsys.readouterr().out
 

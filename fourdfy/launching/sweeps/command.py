@@ -19,7 +19,7 @@ from fourdfy.config_files import ConfigError
 from fourdfy.files.atomic import losses_noted
 from fourdfy.launching.plan import find_models, memory_needed
 from fourdfy.launching.sweeps.jobs import Sweep, read_sweep
-from fourdfy.launching.sweeps.results import write_results
+from fourdfy.launching.sweeps.results import dropped, write_results
 from fourdfy.launching.sweeps.scheduler import Entry, Scheduler, State, counts, seconds_left
 from fourdfy.signals import StopSignals
 from fourdfy.terminal import printable
@@ -38,6 +38,7 @@ def sweep(
     mode: str | None,
     gpu: str | None,
     stop: StopSignals,
+    options: Sequence[str] = (),
 ) -> int:
     """Run a sweep, or go on with it; gives the exit status, 1 if a job has failed.
 
@@ -46,6 +47,7 @@ def sweep(
         overrides: ``key=value`` for all jobs.
         mode: ``dry-run``, ``gather``, or None to run it.
         gpu: ``cpu``, or None.
+        options: of ``launch.py``, for all jobs.
 
     Raises:
         ConfigError: names the key and the file.
@@ -53,7 +55,7 @@ def sweep(
     """
     if gpu not in (None, "cpu"):
         raise ConfigError("--gpu: a sweep uses all visible GPUs (CUDA_VISIBLE_DEVICES), or --gpu cpu")
-    made = read_sweep(file, given, overrides)
+    made = read_sweep(file, given, overrides, options)
     made.check()
     if mode == "dry-run":
         list_jobs(made)
@@ -82,8 +84,11 @@ def run(made: Sweep, gpu: str | None) -> int:
 
 
 def gather(made: Sweep) -> int:
-    """``--gather``: write the results anew."""
-    write_results(made)
+    """``--gather``: write the results anew; 1 if some could not be."""
+    with losses_noted() as lost:
+        write_results(made)
+    if lost:  # each of which was warned of
+        return 1
     logger.info("written: %s", made.folder / "index.html")
     return 0
 
@@ -94,18 +99,19 @@ def list_jobs(made: Sweep) -> None:
         tuple(words.items()): max(map(memory_needed, stages), key=lambda line: float(line.split()[0]))
         for words, _, stages in made.recipes
     }
+    states = {job.tag: "done" if job.has_finished(len(job.trials)) else "to do" for job in made.jobs}
+    states |= dict.fromkeys(dropped(made), State.DROPPED)
     table = Table("job", "state", "memory")
     for job in made.jobs:
-        state = "done" if job.has_finished(len(job.trials)) else "to do"
-        cells = (printable(job.name), state, memory[tuple(job.settings.items())])
+        cells = (printable(job.name), states[job.tag], memory[tuple(job.settings.items())])
         table.add_row(*map(Text, cells))
     Console().print(table)
-    todo = sum(not job.has_finished(len(job.trials)) for job in made.jobs)
+    todo, all_jobs = [*states.values()].count("to do"), len(made.jobs)
     took = [seconds for job in made.jobs if (seconds := made.seconds(job))]
-    hours = "it is not known how long a job takes until one is done"
+    hours = "time unknown until a job is done"
     if took:
         hours = f"about {todo * sum(took) / len(took) / 3600:.1f} hours of one device, by those that are done"
-    Console().print(f"{todo} of {len(made.jobs)} jobs to do; {hours}", highlight=False)
+    Console().print(f"{todo} of {all_jobs} job{'s' * (all_jobs != 1)} to do; {hours}", highlight=False)
 
 
 class Display:

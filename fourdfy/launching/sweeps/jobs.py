@@ -121,6 +121,11 @@ class Sweep:
     """A parsed sweep file."""
 
     cfg: SweepConfig
+    file: Path = Path()
+    typed: tuple[str, ...] = ()
+    """Those of ``cfg.overrides`` that the command line has."""
+    options: tuple[str, ...] = ()
+    """Of ``launch.py``, for all jobs."""
 
     @property
     def root(self) -> Path:
@@ -207,7 +212,7 @@ class Sweep:
         Raises:
             ConfigError: a config or an override is wrong.
         """
-        return [(words, given, self._stages(given)) for words, given in self._combinations()]
+        return [(words, given, self._stages(words, given)) for words, given in self._combinations()]
 
     @cached_property
     def jobs(self) -> list[Job]:
@@ -238,12 +243,32 @@ class Sweep:
                 own = [f"{key}={value}" for key, value in zip(keys, point, strict=True)]
                 yield words, [*self.cfg.overrides, *self.cfg.settings.get(name, ()), *own]
 
-    def _stages(self, given: Sequence[str]) -> list[Experiment]:
+    def _stages(self, words: Mapping[str, str], given: Sequence[str]) -> list[Experiment]:
         if not self.cfg.config:
             raise ConfigError("config: missing; name the recipe or experiment of the jobs: --config NAME")
         place = self._place("tag")
         prompts = [literal_override(PROMPT, text) for text in self.prompts[:1]]
-        return [stage.experiment for stage in load_recipe(self.cfg.config, [*prompts, *given, *place])]
+        try:
+            return [stage.experiment for stage in load_recipe(self.cfg.config, [*prompts, *given, *place])]
+        except ConfigError as error:
+            raise self._with_origin(error, words, given) from error
+
+    def _with_origin(self, error: ConfigError, words: Mapping[str, str], given: Sequence[str]) -> ConfigError:
+        """The error, with the place in the sweep file of the override that it is about."""
+        own = f"settings.{name}" if (name := words.get("settings")) else ""
+        lists = {own: self.cfg.settings.get(name or "", ()), "overrides": self.cfg.overrides}
+        for word in reversed(given):
+            key = word.partition("=")[0]
+            bare = re.sub(r"^stage_\d+\.", "", key)
+            if not bare or not re.match(rf"(stage_\d+\.)?{re.escape(bare)}(?![\w.])", str(error)):
+                continue
+            origin = next((at for at, some in lists.items() if word in some), f"grid.{key}")
+            if origin == "overrides" and word in self.typed:
+                return error
+            place = f"(in {self.file}, {origin})"
+            said = str(error).replace(f"(in {COMMAND_LINE})", place)
+            return ConfigError(said if place in said else f"{said} {place}")
+        return error
 
     def _place(self, tag: str) -> list[str]:
         root = str(self.root).replace("$", "$$")
@@ -268,17 +293,28 @@ class Sweep:
             tag=tag,
             trials=tuple(stage.trial_dir.with_name(tag) for stage in stages),
             ends=tuple(stage.cfg.trainer.max_steps for stage in stages),
-            arguments=(*configs, "--train", *prompts, *given, f"seed={seed}", *self._place(tag)),
+            arguments=(
+                *configs,
+                "--train",
+                *self.options,
+                *prompts,
+                *given,
+                f"seed={seed}",
+                *self._place(tag),
+            ),
             given=tuple(settings(stage.values) for stage in stages),
         )
 
 
-def read_sweep(file: Path, given: Mapping[str, Any], overrides: Sequence[str]) -> Sweep:
+def read_sweep(
+    file: Path, given: Mapping[str, Any], overrides: Sequence[str], options: Sequence[str] = ()
+) -> Sweep:
     """The sweep of a YAML file, or of a text file of prompts, one in each line.
 
     Args:
         given: keys of ``SweepConfig`` that replace the file's, and ``per_gpu`` of its runner.
         overrides: ``key=value`` for all jobs, after the file's own.
+        options: of ``launch.py``, for all jobs.
 
     Raises:
         ConfigError: names the key and the file.
@@ -304,7 +340,8 @@ def read_sweep(file: Path, given: Mapping[str, Any], overrides: Sequence[str]) -
     sources = sources | dict.fromkeys(given, COMMAND_LINE)
     cfg: SweepConfig = parse_config(SweepConfig, values, sources=sources)
     _check_overrides(cfg, overrides)
-    return Sweep(replace(cfg, overrides=[*cfg.overrides, *overrides]))
+    cfg = replace(cfg, overrides=[*cfg.overrides, *overrides])
+    return Sweep(cfg, file, tuple(overrides), tuple(options))
 
 
 def _check_overrides(cfg: SweepConfig, typed: Sequence[str]) -> None:

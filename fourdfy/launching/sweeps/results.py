@@ -10,7 +10,8 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fourdfy.files.atomic import by_product, write_whole
+from fourdfy.files.atomic import by_product, warn_once, write_whole
 from fourdfy.files.images import TEST_FPS, save_animated_image
 from fourdfy.launching.sweeps.jobs import Job, Sweep
 
@@ -71,10 +72,42 @@ def score_of(job: Job, column: str, stage: int) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
+def best_first(jobs: Iterable[Job], by: str, stage: int) -> list[Job]:
+    """Jobs in the order of ``keep_by`` after so many stages; those without a number come last."""
+    order, column = by.split(" ", 1)
+
+    def rank(job: Job) -> tuple[bool, float]:
+        score = score_of(job, column, stage) if job.has_finished(stage) else None
+        return score is None, (score or 0.0) * (1 if order == "lowest" else -1)
+
+    return sorted(jobs, key=rank)
+
+
+def dropped(sweep: Sweep) -> set[str]:
+    """Tags of the jobs that ``keep`` drops, when all seeds of a prompt and settings have come so far."""
+    best, stage = sweep.kept
+    tags: set[str] = set()
+    for _, group in groupby(sweep.jobs, key=lambda job: (job.prompt, job.settings)) if stage else ():
+        seeds = list(group)
+        if all(job.has_finished(stage) for job in seeds):
+            others = best_first(seeds, sweep.cfg.keep_by, stage)[best:]
+            tags |= {job.tag for job in others if not job.has_finished(len(job.trials))}
+    return tags
+
+
 def numbers(job: Job, stage: int) -> dict[str, float]:
-    """Of the evaluation against the ground truth, where there is one; ``prior``; and the last losses."""
-    if not stage:
+    """Of the evaluation against the ground truth, where there is one; ``prior``; and the last losses.
+
+    A file that is damaged costs a warning: there are none then.
+    """
+    try:
+        return _numbers(job, stage) if stage else {}
+    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
+        warn_once(f"{job.name}: its numbers can't be read from {job.trials[stage - 1]} ({error})")
         return {}
+
+
+def _numbers(job: Job, stage: int) -> dict[str, float]:
     trial, end = job.trials[stage - 1], job.ends[stage - 1]
     found: dict[str, float] = {}
     report = trial / "save" / f"it{end}-evaluation.json"
@@ -115,10 +148,12 @@ def contact_sheet(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> str:
         cells = "".join(_cell(sweep, job, row) for job, row in group)
         body.append(f"<tr><th>{html.escape(prompt or '')}<small>{given}</small></th>{cells}</tr>")
     finished = sum(job.has_finished(len(job.trials)) for job in sweep.jobs)
+    state = f"{finished} of {len(rows)} {'job is' if len(rows) == 1 else 'jobs are'} done"
+    state += f", {len(tags)} dropped" if (tags := dropped(sweep)) else ""
     title = html.escape(sweep.root.name)
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-        f"<h1>{title}</h1><p>{finished} of {len(rows)} jobs are done.</p>"
+        f"<h1>{title}</h1><p>{state}.</p>"
         f"<table><tr><th></th>{head}</tr>{''.join(body)}</table></html>\n"
     )
 
@@ -140,20 +175,31 @@ def _cell(sweep: Sweep, job: Job, row: Mapping[str, Any]) -> str:
 
 def _clip(trial: Path) -> str:
     """The test views of the last step that has some, small, as a looping WebP in a data URI; "" for none."""
-    from PIL import Image
-
     matches = [(re.fullmatch(r"it(\d+)-test", path.name), path) for path in (trial / "save").glob("it*-test")]
     found = [(int(match[1]), path) for match, path in matches if match]
     files = sorted(max(found)[1].glob("*.png"), key=lambda file: int(file.stem)) if found else []
     if not files:
         return ""
     chosen = [files[round(i)] for i in np.linspace(0, len(files) - 1, min(len(files), CLIP_FRAMES))]
+    try:
+        versions = tuple((file, file.stat().st_mtime_ns) for file in chosen)
+        return _encoded(versions, TEST_FPS * len(chosen) / len(files))
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow's for a broken PNG
+        warn_once(f"{trial}: its test views can't be shown ({error})")
+        return ""
+
+
+@lru_cache(maxsize=4096)  # a sheet is written each minute, by the process that starts the jobs
+def _encoded(versions: tuple[tuple[Path, int], ...], fps: float) -> str:
+    """Files, each with the time of its last change, as a WebP in a data URI."""
+    from PIL import Image
+
     frames = []
-    for file in chosen:
+    for file, _ in versions:
         with Image.open(file) as image:
             image.thumbnail((CLIP_PIXELS, CLIP_PIXELS))
             frames.append(np.asarray(image.convert("RGB")))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "clip.webp")
-        save_animated_image(path, np.stack(frames), fps=TEST_FPS * len(frames) / len(files))
+        save_animated_image(path, np.stack(frames), fps=fps)
         return f"data:image/webp;base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -18,7 +19,11 @@ from fourdfy.config import Component
 from fourdfy.config_files import PACKAGE
 from fourdfy.registry import register
 
+logger = logging.getLogger(__name__)
+
 POLL_SECONDS = 0.2
+STOP_SECONDS = 120.0
+"""For tasks to save and end, once they are asked to stop."""
 
 
 @dataclass(frozen=True)
@@ -141,16 +146,34 @@ class LocalRunner(Runner):
 
 
 def run_all(tasks: Sequence[Task], runner: Runner) -> list[int]:
-    """Run tasks, as many at a time as the runner takes; gives their exit statuses."""
+    """Run tasks, as many at a time as the runner takes; gives their exit statuses.
+
+    What is raised stops them first.
+    """
     handles: list[Any] = []
     statuses: dict[int, int] = {}
-    while len(statuses) < len(tasks):
-        handles += runner.start(tasks[len(handles) : len(statuses) + runner.capacity])
-        for index, handle in enumerate(handles):
-            if index not in statuses and (status := runner.poll(handle)) is not None:
-                statuses[index] = status
-        time.sleep(POLL_SECONDS)
+    try:
+        while len(statuses) < len(tasks):
+            handles += runner.start(tasks[len(handles) : len(statuses) + runner.capacity])
+            for index, handle in enumerate(handles):
+                if index not in statuses and (status := runner.poll(handle)) is not None:
+                    statuses[index] = status
+            time.sleep(POLL_SECONDS)
+    except BaseException:
+        stop_all(runner, [handle for index, handle in enumerate(handles) if index not in statuses])
+        raise
     return [statuses[index] for index in range(len(tasks))]
+
+
+def stop_all(runner: Runner, handles: Sequence[Any]) -> None:
+    """Have tasks save and end, and wait for them."""
+    until = time.monotonic() + STOP_SECONDS
+    if handles:
+        logger.info("stopping %d jobs, which save first", len(handles))
+    for handle in handles:
+        runner.stop(handle)
+    while time.monotonic() < until and any(runner.poll(handle) is None for handle in handles):
+        time.sleep(POLL_SECONDS)
 
 
 def visible_gpus() -> list[str]:

@@ -6,24 +6,23 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from fourdfy.config_files import ConfigError
 from fourdfy.files.atomic import by_product, write_whole
 from fourdfy.launching.sweeps.jobs import Job, Sweep
-from fourdfy.launching.sweeps.results import score_of
-from fourdfy.launching.sweeps.runners import POLL_SECONDS, Runner, Task
+from fourdfy.launching.sweeps.results import best_first, numbers, score_of
+from fourdfy.launching.sweeps.runners import POLL_SECONDS, Runner, Task, stop_all
 
 logger = logging.getLogger(__name__)
 
 ELSEWHERE_SECONDS = 5.0
 """Between two looks at trials that other processes own."""
-STOP_SECONDS = 120.0
-"""For tasks to save and end, once the sweep is asked to stop."""
 
 
 class State(StrEnum):
@@ -75,7 +74,7 @@ class Scheduler:
             while self._advance():
                 time.sleep(POLL_SECONDS)
         except BaseException:
-            self._stop()
+            stop_all(self.runner, [entry.handle for entry in self._in(State.RUNNING)])
             raise
 
     def _advance(self) -> bool:
@@ -142,35 +141,23 @@ class Scheduler:
             seeds = [entry for entry in group if entry.stages == self.first]
             if not seeds or any(entry.state not in (State.DONE, State.FAILED) for entry in seeds):
                 continue
-            ranked = best_first(seeds, self.cfg.keep_by, self.first)
-            for place, entry in enumerate(ranked):
-                if entry.state is State.DONE and place < self.kept:
+            self._check_column([entry.job for entry in seeds if entry.state is State.DONE])
+            ranked = best_first([entry.job for entry in seeds], self.cfg.keep_by, self.first)
+            for entry in seeds:
+                if entry.state is State.DONE and ranked.index(entry.job) < self.kept:
                     entry.stages = len(entry.job.trials)
                     self._look(entry)
                 elif entry.state is State.DONE:
                     entry.state, entry.stages = State.DROPPED, 0
 
-    def _stop(self) -> None:
-        """Have all tasks save and end, and wait for them."""
-        until = time.monotonic() + STOP_SECONDS
-        running = self._in(State.RUNNING)
-        if running:
-            logger.info("stopping %d jobs, which save first", len(running))
-        for entry in running:
-            self.runner.stop(entry.handle)
-        while time.monotonic() < until and any(self.runner.poll(entry.handle) is None for entry in running):
-            time.sleep(POLL_SECONDS)
-
-
-def best_first(entries: Iterable[Entry], by: str, stage: int) -> list[Entry]:
-    """Entries in the order of ``keep_by`` after so many stages; those without a number come last."""
-    order, column = by.split(" ", 1)
-
-    def rank(entry: Entry) -> tuple[bool, float]:
-        score = score_of(entry.job, column, stage) if entry.state is State.DONE else None
-        return score is None, (score or 0.0) * (1 if order == "lowest" else -1)
-
-    return sorted(entries, key=rank)
+    def _check_column(self, done: Sequence[Job]) -> None:
+        """Refuse a ``keep_by`` that none of them has a number for."""
+        column = self.cfg.keep_by.partition(" ")[2]
+        if done and all(score_of(job, column, self.first) is None for job in done):
+            known = ", ".join(sorted({name for job in done for name in numbers(job, self.first)}))
+            raise ConfigError(
+                f"keep_by: {done[0].name}: no {column!r} after stage {self.first}; there is {known}"
+            )
 
 
 def counts(entries: Sequence[Entry]) -> str:
