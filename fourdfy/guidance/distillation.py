@@ -66,9 +66,6 @@ class Distillation(Component, nn.Module, ABC):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Prior.Config):
-        is_video: ClassVar[bool] = False
-        """``prior_class.is_video``."""
-
         min_step_percent: Schedule = scheduled(0.02, 0, 0.999)
         """Least noise that is drawn, as a share of the model's timesteps; may be a schedule."""
         max_step_percent: Schedule = scheduled(0.98, 0, 0.999)
@@ -113,6 +110,11 @@ class Distillation(Component, nn.Module, ABC):
                 )
             for step in sorted(self._turns()):
                 low, high = self.noise_range(step)
+                if self.is_flow and high <= 0:
+                    raise ValueError(
+                        f"max_step_percent={self.max_step_percent}: the most noise is 0 at step {step}, and "
+                        "a flow learns nothing from it; raise max_step_percent or max_step_percent_annealed"
+                    )
                 if low > high:
                     raise ValueError(
                         f"min_step_percent={self.min_step_percent} is {low:g} at step {step}, where the most "

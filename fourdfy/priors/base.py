@@ -147,6 +147,10 @@ class Prior(Component, ABC):
     @dataclass(frozen=True, kw_only=True)
     class Config(Component.Config):
         # No fields: a pair's config is made of a distillation's and a prior's, and the former's would win.
+        is_video: ClassVar[bool] = False
+        """``Prior.is_video``."""
+        is_flow: ClassVar[bool] = False
+        """Whether it predicts a rectified flow: its least noise may be none, and losses divide by it."""
         reads_text = True
         """Whether a step needs a prompt processor."""
         view_dependent_prompting = True

@@ -37,6 +37,7 @@ class LTX(CausalVideoPrior):
         }
         parts: ClassVar[tuple[str, ...]] = ("transformer", "vae", "scheduler")
         text_keys: ClassVar[tuple[str, str]] = ("d_model", "caption_channels")
+        is_flow: ClassVar[bool] = True
         text_processors: ClassVar[tuple[str, ...]] = ("ltx-prompt-processor",)
         stride: ClassVar[int] = LTX_STRIDE
         fits_float16: ClassVar[bool] = False

@@ -25,6 +25,7 @@ class StableDiffusion3(LatentPrior):
         networks: ClassVar[dict[str, str]] = {"transformer": "SD3Transformer2DModel", "vae": "AutoencoderKL"}
         parts: ClassVar[tuple[str, ...]] = ("transformer", "vae", "scheduler")
         text_keys: ClassVar[tuple[str, str]] = ("d_model", "joint_attention_dim")
+        is_flow: ClassVar[bool] = True
         text_processors: ClassVar[tuple[str, ...]] = ("sd3-prompt-processor",)
 
         pretrained_model_name_or_path: str = file_path("stabilityai/stable-diffusion-3.5-medium")

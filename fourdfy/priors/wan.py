@@ -34,6 +34,7 @@ class Wan(CausalVideoPrior):
         }
         parts: ClassVar[tuple[str, ...]] = ("transformer", "vae", "scheduler")
         text_keys: ClassVar[tuple[str, str]] = ("d_model", "text_dim")
+        is_flow: ClassVar[bool] = True
         text_processors: ClassVar[tuple[str, ...]] = ("wan-prompt-processor",)
         float32_vae: ClassVar[bool] = True
         vae_bytes_per_pixel: ClassVar[int] = 13_300

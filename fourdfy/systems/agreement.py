@@ -24,6 +24,7 @@ def check_agreement(cfg: Any, plan: SupervisionPlan) -> None:
     _check_scheduler(cfg)
     for kind in plan.kinds:
         _check_frames_and_texts(kind, static=cfg.data.static)
+    _check_still_texts(plan)
 
 
 def _check_scheduler(cfg: Any) -> None:
@@ -53,15 +54,33 @@ def _check_frames_and_texts(kind: StepKind, *, static: bool) -> None:
         logger.warning(
             "%s.moments: a static scene has the first alone, %r", kind.prompts_key, prompts.moments[0]
         )
-    if prompts.prompt_still is not None and not guidance.still_source:
-        logger.warning(
-            "%s.prompt_still: no effect, %s.still_source is false", kind.prompts_key, kind.guidance_key
-        )
     if prompts.use_perp_neg and not guidance.view_dependent_prompting:
         raise ConfigError(
             f"{kind.prompts_key}.use_perp_neg=true weighs the texts of views; set "
             f"{kind.guidance_key}.view_dependent_prompting=true, or it to false"
         )
+
+
+def _check_still_texts(plan: SupervisionPlan) -> None:
+    """Warn of texts for clips held still that are missing, or that nothing reads."""
+    clips = [kind.prompts_key for kind in plan.kinds if kind.guidance.is_video and kind.prompts is not None]
+    for kind in plan.kinds:
+        if kind.prompts is None:
+            continue
+        key, guidance = f"{kind.prompts_key}.prompt_still", kind.guidance_key
+        if kind.guidance.still_source and kind.prompts.prompt_still is None:
+            logger.warning(
+                "%s.still_source=true without %s: the clip held still gets the prompt itself; set the latter "
+                "to the prompt without its motion",
+                guidance,
+                key,
+            )
+        elif kind.prompts.prompt_still is None or kind.guidance.still_source:
+            continue
+        elif clips and not kind.guidance.is_video:
+            logger.warning("%s: no effect on images; clips have their own, %s.prompt_still", key, clips[0])
+        else:
+            logger.warning("%s: no effect, %s.still_source is false", key, guidance)
 
 
 def _check_processor(kind: StepKind) -> None:

@@ -297,6 +297,15 @@ def test_a_lora_may_see_and_learn_the_clip_held_still(tiny):
             {"min_step_percent": [0, 0.9, 0.2, 100], "max_step_percent": [0, 0.98, 0.25, 100, "sqrt"]},
             r"is 0\.\d+ at step \d, where the most is 0\.8\d",
         ),
+        *(
+            (f"{prior}-guidance", {"min_step_percent": 0, **most}, rf"the most noise is 0 at step {step}, ")
+            for prior in ("wan", "ltx", "sd3")
+            for most, step in (
+                ({"max_step_percent": 0}, 0),
+                ({"max_step_percent": [0, 0.98, 0.0, 100]}, 100),
+                ({"max_step_percent_annealed": 0, "anneal_start_step": 7}, 8),
+            )
+        ),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(name, given, message):

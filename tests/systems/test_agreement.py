@@ -183,6 +183,14 @@ def test_settings_that_the_stage_does_not_read_are_said(caplog):
     assert "prompt_still" not in caplog.text
 
 
+def test_a_text_for_stillness_that_is_missing_or_elsewhere_is_said(caplog):
+    parsed(STAGE_3, "system.guidance_video.still_source=true", "system.prompt_processor.prompt_still=a cube")
+    missing = "still_source=true without system.prompt_processor_video.prompt_still: the clip held still gets"
+    elsewhere = "system.prompt_processor.prompt_still: no effect on images; clips have their own, "
+    assert f"system.guidance_video.{missing}" in caplog.text
+    assert f"{elsewhere}system.prompt_processor_video.prompt_still" in caplog.text
+
+
 def test_the_stills_of_a_moving_scene_take_the_moments_of_its_clips():
     this = parsed(STAGE_3, "data.multi_view={num_frames: null, sample_rand_frames: null}")
     batches = [b for b in map(this.build_data().batch, range(60)) if b.kind == "multi_view"]
