@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from fourdfy.config import ConfigError
+from fourdfy.files.atomic import write_whole
 from fourdfy.launching.cli import main
 from fourdfy.launching.sweeps import command, runners, scheduler
 from fourdfy.launching.sweeps.jobs import Job, Sweep, SweepConfig, read_sweep
@@ -250,6 +252,9 @@ def test_a_trial_that_another_process_owns_is_waited_for(made):
     sweep = made(f"config: {STAGE}\nprompts: {PROMPTS[:1]}")
     other = owned(sweep.jobs[0].trials[0])
     other.__enter__()
+    write_whole(sweep.record(sweep.jobs[0]), json.dumps(sweep.jobs[0].given))
+    with pytest.raises(ConfigError, match="trained with other settings"):
+        made(f"config: {STAGE}\nprompts: {PROMPTS[:1]}", "system.loss.lambda_sparsity=3").check()
     seen = []
 
     def show(found):

@@ -108,7 +108,11 @@ class Job:
     @property
     def has_begun(self) -> bool:
         """Whether there is something that another run may not overwrite, or count as its own."""
-        return self.has_finished(1) or any(has_checkpoint(trial / LAST) for trial in self.trials)
+        return (
+            self.has_finished(1)
+            or self.is_owned
+            or any(has_checkpoint(trial / LAST) for trial in self.trials)
+        )
 
     @property
     def is_owned(self) -> bool:
@@ -166,8 +170,8 @@ class Sweep:
         for job in self.jobs:
             if changed := self._changed(job):
                 raise ConfigError(
-                    f"{job.name}: was trained with other settings ({', '.join(changed[:4])}); give these "
-                    f"settings another name, or the sweep another folder: exp_root_dir=DIR"
+                    f"{job.name}: trained with other settings ({', '.join(changed[:4])}); give these "
+                    "settings another name, or the sweep another folder: exp_root_dir=DIR"
                 )
 
     def _changed(self, job: Job) -> list[str]:

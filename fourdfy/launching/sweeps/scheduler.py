@@ -154,7 +154,9 @@ class Scheduler:
         """Refuse a ``keep_by`` that none of them has a number for."""
         column = self.cfg.keep_by.partition(" ")[2]
         if done and all(score_of(job, column, self.first) is None for job in done):
-            known = ", ".join(sorted({name for job in done for name in numbers(job, self.first)}))
+            known = (
+                ", ".join(sorted({name for job in done for name in numbers(job, self.first)})) or "nothing"
+            )
             raise ConfigError(
                 f"keep_by: {done[0].name}: no {column!r} after stage {self.first}; there is {known}"
             )
