@@ -28,7 +28,9 @@ def test_every_text_file_is_opened_as_utf_8(path):
     calls = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Call)]
     for call in filter(opens_text, calls):
         given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
-        assert given.get("encoding") == "'utf-8'", f"{path}:{call.lineno}: {ast.unparse(call)}"
+        assert given.get("encoding") in ("'utf-8'", "'utf-8-sig'"), (
+            f"{path}:{call.lineno}: {ast.unparse(call)}"
+        )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
