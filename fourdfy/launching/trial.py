@@ -32,6 +32,10 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """Errors of a file system without locks."""
 
 
+LOCK = ".lock"
+"""The file in a trial by which a process owns it."""
+
+
 @contextmanager
 def owned(trial: Path) -> Iterator[None]:
     """Create the folder and own it until the context or the process ends; an empty one is removed again.
@@ -42,7 +46,7 @@ def owned(trial: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     created = [folder for folder in (trial, *trial.parents) if not folder.exists()]
-    lock, owner = FileLock(trial / ".lock"), trial / ".owner"
+    lock, owner = FileLock(trial / LOCK), trial / ".owner"
     try:
         _acquire(lock, trial)
     except Timeout as error:
@@ -59,14 +63,30 @@ def owned(trial: Path) -> Iterator[None]:
         yield
     finally:
         owner.unlink(missing_ok=True)
-        if is_empty := os.listdir(trial) in ([], [".lock"]):
+        if is_empty := os.listdir(trial) in ([], [LOCK]):
             with suppress(OSError):  # while it is ours: whoever waits for it then finds it gone
-                (trial / ".lock").unlink()
+                (trial / LOCK).unlink()
         lock.release()
         if is_empty:
             with suppress(OSError):  # some other run's folder is in there by now
                 for folder in created:
                     folder.rmdir()
+
+
+def is_owned(trial: Path) -> bool:
+    """Whether some process owns the trial; false where that can't be told."""
+    from filelock import FileLock, Timeout
+
+    file = trial / LOCK
+    try:
+        if file.exists():
+            with FileLock(file, timeout=0):
+                pass
+    except Timeout:
+        return True
+    except OSError:  # a file system without locks, or read-only
+        pass
+    return False
 
 
 def _acquire(lock: BaseFileLock, trial: Path) -> None:

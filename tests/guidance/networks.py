@@ -52,6 +52,18 @@ def run(guidance: Guidance, count: int = 4, seed: int = 0):
     return rgb, out
 
 
+def learn_from_all(guidance: Guidance, rgb: torch.Tensor, text, views, seeds) -> None:
+    """Two steps, after which every frame and every parameter must have had a gradient."""
+    for seed in seeds:  # the first step of an adapter moves B alone
+        out = guidance(images_of(rgb), text, views, context(seed=seed))
+        sum(out.losses.values()).backward()
+        with torch.no_grad():
+            for parameter in guidance.parameters():
+                parameter -= 0.1 * parameter.grad.sign()
+    assert (rgb.grad.abs().amax(dim=(1, 2, 3)) > 0).all()
+    assert all(parameter.grad.any() for parameter in guidance.parameters())
+
+
 ALL = {
     "sds": ("stable-diffusion-guidance", "sd", {}),
     "sds_of_v_prediction": ("stable-diffusion-guidance", "sd_v", {}),

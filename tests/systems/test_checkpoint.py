@@ -90,7 +90,7 @@ def test_there_are_two_good_ones_at_any_time(tmp_path, monkeypatch):
     replace = Path.replace
 
     def watched(self, target):
-        seen.append([torch.load(file)["global_step"] for file in (one_before(path), path)])
+        seen.append([torch.load(file, weights_only=True)["global_step"] for file in (one_before(path), path)])
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", watched)

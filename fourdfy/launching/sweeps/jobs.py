@@ -8,13 +8,12 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from fourdfy.bounds import number
 from fourdfy.config import Schema, file_path, inner_slot, parse_config
@@ -25,6 +24,7 @@ from fourdfy.files.names import sanitize_tag
 from fourdfy.launching.experiment import Experiment
 from fourdfy.launching.recipe import changed_settings, load_recipe, makes_another_run, settings
 from fourdfy.launching.sweeps.runners import Runner
+from fourdfy.launching.trial import is_owned
 from fourdfy.systems.checkpoint import LAST, has_checkpoint
 
 FOLDER = "sweep"
@@ -117,7 +117,7 @@ class Job:
     @property
     def is_owned(self) -> bool:
         """Whether some process is at work on one of its trials."""
-        return any(map(_is_locked, self.trials))
+        return any(map(is_owned, self.trials))
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ class Sweep:
 
     @cached_property
     def prompts(self) -> list[str]:
-        """None: that of the config."""
+        """None of its own: that of the config."""
         return _texts(self.cfg.prompts)
 
     @property
@@ -229,8 +229,8 @@ class Sweep:
         seeds = _seeds(self.cfg.seeds)
         combined = itertools.product(self.recipes, prompts, seeds)
         jobs = [self._job(prompt, seed, *recipe) for recipe, prompt, seed in combined]
-        tags = [job.tag for job in jobs]
-        if twice := [job.name for job in jobs if tags.count(job.tag) > 1]:
+        times = Counter(job.tag for job in jobs)
+        if twice := [job.name for job in jobs if times[job.tag] > 1]:
             raise ConfigError(f"prompts, seeds, settings: {twice[0]!r} is there more than once")
         return jobs
 
@@ -263,7 +263,7 @@ class Sweep:
         lists = {own: self.cfg.settings.get(name or "", ()), "overrides": self.cfg.overrides}
         for word in reversed(given):
             key = word.partition("=")[0]
-            bare = re.sub(r"^stage_\d+\.", "", key)
+            bare = _without_stage(key)
             if not bare or not re.match(rf"(stage_\d+\.)?{re.escape(bare)}(?![\w.])", str(error)):
                 continue
             origin = next((at for at, some in lists.items() if word in some), f"grid.{key}")
@@ -354,8 +354,13 @@ def _check_overrides(cfg: SweepConfig, typed: Sequence[str]) -> None:
     own |= {} if cfg.prompts is None else {PROMPT: "prompts"}
     lists = [*cfg.overrides, *typed, *cfg.grid, *itertools.chain(*cfg.settings.values())]
     for key in (str(word).partition("=")[0] for word in lists):
-        if (bare := re.sub(r"^stage_\d+\.", "", key)) in own:
+        if (bare := _without_stage(key)) in own:
             raise ConfigError(f"{key}: a sweep sets it for each of its jobs, from its own key {own[bare]}")
+
+
+def _without_stage(key: str) -> str:
+    """The key of an experiment that one of a recipe, perhaps of one stage, sets."""
+    return re.sub(r"^stage_\d+\.", "", key)
 
 
 def _texts(prompts: Any) -> list[str]:
@@ -394,16 +399,3 @@ def _text(value: Any) -> str:
     """A value as it is typed."""
     is_yaml_s_own = value is None or isinstance(value, bool | list | dict)
     return json.dumps(value, ensure_ascii=False) if is_yaml_s_own else str(value)
-
-
-def _is_locked(trial: Path) -> bool:
-    file = trial / ".lock"
-    try:
-        if file.exists():
-            with FileLock(file, timeout=0):
-                pass
-    except Timeout:
-        return True
-    except OSError:  # a file system without locks, or read-only
-        pass
-    return False

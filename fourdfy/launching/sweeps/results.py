@@ -21,7 +21,7 @@ import numpy as np
 
 from fourdfy.files.atomic import by_product, warn_once, write_whole
 from fourdfy.files.images import TEST_FPS, save_animated_image
-from fourdfy.launching.sweeps.jobs import Job, Sweep
+from fourdfy.launching.sweeps.jobs import COLUMNS, Job, Sweep
 
 OF_PRIORS = re.compile(r"loss/[^/]+/(sds|vsd)\w*")
 CLIP_PIXELS, CLIP_FRAMES = 128, 24
@@ -160,7 +160,7 @@ def contact_sheet(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _cell(sweep: Sweep, job: Job, row: Mapping[str, Any]) -> str:
     folder = html.escape(os.path.relpath(row["trial"], sweep.folder), quote=True)
-    described = {*job.settings, "prompt", "seed", "stages", "seconds", "trial"}
+    described = {*job.settings, *COLUMNS} - {"prior"}
     values = [
         (name, value)
         for name, value in row.items()
