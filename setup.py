@@ -15,7 +15,13 @@ setup(
     packages=[*find_packages(include=["fourdfy", "fourdfy.*"]), "fourdfy.configs"],
     package_dir={"fourdfy.configs": "configs"},
     package_data={
-        "fourdfy": ["shapes/assets/**/*", "prompts/*.json", "priors/key_maps/*.json"],
+        "fourdfy": [
+            "shapes/assets/**/*",
+            "prompts/*.json",
+            "priors/key_maps/*.json",
+            "pages/*.css",
+            "pages/*.js",
+        ],
         "fourdfy.configs": ["**/*.yaml"],
     },
     entry_points={"console_scripts": ["fourdfy = fourdfy.launching.cli:main"]},

@@ -18,6 +18,7 @@ MAY_IMPORT = {
     "data": {"ops"},
     "exporters": {"ops", "files", "scenes"},
     "original": {"files"},
+    "pages": {"files"},
     "systems": {"ops", "files", "scenes", "priors", "prompts", "guidance", "data", "exporters", "original"},
     "shapes": {"ops"},
     "callbacks": {"ops", "files", "data", "systems"},
@@ -32,6 +33,7 @@ MAY_IMPORT = {
         "callbacks",
         "original",
         "evaluation",
+        "pages",
     },
 }
 """Rooms of the package -> the rooms that each may import from, besides itself and the common language."""

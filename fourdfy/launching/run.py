@@ -158,10 +158,14 @@ def render_views(mode: str, system: System, experiment: Experiment, folder: Path
 
 
 def export(system: System, experiment: Experiment, folder: Path) -> None:
-    """Write ``it{step}-export/`` with ``system.exporter``."""
+    """Write ``it{step}-export/`` with ``system.exporter``, and a page that shows it."""
+    from fourdfy.launching.sharing import write_share
+
     data, dynamic = experiment.build_data(), experiment.plan.dynamic
     cameras = data.val_cameras(dynamic) | data.test_cameras(dynamic)
-    for path in system.export(folder / f"it{system.step}-export", cameras):
+    folder /= f"it{system.step}-export"
+    files = system.export(folder, cameras)
+    for path in (*files, write_share(system, experiment, cameras, files, folder)):
         logger.info("%s  %s", path, _size(path))
 
 

@@ -40,15 +40,16 @@ def test_one_command_writes_the_mesh_and_the_clip(checkpoint, tmp_path):
     given = ("system.exporter.animation_frames=3", "system.exporter.animation_resolution=16")
     given += ("system.exporter.texture_size=64", f"resume={checkpoint}")
     assert launch("shapes_stage_3.yaml", "export", tmp_path, *SMALL, *given) == 0
-    assert files_of(tmp_path) == {"it12-export/model.glb", "it12-export/model_animated.glb"}
+    names = ("model.glb", "model_animated.glb", "share.html")
+    assert files_of(tmp_path) == {f"it12-export/{name}" for name in names}
 
 
 def test_videos_are_another_exporter(checkpoint, tmp_path):
     given = ("system.exporter_type=video-exporter", "system.exporter.trajectory=val_video")
     assert launch("shapes_stage_3.yaml", "export", tmp_path, *SMALL, f"resume={checkpoint}", *given) == 0
     names = [f"it12-export/val_video{end}.{fmt}" for end in ("", "_depth") for fmt in ("mp4", "gif", "webp")]
-    beside = ("it12-export/val_video_depth.npz", "it12-export/val_video_transforms.json")
-    assert files_of(tmp_path) == {*names, *beside}
+    beside = ("val_video_depth.npz", "val_video_transforms.json", "share.html")
+    assert files_of(tmp_path) == {*names, *(f"it12-export/{name}" for name in beside)}
 
 
 def test_any_checkpoint_that_fits_is_tested(checkpoint, tmp_path):

@@ -1,0 +1,81 @@
+"""What pages show of a trial, read from its folder; what is missing or damaged is left out."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+from fourdfy.files.atomic import warn_once
+from fourdfy.pages.clips import MAX_FRAMES, MAX_PIXELS, clip_of, picture, spread
+
+PICTURES = 12
+"""Most pictures of a strip."""
+DAMAGED = (OSError, ValueError, SyntaxError)
+"""What Pillow raises for broken files."""
+
+
+def curves(trial: Path) -> dict[str, list[tuple[int, float]]]:
+    """Column of ``metrics.csv`` -> its curve."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    file = trial / "csv_logs" / "version_0" / "metrics.csv"
+    if file.is_file():
+        with open(file, newline="", encoding="utf-8", errors="replace") as lines:
+            for row in csv.DictReader(lines):
+                if not (row["step"] or "").isdecimal():  # a full disk has cut it
+                    continue
+                for name, value in row.items():
+                    if name and name != "step" and value:
+                        found.setdefault(name, []).append((int(row["step"]), float(value)))
+    return found
+
+
+def views_of_test(trial: Path) -> list[Path]:
+    """The test views of the last step that has some, in order."""
+    found = _by_step(trial, r"it(\d+)-test")
+    return sorted(found[max(found)].glob("*.png"), key=lambda file: int(file.stem)) if found else []
+
+
+def clip_of_test(
+    trial: Path, *, css: str = "clip", frames: int = MAX_FRAMES, pixels: int = MAX_PIXELS
+) -> str:
+    """At most so many of the test views, as a clip; "" for none."""
+    files = views_of_test(trial)
+    try:
+        chosen = tuple((files[i], files[i].stat().st_mtime_ns) for i in spread(len(files), frames))
+        return clip_of(chosen, f"test views of {trial.name}", css, pixels) if files else ""
+    except DAMAGED as error:
+        warn_once(f"{trial}: its test views can't be shown ({error})")
+        return ""
+
+
+def validation_strip(trial: Path, width: int) -> str:
+    """The first validation view, ``width`` pixels wide, over the steps; "" for none."""
+    found = sorted(_by_step(trial, r"it(\d+)-0\.png").items())
+    figures = []
+    for step, file in (found[len(found) - 1 - index] for index in reversed(spread(len(found), PICTURES))):
+        try:
+            shown = picture(file, f"step {step}", width=width)
+            figures.append(f"<figure>{shown}<figcaption>{step}</figcaption></figure>")
+        except DAMAGED as error:
+            warn_once(f"{file}: can't be shown ({error})")
+    return f'<div class="strip">{"".join(figures)}</div>' if figures else ""
+
+
+def scores(trial: Path, step: int | None = None) -> dict[str, float]:
+    """Numbers of the evaluation at a step, or the last that has one; empty without.
+
+    Raises:
+        OSError, ValueError: its file is damaged.
+    """
+    found = _by_step(trial, r"it(\d+)-evaluation\.json")
+    file = found.get(max(found, default=0) if step is None else step)
+    content = json.loads(file.read_text(encoding="utf-8")) if file else {}
+    return {name: value for name, value in content.items() if isinstance(value, int | float)}
+
+
+def _by_step(trial: Path, pattern: str) -> dict[int, Path]:
+    """The files of ``save`` whose whole names match, by the step in them."""
+    matches = ((re.fullmatch(pattern, path.name), path) for path in (trial / "save").glob("it*"))
+    return {int(match[1]): path for match, path in matches if match}

@@ -1,0 +1,89 @@
+"""``share.html`` in a browser: it moves, loads nothing, and runs nothing of what a user typed."""
+
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import yaml
+
+from fourdfy.exporters.mesh_exporter import MeshExporter
+from fourdfy.pages.page import page
+from fourdfy.pages.share import share_page
+from tests.exporters.scenes import GREY, RED, make_trained
+from tests.screenshots import CONTROL, framed, needs_browser, screenshot
+
+EVIL = """</script><script>document.body.remove()</script>"'><img src=http://leak.test/1 onerror=open("/")>"""
+FRAMES = np.linspace(0, 255, 4).astype(np.uint8).repeat(64 * 3).reshape(4, 8, 8, 3)
+
+
+class Found(HTMLParser):
+    """The elements of a page, and the texts of its headings."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.texts = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, text):
+        self.texts.append((self.tags[-1][0] if self.tags else "", text))
+
+    def of(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def exported(tmp_path, *, deforms):
+    options = {"animation_frames": 3, "animation_resolution": 24, "texture_size": 64, "times": []}
+    (file,) = MeshExporter(MeshExporter.Config(**options)).export(make_trained(deforms=deforms), tmp_path)
+    return file.read_bytes()
+
+
+def shared(path, *, prompt="a ball", model=None, settings=None):
+    text = share_page(prompt, "step 7", settings or {"seed": 0}, model=model, frames=FRAMES, seconds=2.0)
+    path.write_text(text)
+    return path
+
+
+@needs_browser
+@pytest.mark.parametrize("deforms", [True, False])
+def test_model_and_clip_move_in_step_without_any_request(tmp_path, deforms):
+    file = shared(tmp_path / "share.html", model=exported(tmp_path, deforms=deforms))
+    moments = [f"{file.name}#t={moment}" for moment in (0.0, 0.4, 0.8)]
+    pixels, asked = screenshot(framed(tmp_path, *moments), width=900, height=800)
+    for top, bottom in ((150, 380), (470, 700)):  # the model, the clip
+        first, second, third = np.split(pixels[top:bottom], 3, axis=1)
+        differences = [np.abs(a - b).max() for a, b in ((first, second), (second, third), (first, third))]
+        assert min(differences) > 60
+    for color in (GREY, RED):  # of the ball, as they are
+        assert np.abs(pixels[150:380] - np.array(color) * 255).max(-1).min() < 8
+    assert asked == [CONTROL]
+
+
+@needs_browser
+def test_a_page_runs_nothing_and_asks_for_nothing_even_if_a_text_is_not_escaped(tmp_path):
+    (tmp_path / "page.html").write_text(page("title", f"<h1>still here</h1>{EVIL}", scripts=["player.js"]))
+    pixels, asked = screenshot(framed(tmp_path, "page.html"), width=300, height=200)
+    assert asked == [CONTROL] and pixels[:100].min() < 60, "the heading is dark"
+
+
+def test_a_prompt_and_settings_are_texts_and_nothing_else(tmp_path):
+    settings = {"system": {"prompt": EVIL, EVIL: [EVIL]}}
+    found = Found(shared(tmp_path / "share.html", prompt=EVIL, settings=settings).read_text())
+    assert [text for tag, text in found.texts if tag in ("h1", "title")] == [EVIL, EVIL]
+    assert [attributes.get("type") for attributes in found.of("script")] == ["application/json", None]
+    written = next(text for tag, text in found.texts if tag == "pre")
+    assert yaml.safe_load(written) == settings
+    assert all(attributes["src"].startswith("data:image/") for attributes in found.of("img"))
+    assert not any(name.startswith("on") or name == "style" for _, given in found.tags for name in given)
+
+
+def test_settings_tell_nothing_of_the_sender_s_disk(tmp_path):
+    paths = {"weights": "/home/alice/secret/last.ckpt", "folders": ["C:\\Users\\alice\\model", "~/alice/x/"]}
+    text = shared(tmp_path / "share.html", settings={"system": paths, "rate": 0.5}).read_text()
+    assert "alice" not in text and "weights: last.ckpt" in text and "rate: 0.5" in text
+
+
+def test_half_a_character_of_a_command_line_is_written_too(tmp_path):
+    assert "a ball ?" in shared(tmp_path / "share.html", prompt="a ball \udcff").read_text()
