@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from faults.files import flipped_bits, full_disks, harmed_files, small_files
 from faults.kills import POLITE, kills, other_modes, starts
 from faults.races import races
 from faults.runs import Undisturbed, undisturbed
-from faults.sweeps import sweeps
+from faults.sweeps import RAY, sweeps
 from faults.table import Row, markdown
 
 FAULTS: dict[str, tuple[Callable[[int, int, Path, Undisturbed], Iterator[Row]], int]] = {
@@ -36,6 +37,7 @@ FAULTS: dict[str, tuple[Callable[[int, int, Path, Undisturbed], Iterator[Row]], 
     "encoders": (encoders, 10),
     "races": (races, 100),
     "sweeps": (sweeps, 10),
+    "ray": (partial(sweeps, runner=RAY), 10),
 }
 """Kinds of fault -> the function that plants them, and how many."""
 

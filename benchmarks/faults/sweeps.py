@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from faults.runs import Undisturbed, differences, results, start
@@ -21,19 +22,22 @@ PROMPTS, SEEDS = ("a red cube spinning", "a blue ball bouncing"), (0, 1)
 SETTINGS = {"plain": [], "sparse": ["system.loss.lambda_sparsity=3"]}
 GIVEN = [word for word in TINY if not word.startswith(("use_timestamp", "tag", "system.prompt_processor"))]
 OVERRIDES = [*GIVEN, f"trainer.max_steps={STEPS}", f"checkpoint.every_n_train_steps={EVERY}"]
+LOCAL, RAY = "{type: local, per_gpu: 2}", "{type: ray}"
 KILL_SECONDS = 2.0, 25.0
 """After the start of the sweep; a job needs ten seconds of a free core to start."""
 
 
-def sweeps(count: int, seed: int, folder: Path, reference: Undisturbed) -> Iterator[Row]:
+def sweeps(count: int, seed: int, folder: Path, reference: Undisturbed, runner: str = LOCAL) -> Iterator[Row]:
     """A sweep of eight jobs on two processes, killed so many times by SIGKILL, or one of its processes
     instead; one of its jobs can't succeed. The row counts what was killed, and at last the jobs."""
-    sweep, alone = (_sweep(folder / name, reference.config) for name in ("killed", "alone"))
+    sweep, alone = (_sweep(folder / name, reference.config, runner) for name in ("killed", "alone"))
     hopeless = sweep.jobs[3]
     hopeless.trials[0].parent.mkdir(parents=True)
     hopeless.trials[0].write_text("a file in the place of its folder")
     draws = random.Random(seed)
-    kills, ends = Row("a sweep or one of its processes killed"), Row("jobs of a sweep after its kills")
+    on = "" if runner == LOCAL else ", on Ray"
+    kills = Row(f"a sweep or one of its processes killed{on}")
+    ends = Row(f"jobs of a sweep after its kills{on}")
     for _ in range(count):
         _run(sweep, folder, draws.uniform(*KILL_SECONDS), draws.choice(["sweep", "sweep", "process"]), kills)
         yield from (kills, ends)
@@ -51,7 +55,7 @@ def sweeps(count: int, seed: int, folder: Path, reference: Undisturbed) -> Itera
     yield from (kills, ends)
 
 
-def _sweep(root: Path, config: str) -> Sweep:
+def _sweep(root: Path, config: str, runner: str) -> Sweep:
     file = root.with_suffix(".yaml")
     lines = [
         f"config: {config}",
@@ -59,7 +63,7 @@ def _sweep(root: Path, config: str) -> Sweep:
         f"seeds: {list(SEEDS)}",
         f"settings: {SETTINGS}",
     ]
-    lines += [f"exp_root_dir: {root}", "runner: {type: local, per_gpu: 2}", "retries: 1"]
+    lines += [f"exp_root_dir: {root}", f"runner: {runner}", "retries: 1"]
     file.write_text("\n".join(lines), encoding="utf-8")
     return read_sweep(file, {}, OVERRIDES)
 
@@ -73,11 +77,11 @@ def _run(sweep: Sweep, folder: Path, seconds: float = 0.0, whom: str = "", kills
         return process.wait()
     time.sleep(seconds)
     if whom == "process":
-        while not (children := _children(process.pid)) and process.poll() is None:
+        while not (tasks := _tasks(sweep)) and process.poll() is None:
             time.sleep(0.1)
-        for pid in children[:1]:
+        for pid in tasks[:1]:
             os.kill(pid, signal.SIGKILL)
-        kills.add("process" if children else "had come to its end")
+        kills.add("process" if tasks else "had come to its end")
         time.sleep(seconds)
     process.kill()
     if whom == "sweep":
@@ -85,12 +89,15 @@ def _run(sweep: Sweep, folder: Path, seconds: float = 0.0, whom: str = "", kills
     return process.wait()
 
 
-def _children(pid: int) -> list[int]:
-    try:
-        listed = Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8")
-    except OSError:
-        return []
-    return [int(child) for child in listed.split()]
+def _tasks(sweep: Sweep) -> list[int]:
+    """The processes of its jobs, whoever started them."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (place / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if "fourdfy.launching.cli" in words and f"exp_root_dir={sweep.root}" in words:
+                found.append(int(place.name))
+    return sorted(found)
 
 
 def _wrong(is_right: bool, what: str, job: Job) -> list[str] | None:

@@ -11,7 +11,9 @@ import hashlib
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import chain
@@ -211,14 +213,47 @@ class PromptProcessor(Component, ABC):
         new = sorted(texts - known.keys())
         if new:
             encoder = self.load_encoder(folder, device)
-            with torch.no_grad():
-                computed = dict(zip(new, encoder(new).float().cpu(), strict=True))
+            computed = _computed(encoder, new)
             del encoder
             _free_memory()
             if self.cfg.use_cache:
                 write_cached(identity, computed)
             known |= computed
         return {text: embedding.to(device) for text, embedding in known.items()}
+
+
+def cache_embeddings(prompts: Iterable[PromptProcessor.Config], device: torch.device | str) -> None:
+    """Have the embeddings of many prompts in the cache, to the last bit as runs one after the other leave
+    them there; each text encoder is loaded once, and only if a text of it is missing.
+
+    A prompt that its own run will refuse (a text that is too long) is left out.
+
+    Raises:
+        ModelNotFound: a model was not found.
+    """
+    device = torch.device(device)
+    alike: dict[tuple[type, str, Path], list[set[str]]] = defaultdict(list)
+    processors: dict[type, PromptProcessor] = {}
+    for cfg in prompts:
+        if cfg.use_cache:
+            processor = cfg.build()
+            folder = resolve_model(cfg.pretrained_model_name_or_path, cfg.parts)
+            alike[type(processor), processor.identity(folder), folder].append(processor.texts())
+            processors[type(processor)] = processor
+    for (kind, identity, folder), each in alike.items():
+        encoder = None
+        for texts in each:
+            if new := sorted(text for text in texts if read_cached(identity, text) is None):
+                encoder = encoder or processors[kind].load_encoder(folder, device)
+                with suppress(ValueError):
+                    write_cached(identity, _computed(encoder, new))
+        del encoder
+        _free_memory()
+
+
+@torch.no_grad()
+def _computed(encoder: TextEncoder, texts: list[str]) -> dict[str, Float[Tensor, "L C"]]:
+    return dict(zip(texts, encoder(texts).float().cpu(), strict=True))
 
 
 def resolve_prompt(prompt: str) -> str:

@@ -1,14 +1,26 @@
-"""The runners of clusters, with real ones of one machine: a local Ray cluster, submitit's local executor."""
+"""The runners of clusters, on one machine: a local Ray cluster, submitit's local and debug executors."""
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
 from fourdfy.config import ConfigError
+from fourdfy.launching.cli import main
+from fourdfy.launching.sweeps.jobs import Job, Sweep, read_sweep
 from fourdfy.launching.sweeps.runners import Runner, Task
+from fourdfy.launching.sweeps.scheduler import Scheduler
 from fourdfy.registry import find
+from fourdfy.systems.checkpoint import LAST, read_checkpoint
+from tests.commands import CONFIGS, TINY
+
+PROMPTS = ["a red cube bouncing", "a blue ball spinning"]
 
 
 def statuses(runner: Runner, tasks: list[Task], seconds: float = 120.0) -> list[int | None]:
@@ -75,6 +87,71 @@ def test_tasks_run_on_a_ray_cluster(ray_cluster, tasks, endless):
         find("ray", Runner).Config().build(None)
 
 
+def test_a_sweep_on_a_ray_cluster_survives_a_killed_worker(ray_cluster, sweep_of):
+    """One job's worker is killed, another can't succeed; the first equals a run in this process."""
+    sweep, (good, hopeless) = sweep_of("ray", PROMPTS)
+    hopeless.trials[0].parent.mkdir(parents=True)
+    hopeless.trials[0].write_text("a file in the place of its folder")
+    killed = []
+
+    def show(entries):
+        if not killed and (good.trials[0] / LAST).exists():
+            pid = next(int(pid) for pid in os.listdir("/proc") if pid.isdecimal() and runs(pid, good))
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+    scheduler = Scheduler(sweep, sweep.cfg.runner.build("cpu"), show)
+    scheduler.run()
+    assert killed and [(str(entry.state), entry.failures) for entry in scheduler.entries] == [
+        ("done", 1), ("failed", 2),
+    ]  # fmt: skip
+    assert_equals_a_serial_run(good, sweep)
+
+
+def runs(pid: str, job: Job) -> bool:
+    """Whether a process is this job's."""
+    with contextlib.suppress(OSError):
+        words = Path("/proc", pid, "cmdline").read_bytes().decode(errors="replace").split("\0")
+        return "fourdfy.launching.cli" in words and f"tag={job.tag}" in words
+    return False
+
+
+def test_a_sweep_in_submitit_s_debug_executor(sweep_of, tmp_path):
+    pytest.importorskip("submitit")
+    folder = f", cluster: debug, folder: {tmp_path / 'slurm'}"
+    sweep, (job,) = sweep_of("slurm" + folder, PROMPTS[:1])
+    scheduler = Scheduler(sweep, sweep.cfg.runner.build("cpu"), lambda entries: None)
+    scheduler.run()
+    assert [str(entry.state) for entry in scheduler.entries] == ["done"]
+    assert_equals_a_serial_run(job, sweep)
+
+
+def assert_equals_a_serial_run(job: Job, sweep: Sweep) -> None:
+    found = read_checkpoint(job.trials[0])["state_dict"]
+    words = [word for word in job.arguments if not word.startswith("exp_root_dir=")]
+    assert main([*words, "--gpu", "cpu", f"exp_root_dir={sweep.root / 'alone'}"]) == 0
+    alone = read_checkpoint(sweep.root / "alone" / job.trials[0].relative_to(sweep.root))["state_dict"]
+    assert all(torch.equal(value, alone[name]) for name, value in found.items()) and found
+
+
+@pytest.fixture
+def sweep_of(tmp_path):
+    """``sweep_of(runner, prompts)``: a sweep of tiny jobs, and its jobs."""
+
+    def make(runner: str, prompts: list[str]) -> tuple[Sweep, list[Job]]:
+        file = tmp_path / "many.yaml"
+        file.write_text(
+            f"config: {CONFIGS / 'shapes_stage_1.yaml'}\nprompts: {prompts}\nretries: 1\n"
+            f"exp_root_dir: {tmp_path / 'out'}\nrunner: {{type: {runner}}}\n"
+        )
+        own = ("use_timestamp", "tag", "system.prompt_processor.prompt")
+        given = [word for word in TINY if not word.startswith(own)]
+        sweep = read_sweep(file, {}, [*given, "trainer.max_steps=12", "checkpoint.every_n_train_steps=2"])
+        return sweep, sweep.jobs
+
+    return make
+
+
 def test_tasks_run_in_submitit_s_local_executor(tasks, endless, tmp_path):
     pytest.importorskip("submitit")
     runner = find("slurm", Runner).Config(folder=str(tmp_path), cluster="local").build("cpu")
@@ -96,9 +173,9 @@ def test_a_task_fits_on_one_machine_of_a_ray_cluster(monkeypatch):
     nodes = [{"Alive": True, "Resources": each} for each in machines]
     monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"GPU": 8, "CPU": 64}}])
     config = find("ray", Runner).Config
-    assert config().build(None).capacity == 4 and config(num_cpus=4).build(None).capacity == 3
+    assert config().build(None).capacity == 4 and config(num_cpus=4.0).build(None).capacity == 3
     with pytest.raises(ConfigError, match=r"no machine of the Ray cluster has 3 GPUs and 1 processors"):
-        config(num_gpus=3).build(None)
+        config(num_gpus=3.0).build(None)
 
 
 @pytest.mark.parametrize(("name", "advice"), [("ray", "ray>=2.50"), ("slurm", "submitit")])

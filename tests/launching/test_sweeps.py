@@ -13,16 +13,19 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from fourdfy.config import ConfigError
 from fourdfy.files.atomic import write_whole
 from fourdfy.launching.cli import main
-from fourdfy.launching.sweeps import command, runners, scheduler
+from fourdfy.launching.sweeps import command, results, runners, scheduler
 from fourdfy.launching.sweeps.jobs import Job, Sweep, SweepConfig, read_sweep
 from fourdfy.launching.sweeps.results import row_of, write_results
 from fourdfy.launching.sweeps.runners import LocalRunner, Runner, Task
 from fourdfy.launching.sweeps.scheduler import Entry, Scheduler, State, seconds_left
 from fourdfy.launching.trial import owned
+from fourdfy.prompts.base import KEY, cache_embeddings
+from fourdfy.prompts.stable_diffusion import StableDiffusionPromptProcessor
 from fourdfy.signals import Stopped
 from fourdfy.systems.checkpoint import read_checkpoint
 from tests.commands import CONFIGS, TINY, launch, trial
@@ -109,10 +112,11 @@ def test_the_jobs_are_all_combinations_and_each_has_a_folder(made, tmp_path):
 
 def test_keys_of_a_grid_that_end_alike_are_told_apart():
     grid = {"stage_1.trainer.max_steps": [1], "stage_2.trainer.max_steps": [3], "a.b": [True]}
-    grid |= {"x.prompt": [[1, None]], "x.seed": [{"y": False}]}  # results.csv has columns of these names
+    # results.csv has columns of these names
+    grid |= {"x.prompt": [[1, None]], "x.seed": [{"y": False}], "x.iou": [2]}
     ((words, given),) = Sweep(SweepConfig(grid=grid))._combinations()
     assert words == {"stage_1.trainer.max_steps": "1", "stage_2.trainer.max_steps": "3", "b": "true"} | {
-        "x.prompt": "[1, null]", "x.seed": '{"y": false}',
+        "x.prompt": "[1, null]", "x.seed": '{"y": false}', "x.iou": "2",
     }  # fmt: skip
     assert given[:3] == ["stage_1.trainer.max_steps=1", "stage_2.trainer.max_steps=3", "a.b=true"]
 
@@ -303,8 +307,12 @@ def test_the_best_seeds_go_on(made, tmp_path, capsys, caplog):
     command.list_jobs(fewer)
     said = capsys.readouterr().out
     assert re.search(r"seed \d +│ dropped ", said) and "0 of 2 jobs to do; about 0.0 hours" in said
-    with pytest.raises(ConfigError, match=r"^keep_by: .*: no 'piror' after stage 1; .*loss/.*, prior"):
-        entries(made(text.replace("0-2", "1-2").replace("of 3", "of 2") + "keep_by: lowest piror"), again)
+    for wrong, message in (
+        ("lowest piror", r"^keep_by: no metric 'piror'; expected one of .*iou, .*prior.*, or a curve: loss/"),
+        ("loss/a", r"^keep_by: .*: no 'loss/a' after stage 1; .*loss/.*, prior"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            entries(made(text.replace("0-2", "1-2").replace("of 3", "of 2") + f"keep_by: {wrong}"), again)
     for job in fewer.jobs:  # a disk was full, a copy torn
         if job.has_finished(2):
             (job.trials[1] / "save" / f"it{job.ends[1]}-evaluation.json").write_text("[")
@@ -313,6 +321,42 @@ def test_the_best_seeds_go_on(made, tmp_path, capsys, caplog):
     rows = write_results(fewer)
     assert [row["stages"] for row in rows if "prior" not in row] == [row["stages"] for row in rows]
     assert caplog.text.count("its numbers can't be read from") == 2
+
+
+def test_a_number_takes_no_other_column_s_place(made):
+    sweep = made(f"config: {STAGE}\nprompts: {PROMPTS[:1]}\ngrid: {{data.multi_view.width: [16]}}")
+    (job,) = sweep.jobs
+    with pytest.MonkeyPatch.context() as patched:
+        found = {"seed": 7.0, "width": 8.0, "trial": 9.0, "iou": 0.5, "prior": 1.0}
+        patched.setattr(results, "numbers", lambda job, stages: found)
+        row = row_of(sweep, job)
+    assert (row["seed"], row["width"], row["iou"], row["prior"]) == (0, "16", 0.5, 1.0)
+    assert row["trial"] == str(job.trials[0])
+    assert [row[f"metric/{name}"] for name in ("seed", "width", "trial")] == [7.0, 8.0, 9.0]
+
+
+def test_texts_are_encoded_once_before_the_jobs_start(made, tmp_path, monkeypatch):
+    """Each encoder is loaded once, and the embeddings are those that the jobs themselves would compute."""
+    config = tmp_path / "two.yaml"
+    config.write_text(f"stages: [{STAGE}, {CONFIGS / 'shapes_stage_2.yaml'}]\n")
+    sweep = made(f"config: {config}\nprompts: {[*PROMPTS, 'red ' * 100]}\nseeds: 0-1")  # one is too long
+    loads, load = [], StableDiffusionPromptProcessor.load_encoder
+    counted = lambda self, folder, device: [loads.append(folder), load(self, folder, device)][1]  # noqa: E731
+    monkeypatch.setattr(StableDiffusionPromptProcessor, "load_encoder", counted)
+    found = []
+    for name in ("ahead", "each"):
+        monkeypatch.setenv("FOURDFY_CACHE", str(tmp_path / name))
+        if name == "ahead":
+            cache_embeddings(sweep.texts(), "cpu")
+            assert len(loads) == len({*loads}) == 2  # the image model's encoder, the four-view model's
+        for cfg in sweep.texts():
+            if cfg.prompt in PROMPTS:
+                cfg.build().embeddings("cpu")
+        assert len(loads) == (2 if name == "ahead" else 2 + 4)
+        files = (tmp_path / name / "text_embeddings").iterdir()
+        found.append({file.name: load_file(file)[KEY] for file in files})
+    assert found[0] and found[0].keys() == found[1].keys()
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
 def test_the_time_that_is_left_is_that_of_those_that_are_done(monkeypatch):

@@ -16,11 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from fourdfy.config_files import ConfigError
+from fourdfy.devices import select_device
 from fourdfy.files.atomic import losses_noted
 from fourdfy.launching.plan import find_models, memory_needed
 from fourdfy.launching.sweeps.jobs import Sweep, read_sweep
 from fourdfy.launching.sweeps.results import dropped, write_results
 from fourdfy.launching.sweeps.scheduler import Entry, Scheduler, State, counts, seconds_left
+from fourdfy.prompts.base import cache_embeddings
 from fourdfy.signals import StopSignals
 from fourdfy.terminal import printable
 
@@ -72,6 +74,7 @@ def run(made: Sweep, gpu: str | None) -> int:
     made.folder.mkdir(parents=True, exist_ok=True)
     with FileLock(made.folder / ".models.lock"):  # once, before many processes look for them
         find_models([stage for _, _, stages in made.recipes for stage in stages])
+        cache_embeddings(made.texts(), select_device(gpu))
     logger.info("%d jobs, %d at a time, in %s", len(jobs), runner.capacity, made.root)
     with Display(made, runner.capacity) as display:
         scheduler = Scheduler(made, runner, display.show)

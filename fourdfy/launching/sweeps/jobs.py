@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,17 +20,19 @@ from fourdfy.bounds import number
 from fourdfy.config import Schema, file_path, inner_slot, parse_config
 from fourdfy.config_files import COMMAND_LINE, PROMPT, ConfigError, expand_path, find_config, literal_override
 from fourdfy.config_layers import load_config
+from fourdfy.evaluation.registry import METRICS, PRIOR, find_metric
 from fourdfy.files.evaluations import TEST, is_evaluated
 from fourdfy.files.names import sanitize_tag
 from fourdfy.launching.experiment import Experiment
 from fourdfy.launching.recipe import changed_settings, load_recipe, makes_another_run, settings
 from fourdfy.launching.sweeps.runners import Runner
 from fourdfy.launching.trial import is_owned
+from fourdfy.prompts.base import PromptProcessor
 from fourdfy.systems.checkpoint import LAST, has_checkpoint
 
 FOLDER = "sweep"
 """Of results and logs, in ``exp_root_dir``."""
-COLUMNS = ("prompt", "settings", "seed", "stages", "seconds", "prior", "trial")
+COLUMNS = ("prompt", "settings", "seed", "stages", "seconds", PRIOR, "trial")
 """Of ``results.csv``, in every sweep."""
 
 
@@ -56,17 +59,18 @@ class SweepConfig(Schema):
     keep: str = ""
     """Such as ``2 of 8 after stage 1``: of the seeds of each prompt and settings, only the best two go on
     after the first stage. Empty: all do."""
-    keep_by: str = "lowest prior"
-    """``lowest`` or ``highest``, and a column of ``results.csv`` by which seeds are kept. ``prior`` is the
-    mean of the priors' losses over the last quarter of a stage."""
+    keep_by: str = "prior"
+    """The metric by which seeds are kept (docs/evaluation.md lists them), or ``lowest`` or ``highest`` and a
+    metric or curve, such as ``lowest loss/video/sds_video``. ``prior`` is the mean of the priors' losses over
+    the last quarter of a stage."""
     runner: Any = inner_slot(Runner, by="type", default={"type": "local"})
     """What starts the processes: ``local``, ``ray`` or ``slurm``."""
 
     def __post_init__(self) -> None:
         if self.keep and not re.fullmatch(r"\d+ of \d+ after stage \d+", self.keep):
             raise ValueError(f"keep={self.keep!r}: expected such as 2 of 8 after stage 1")
-        if not re.fullmatch(r"(lowest|highest) \S+", self.keep_by):
-            raise ValueError(f"keep_by={self.keep_by!r}: expected lowest or highest, and a column's name")
+        if not re.fullmatch(r"((lowest|highest) )?\S+", self.keep_by):
+            raise ValueError(f"keep_by={self.keep_by!r}: expected a metric, or such as: lowest prior")
         for key, values in self.grid.items():
             if not isinstance(values, list) or not values:
                 raise ValueError(f"grid.{key}={values!r}: expected a list of values")
@@ -207,7 +211,23 @@ class Sweep:
             raise ConfigError(
                 f"keep: {self.cfg.keep}: the recipe has {stages} stages; name one before the last"
             )
+        _ = self.keep_by
         return best, stage
+
+    @cached_property
+    def keep_by(self) -> tuple[str, str]:
+        """(``lowest`` or ``highest``, metric or curve), as ``keep_by`` says.
+
+        Raises:
+            ConfigError: there is no such metric.
+        """
+        *order, name = self.cfg.keep_by.split(" ")
+        _ = self.recipes  # whose plugins may have metrics
+        try:
+            best = "lowest" if name.startswith("loss/") else find_metric(name).best
+        except ValueError as error:
+            raise ConfigError(f"keep_by: {error}, or a curve: loss/KIND/NAME") from error
+        return (order or [best])[0], name
 
     @cached_property
     def recipes(self) -> list[tuple[dict[str, str], list[str], list[Experiment]]]:
@@ -234,11 +254,20 @@ class Sweep:
             raise ConfigError(f"prompts, seeds, settings: {twice[0]!r} is there more than once")
         return jobs
 
+    def texts(self) -> Iterator[PromptProcessor.Config]:
+        """What the jobs encode, as far as it follows from their prompts; what they refuse is left out."""
+        for _, _, stages in self.recipes:
+            for cfg in (kind.prompts for stage in stages for kind in stage.plan.kinds if kind.prompts):
+                yield cfg
+                for prompt in self.prompts[1:] if cfg.prompt == self.prompts[0] else ():
+                    with suppress(ValueError):
+                        yield replace(cfg, prompt=prompt)
+
     def _combinations(self) -> Iterator[tuple[dict[str, str], list[str]]]:
         keys = [*self.cfg.grid]
         last = [key.rpartition(".")[2] for key in keys]
         labels = [
-            word if last.count(word) == 1 and word not in COLUMNS else key
+            word if last.count(word) == 1 and word not in (*COLUMNS, *METRICS) else key
             for key, word in zip(keys, last, strict=True)
         ]
         for name in self.cfg.settings or [""]:

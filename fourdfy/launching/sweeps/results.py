@@ -6,12 +6,13 @@ import csv
 import io
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from fourdfy.evaluation.registry import PRIOR
 from fourdfy.files.atomic import by_product, warn_once, write_whole
 from fourdfy.files.images import TEST_FPS
 from fourdfy.launching.sweeps.jobs import COLUMNS, Job, Sweep
@@ -43,44 +44,46 @@ def write_results(sweep: Sweep) -> list[dict[str, Any]]:
 def row_of(sweep: Sweep, job: Job) -> dict[str, Any]:
     """What a job is, how far, its numbers after the last stage that is complete, and where it is."""
     stages = max(count for count in range(len(job.trials) + 1) if job.has_finished(count))
-    return {
+    own = {
         "prompt": job.prompt or "",
         **job.settings,
         "seed": job.seed,
         "stages": f"{stages} of {len(job.trials)}",
         "seconds": round(sweep.seconds(job), 1),
-        **numbers(job, stages),
-        "trial": str(job.trials[max(stages, 1) - 1]),
     }
+    taken = {*own, *COLUMNS} - {PRIOR}  # a plugin's report may have any names
+    found = {f"metric/{k}" if k in taken else k: value for k, value in numbers(job, stages).items()}
+    return {**own, **found, "trial": str(job.trials[max(stages, 1) - 1])}
 
 
-def score_of(job: Job, column: str, stage: int) -> float | None:
-    """A number of a job after so many stages, by its column in ``results.csv``; None if it has none."""
-    value = numbers(job, stage).get(column)
+def score_of(job: Job, metric: str, stage: int) -> float | None:
+    """A number of a job after so many stages, by its name; None if it has none."""
+    value = numbers(job, stage).get(metric)
     return float(value) if isinstance(value, int | float) else None
 
 
-def best_first(jobs: Iterable[Job], by: str, stage: int) -> list[Job]:
-    """Jobs in the order of ``keep_by`` after so many stages; those without a number come last."""
-    order, column = by.split(" ", 1)
+def not_kept(sweep: Sweep, seeds: Sequence[Job]) -> set[str]:
+    """Tags of those that ``keep`` drops, of jobs that differ by their seed and have come to its stage.
+
+    Those without a number are the worst. What is complete is not dropped: an earlier sweep kept more.
+    """
+    best, stage = sweep.kept
+    order, metric = sweep.keep_by
 
     def rank(job: Job) -> tuple[bool, float]:
-        score = score_of(job, column, stage) if job.has_finished(stage) else None
+        score = score_of(job, metric, stage)
         return score is None, (score or 0.0) * (1 if order == "lowest" else -1)
 
-    return sorted(jobs, key=rank)
+    return {job.tag for job in sorted(seeds, key=rank)[best:] if not job.has_finished(len(job.trials))}
 
 
 def dropped(sweep: Sweep) -> set[str]:
     """Tags of the jobs that ``keep`` drops, when all seeds of a prompt and settings have come so far."""
-    best, stage = sweep.kept
-    tags: set[str] = set()
-    for _, group in groupby(sweep.jobs, key=lambda job: (job.prompt, job.settings)) if stage else ():
-        seeds = list(group)
-        if all(job.has_finished(stage) for job in seeds):
-            others = best_first(seeds, sweep.cfg.keep_by, stage)[best:]
-            tags |= {job.tag for job in others if not job.has_finished(len(job.trials))}
-    return tags
+    _, stage = sweep.kept
+    groups = groupby(sweep.jobs, key=lambda job: (job.prompt, job.settings)) if stage else ()
+    seeds = [list(group) for _, group in groups]
+    done = (group for group in seeds if all(job.has_finished(stage) for job in group))
+    return set().union(*(not_kept(sweep, group) for group in done))
 
 
 def numbers(job: Job, stage: int) -> dict[str, float]:
@@ -100,7 +103,7 @@ def _numbers(job: Job, stage: int) -> dict[str, float]:
     found = scores(trial, end)
     last = {name: [value for _, value in curve] for name, curve in curves(trial).items()}
     if late := [fmean(late_part(points)) for name, points in last.items() if OF_PRIORS.fullmatch(name)]:
-        found["prior"] = fmean(late)
+        found[PRIOR] = fmean(late)
     return found | {name: points[-1] for name, points in last.items() if name.startswith("loss/")}
 
 
@@ -134,7 +137,7 @@ def contact_sheet(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _cell(sweep: Sweep, job: Job, row: Mapping[str, Any]) -> str:
     folder = escaped(os.path.relpath(row["trial"], sweep.folder))
-    described = {*job.settings, *COLUMNS} - {"prior"}
+    described = {*job.settings, *COLUMNS} - {PRIOR}
     values = [
         (name, value)
         for name, value in row.items()

@@ -16,7 +16,7 @@ from typing import Any
 from fourdfy.config_files import ConfigError
 from fourdfy.files.atomic import by_product, write_whole
 from fourdfy.launching.sweeps.jobs import Job, Sweep
-from fourdfy.launching.sweeps.results import best_first, numbers, score_of
+from fourdfy.launching.sweeps.results import not_kept, numbers, score_of
 from fourdfy.launching.sweeps.runners import POLL_SECONDS, Runner, Task, stop_all
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Scheduler:
 
     def __init__(self, sweep: Sweep, runner: Runner, show: Callable[[Sequence[Entry]], None]) -> None:
         self.sweep, self.cfg, self.runner, self.show = sweep, sweep.cfg, runner, show
-        self.kept, self.first = sweep.kept
+        _, self.first = sweep.kept
         stages = self.first or len(sweep.jobs[0].trials)
         self.entries = [Entry(job, sweep.log(job), stages) for job in sweep.jobs]
         self._looked = 0.0
@@ -141,24 +141,25 @@ class Scheduler:
             seeds = [entry for entry in group if entry.stages == self.first]
             if not seeds or any(entry.state not in (State.DONE, State.FAILED) for entry in seeds):
                 continue
-            self._check_column([entry.job for entry in seeds if entry.state is State.DONE])
-            ranked = best_first([entry.job for entry in seeds], self.cfg.keep_by, self.first)
-            for entry in seeds:
-                if entry.state is State.DONE and ranked.index(entry.job) < self.kept:
+            come = [entry for entry in seeds if entry.state is State.DONE]
+            self._check_column([entry.job for entry in come])
+            losers = not_kept(self.sweep, [entry.job for entry in come])
+            for entry in come:
+                if entry.job.tag in losers:
+                    entry.state, entry.stages = State.DROPPED, 0
+                else:
                     entry.stages = len(entry.job.trials)
                     self._look(entry)
-                elif entry.state is State.DONE:
-                    entry.state, entry.stages = State.DROPPED, 0
 
     def _check_column(self, done: Sequence[Job]) -> None:
         """Refuse a ``keep_by`` that none of them has a number for."""
-        column = self.cfg.keep_by.partition(" ")[2]
-        if done and all(score_of(job, column, self.first) is None for job in done):
+        _, metric = self.sweep.keep_by
+        if done and all(score_of(job, metric, self.first) is None for job in done):
             known = (
                 ", ".join(sorted({name for job in done for name in numbers(job, self.first)})) or "nothing"
             )
             raise ConfigError(
-                f"keep_by: {done[0].name}: no {column!r} after stage {self.first}; there is {known}"
+                f"keep_by: {done[0].name}: no {metric!r} after stage {self.first}; there is {known}"
             )
 
 
