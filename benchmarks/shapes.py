@@ -123,38 +123,47 @@ def trials(out: Path, way: str, seed: int) -> Path:
 
 def table(rows: list[dict], heading: str) -> str:
     """Return Markdown with a line for each run, then the means of each way."""
-    lines = [f"| prompt | {heading} | IoU | PSNR | colour | motion | fronts | s |", "|" + " --- |" * 8]
+    columns = ("IoU", "PSNR", "colour", "motion", "gain", "untracked", "mark", "ghosts", "fronts", "s")
+    lines = [f"| prompt | {heading} | {' | '.join(columns)} |", "|" + " --- |" * (2 + len(columns))]
     for row in rows:
-        motion = "still" if row["motion_corr"] is None else f"{row['motion_corr']:.2f}"
+        motion = "still" if row["motion_right"] is None else number(row["motion_corr"])
         lines.append(
             f"| {row['prompt']}{' *' if row['held_out'] else ''} | {label(row)} | {row['iou']:.2f} "
-            f"| {row['psnr']:.1f} | {'right' if row['colour_ok'] else 'wrong'} | {motion} | {row['fronts']} "
+            f"| {row['psnr']:.1f} | {'right' if row['colour_ok'] else 'wrong'} | {motion} "
+            f"| {number(row['motion_gain'])} | {number(row.get('untracked'), 0)} "
+            f"| {number(row.get('mark_seen'), 0)} | {number(row.get('ghosts'), 0)} | {row['fronts']} "
             f"| {row['seconds']:.0f} |"
         )
     columns = (
-        "IoU",
-        "PSNR",
-        "colour right",
-        "motion right",
-        "correlation",
-        "one front",
-        "saturation",
-        "steps/s",
+        *("IoU", "PSNR", "colour right", "motion right", "correlation", "gain", "untracked"),
+        *("mark", "ghosts", "one front", "saturation", "steps/s"),
     )
     lines += ["", f"| {heading} | {' | '.join(columns)} |", "|" + " --- |" * (1 + len(columns))]
     for way in dict.fromkeys(row["way"] for row in rows):
         some = [row for row in rows if row["way"] == way]
-        moving = [row for row in some if row["motion_corr"] is not None]
-        correlation = mean(row["motion_corr"] for row in moving) if moving else math.nan
+        moving = [row for row in some if row["motion_right"] is not None]
         lines.append(
             f"| {label(some[0])} | {mean(r['iou'] for r in some):.3f} | {mean(r['psnr'] for r in some):.1f} "
             f"| {sum(r['colour_ok'] for r in some)}/{len(some)} "
-            f"| {sum(r['motion_right'] for r in moving)}/{len(moving)} | {correlation:.3f} "
+            f"| {sum(r['motion_right'] for r in moving)}/{len(moving)} "
+            f"| {number(mean_of(moving, 'motion_corr'), 3)} | {number(mean_of(moving, 'motion_gain'))} "
+            f"| {number(mean_of(moving, 'untracked'), 1)} | {number(mean_of(some, 'mark_seen'), 1)} "
+            f"| {number(mean_of(some, 'ghosts'), 1)} "
             f"| {sum(r['fronts'] == 1 for r in some)}/{len(some)} "
             f"| {mean(r.get('saturation_error', math.nan) for r in some):+.3f} "
             f"| {mean(r.get('steps_per_second', math.nan) for r in some):.1f} |"
         )
     return "\n".join(lines)
+
+
+def mean_of(rows: list[dict], key: str) -> float | None:
+    """Mean over the rows that have a number there; None if none has, as in rows of an earlier measure."""
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return mean(values) if values else None
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def label(row: dict) -> str:

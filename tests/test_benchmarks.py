@@ -66,6 +66,7 @@ def test_variants_of_the_third_stage_follow_on_second_ones_of_their_prompt_and_s
     shapes, commands = load("shapes"), []
     measured = {"held_out": False, "iou": 0.5, "psnr": 20.0, "colour_ok": True, "fronts": 1, "seconds": 9.0}
     measured |= {"motion_corr": 0.9, "motion_right": True, "saturation_error": 0.25, "steps_per_second": 5.0}
+    measured |= {"motion_gain": 0.75, "untracked": 1, "mark_seen": 11, "ghosts": 2}
 
     def run(tasks, runner):
         for command in (list(task.arguments) for task in tasks):
@@ -80,8 +81,10 @@ def test_variants_of_the_third_stage_follow_on_second_ones_of_their_prompt_and_s
     shapes.main([*which, "--after", str(base), "--variants", str(file), "trainer.max_steps=9"])
     ways = yaml.safe_load(file.read_text())
     assert len(commands) == len(ways) * 2 * 2
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last == f"| {[*ways][-1]} | 0.500 | 20.0 | 4/4 | 4/4 | 0.900 | 4/4 | +0.250 | 5.0 |"
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[2].endswith("| 0.50 | 20.0 | right | 0.90 | 0.75 | 1 | 11 | 2 | 1 | 9 |")
+    means = "0.500 | 20.0 | 4/4 | 4/4 | 0.900 | 0.75 | 1.0 | 11.0 | 2.0 | 4/4 | +0.250 | 5.0"
+    assert printed[-1] == f"| {[*ways][-1]} | {means} |"
 
     *some, last = [
         command for command in commands if "seed=0" in command and "a blue ball spinning" in command

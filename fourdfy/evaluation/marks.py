@@ -8,13 +8,12 @@ F frames, H x W pixels, A evenly spaced azimuths around the object, T moments.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from operator import itemgetter
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.functional import max_pool2d
 
 MIN_CHROMA = 0.2
 """Channels of a coloured pixel are this far apart at least. The palest body of the world, green in
@@ -37,9 +36,19 @@ LIGHT = 0.6
 """Greys above are white, below dark: the world's are 0.98 and 0.05, and a pupil blurred by half its
 radius reaches 0.55."""
 
-SKIP_DEG = 75.0
-"""A moment is left out of a track if that shortens it by more than this: an angle that is wrong by
-less can not make ``wrap`` miss a turn, as the truth moves 30 degrees between moments."""
+TOLERANCE = 2
+"""Pixels by which a mark may be out of place, and the width of the seam along edges where greys are
+mixed by the edge and not painted."""
+
+MARK_SEEN = 0.5
+"""A mark is seen where it should be if at least this share of its white and of its dark is there."""
+
+GHOST_GREYNESS = 0.25
+"""A ghost may be fainter than a mark: what a trained scene leaves where the mark was at rest (a pale or
+brown spot, the ring of its edge) has 0.25 to 0.5, and the body around it less than 0.1."""
+
+GHOST_SEEN = 0.1
+"""A ghost is seen if it has at least this share of the true mark's pixels."""
 
 
 def foreground_colour(
@@ -66,20 +75,52 @@ def chroma(colours: Float[Tensor, "*F 3"]) -> Float[Tensor, "*F"]:
     return colours.amax(dim=-1) - colours.amin(dim=-1)
 
 
-def visible_mark(
+def painted(
     colours: Float[Tensor, "F H W 3"], inside: Bool[Tensor, "F H W"], body: Float[Tensor, "3"]
-) -> Float[Tensor, "F 2"]:
+) -> Bool[Tensor, "F H W 2"]:
+    """The white and the dark pixels of the silhouettes: nearer to the greys than to the body's shades."""
+    grey = (greyness(colours, body) > 0.5) & inside
+    light = colours.mean(dim=-1) > LIGHT
+    return torch.stack([grey & light, grey & ~light], dim=-1)
+
+
+def visible_mark(mark: Bool[Tensor, "F H W 2"], inside: Bool[Tensor, "F H W"]) -> Float[Tensor, "F 2"]:
     """White and dark pixels in the silhouette's middle, as shares of the silhouette."""
-    if chroma(body) < MIN_CHROMA:  # on a grey body no mark could be recognised
-        return colours.new_zeros(len(colours), 2)
-    # Nearer to the greys than to the shades of the body (0.6 to 1.4 of the median, as in the world).
-    shade = ((colours @ body) / body.square().sum()).clamp(0.6, 1.4)[..., None]
-    grey = colours.mean(dim=-1, keepdim=True)
-    unsaturated = (colours - grey).norm(dim=-1) < (colours - shade * body).norm(dim=-1)
-    mark = unsaturated & inside & _middle(inside)
-    light = grey[..., 0] > LIGHT
-    counts = torch.stack([(mark & light).sum(dim=(1, 2)), (mark & ~light).sum(dim=(1, 2))], dim=-1)
+    counts = (mark & _middle(inside)[..., None]).sum(dim=(1, 2))
     return counts / inside.sum(dim=(1, 2)).clamp_min(1)[:, None]
+
+
+def mark_in_place(mark: Bool[Tensor, "T A H W 2"], truth: Bool[Tensor, "T A H W 2"]) -> Float[Tensor, "T"]:
+    """How much of the true mark is seen where it is, 0..1: the lesser of white and dark."""
+    found = (mark & _wider(truth)).sum(dim=(1, 2, 3))
+    return (found / truth.sum(dim=(1, 2, 3)).clamp_min(1)).clamp(max=1).amin(dim=-1)
+
+
+def ghosts(
+    greyness: Float[Tensor, "T A H W"], truth: Bool[Tensor, "T A H W 2"], body: Bool[Tensor, "T A H W"]
+) -> Float[Tensor, "T"]:
+    """Pixels that look like a mark where the true one is not, for each pixel of the true one.
+
+    Args:
+        body: where both objects are seen; its edges do not count.
+    """
+    elsewhere = ~_wider(truth.any(dim=-1, keepdim=True) | ~body[..., None])[..., 0]
+    wrong = (greyness > GHOST_GREYNESS) & elsewhere
+    return wrong.sum(dim=(1, 2, 3)) / truth.sum(dim=(1, 2, 3, 4)).clamp_min(1)
+
+
+def greyness(colours: Float[Tensor, "F H W 3"], body: Float[Tensor, "3"]) -> Float[Tensor, "F H W"]:
+    """How near a colour is to the greys, against the shades of the body: 1 for greys, 0 for the body.
+
+    White and pupil are grey alike. On a grey body no mark could be recognised: then all are 0.
+    """
+    if chroma(body) < MIN_CHROMA:
+        return torch.zeros_like(colours[..., 0])
+    # 0.6 to 1.4 of the median are the body's shades, as in the world.
+    shade = ((colours @ body) / body.square().sum()).clamp(0.6, 1.4)[..., None]
+    from_grey = (colours - colours.mean(dim=-1, keepdim=True)).norm(dim=-1)
+    from_body = (colours - shade * body).norm(dim=-1)
+    return from_body / (from_body + from_grey).clamp_min(1e-6)
 
 
 def front_scores(visible: Float[Tensor, "F 2"], straight_ahead: Float[Tensor, "2"]) -> Float[Tensor, "F"]:
@@ -114,39 +155,6 @@ def fronts(scores: Float[Tensor, "A"]) -> list[float]:
     return found
 
 
-def angle_track(candidates: Sequence[Sequence[float]]) -> Float[Tensor, "T"]:
-    """Unwrapped angle (degrees) of one front over T moments; NaN where it was not seen or left out.
-
-    The shortest way through one candidate per moment, where leaving a moment out costs ``SKIP_DEG``:
-    an object with two faces is followed along one of them, and a single wrong detection, which
-    would add a whole turn to all that follows, is left out.
-
-    Args:
-        candidates: for each moment the fronts' azimuths, as returned by ``fronts``.
-    """
-    seen = [(moment, angles) for moment, angles in enumerate(candidates) if angles]
-    nodes = [(place, moment, angle) for place, (moment, angles) in enumerate(seen) for angle in angles]
-    ways: list[tuple[float, list[tuple[int, float]]]] = []  # the shortest to each node: its cost and steps
-    for place, moment, angle in nodes:
-        costs: list[tuple[float, list[tuple[int, float]]]] = [(SKIP_DEG * place, [])] + [
-            (cost + abs(wrap(angle - other)) + SKIP_DEG * (place - before - 1), steps)
-            for (before, _, other), (cost, steps) in zip(nodes, ways, strict=False)
-            if before < place
-        ]
-        cost, steps = min(costs, key=itemgetter(0))
-        ways.append((cost, [*steps, (moment, angle)]))
-    ends = [
-        (cost + SKIP_DEG * (len(seen) - place - 1), steps)
-        for (place, _, _), (cost, steps) in zip(nodes, ways, strict=True)
-    ]
-    track = torch.full((len(candidates),), math.nan)
-    previous = None
-    for moment, angle in min(ends, key=itemgetter(0), default=(0, []))[1]:
-        track[moment] = wrap(angle) if previous is None else previous + wrap(angle - previous)
-        previous = float(track[moment])
-    return track
-
-
 def _peak_azimuth(values: Sequence[float], peak_at: int) -> float:
     spacing = 360 / len(values)
     reach = int(30 / spacing)
@@ -158,6 +166,13 @@ def _peak_azimuth(values: Sequence[float], peak_at: int) -> float:
 def wrap(angle_deg: float) -> float:
     """The angle in [-180, 180)."""
     return (angle_deg + 180) % 360 - 180
+
+
+def _wider(mask: Bool[Tensor, "T A H W C"]) -> Bool[Tensor, "T A H W C"]:
+    """Everything within ``TOLERANCE`` pixels, in rows and in columns."""
+    planes = mask.movedim(-1, 2).flatten(0, 1).float()
+    wide = max_pool2d(planes, 2 * TOLERANCE + 1, stride=1, padding=TOLERANCE) > 0
+    return wide.unflatten(0, mask.shape[:2]).movedim(2, -1)
 
 
 def _middle(inside: Bool[Tensor, "F H W"]) -> Bool[Tensor, "F H W"]:

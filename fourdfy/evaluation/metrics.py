@@ -18,6 +18,9 @@ makes of another motion (a bouncing ball comes nearer and so grows, by 0.09 of w
 the jitter of a still, blurred and noisy object (0.004), either of which could correlate by chance. A
 pulsing cone sinks by 0.23 of a bounce, but sinking correlates with -1."""
 
+TRACKED_SHARE = 0.75
+"""Nothing is said of a track with fewer of its moments known than this share."""
+
 
 def silhouette_iou(
     opacity: Float[Tensor, "F H W 1"], truth: Float[Tensor, "F H W 1"], threshold: float = 0.5
@@ -48,34 +51,38 @@ def mean_saturation(colours: Float[Tensor, "F H W 3"], inside: Bool[Tensor, "F H
     return float(saturation.mean()) if len(pixels) else 0.0
 
 
-def pearson(track: Float[Tensor, "T"], truth: Float[Tensor, "T"]) -> float:
+def pearson(track: Float[Tensor, "T"], truth: Float[Tensor, "T"]) -> float | None:
     """Correlation of two tracks over the moments where both are finite.
 
-    0, never NaN, where there is nothing to correlate: fewer than half of the moments are known, or
-    ``track`` moves less than ``STILL_SHARE`` of what ``truth`` moves.
+    None where less than ``TRACKED_SHARE`` of the moments is known; 0, never NaN, where ``track`` moves
+    less than ``STILL_SHARE`` of what ``truth`` moves.
     """
     known = _known(track, truth)
     if known is None:
-        return 0.0
+        return None
     ours, theirs = known
+    if _stands_still(ours, theirs):
+        return 0.0
     return float(((ours * theirs).sum() / (ours.norm() * theirs.norm())).clamp(-1, 1))
 
 
-def gain(track: Float[Tensor, "T"], truth: Float[Tensor, "T"]) -> float:
-    """How far ``track`` moves for each unit of ``truth`` (least squares); 0 where ``pearson`` is."""
+def gain(track: Float[Tensor, "T"], truth: Float[Tensor, "T"]) -> float | None:
+    """How far ``track`` moves for each unit of ``truth`` (least squares); None or 0 where ``pearson`` is."""
     known = _known(track, truth)
     if known is None:
-        return 0.0
+        return None
     ours, theirs = known
-    return float((ours * theirs).sum() / theirs.square().sum())
+    return 0.0 if _stands_still(ours, theirs) else float((ours * theirs).sum() / theirs.square().sum())
 
 
 def _known(track: Tensor, truth: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Both tracks less their means where both are finite; None where nothing can be said."""
+    """Both tracks less their means where both are finite; None if too few moments are."""
     finite = track.isfinite() & truth.isfinite()
-    if 2 * int(finite.sum()) < len(track) or finite.sum() < 2:
+    if int(finite.sum()) < TRACKED_SHARE * len(track):
         return None
     ours, theirs = track[finite].double(), truth[finite].double()
-    ours, theirs = ours - ours.mean(), theirs - theirs.mean()
-    still = theirs.norm() == 0 or ours.norm() < STILL_SHARE * theirs.norm()
-    return None if still else (ours, theirs)
+    return ours - ours.mean(), theirs - theirs.mean()
+
+
+def _stands_still(ours: Tensor, theirs: Tensor) -> bool:
+    return bool(theirs.norm() == 0 or ours.norm() < STILL_SHARE * theirs.norm())

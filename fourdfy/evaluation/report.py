@@ -21,9 +21,13 @@ class Moment:
     time: float
     iou: float
     psnr: float
+    mark: float
+    """How much of the true mark is seen where it should be, 0..1: the lesser of white and pupil."""
+    ghost: float
+    """Pixels that look like a mark where the truth has none, for each pixel of the true mark."""
     track: float | None
-    """The coordinate that the prompt's motion moves: scene units, or degrees when spinning; None
-    when the prompt stands still or nothing was seen."""
+    """The coordinate that the prompt's motion moves: height or offset in scene units, scale, or degrees when
+    spinning; None when the prompt stands still or the moment is untracked."""
     track_truth: float | None
 
 
@@ -38,22 +42,30 @@ class ShapesReport:
     """Mean silhouette intersection over union."""
     psnr: float
     """Mean of the frames' PSNR, dB."""
+    motion_corr: float | None
+    """Correlation of the track with the true one over the tracked moments; 0 if frozen, None if nothing
+    should move or too few moments are tracked (``metrics.TRACKED_SHARE``)."""
+    motion_gain: float | None
+    """How far the track moves for each unit of the true one; 1 is right, None where ``motion_corr`` is."""
+    motion_right: bool | None
+    """Whether enough moments are tracked, ``motion_corr >= scenes.RIGHT_MOTION`` and the gain is within
+    ``RIGHT_GAIN``; None if nothing should move."""
+    untracked: int | None
+    """Moments at which the true object matches nothing that is seen; None if nothing should move."""
+    still_drift: float | None
+    """Largest mean colour change of the object since t = 0, 0..1; only if nothing should move."""
+    mark_seen: int
+    """Moments of ``over_time`` at which the mark is seen where it should be; the truth shows it at all."""
+    ghosts: int
+    """Moments at which a mark is seen where the truth has none."""
+    fronts: int
+    """Marks seen around the object at t = 0; 1 is right, 2 or more is the Janus problem."""
     colour_error: float
     """Root mean square difference of the median body colours, 0..1."""
     colour_ok: bool
     """Whether the prompt's colour is the nearest of the palette's six, and the body is not grey."""
     saturation_error: float
     """Mean HSV saturation of the object less that of the truth, -1..1; above 0 is oversaturated."""
-    motion_corr: float | None
-    """Correlation of the track with the true one; 0 if frozen or lost, None if nothing should move."""
-    motion_gain: float | None
-    """How far the track moves for each unit of the true one; 1 is right, None if nothing should move."""
-    motion_right: bool | None
-    """``motion_corr >= RIGHT_MOTION``; None if nothing should move."""
-    still_drift: float | None
-    """Largest mean colour change of the object since t = 0, 0..1; only if nothing should move."""
-    fronts: int
-    """Marks seen around the object at t = 0; 1 is right, 2 or more is the Janus problem."""
     front_scores: tuple[float, ...]
     """How much of a mark is seen from each azimuth of ``AROUND_DEG`` at t = 0, 0..1."""
     over_time: tuple[Moment, ...]
@@ -71,13 +83,13 @@ def print_report(report: ShapesReport, console: Console | None = None) -> None:
 
 def brief(report: ShapesReport) -> str:
     """One scene's numbers in one line."""
-    motion = report.motion_right
     return ", ".join(
         [
             f"IoU {_number(report.iou)}",
             f"PSNR {report.psnr:.1f} dB",
             f"colour {_yes(report.colour_ok)}",
-            f"motion {_yes(motion) if motion is not None else _motion(report)}",
+            f"motion {_motion(report)}",
+            f"mark {report.mark_seen}/{len(report.over_time)}",
             f"{report.fronts} front{'' if report.fronts == 1 else 's'}",
         ]
     )
@@ -85,7 +97,10 @@ def brief(report: ShapesReport) -> str:
 
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """One line for each prompt (a row of the command's JSON), then means and counts."""
-    table = Table("prompt", "held out", "without", "IoU", "PSNR", "colour", "motion", "fronts", "seconds")
+    table = Table(
+        *("prompt", "held out", "without", "IoU", "PSNR", "colour"),
+        *("motion", "gain", "untracked", "mark", "ghosts", "fronts", "seconds"),
+    )
     for row in rows:
         table.add_row(
             row["prompt"],
@@ -95,6 +110,10 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{row['psnr']:.1f}",
             _yes(row["colour_ok"]),
             _number(row["motion_corr"]),
+            _number(row["motion_gain"]),
+            "-" if row["untracked"] is None else str(row["untracked"]),
+            f"{row['mark_seen']}/{len(row['over_time'])}",
+            str(row["ghosts"]),
             str(row["fronts"]),
             f"{row['seconds']:.0f}",
         )
@@ -110,6 +129,10 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{sum(row['psnr'] for row in rows) / count:.1f}",
             f"{sum(row['colour_ok'] for row in rows)}/{count}",
             f"{sum(row['motion_right'] for row in moving)}/{len(moving)} right",
+            "",
+            str(sum(row["untracked"] for row in moving)),
+            f"{sum(row['mark_seen'] for row in rows) / count:.1f}",
+            f"{sum(row['ghosts'] for row in rows) / count:.1f}",
             f"{sum(row['fronts'] == 1 for row in rows)}/{count} one",
             f"{sum(row['seconds'] for row in rows):.0f}",
         )
@@ -122,11 +145,12 @@ def _report_tables(report: ShapesReport) -> tuple[Table, Table]:
         ("silhouette IoU", _number(report.iou)),
         ("PSNR", f"{report.psnr:.1f} dB"),
         ("colour", f"{_yes(report.colour_ok)}, error {_number(report.colour_error)}"),
-        ("motion", _motion(report)),
+        ("motion", _motion(report) + _motion_numbers(report)),
+        ("mark", f"in its place at {report.mark_seen} of {len(report.over_time)}, ghost at {report.ghosts}"),
         ("fronts", str(report.fronts)),
     ):
         numbers.add_row(name, value)
-    over_time = Table("time", "IoU", "PSNR", "track", "truth", "error")
+    over_time = Table("time", "IoU", "PSNR", "mark", "ghost", "track", "truth", "error")
     for moment in report.over_time:
         error = None
         if moment.track is not None and moment.track_truth is not None:
@@ -135,6 +159,8 @@ def _report_tables(report: ShapesReport) -> tuple[Table, Table]:
             _number(moment.time),
             _number(moment.iou),
             f"{moment.psnr:.1f}",
+            _number(moment.mark),
+            _number(moment.ghost),
             _number(moment.track),
             _number(moment.track_truth),
             _number(error),
@@ -143,12 +169,16 @@ def _report_tables(report: ShapesReport) -> tuple[Table, Table]:
 
 
 def _motion(report: ShapesReport) -> str:
-    if report.motion_corr is None:
+    if report.motion_right is None:
         return f"still, drift {_number(report.still_drift)}"
-    return (
-        f"{_yes(bool(report.motion_right))}, correlation {_number(report.motion_corr)}, "
-        f"gain {_number(report.motion_gain)}"
-    )
+    return "untracked" if report.motion_corr is None else _yes(report.motion_right)
+
+
+def _motion_numbers(report: ShapesReport) -> str:
+    if report.motion_right is None:
+        return ""
+    corr, gain = _number(report.motion_corr), _number(report.motion_gain)
+    return f", correlation {corr}, gain {gain}, {report.untracked} untracked"
 
 
 def _number(value: float | None) -> str:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis.strategies import floats, integers
 
-from fourdfy.evaluation.marks import angle_track, body_colour, foreground_colour, fronts, visible_mark, wrap
+from fourdfy.evaluation.marks import body_colour, foreground_colour, fronts, painted, visible_mark, wrap
 
 VIEWS = 24
 
@@ -51,46 +51,6 @@ def test_a_mark_seen_from_everywhere_is_no_front():
     assert fronts(torch.full((VIEWS,), 0.9)) == []
 
 
-def test_an_angle_track_goes_on_beyond_a_turn():
-    truth = 50.0 * torch.arange(12)
-    track = angle_track([[float(angle) % 360] for angle in truth])
-    assert torch.allclose(track, truth, atol=1e-3)
-
-
-def test_an_angle_track_turns_back_too():
-    track = angle_track([[(-30.0 * k) % 360] for k in range(12)])
-    assert torch.allclose(track, -30.0 * torch.arange(12), atol=1e-3)
-
-
-@pytest.mark.parametrize("wrong", range(12))
-@pytest.mark.parametrize("error", [120.0, 180.0, 240.0])
-def test_one_wrong_detection_is_left_out(wrong, error):
-    angles = [30.0 * k for k in range(12)]
-    angles[wrong] += error
-    track = angle_track([[angle % 360] for angle in angles])
-    known = track.isfinite()
-    assert known.tolist() == [k != wrong for k in range(12)]
-    steps = track[known] - 30.0 * torch.arange(12)[known]
-    assert torch.allclose(steps, steps[:1].expand_as(steps), atol=1e-3)
-
-
-def test_a_moment_without_a_front_is_unknown_and_does_not_cut_the_track():
-    candidates = [[30.0 * k] for k in range(12)]
-    candidates[4] = candidates[5] = []
-    track = angle_track(candidates)
-    assert track.isnan().nonzero()[:, 0].tolist() == [4, 5]
-    assert track[11].item() == pytest.approx(330)
-
-
-def test_of_two_faces_one_is_followed():
-    track = angle_track([sorted([30.0 * k % 360, (30.0 * k + 180) % 360]) for k in range(12)])
-    assert torch.allclose(track - track[0], 30.0 * torch.arange(12), atol=1e-3)
-
-
-def test_no_front_at_any_moment_is_an_unknown_track():
-    assert angle_track([[]] * 12).isnan().all()
-
-
 @given(angle=floats(-1000, 1000))
 def test_wrap_changes_an_angle_by_whole_turns(angle):
     assert -180 <= wrap(angle) < 180
@@ -116,5 +76,5 @@ def test_the_body_colour_is_not_the_marks():
 def test_an_empty_silhouette_has_a_colour_and_no_mark():
     colours, inside = torch.rand(1, 6, 6, 3), torch.zeros(1, 6, 6, dtype=torch.bool)
     assert body_colour(colours, inside).tolist() == [0, 0, 0]
-    visible = visible_mark(colours, inside, torch.tensor([0.9, 0.1, 0.1]))
+    visible = visible_mark(painted(colours, inside, torch.tensor([0.9, 0.1, 0.1])), inside)
     assert visible.tolist() == [[0, 0]] and math.isfinite(visible.sum())

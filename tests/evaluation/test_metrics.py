@@ -87,7 +87,10 @@ def test_unknown_moments_are_left_out():
     assert pearson(track, RISING) == pytest.approx(1)
 
 
-def test_a_track_unknown_at_most_moments_has_correlation_zero():
-    track = torch.full((6,), math.nan)
-    track[:2] = RISING[:2]
-    assert pearson(track, RISING) == 0
+def test_nothing_is_said_of_a_track_that_is_unknown_at_too_many_moments():
+    track = torch.full((8,), math.nan)
+    track[:5] = RISING[:5]
+    truth = torch.arange(8.0)
+    assert pearson(track, truth) is None and gain(track, truth) is None
+    track[5] = 7
+    assert pearson(track, truth) > 0.9 and gain(track, truth) > 0.9
