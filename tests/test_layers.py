@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "systems": {"ops", "files", "scenes", "priors", "prompts", "guidance", "data", "exporters", "original"},
     "shapes": {"ops"},
     "callbacks": {"ops", "files", "data", "systems"},
+    "viewing": {"ops", "files", "data", "guidance", "systems", "callbacks"},
     "evaluation": {"ops", "files", "systems", "shapes", "callbacks"},
     "launching": {
         "files",
@@ -32,12 +33,14 @@ MAY_IMPORT = {
         "systems",
         "callbacks",
         "original",
+        "shapes",
         "evaluation",
         "pages",
+        "viewing",
     },
 }
 """Rooms of the package -> the rooms that each may import from, besides itself and the common language."""
-OPTIONAL = {"numba", "triton", "tinycudann", "nerfacc", "xformers", "mvdream"}
+OPTIONAL = {"numba", "triton", "tinycudann", "nerfacc", "xformers", "mvdream", "viser"}
 
 
 def imported(path: Path) -> set[str]:

@@ -96,6 +96,8 @@ class Run:
     grew_from: str | None = None
     """The hash of the scene that ``system.weights`` held when the stage began (``systems.checkpoint``)."""
     stopping: bool = False
+    is_asked_to_stop: Callable[[], bool] = lambda: False
+    """Whether a signal came since the last step; for callbacks that wait for something."""
 
     @property
     def step(self) -> int:

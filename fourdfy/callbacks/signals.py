@@ -21,6 +21,7 @@ class FinishStep(Callback):
     def begin(self, run: Run) -> None:
         self.stop.check()
         self.stop.deferred = True
+        run.is_asked_to_stop = lambda: self.stop.received is not None
 
     def after_step(self, run: Run, *args: Any) -> None:
         if self.stop.received is not None:

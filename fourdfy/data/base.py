@@ -73,6 +73,8 @@ class DataModule(Component, ABC):
                 ConfigError: names both keys and what to type.
             """
 
+    cfg: Config
+
     @abstractmethod
     def train_dataloader(self, start_step: int, parts: int = 1) -> DataLoader:
         """Batches of consecutive global steps, from ``start_step``; ``parts`` of them for each step."""

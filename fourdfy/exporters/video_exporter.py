@@ -85,7 +85,7 @@ class VideoExporter(Exporter):
         save_cameras(files[-1], cameras, fps=fps, image_pattern=pattern)
         return files
 
-    def _clips_fps(self, trained: TrainedScene, cameras: Cameras, of_file: float | None) -> float:
+    def _clips_fps(self, trained: TrainedScene, cameras: Cameras, of_file: float | None) -> float | int:
         """The frame rate that shows one clip in its duration, if the frames pass through it at one speed."""
         steps = cameras.times.diff() % 1
         even = len(steps) > 0 and float(steps.min()) > 1e-6 and float(steps.max() - steps.min()) < 1e-4

@@ -6,7 +6,7 @@ B latents of rendered frames (images or clips), C channels, S the axes behind th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -145,6 +145,8 @@ class Distillation(Component, nn.Module, ABC):
         self.cfg = cfg
         self.device = torch.device(device)
         self.prior = self.prior_class(cfg, device=self.device)
+        self.observer: Callable[[NoisyLatents, Tensor], None] | None = None
+        """Told the guided x_0 of noisy latents, for a look at it."""
 
     def accelerate(self, compile_small: bool) -> None:
         self.prior.accelerate(compile_small)
@@ -221,7 +223,10 @@ class Distillation(Component, nn.Module, ABC):
     ) -> tuple[Float[Tensor, "B C *S"], Float[Tensor, "B C *S"]]:
         """``Prior.guided_x0``, combined as the config says."""
         mode, norm_bound = self.cfg.guidance_mode, self.cfg.apg_norm_bound
-        return self.prior.guided_x0(x.noisy, x.timesteps, x.conditions, scale, mode, norm_bound)
+        x0, with_text = self.prior.guided_x0(x.noisy, x.timesteps, x.conditions, scale, mode, norm_bound)
+        if self.observer is not None:
+            self.observer(x, x0)
+        return x0, with_text
 
     def bound(self, grad: Float[Tensor, "B C *S"], context: StepContext) -> Float[Tensor, "B C *S"]:
         """``grad``, clipped if the config says so."""

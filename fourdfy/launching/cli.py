@@ -19,6 +19,7 @@ EXAMPLES = """examples:
   launch.py --config configs/shapes_stage_1.yaml --train --gpu 0 trainer.max_steps=500
   launch.py --sweep prompts.txt --seeds 0-3 --config configs/shapes.yaml
   launch.py --trial outputs/shapes_stage_3/a_red_cube_spinning --export
+  launch.py --trial outputs/shapes_stage_3/a_red_cube_spinning --view
 """
 
 MODES = {
@@ -122,8 +123,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--seeds, --per-gpu, --dry-run and --gather are for --sweep")
     if args.stages is not None and (args.mode != "train" or args.stages < 1):
         parser.error("--stages says how many stages of a recipe to --train, from 1")
+    if args.view:
+        if args.mode not in (None, "train") or args.replay or args.sweep:
+            parser.error("--view stands alone, to look at a trial, or beside --train")
+        args.overrides += ["viewer.enable=true"] if args.mode else []
+        args.mode = args.mode or "view"
     if not args.sweep and (args.mode is None) == (args.replay is None):
-        modes = " ".join(f"--{mode}" for mode in MODES)
+        modes = " ".join(f"--{mode}" for mode in (*MODES, "view"))
         parser.error(f"--replay takes no mode; the others need one of {modes}")
     if strange := [word for word in unknown if not re.match(r"-+\w+[.=]", word)]:
         parser.error(f"unrecognized arguments: {' '.join(strange)}")
@@ -169,6 +175,10 @@ def _parser() -> argparse.ArgumentParser:
     for mode, text in MODES.items():
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help=text)
     parser.add_argument(
+        "--view", action="store_true",
+        help="look at a trial in the browser; beside --train, while it is trained (docs/viewer.md)",
+    )  # fmt: skip
+    parser.add_argument(
         "--gpu", default=None, metavar="ID",
         help="cpu, cuda, or the number of a GPU among those that CUDA_VISIBLE_DEVICES leaves visible "
         "(default: the first GPU, else the CPU)",
@@ -209,7 +219,7 @@ def _quieten_libraries(verbose: bool) -> None:
     """Silence the libraries' start-up messages, which are of no use to a user; errors still appear."""
     if verbose:
         return
-    for name in ("pytorch_lightning", "lightning_fabric", "numba", "httpx"):
+    for name in ("pytorch_lightning", "lightning_fabric", "numba", "httpx", "websockets"):
         logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=name)
 

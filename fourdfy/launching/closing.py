@@ -7,11 +7,16 @@ import re
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fourdfy.files.atomic import by_product, whole_file
+from fourdfy.launching.experiment import Experiment
 from fourdfy.launching.recipe import Stage
 from fourdfy.launching.trial import command_for
 from fourdfy.priors.hub import knows_text
+
+if TYPE_CHECKING:
+    from fourdfy.evaluation.scenes import Render
 
 logger = logging.getLogger(__name__)
 
@@ -63,16 +68,33 @@ def _copy(video: Path, target: Path) -> Path:
 def _scores(stage: Stage, device: str) -> str | None:
     """One line that compares a moving scene with the ground truth; None if there is no ground truth."""
     experiment = stage.experiment
-    prompts = getattr(experiment.cfg.system, "prompt_processor", None)
-    try:
-        if not (prompts and experiment.plan.dynamic):
-            return None
-        if not knows_text(prompts.pretrained_model_name_or_path, prompts.prompt):
-            return None
-    except ValueError:  # a prompt that its models haven't learned
+    prompt = learned_prompt(experiment) if experiment.plan.dynamic else None
+    if prompt is None:
         return None
     from fourdfy.evaluation.report import brief
     from fourdfy.evaluation.scenes import evaluate_system
 
     system = experiment.load_system(device, experiment.last_checkpoint)
-    return brief(evaluate_system(system, prompts.prompt, experiment.trial_dir / "save"))
+    return brief(evaluate_system(system, prompt, experiment.trial_dir / "save"))
+
+
+def learned_prompt(experiment: Experiment) -> str | None:
+    """The prompt, if its models have learned it from a world whose ground truth is known."""
+    prompts = getattr(experiment.cfg.system, "prompt_processor", None)
+    try:
+        if prompts and knows_text(prompts.pretrained_model_name_or_path, prompts.prompt):
+            return prompts.prompt
+    except ValueError:  # a prompt that its models haven't learned
+        pass
+    return None
+
+
+def ground_truth_of(experiment: Experiment) -> Render | None:
+    """The true scene of the prompt as a renderer; None if nobody knows it."""
+    prompt = learned_prompt(experiment)
+    if prompt is None:
+        return None
+    from fourdfy.evaluation.scenes import ground_truth
+    from fourdfy.shapes.grammar import parse_prompt
+
+    return ground_truth(parse_prompt(prompt))

@@ -30,6 +30,7 @@ from fourdfy.systems.agreement import check_agreement
 from fourdfy.systems.base import System
 from fourdfy.systems.checkpoint import LAST, has_checkpoint, read_checkpoint
 from fourdfy.systems.supervision import StepConfig, SupervisionPlan
+from fourdfy.viewing.settings import ViewerConfig
 
 logger = logging.getLogger(__name__)
 
@@ -185,6 +186,7 @@ class ExperimentConfig:
     """Further kinds of training step by name; see ``StepConfig``. null switches one off."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    viewer: ViewerConfig = field(default_factory=ViewerConfig)
 
 
 @dataclass(frozen=True)

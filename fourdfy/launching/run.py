@@ -68,6 +68,8 @@ def run(
             if first and first > len(stages):
                 raise ConfigError(f"--stages {first}: {config[0]} has {len(stages)}")
             train(stages[:first], device, command, stop)
+        elif mode == "view":
+            view(stages[-1], device, stop)
         else:
             evaluate(mode, stages[-1], device=device, out=out)
 
@@ -102,18 +104,7 @@ def evaluate(mode: str, stage: Stage, *, device: str, out: Path | None = None) -
     Raises:
         ConfigError: there is no such checkpoint, or results can't be written.
     """
-    experiment = stage.experiment
-    checkpoint = experiment.last_checkpoint
-    if experiment.cfg.resume:
-        checkpoint = checkpoint_file(experiment.cfg.resume)
-        if not experiment.is_placed:
-            experiment = replace(experiment, trial_dir=trial_of(checkpoint) or experiment.trial_dir)
-    elif not has_checkpoint(checkpoint):
-        raise ConfigError(
-            f"{stage.label}: no checkpoint in {checkpoint.parent}; train it first, or name what was trained: "
-            "--trial DIR"
-        )
-    system = experiment.load_system(device, checkpoint)
+    experiment, system = load(stage, device)
     folder = out or experiment.trial_dir / "save"
     try:
         check_writable(folder)
@@ -130,6 +121,48 @@ def evaluate(mode: str, stage: Stage, *, device: str, out: Path | None = None) -
     except WriteError as error:
         raise ConfigError(f"{error}; results can go elsewhere: --out DIR") from error
     logger.info("written to %s", folder)
+
+
+def load(stage: Stage, device: str) -> tuple[Experiment, System]:
+    """The scene of the checkpoint that ``resume`` names, or of the last, and the experiment in its trial.
+
+    Raises:
+        ConfigError: there is no such checkpoint.
+    """
+    experiment = stage.experiment
+    checkpoint = experiment.last_checkpoint
+    if experiment.cfg.resume:
+        checkpoint = checkpoint_file(experiment.cfg.resume)
+        if not experiment.is_placed:
+            experiment = replace(experiment, trial_dir=trial_of(checkpoint) or experiment.trial_dir)
+    elif not has_checkpoint(checkpoint):
+        raise ConfigError(
+            f"{stage.label}: no checkpoint in {checkpoint.parent}; train it first, or name what was trained: "
+            "--trial DIR"
+        )
+    return experiment, experiment.load_system(device, checkpoint)
+
+
+def view(stage: Stage, device: str, stop: StopSignals) -> None:
+    """``--view``: show a trained scene on a page until a signal comes, which is its ordinary end.
+
+    Raises:
+        ConfigError: there is no checkpoint, or the page can't be opened.
+    """
+    from fourdfy.launching.closing import ground_truth_of
+    from fourdfy.viewing.viewer import show_scene
+
+    experiment, system = load(stage, device)
+    run = Run(
+        system=system,
+        data=experiment.build_data(),
+        folder=experiment.trial_dir,
+        label=experiment.cfg.name,
+        max_steps=system.step,
+    )
+    stop.deferred = True
+    show_scene(run, experiment.cfg.viewer, ground_truth_of(experiment), lambda: stop.received is not None)
+    stop.received = None
 
 
 def render_views(mode: str, system: System, experiment: Experiment, folder: Path, device: str) -> None:

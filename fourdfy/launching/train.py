@@ -17,7 +17,9 @@ from fourdfy.callbacks.base import Callback, Run
 from fourdfy.config_files import PROMPT, literal_override
 from fourdfy.devices import on_device, select_device
 from fourdfy.files.atomic import losses_noted, remove_leftovers
+from fourdfy.launching.closing import ground_truth_of
 from fourdfy.launching.experiment import (
+    Experiment,
     ExperimentConfig,
     TrainerConfig,
     load_experiment,
@@ -163,6 +165,7 @@ def _train_stage(
         "curves": curves,  # first: a checkpoint holds what they have not logged
         **configured(cfg),
         **named(callbacks),
+        **viewers(experiment),
         "renders": SaveRenders(folder / "save", curves, trained=True),
         "watch": SceneWatch(),
         # Last: it saves the states of the others.
@@ -201,6 +204,14 @@ def _train_stage(
         if test and (cfg.test_when_stopped or not run.stopping):
             trainer.test()
     return not run.stopping
+
+
+def viewers(experiment: Experiment) -> dict[str, Callback]:
+    """The viewer, by its key, if ``viewer.enable`` is set."""
+    from fourdfy.viewing.viewer import Viewer
+
+    cfg = experiment.cfg.viewer
+    return {"viewer": Viewer(cfg, ground_truth_of(experiment))} if cfg.enable else {}
 
 
 def configured(cfg: TrainerConfig) -> dict[str, Callback]:

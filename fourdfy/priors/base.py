@@ -225,6 +225,10 @@ class Prior(Component, ABC):
             group_size: neighbours that belong together: the frames of a clip, the views of an object.
         """
 
+    def decode(self, latents: Float[Tensor, "B C *S"], most: int) -> Float[Tensor, "N H W 3"]:
+        """Images in 0..1 of up to ``most`` frames of ``latents``, to be looked at."""
+        raise NotImplementedError(f"{type(self).__name__} decodes nothing")
+
     @abstractmethod
     def predict(
         self,

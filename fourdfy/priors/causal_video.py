@@ -82,6 +82,12 @@ class CausalVideoPrior(VideoPrior):
         mean, _ = moments.float().chunk(2, dim=1)
         return self.normalised(mean)
 
+    def decode(self, latents: Float[Tensor, "B C f h w"], most: int) -> Float[Tensor, "N H W 3"]:
+        """Of the first clip the first frame, which alone can be decoded without all others."""
+        first = latents[:1, :, :1]
+        zero, one = (self.normalised(torch.full_like(first, value)) for value in (0.0, 1.0))
+        return self._images((first - zero) / (one - zero))[0].movedim(0, -1)
+
     @abstractmethod
     def normalised(self, latents: Float[Tensor, "B C f h w"]) -> Float[Tensor, "B C f h w"]:
         """What the VAE makes of clips, as the transformer knows it."""

@@ -246,6 +246,16 @@ class LatentPrior(Prior):
         with self._precision():
             return encode_images(self.vae, images, generator, self.cfg.low_ram_vae, gradient, self._posterior)
 
+    def decode(self, latents: Float[Tensor, "B C *S"], most: int) -> Float[Tensor, "N H W 3"]:
+        """Of the first images."""
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        return self._images(latents[:most] / self.vae.config.scaling_factor + shift).movedim(1, -1)
+
+    def _images(self, latents: Float[Tensor, "B C *S"]) -> Float[Tensor, "B 3 *S2"]:
+        """What the VAE decodes, in 0..1."""
+        with self._precision():
+            return (self.vae.decode(latents.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
     def resized(self, rgb: Float[Tensor, "N H W 3"]) -> Float[Tensor, "N 3 H2 W2"]:
         """Images at the size that the model works at."""
         images = rgb.movedim(-1, 1)

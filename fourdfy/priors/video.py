@@ -71,6 +71,11 @@ class VideoPrior(LatentPrior):
         latents = self.encode_images(rgb, generator, self.cfg.gradient)
         return latents.unflatten(0, (-1, group_size)).movedim(1, 2)
 
+    def decode(self, latents: Float[Tensor, "B C F h w"], most: int) -> Float[Tensor, "N H W 3"]:
+        """Of the first clip, evenly."""
+        frames = latents[0].movedim(1, 0)
+        return super().decode(frames[:: max(1, len(frames) // most)], most)
+
     def adjust(self, score: Float[Tensor, "B C F h w"]) -> Float[Tensor, "B C F h w"]:
         return amplify_motion(score, self.cfg.motion_amp_scale)
 

@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fourdfy.config import Component, file_path
 from fourdfy.data.base import DataModule
+from fourdfy.guidance.base import Guidance
 from fourdfy.systems.supervision import StepConfig, SupervisionPlan, plan_supervision
 from fourdfy.types import Cameras, RenderOutput, StepBatch
 
@@ -123,6 +124,10 @@ class System(Component, nn.Module):
     @abstractmethod
     def configure_scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
         """The learning-rate scheduler at step 0; it takes a step after each of the optimizer's."""
+
+    def guidances(self) -> Mapping[str, Guidance]:
+        """What supervises a training, by kind of step, after ``prepare``; for those who look on."""
+        return {}
 
     @abstractmethod
     def before_step(self, batch: StepBatch) -> None:

@@ -234,6 +234,9 @@ class FourdfySystem(System):
         with _errors_of("system.scheduler"):
             return None if self.cfg.scheduler is None else self.cfg.scheduler.build(optimizer)
 
+    def guidances(self) -> Mapping[str, Guidance]:
+        return {kind.name: getattr(self, kind.module) for kind in self.plan.kinds}
+
     # -- training -------------------------------------------------------------------------------
 
     def before_step(self, batch: StepBatch) -> None:

@@ -233,7 +233,7 @@ class GradientAudit:
         Raises:
             RuntimeError: all kinds have been seen and a group of positive rate never got a gradient.
         """
-        self.norms[kind] = {group["name"]: _gradient_norm(group["params"]) for group in groups}
+        self.norms[kind] = {group["name"]: gradient_norm(group["params"]) for group in groups}
         rows = [
             f"  {group['name']:<45} {sum(p.numel() for p in group['params']):>12,} parameters  "
             + ("no gradient" if norm is None else f"gradient norm {norm:.3g}")
@@ -255,7 +255,8 @@ class GradientAudit:
         return f"gradients at the first {kind} step:\n" + "\n".join(rows)
 
 
-def _gradient_norm(parameters: list[nn.Parameter]) -> float | None:
+def gradient_norm(parameters: list[nn.Parameter]) -> float | None:
+    """The norm of all their gradients together; None if they have none."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients:
         return None

@@ -1,0 +1,260 @@
+"""The viewer beside a training: it shows the scene, does what is asked for, and changes nothing."""
+
+import logging
+import random
+
+import pytest
+import torch
+
+import fourdfy
+from fourdfy.config import ConfigError
+from fourdfy.ops.cameras import orbit_cameras
+from fourdfy.systems.checkpoint import read_checkpoint
+from fourdfy.viewing import pace
+from fourdfy.viewing import viewer as module
+from fourdfy.viewing.settings import ViewerConfig
+from fourdfy.viewing.viewer import Viewer, find_page, show_scene, untouched
+from fourdfy.viewing.views import VIEWS
+from tests.commands import TINY, launch
+from tests.runs import new_run
+from tests.viewing.fake_page import FakePage
+
+STEPS = 4
+ALL_KINDS = ("data.prob_multi_view=0.4", "data.single_view.prob_single_view_video=0.5", "seed=1")
+
+
+@pytest.fixture(autouse=True)
+def always_due(monkeypatch):
+    monkeypatch.setattr(module, "PANEL_SECONDS", 0.0)
+
+
+def train(root, page=None, *, config="shapes_stage_1", steps=1, budget=1.0, overrides=()):
+    """Train with a viewer on the page that ``page(cfg, scenery)`` makes; gives the trial."""
+    viewers = [Viewer(ViewerConfig(budget=budget, size=24), open_page=page)] if page else []
+    given = [*TINY, f"exp_root_dir={root}", f"trainer.max_steps={steps}", *overrides]
+    return fourdfy.train(config, given, device="cpu", callbacks=viewers, test=False)
+
+
+def keeping(pages, kind):
+    """What opens a page of this kind and appends it."""
+
+    def open_page(*given):
+        pages.append(kind(*given))
+        return pages[-1]
+
+    return open_page
+
+
+class Demanding(FakePage):
+    """Wants to see every prior, saves, exports, and pauses for a while."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.asked = 0
+        self.on_eyes = self.ask
+
+    def ask(self):
+        self.asked += 1
+        random.random(), torch.rand(1)
+        if self.asked == 1:
+            self.controls.requests.extend(("look", kind) for kind in self.scenery.kinds)
+        if self.asked == 2:
+            self.controls.requests.append(("save",))
+            self.controls.paused = True
+        if self.asked == 8:
+            self.controls.paused = False
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The same training without and with a demanding viewer, and its page."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PANEL_SECONDS", 0.0)
+        pages, root = [], tmp_path_factory.mktemp("viewer")
+        moving = {"config": "shapes_stage_3", "steps": STEPS, "overrides": ALL_KINDS}
+        alone = train(root / "alone", **moving)
+        watched = train(root / "watched", keeping(pages, Demanding), **moving)
+    return alone, watched, pages[0]
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def test_training_is_the_same_bit_for_bit_with_and_without_it(both):
+    alone, watched, page = both
+    ours, theirs = (read_checkpoint(this.folder) for this in (alone, watched))
+    assert len(page.images) >= STEPS
+    for key in ("state_dict", "optimizer_states", "global_step", "running_means"):
+        assert same(ours[key], theirs[key]), key
+
+
+def test_it_shows_every_view_to_every_client_and_the_panels(both):
+    page = both[2]
+    assert {client for client, _, _ in page.images} == {0, 1}
+    assert {view for _, view, _ in page.images} == set(VIEWS)
+    assert all(max(image.shape[:2]) == 24 for _, _, image in page.images)
+    status, losses, groups = page.told[-1]
+    assert f"step **{STEPS}** of {STEPS}" in status and "steps/s" in status
+    assert "| loss |" in losses and "sds_video" in losses
+    trained = [row for row in groups.splitlines() if "encoding_time" in row]
+    assert trained and "-" not in trained[0].split("|")[3:]
+    assert page.closed
+
+
+def test_each_prior_shows_its_frames_what_is_noisy_and_what_it_takes_for_clean(both):
+    page = both[2]
+    assert page.scenery.kinds == ("multi_view", "single_view", "video")
+    assert page.looks, "no kind of step came"
+    for images in page.looks.values():
+        assert [*images] == ["frames", "noisy", "x0"]
+        assert len({row.shape[0] for row in images.values()}) <= 2
+        assert images["noisy"].shape == images["x0"].shape and (images["noisy"] != images["x0"]).any()
+
+
+def test_a_pause_ends_when_it_is_resumed_and_saving_writes_an_ordinary_checkpoint(both):
+    page = both[2]
+    assert "resumed" in page.notes
+    assert any("saved: ckpts/last.ckpt" in note for note in page.notes)
+
+
+def test_exporting_writes_what_the_exporter_makes(tmp_path, caplog):
+    class Exports(FakePage):
+        def eyes(self):
+            if not self.notes:
+                self.controls.requests.append(("export",))
+                self.notes.append("asked")
+            return super().eyes()
+
+    exporter = ["system.exporter_type=video-exporter", "system.exporter.formats=[gif]"]
+    pages = []
+    made = train(tmp_path, keeping(pages, Exports), steps=2, overrides=exporter)
+    assert [*made.folder.glob("save/it2-export/*")], caplog.text
+    assert any("exported: save/it2-export" in note for note in pages[0].notes)
+
+
+class Broken(FakePage):
+    def show(self, client, image):
+        raise OSError("the browser is gone")
+
+
+def test_a_viewer_that_fails_is_off_with_one_warning_and_training_goes_on(tmp_path, caplog):
+    pages = []
+    made = train(tmp_path / "broken", keeping(pages, Broken), steps=2)
+    warnings = [r.message for r in caplog.records if r.levelno == logging.WARNING and "viewer" in r.message]
+    assert warnings == ["the viewer is off from here on: OSError: the browser is gone"]
+    assert pages[0].closed
+    alone = train(tmp_path / "alone", steps=2)
+    assert same(*(read_checkpoint(this.folder)["state_dict"] for this in (made, alone)))
+
+
+def test_a_page_that_cannot_be_opened_costs_a_warning(tmp_path, caplog):
+    def taken(cfg, scenery):
+        raise OSError("viewer.port=8080: taken")
+
+    train(tmp_path, taken, steps=1)
+    assert "the viewer is off from here on: OSError: viewer.port=8080: taken" in caplog.text
+
+
+def test_what_fails_on_demand_is_told_and_the_viewer_stays(tmp_path, caplog):
+    class Asks(FakePage):
+        def eyes(self):
+            if len(self.notes) < 1:
+                self.controls.requests.append(("look", "nobody"))
+            return super().eyes()
+
+    pages = []
+    train(tmp_path, keeping(pages, Asks), steps=3)
+    assert pages[0].notes[0].startswith("look failed: KeyError") and len(pages[0].images) > 2
+
+
+def test_a_paused_run_goes_on_when_nobody_looks_on_or_a_signal_comes(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "ALONE_SECONDS", 0.05)
+
+    class Left(FakePage):
+        def __init__(self, *given):
+            super().__init__(*given)
+            self.controls.paused = True
+
+        def eyes(self):
+            return {}
+
+    assert train(tmp_path, Left, steps=2).system.step == 2
+
+
+def test_a_static_scene_has_no_time(tmp_path):
+    pages = []
+    train(tmp_path, keeping(pages, FakePage), steps=2)
+    assert not pages[0].scenery.dynamic
+    # All that is shown of the motion is black: every moment is that at time 0.
+    assert all((image == 0).all() for _, view, image in pages[0].images if view == "motion")
+
+
+def test_the_command_line_opens_it_and_a_finished_trial_is_shown_until_a_signal(tmp_path, monkeypatch):
+    pages = []
+    monkeypatch.setattr(module, "find_page", lambda: keeping(pages, FakePage))
+    assert launch("shapes_stage_1.yaml", "train", tmp_path, "--view", "trainer.max_steps=1") == 0
+    assert pages[0].scenery.has_truth and pages[0].cfg.enable and pages[0].images
+
+
+def test_a_finished_scene_is_refined_at_rest_without_a_budget(tmp_path):
+    made = train(tmp_path, steps=1)
+    pages = []
+
+    class Still(FakePage):
+        def eyes(self):
+            return {0: self.scenery.eye}
+
+    run = new_run(system=made.system, data=fake_data(), folder=made.folder, label="trained")
+    looks = iter(range(200))
+    show_scene(run, ViewerConfig(size=128), None, lambda: next(looks) > 60, keeping(pages, Still))
+    assert [max(image.shape[:2]) for _, _, image in pages[0].images] == [64, 128]
+    assert pages[0].scenery.kinds == () and pages[0].closed
+
+
+def fake_data():
+    """A data module with one camera."""
+    zero = torch.zeros(1)
+    camera = orbit_cameras(zero, zero, distance=3.8, fovy_deg=40.0, times=zero, height=8, width=8)
+
+    class Data:
+        class cfg:
+            static = False
+
+        def val_cameras(self, dynamic):
+            return {"val": camera}
+
+    return Data()
+
+
+def test_generators_and_modes_are_left_as_they_were(both):
+    system = fourdfy.load(both[0].folder, device="cpu").system
+    system.train()
+    system.scene.eval()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    with untouched(system):
+        assert not any(part.training for part in system.modules())
+        torch.rand(3)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert system.training and not system.scene.training
+
+
+def test_a_missing_package_is_named_with_what_to_type(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "viser", None)
+    monkeypatch.delitem(sys.modules, "fourdfy.viewing.page", raising=False)
+    with pytest.raises(ConfigError, match=r"^the viewer needs the package viser.*pip install"):
+        find_page()
+
+
+def test_nothing_is_rendered_beyond_the_budget(tmp_path, monkeypatch):
+    monkeypatch.setattr(pace, "SAVED_SECONDS", 0.0)
+    pages = []
+    train(tmp_path, keeping(pages, FakePage), budget=1e-9, steps=4)
+    assert len(pages[0].images) + len(pages[0].told) == 1
