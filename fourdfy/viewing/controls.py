@@ -31,6 +31,8 @@ class Scenery:
     """What a page needs to know of the scene when it is opened."""
 
     label: str
+    prompt: str | None
+    step: int
     dynamic: bool
     has_truth: bool
     eye: Eye

@@ -30,6 +30,8 @@ COLOURS = ("#4c78d0", "#d9822b", "#3a9a5b", "#b04a8f", "#8a6d3b", "#5aa8b0")
 TITLES = {"loss": "loss (weighted sum)", "gradient": "gradient norm at the latents"}
 SHOWN_SECONDS = 10.0
 """How long a notification stays."""
+SMALL = 128
+"""Pixels up to which an image is sent without loss."""
 FLIP = np.diag([1.0, -1.0, -1.0])
 """From viser's camera axes (right, down, forward) to ours (right, up, backward)."""
 
@@ -87,7 +89,9 @@ class ViserPage:
         gui.configure_theme(show_logo=False, show_share_button=False, control_width="large")
         self._place_camera(scenery.eye)
         with gui.add_folder(scenery.label):
-            self._status = gui.add_markdown("waiting for the first step" if scenery.kinds else "trained")
+            if scenery.prompt:
+                gui.add_markdown(f"*{scenery.prompt}*")
+            self._status = gui.add_markdown(f"at step **{scenery.step}**")
             self._add_actions(is_training=bool(scenery.kinds))
         tabs = gui.add_tab_group()
         with tabs.add_tab("View"):
@@ -165,7 +169,9 @@ class ViserPage:
     def show(self, client: int, image: Pixels) -> None:
         handle = self.server.get_clients().get(client)
         if handle is not None:
-            handle.scene.set_background_image(image, format="jpeg", jpeg_quality=90)
+            # JPEG halves the resolution of colours, which shows where one pixel covers many of the screen.
+            kind = "png" if max(image.shape) <= SMALL else "jpeg"
+            handle.scene.set_background_image(image, format=kind, jpeg_quality=90)
 
     def show_time(self, moment: float) -> None:
         self._time.value = moment

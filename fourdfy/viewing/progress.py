@@ -55,13 +55,13 @@ class Progress:
         return [key.split("/")[1] for key in self._means if key.endswith("/total")]
 
     def status(self, run: Run, taken: float) -> str:
-        """Stage, step, speed and time left, in Markdown; ``taken`` is the viewer's share of the time."""
+        """Step, speed and time left, in Markdown; ``taken`` is the viewer's share of the time."""
         seconds = time.perf_counter() - self._began - self._waited
         rate = (run.step - self._first) / max(seconds, 1e-6)
         left = (run.max_steps - run.step) / rate if rate else math.inf
         eta = "-" if math.isinf(left) else str(timedelta(seconds=round(left)))
         return (
-            f"**{run.label}**, step **{run.step}** of {run.max_steps}  \n"
+            f"step **{run.step}** of {run.max_steps}  \n"
             f"{rate:.2f} steps/s, {eta} left; the viewer takes {100 * taken:.0f} % of the time"
         )
 

@@ -112,6 +112,8 @@ class Viewer(Callback):
         first = next(iter(run.data.val_cameras(dynamic).values()))
         scenery = Scenery(
             label=run.label,
+            prompt=run.system.cfg.prompt,
+            step=run.step,
             dynamic=dynamic,
             has_truth=self.truth is not None,
             eye=Eye(_nested(first.c2w[0]), float(first.fovy_deg[0]), first.width / first.height),
