@@ -3,18 +3,16 @@
 import base64
 import json
 import os
-import shutil
 import subprocess
 import time
 from pathlib import Path
 from urllib.request import urlopen
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+from tests.screenshots import PROGRAM
+
 ARGUMENTS = (
     "--headless=new",
     "--no-sandbox",
-    "--disable-gpu-sandbox",
-    "--use-gl=angle",
     "--use-angle=swiftshader",
     "--enable-unsafe-swiftshader",
     "--no-first-run",
@@ -40,7 +38,7 @@ class Browser:
         from websockets.sync.client import connect
 
         size = f"--window-size={self.size[0]},{self.size[1]}"
-        command = [CHROMIUM, *ARGUMENTS, size, f"--user-data-dir={self.folder}", "about:blank"]
+        command = [PROGRAM, *ARGUMENTS, size, f"--user-data-dir={self.folder}", "about:blank"]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         self.process = subprocess.Popen(command, start_new_session=True, **quiet)
         port_file = self.folder / "DevToolsActivePort"
