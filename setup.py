@@ -51,6 +51,7 @@ setup(
     ],
     extras_require={
         "textures": ["xatlas>=0.0.10"],
+        "viewer": ["viser>=1.1"],
         "ray": ["ray>=2.50"],
         "slurm": ["submitit>=1.5"],
         "dev": [
@@ -58,6 +59,7 @@ setup(
             "pytest-xdist>=3.6",
             "ray>=2.50",
             "submitit>=1.5",
+            "viser>=1.1",
             "hypothesis>=6",
             "ruff>=0.9",
             "mypy>=2.4",
