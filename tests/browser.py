@@ -89,7 +89,13 @@ class Browser:
             const box = element.getBoundingClientRect()
             return [box.x + box.width / 2, box.y + box.height / 2]
         }})()"""
-        self.click_at(*wait_for(lambda: self.run(found)))
+
+        def stays():
+            place = self.run(found)
+            time.sleep(0.1)
+            return place == self.run(found) and place
+
+        self.click_at(*wait_for(stays))
 
     def click_at(self, x: float, y: float) -> None:
         for kind in ("mousePressed", "mouseReleased"):

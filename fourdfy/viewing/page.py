@@ -16,6 +16,7 @@ import viser
 from viser.transforms import SO3
 
 from fourdfy.callbacks.base import Run
+from fourdfy.config import ConfigError
 from fourdfy.files.images import Pixels
 from fourdfy.viewing.controls import Controls, Scenery
 from fourdfy.viewing.progress import Chart, Progress
@@ -40,10 +41,10 @@ def open_page(cfg: ViewerConfig, scenery: Scenery) -> ViserPage:
     """Serve the page, and say where.
 
     Raises:
-        OSError: the host's ports can't be bound.
+        ConfigError: the host's ports can't be bound.
     """
     page = ViserPage(cfg.host, free_port(cfg.host, cfg.port), scenery)
-    logger.info("viewer: http://%s:%d", cfg.host, page.port)
+    logger.info("viewer: http://%s:%d", f"[{cfg.host}]" if ":" in cfg.host else cfg.host, page.port)
     if not is_loopback(cfg.host):
         logger.warning(
             "viewer.host=%s: everyone who can reach this address can pause the run, save and export; "
@@ -58,14 +59,17 @@ def free_port(host: str, first: int) -> int:
 
     viser itself would wait for ever if there were none.
     """
-    problem: OSError | None = None
+    problem, family = "", socket.AF_INET6 if ":" in host else socket.AF_INET
     for port in range(first, min(first + PORTS_TRIED, 65536)):
         try:
-            with closing(socket.create_server((host, port))) as server:
+            with closing(socket.create_server((host, port), family=family)) as server:
                 return server.getsockname()[1]
         except OSError as error:
-            problem = error
-    raise OSError(f"viewer.host={host}, viewer.port={first}: {problem}")
+            problem = str(error)
+    raise ConfigError(
+        f"viewer.host={host}, viewer.port={first}: {problem}; use 127.0.0.1 or another address of this "
+        "machine, and a port above 1023"
+    )
 
 
 def is_loopback(host: str) -> bool:

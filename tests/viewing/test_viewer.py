@@ -8,7 +8,6 @@ import torch
 
 import fourdfy
 from fourdfy.config import ConfigError
-from fourdfy.ops.cameras import orbit_cameras
 from fourdfy.systems.checkpoint import read_checkpoint
 from fourdfy.viewing import pace
 from fourdfy.viewing import viewer as module
@@ -18,6 +17,7 @@ from fourdfy.viewing.views import VIEWS
 from tests.commands import TINY, launch
 from tests.runs import new_run
 from tests.viewing.fake_page import FakePage
+from tests.viewing.scenes import OneCamera
 
 STEPS = 4
 ALL_KINDS = ("data.prob_multi_view=0.4", "data.single_view.prob_single_view_video=0.5", "seed=1")
@@ -209,26 +209,11 @@ def test_a_finished_scene_is_refined_at_rest_without_a_budget(tmp_path):
         def eyes(self):
             return {0: self.scenery.eye}
 
-    run = new_run(system=made.system, data=fake_data(), folder=made.folder, label="trained")
+    run = new_run(system=made.system, data=OneCamera(), folder=made.folder, label="trained")
     looks = iter(range(200))
     show_scene(run, ViewerConfig(size=128), None, lambda: next(looks) > 60, keeping(pages, Still))
     assert [max(image.shape[:2]) for _, _, image in pages[0].images] == [64, 128]
     assert pages[0].scenery.kinds == () and pages[0].closed
-
-
-def fake_data():
-    """A data module with one camera."""
-    zero = torch.zeros(1)
-    camera = orbit_cameras(zero, zero, distance=3.8, fovy_deg=40.0, times=zero, height=8, width=8)
-
-    class Data:
-        class cfg:
-            static = False
-
-        def val_cameras(self, dynamic):
-            return {"val": camera}
-
-    return Data()
 
 
 def test_generators_and_modes_are_left_as_they_were(both):

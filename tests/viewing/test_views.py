@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from fourdfy.evaluation.scenes import ground_truth
-from fourdfy.ops.cameras import cast_rays, orbit_cameras
+from fourdfy.ops.cameras import orbit_cameras
 from fourdfy.shapes.grammar import parse_prompt
 from fourdfy.types import RenderOutput
 from fourdfy.viewing.views import VIEWS, Eye, picture
+from tests.viewing.scenes import ball
 
 
 def eye(azimuth_deg=0.0, elevation_deg=0.0, aspect=1.0):
@@ -18,18 +19,6 @@ def eye(azimuth_deg=0.0, elevation_deg=0.0, aspect=1.0):
     size = {"height": 8, "width": 8}
     camera = orbit_cameras(*angles, distance=3.0, fovy_deg=40.0, times=torch.zeros(1), **size)
     return Eye(tuple(map(tuple, camera.c2w[0].tolist())), 40.0, aspect)
-
-
-def ball(cameras):
-    """A ball of radius 1 that is red at time 0 and green at time 1."""
-    rays = cast_rays(cameras)
-    along = -(rays.origins * rays.directions).sum(-1, keepdim=True)
-    inside = 1 - (rays.origins.square().sum(-1, keepdim=True) - along**2)
-    hit = (inside > 0).float()
-    depth = (along - inside.clamp(min=0).sqrt()) * hit
-    time = cameras.times.view(-1, 1, 1, 1)
-    rgb = torch.cat([1 - time, time, 0 * time], -1) * hit
-    return RenderOutput(comp_rgb=rgb, opacity=hit, depth=depth)
 
 
 def test_a_camera_of_the_page_is_that_of_a_training():
