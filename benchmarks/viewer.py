@@ -1,9 +1,9 @@
-"""What the viewer costs a training: the same steps without it, and with visitors who do nothing, look, or move.
+"""What the viewer costs a training: the same steps without it, and with visitors who look or move.
 
     python benchmarks/viewer.py --steps 60               # minutes on a CPU; needs viser
 
-The steps are the same, bit for bit, so each is compared with itself. Times are those of the processor on a CPU,
-all threads together, which other programs disturb less than the wall clock; on a GPU, of the wall clock.
+The steps are the same, bit for bit. On a CPU, times are those of the process, all threads together, which
+other programs disturb less than the wall clock; on a GPU, of the wall clock.
 The visitor's images are encoded and put into the page's queue, but no browser draws them.
 """
 
@@ -85,7 +85,12 @@ def measure(name: str, budget: float | None, args: argparse.Namespace) -> tuple[
     with tempfile.TemporaryDirectory() as folder:
         fourdfy.train(
             args.config,
-            [f"exp_root_dir={folder}", f"trainer.max_steps={args.steps}", "trainer.val_check_interval=0"],
+            [
+                f"exp_root_dir={folder}",
+                f"trainer.max_steps={args.steps}",
+                "trainer.val_check_interval=0",
+                *args.overrides,
+            ],
             prompt=PROMPT,
             callbacks=[*viewers, times],
             test=False,
@@ -94,24 +99,21 @@ def measure(name: str, budget: float | None, args: argparse.Namespace) -> tuple[
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="What the viewer costs a training.")
     parser.add_argument("--config", default="shapes_stage_3")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--warm-up", type=int, default=10, help="first steps that are not counted")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args(argv)
-    print(f"{where(torch.device('cuda' if torch.cuda.is_available() else 'cpu'))}\n")
+    print(f"{where('cuda' if torch.cuda.is_available() else 'cpu')}\n")
     print(head("viewer", "ms per step", "to without", "images per 100 steps"))
     plain: list[float] = []
     for name, budget in CASES.items():
         ms, page = measure(name, budget, args)
         plain = plain or ms
         images = 100 * page.images / args.steps if page else 0
-        print(
-            row(name, f"{statistics.mean(ms):.0f}", f"{sum(ms) / sum(plain):.3f}", f"{images:.0f}"),
-            flush=True,
-        )
+        ratio = f"{sum(ms) / sum(plain):.3f}"
+        print(row([name, f"{statistics.mean(ms):.0f}", ratio, f"{images:.0f}"]), flush=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import yaml
 from PIL import Image, ImageColor
 
 from fourdfy.launching.experiment import load_experiment
+from tests.commands import TINY
 
 
 @pytest.fixture
@@ -162,3 +163,14 @@ def test_matrix_products_of_another_result_type_are_counted(load):
     a = torch.empty(2, 3, 4, dtype=torch.bfloat16, device="meta")
     counted = load("priors").tera_operations(lambda: torch.bmm(a, a.mT, out_dtype=torch.float32))
     assert counted == pytest.approx(2 * 2 * 3 * 3 * 4 / 1e12)
+
+
+def test_the_cost_of_the_viewer_is_measured_at_toy_size(load, capsys, monkeypatch):
+    pytest.importorskip("viser")
+    viewer = load("viewer")
+    monkeypatch.setattr(viewer, "CASES", {"without": None, "one who moves": 0.5})
+    tiny = [word for word in TINY if "max_steps" not in word and "prompt" not in word]
+    viewer.main(["--config", "shapes_stage_1", "--steps", "3", "--warm-up", "1", *tiny])
+    plain, moving = rows(capsys.readouterr().out)
+    assert plain[0] == "without" and plain[2] == "1.000"
+    assert moving[0] == "one who moves" and float(moving[2]) > 0 and float(moving[3]) > 0
