@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "shapes": {"ops"},
     "callbacks": {"ops", "files", "data", "systems"},
     "viewing": {"ops", "files", "data", "guidance", "systems", "callbacks"},
-    "evaluation": {"ops", "files", "systems", "shapes", "callbacks"},
+    "evaluation": {"ops", "files", "priors", "systems", "shapes", "callbacks"},
     "launching": {
         "files",
         "ops",

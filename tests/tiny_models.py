@@ -9,6 +9,7 @@ with a small vocabulary, so prompts of the usual lengths fit into 77 tokens.
 from __future__ import annotations
 
 import json
+import shutil
 from functools import cache
 from pathlib import Path
 
@@ -26,7 +27,20 @@ from diffusers import (
 from diffusers.models.embeddings import TimestepEmbedding
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+    XCLIPConfig,
+    XCLIPModel,
+    XCLIPTextConfig,
+    XCLIPVisionConfig,
+)
 
 from fourdfy.priors import convert
 from fourdfy.priors.convert import targets_of
@@ -165,9 +179,67 @@ def save_videocrafter2_checkpoint(file: Path, seed: int = 0) -> dict[str, torch.
     return networks
 
 
+def save_clip(folder: Path, seed: int = 0, pixels: int = 32) -> Path:
+    """CLIP as its authors publish it: both networks, the tokenizer and the images' mean in one folder."""
+    return _save_judge(folder, seed, CLIPModel, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, pixels)
+
+
+def save_xclip(folder: Path, seed: int = 0, pixels: int = 32) -> Path:
+    """X-CLIP, for clips of 4 frames."""
+    kinds = (XCLIPModel, XCLIPConfig, XCLIPTextConfig, XCLIPVisionConfig)
+    return _save_judge(folder, seed, *kinds, pixels, num_frames=4, mit_hidden_size=TEXT_WIDTH)
+
+
+def _save_judge(folder: Path, seed: int, model, config, text, vision, pixels: int, **more) -> Path:
+    torch.manual_seed(seed)
+    words = folder / "words"
+    save_tokenizer(words)
+    for file in (words / "tokenizer").iterdir():
+        file.rename(folder / file.name)
+    shutil.rmtree(words)
+    vocab = _byte_pairs()[0]
+    common = {"hidden_size": TEXT_WIDTH, "intermediate_size": 32, "num_hidden_layers": 2}
+    common |= {"num_attention_heads": 2, "projection_dim": TEXT_WIDTH}
+    ends = {"bos_token_id": vocab["<|startoftext|>"], "eos_token_id": vocab["<|endoftext|>"]}
+    words_config = text(**common, **ends, vocab_size=len(vocab), max_position_embeddings=MAX_TOKENS)
+    eyes = {"mit_hidden_size", "num_frames"} & more.keys()
+    vision_config = vision(**common, image_size=pixels, patch_size=8, **{key: more[key] for key in eyes})
+    whole = config(
+        text_config=words_config.to_dict(),
+        vision_config=vision_config.to_dict(),
+        projection_dim=TEXT_WIDTH,
+        **({"prompt_num_attention_heads": 2} if eyes else {}),
+    )
+    randomise(model(whole)).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.3]})
+    )
+    return folder
+
+
 def save_clip_text(folder: Path, number: str = "", encoder_class: type = CLIPTextModel) -> None:
     """The parts ``tokenizer`` (vocab.json, merges.txt) and ``text_encoder``, with ``number`` behind their
     names."""
+    save_tokenizer(folder, number)
+    vocab, _ = _byte_pairs()
+    text_config = CLIPTextConfig(
+        vocab_size=len(vocab),
+        hidden_size=TEXT_WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=TEXT_WIDTH,
+        max_position_embeddings=MAX_TOKENS,
+        hidden_act="gelu",
+        bos_token_id=vocab["<|startoftext|>"],
+        eos_token_id=vocab["<|endoftext|>"],
+        pad_token_id=vocab["!"],
+    )
+    encoder_class(text_config).save_pretrained(folder / f"text_encoder{number}")
+
+
+def save_tokenizer(folder: Path, number: str = "") -> None:
+    """The part ``tokenizer`` alone."""
     vocab, merges = _byte_pairs()
     place = folder / f"tokenizer{number}"
     place.mkdir(parents=True, exist_ok=True)
@@ -185,20 +257,6 @@ def save_clip_text(folder: Path, number: str = "", encoder_class: type = CLIPTex
     (place / "tokenizer_config.json").write_text(json.dumps(config))
     tokens = ("bos_token", "eos_token", "unk_token", "pad_token")
     (place / "special_tokens_map.json").write_text(json.dumps({key: config[key] for key in tokens}))
-    text_config = CLIPTextConfig(
-        vocab_size=len(vocab),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        projection_dim=TEXT_WIDTH,
-        max_position_embeddings=MAX_TOKENS,
-        hidden_act="gelu",
-        bos_token_id=vocab["<|startoftext|>"],
-        eos_token_id=vocab["<|endoftext|>"],
-        pad_token_id=vocab["!"],
-    )
-    encoder_class(text_config).save_pretrained(folder / f"text_encoder{number}")
 
 
 def save_common(folder: Path, pipeline: str, unet_class: str, prediction_type: str) -> None:

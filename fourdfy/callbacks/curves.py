@@ -102,6 +102,11 @@ class Curves(Callback):
             with by_product(WHAT):
                 call(writer)
 
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Log numbers that come seldom, at once; do nothing outside of a run."""
+        self._flush()
+        self._tell(lambda writer: writer.scalars(values, step))
+
     def images(self, name: str, frames: UInt8[ndarray, "F H W 3"], step: int) -> None:
         """Log one frame as an image or several as a clip; do nothing outside of a run."""
         stride = -(-max(frames.shape[1:3]) // MAX_PIXELS)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fourdfy.callbacks.base import Callback, Run
+from fourdfy.callbacks.curves import Curves
 from fourdfy.data.base import EvalBatch
 from fourdfy.types import RenderOutput
 
@@ -31,13 +32,20 @@ STILL = 0.05
 
 MOVING = 100
 """Steps that a motion takes to show, at least."""
+MOTION = "validation/motion"
+"""The curve of ``motion`` over the validations of a dynamic stage."""
 
 
 class SceneWatch(Callback):
     """Warns of a scene that is empty, that fills all of space, or that does not move although half of a
-    dynamic stage is over; of each once."""
+    dynamic stage is over; of each once.
 
-    def __init__(self) -> None:
+    Args:
+        curves: shows how much a dynamic scene moves, at each validation.
+    """
+
+    def __init__(self, curves: Curves | None = None) -> None:
+        self._curves = curves
         self._rgb: dict[str, list[Tensor]] = defaultdict(list)
         self._opacity: list[Tensor] = []
         self._told: set[str] = set()
@@ -49,8 +57,11 @@ class SceneWatch(Callback):
     def after_validation(self, run: Run) -> None:
         rgb = {split: torch.cat(frames) for split, frames in self._rgb.items()}
         problems = [filling(torch.cat(self._opacity))] if self._opacity else []
-        if run.step >= max(MOVING, run.max_steps / 2):
-            problems.append(stillness(rgb))
+        moved = motion(rgb)
+        if self._curves and moved is not None and "val_video" in rgb:
+            self._curves.scalars({MOTION: moved}, run.step - 1)
+        if run.step >= max(MOVING, run.max_steps / 2) and moved is not None:
+            problems.append(stillness(moved))
         for problem in problems:
             if problem and problem not in self._told:
                 logger.warning("step %d: %s", run.step, problem)
@@ -77,8 +88,8 @@ def filling(opacity: Float[Tensor, "F H W 1"]) -> str:
     return ""
 
 
-def stillness(rgb: Mapping[str, Float[Tensor, "F H W 3"]]) -> str:
-    """What to say of a dynamic scene that does not move; "" of others.
+def motion(rgb: Mapping[str, Float[Tensor, "F H W 3"]]) -> float | None:
+    """How much the most changing pixel of a dynamic scene changes, 0..1; None for a static one.
 
     Args:
         rgb: frames by their split. ``val_video`` is seen by one camera; ``test_static`` are the views of
@@ -87,7 +98,12 @@ def stillness(rgb: Mapping[str, Float[Tensor, "F H W 3"]]) -> str:
     clip, at_rest = rgb.get("val_video", rgb.get("test")), rgb.get("test_static")
     if "val_video" in rgb:
         at_rest = rgb["val_video"][:1]
-    if clip is None or at_rest is None or (clip - at_rest).abs().max() >= STILL:
+    return None if clip is None or at_rest is None else float((clip - at_rest).abs().max())
+
+
+def stillness(moved: float) -> str:
+    """What to say of a dynamic scene by its ``motion``; "" of one that moves."""
+    if moved >= STILL:
         return ""
     return (
         "the scene does not move; raise data.single_view.prob_single_view_video, "

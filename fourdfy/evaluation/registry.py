@@ -23,6 +23,8 @@ class Metric:
     motion). Without a function, the number comes from the curves or from a ground truth."""
     needs: tuple[str, ...] = ()
     """Networks that it asks: ``clip``, ``xclip``."""
+    logged: bool = False
+    """Whether training itself leaves it in the curves; the others are written by ``--evaluate``."""
 
 
 PRIOR = "prior"
@@ -31,7 +33,9 @@ PRIOR = "prior"
 METRICS = {
     entry.name: entry
     for entry in (
-        Metric(PRIOR, "lowest"),
+        Metric(PRIOR, "lowest", logged=True),
+        # How much the most changing pixel changes, at the last validation: see ``callbacks.scene_watch``.
+        Metric("motion", "highest", logged=True),
         # With a ground truth; see ``report.ShapesReport``.
         Metric("iou", "highest"),
         Metric("psnr", "highest"),

@@ -27,7 +27,7 @@ MODES = {
     "validate": "render a trial's validation views",
     "test": "render a trial's test views and videos",
     "export": "export a trial as meshes, an animated GLB, or videos for other programs",
-    "evaluate": "compare a trial with the ground truth (prompts of the shapes world)",
+    "evaluate": "judge a trial: motion, consistency, CLIP; for prompts of the shapes world, the ground truth",
     "check": "parse everything and print the plan; loads no weights",
     "fetch": "download (and convert) every model that the config needs; trains nothing",
 }

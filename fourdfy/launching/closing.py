@@ -72,9 +72,11 @@ def _scores(stage: Stage, device: str) -> str | None:
     if prompt is None:
         return None
     from fourdfy.evaluation.report import brief
-    from fourdfy.evaluation.scenes import evaluate_system
+    from fourdfy.evaluation.scenes import evaluate_scene, evaluate_system, scene_renderer
 
     system = experiment.load_system(device, experiment.last_checkpoint)
+    if experiment.cfg.evaluation.after_training:  # its file says more
+        return brief(evaluate_scene(prompt, scene_renderer(system)))
     return brief(evaluate_system(system, prompt, experiment.trial_dir / "save"))
 
 

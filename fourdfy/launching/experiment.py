@@ -24,6 +24,7 @@ from fourdfy.config import (
 from fourdfy.config_files import COMMAND_LINE, PROMPT, ConfigError, literal_override, read_layers
 from fourdfy.config_layers import LoadedConfig, load_config
 from fourdfy.data.base import DataModule
+from fourdfy.evaluation.protocol import EvaluationConfig
 from fourdfy.files.names import sanitize_tag
 from fourdfy.original.keys import without_effect_dropped
 from fourdfy.systems.agreement import check_agreement
@@ -187,6 +188,7 @@ class ExperimentConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     viewer: ViewerConfig = field(default_factory=ViewerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,11 @@ class Experiment:
             values["system"] = {**system, "weights": absolute(cfg.system.weights)}
         values.pop("resume", None)
         return {**values, "resume": absolute(cfg.resume)}
+
+    @property
+    def judged(self) -> dict[str, Any]:
+        """What an evaluation says of the scene besides its numbers."""
+        return {"prompt": self.cfg.system.prompt, "dynamic": self.plan.dynamic, "seed": self.cfg.seed}
 
     def build_system(self) -> System:
         return self.cfg.system.build(plan=self.plan, seed=self.cfg.seed)

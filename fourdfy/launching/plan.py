@@ -198,13 +198,22 @@ def find_models(experiments: Sequence[Experiment]) -> dict[str, Path]:
         ModelNotFound: some can't be found; says what was tried for each.
     """
     found, failures = {}, []
-    for name, parts in needed_models(experiments).items():
+    for name, parts in (needed_models(experiments) | judging_models(experiments)).items():
         try:
             found[name] = resolve_model(name, parts)
         except ModelNotFound as error:
             failures.append(str(error))
     if failures:
         raise ModelNotFound("\n".join(failures))
+    return found
+
+
+def judging_models(experiments: Sequence[Experiment]) -> dict[str, tuple[str, ...]]:
+    """Model name -> its part, of those that judge the stages after training."""
+    found: dict[str, tuple[str, ...]] = {}
+    for each in (experiment.cfg for experiment in experiments):
+        if each.evaluation.after_training:
+            found |= {name: (part,) for part, name in each.evaluation.models(each.system.prompt).items()}
     return found
 
 

@@ -110,10 +110,13 @@ def evaluate(mode: str, stage: Stage, *, device: str, out: Path | None = None) -
         check_writable(folder)
         remove_leftovers(folder)
         if mode == "evaluate":
-            from fourdfy.evaluation.report import print_report
-            from fourdfy.evaluation.scenes import evaluate_system
+            from fourdfy.evaluation.judge import evaluate as judged
+            from fourdfy.evaluation.judge import print_numbers, write_numbers
 
-            print_report(evaluate_system(system, experiment.cfg.system.prompt, folder))
+            camera = experiment.build_data().test_cameras(experiment.plan.dynamic)["test"]
+            found = judged(system, camera, experiment.cfg.evaluation, **experiment.judged)
+            write_numbers(found, folder)
+            print_numbers(found)
         elif mode == "export":
             export(system, experiment, folder)
         else:

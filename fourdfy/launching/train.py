@@ -166,8 +166,9 @@ def _train_stage(
         **configured(cfg),
         **named(callbacks),
         **viewers(experiment),
+        **judging(experiment),  # before the test views are complete, which says that a stage is done
         "renders": SaveRenders(folder / "save", curves, trained=True),
-        "watch": SceneWatch(),
+        "watch": SceneWatch(curves),
         # Last: it saves the states of the others.
         "last": LastCheckpoint(
             experiment.last_checkpoint, checkpoints.interval(cfg.max_steps), checkpoints.save_top_k
@@ -212,6 +213,16 @@ def viewers(experiment: Experiment) -> dict[str, Callback]:
 
     cfg = experiment.cfg.viewer
     return {"viewer": Viewer(cfg, ground_truth_of(experiment))} if cfg.enable else {}
+
+
+def judging(experiment: Experiment) -> dict[str, Callback]:
+    """What judges the scene after training, if that is asked for."""
+    if not experiment.cfg.evaluation.after_training:
+        return {}
+    from fourdfy.evaluation.judge import Evaluate
+
+    save = experiment.trial_dir / "save"
+    return {"evaluation": Evaluate(experiment.cfg.evaluation, save, **experiment.judged)}
 
 
 def configured(cfg: TrainerConfig) -> dict[str, Callback]:

@@ -30,6 +30,7 @@ from fourdfy.priors.base import DDPMSchedule, FlowSchedule, Network, NoiseSchedu
 from fourdfy.priors.convert import no_progress_bar
 from fourdfy.priors.half_copy import converted_once, keep_converted
 from fourdfy.priors.model_folder import (
+    JUDGES,
     PIECES,
     TEXT_ENCODERS,
     TOKENIZERS,
@@ -52,6 +53,7 @@ logger = logging.getLogger(__name__)
 CLASSES = {
     "vae": ("_class_name", "AutoencoderKL"),
     **dict.fromkeys(TEXT_ENCODERS, ("architectures", "CLIPTextModel")),
+    **dict.fromkeys(JUDGES, ("architectures", "CLIPModel")),
     **dict.fromkeys(TOKENIZERS, ("tokenizer_class", "CLIPTokenizer")),
     "fps_embedding": ("_class_name", "TimestepEmbedding"),
 }
@@ -110,8 +112,9 @@ def check_part(folder: Path, part: str, class_name: str = "") -> None:
     key, wanted = CLASSES.get(part, ("_class_name", ""))
     wanted = class_name or wanted
     stated = description.get(key, wanted)
-    # transformers' names come in a list, or end in Fast.
-    if wanted and not (stated == wanted if key == "_class_name" else wanted in str(stated)):
+    # transformers' names come in a list, or end in Fast; XCLIPModel is no CLIPModel.
+    is_exact = key == "_class_name" or part in JUDGES
+    if wanted and not (stated in (wanted, [wanted]) if is_exact else wanted in str(stated)):
         name = stated[:60] if isinstance(stated, str) else shown(stated)
         raise ConfigError(
             f"{part_folder(folder, part)} holds a {name}, expected a {wanted} ({key} of "
@@ -168,20 +171,41 @@ def load_text_encoder(
     """
     words, part = load_tokenizer(folder, tokenizer, number), f"text_encoder{number}"
     check_part(folder, part, class_name)
-    import transformers
-
     home = converted_once(folder, part) if dtype == torch.bfloat16 else folder
-    with no_progress_bar(), loading(home / part):
-        encoder, found = getattr(transformers, class_name).from_pretrained(
-            home / part, dtype=dtype, **_loading_options(home, part, dtype)
-        )
-        _check_complete(found)
-        if (most := len(words)) > (known_words := encoder.config.vocab_size):
-            raise ValueError(f"the tokenizer has {most} tokens, of which it knows {known_words}")
-        _checked(freeze(encoder.to(device)))
-        if dtype == torch.bfloat16 and home is folder:
+    encoder = load_transformer(home, part, class_name, device, dtype, words)
+    if dtype == torch.bfloat16 and home is folder:
+        with loading(folder / part):
             keep_converted(encoder, folder, part)
     return words, encoder
+
+
+def load_transformer(
+    folder: Path,
+    part: str,
+    class_name: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: Any = (),
+) -> Any:
+    """The network of ``transformers`` in a model folder, frozen, which knows all tokens of its tokenizer.
+
+    Raises:
+        ModelNotFound: the part is missing or incomplete.
+        ConfigError: it is of another class, or can't be loaded.
+    """
+    check_part(folder, part, class_name)
+    import transformers
+
+    place = part_folder(folder, part)
+    with no_progress_bar(), loading(place):
+        network, found = getattr(transformers, class_name).from_pretrained(
+            place, dtype=dtype, **_loading_options(folder, part, dtype)
+        )
+        _check_complete(found)
+        known_words = network.config.get_text_config().vocab_size
+        if (most := len(tokenizer)) > known_words:
+            raise ValueError(f"the tokenizer has {most} tokens, of which it knows {known_words}")
+        return _checked(freeze(network.to(device)))
 
 
 def load_tokenizer(folder: Path, class_name: str = "CLIPTokenizer", number: str = "") -> Any:

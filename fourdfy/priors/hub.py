@@ -128,6 +128,15 @@ MODELS = {
     "Lightricks/LTX-Video-0.9.5": (
         Source(repo="Lightricks/LTX-Video-0.9.5", revision="e58e28c39631af4d1468ee57a853764e11c1d37e"),
     ),
+    # The first commit has safetensors.
+    "openai/clip-vit-base-patch32": tuple(
+        Source(repo="openai/clip-vit-base-patch32", revision=commit, gigabytes=0.6)
+        for commit in (
+            "d15b5f29721ca72dac15f8526b284be910de18be",
+            "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268",
+        )
+    ),
+    "microsoft/xclip-base-patch32": (Source(repo="microsoft/xclip-base-patch32", gigabytes=0.8),),
     # All of it in float32; 22.7 GB are the text encoder.
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": (
         Source(
@@ -409,8 +418,9 @@ def _missing(name: str, parts: Sequence[str], tried: Sequence[str]) -> ModelNotF
         wanted = "".join(f' --include "{inside(part)}*"' for part in parts)
         what = f" {source.file}" if source.file else wanted
         revision = f" --revision {source.revision}" if source.revision else ""
+        size = f"its {source.download}" if source.download else "it "
         advice += (
-            f",\nor fetch it where there is a network:  hf download {source.repo}{what}{revision}\n"
+            f",\nor fetch {size}where there is a network:  hf download {source.repo}{what}{revision}\n"
             "or everything that a run needs:  python launch.py --config CONFIG --fetch"
         )
     if _local(name):

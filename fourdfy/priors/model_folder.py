@@ -24,7 +24,10 @@ DESCRIPTIONS = {"scheduler": "scheduler_config.json", **dict.fromkeys(TOKENIZERS
 PIECES = "spiece.model"
 """The vocabulary of a T5 tokenizer, where there is no ``tokenizer.json``."""
 
-ALONE = ("motion_adapter",)
+JUDGES = ("clip", "xclip")
+"""Networks that place pictures and texts in one space; their folder holds the tokenizer too."""
+
+ALONE = ("motion_adapter", *JUDGES)
 """Parts that have a model's folder for themselves, without a subfolder."""
 
 MOST_NESTED = 20
@@ -138,7 +141,7 @@ def file_flaw(file: Path) -> str:
 def _weight_names(part: str) -> Iterator[tuple[str | None, str, str]]:
     """(variant, file, index of shards) of every set of weights, in the order of preference."""
     stems = ("model.safetensors", "pytorch_model.bin")
-    if part not in TEXT_ENCODERS:
+    if part not in (*TEXT_ENCODERS, *JUDGES):  # transformers' names
         stems = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
     for variant in VARIANTS:
         for name, _, suffix in (stem.partition(".") for stem in stems):

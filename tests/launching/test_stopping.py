@@ -9,7 +9,7 @@ import time
 import pytest
 
 from fourdfy.callbacks import renders
-from fourdfy.evaluation import scenes
+from fourdfy.evaluation import judge
 from fourdfy.files import images
 from fourdfy.files.evaluations import TEST, VALIDATION, is_evaluated
 from fourdfy.launching import run as launch_run
@@ -141,7 +141,7 @@ def trained(tmp_path_factory):
         ("test", LightningSystem, "test_step"),
         ("validate", LightningSystem, "validation_step"),
         ("export", FourdfySystem, "export"),
-        ("evaluate", scenes, "evaluate_system"),
+        ("evaluate", judge, "evaluate_scene"),
     ],
 )
 def test_the_other_modes_end_at_once(mode, owner, name, trained, at_call, caplog):

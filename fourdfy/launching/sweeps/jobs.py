@@ -23,6 +23,7 @@ from fourdfy.config_layers import load_config
 from fourdfy.evaluation.registry import METRICS, PRIOR, find_metric
 from fourdfy.files.evaluations import TEST, is_evaluated
 from fourdfy.files.names import sanitize_tag
+from fourdfy.files.prompt_lists import read_prompts
 from fourdfy.launching.experiment import Experiment
 from fourdfy.launching.recipe import changed_settings, load_recipe, makes_another_run, settings
 from fourdfy.launching.sweeps.runners import Runner
@@ -274,7 +275,14 @@ class Sweep:
             for point in itertools.product(*([*map(_text, values)] for values in self.cfg.grid.values())):
                 words = ({"settings": name} if name else {}) | dict(zip(labels, point, strict=True))
                 own = [f"{key}={value}" for key, value in zip(keys, point, strict=True)]
-                yield words, [*self.cfg.overrides, *self.cfg.settings.get(name, ()), *own]
+                yield words, [*self._judging, *self.cfg.overrides, *self.cfg.settings.get(name, ()), *own]
+
+    @property
+    def _judging(self) -> list[str]:
+        """What has jobs write the number by which seeds are kept, if training does not."""
+        name = self.cfg.keep_by.split(" ")[-1]
+        is_logged = name.startswith("loss/") or (name in METRICS and METRICS[name].logged)
+        return [] if is_logged or not self.cfg.keep else ["evaluation.after_training=true"]
 
     def _stages(self, words: Mapping[str, str], given: Sequence[str]) -> list[Experiment]:
         if not self.cfg.config:
@@ -401,16 +409,7 @@ def _texts(prompts: Any) -> list[str]:
         if not prompts:
             raise ConfigError("prompts: there are none; leave the key out for that of the config")
         return prompts
-    try:
-        lines = Path(str(prompts)).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ConfigError(
-            f"prompts: {prompts}: expected a list, or a text file of prompts ({why})"
-        ) from error
-    if texts := [text for line in lines if (text := line.strip()) and not text.startswith("#")]:
-        return texts
-    raise ConfigError(f"prompts: {prompts}: there are none; expected one in each line")
+    return read_prompts(Path(str(prompts)))
 
 
 def _seeds(seeds: Any) -> list[int]:

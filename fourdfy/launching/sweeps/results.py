@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from fourdfy.callbacks.scene_watch import MOTION
 from fourdfy.evaluation.registry import PRIOR
 from fourdfy.files.atomic import by_product, warn_once, write_whole
 from fourdfy.files.images import TEST_FPS
@@ -104,6 +105,8 @@ def _numbers(job: Job, stage: int) -> dict[str, float]:
     last = {name: [value for _, value in curve] for name, curve in curves(trial).items()}
     if late := [fmean(late_part(points)) for name, points in last.items() if OF_PRIORS.fullmatch(name)]:
         found[PRIOR] = fmean(late)
+    if MOTION in last:
+        found["motion"] = last[MOTION][-1]
     return found | {name: points[-1] for name, points in last.items() if name.startswith("loss/")}
 
 

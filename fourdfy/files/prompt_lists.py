@@ -1,0 +1,31 @@
+"""Lists of prompts: text files with one in each line, or the ``prompts`` of a sweep's YAML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fourdfy.config_files import ConfigError, plain, read_layers
+
+
+def read_prompts(file: Path, key: str = "prompts") -> list[str]:
+    """The prompts of a file; in a text file, lines that begin with ``#`` are comments.
+
+    Args:
+        key: that names the file, for messages.
+
+    Raises:
+        ConfigError: it can't be read, or has none.
+    """
+    if file.suffix in (".yaml", ".yml"):
+        found = plain(read_layers(file)[-1]).get("prompts")
+        if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
+            raise ConfigError(f"{key}: {file}: expected a list of texts as its prompts")
+        return found
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConfigError(f"{key}: {file}: expected a list, or a text file of prompts ({why})") from error
+    if texts := [text for line in lines if (text := line.strip()) and not text.startswith("#")]:
+        return texts
+    raise ConfigError(f"{key}: {file}: there are none; expected one in each line")
