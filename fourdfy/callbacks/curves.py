@@ -167,12 +167,16 @@ class CsvFile:
 
     def __init__(self, folder: Path, start: int) -> None:
         self.path = folder / "version_0" / "metrics.csv"
-        self.columns = ["step"]
+        self.columns, self._last = ["step"], -1
         self._rewrite([row for row in self._rows() if int(row["step"]) < start])
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         row = {**values, "step": step}
         _warn_if_removed(self.path)
+        last, self._last = self._last, step
+        if step == last and (rows := self._rows()):  # what comes seldom comes after the others
+            self._rewrite([*rows[:-1], rows[-1] | row])
+            return
         if row.keys() - set(self.columns) or not self.path.exists():
             self._rewrite([*self._rows(), row])
             return

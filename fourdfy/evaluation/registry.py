@@ -43,6 +43,8 @@ METRICS = {
         Metric("motion_corr", "highest"),
         Metric("still_drift", "lowest"),
         Metric("fronts", "lowest"),
+        Metric("mark_seen", "highest"),
+        Metric("ghosts", "lowest"),
     )
 }
 """Name -> metric, of this package and of the plugins that were imported."""

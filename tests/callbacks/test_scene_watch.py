@@ -1,16 +1,20 @@
 """What is said of scenes that have come to nothing, and that nothing is said of others."""
 
+import csv
+
 import pytest
 import torch
 
 import fourdfy
 from fourdfy.callbacks import scene_watch
+from fourdfy.callbacks.curves import Curves
 from fourdfy.callbacks.scene_watch import SceneWatch
 from fourdfy.data.base import EvalBatch
 from fourdfy.evaluation.scenes import evaluate_scene, ground_truth
 from fourdfy.launching.experiment import load_experiment
 from fourdfy.ops.cameras import orbit_cameras
 from fourdfy.shapes.grammar import parse_prompt
+from fourdfy.systems.base import WandbConfig
 from fourdfy.types import RenderOutput
 from tests.commands import CONFIGS, TINY
 from tests.runs import new_run
@@ -66,6 +70,30 @@ def test_empty_and_full_scenes(shown, said, caplog):
 )
 def test_scenes_that_should_move(frames, said, caplog):
     assert told(caplog, hook="after_test", **frames) == [f"step 150: {problem}" for problem in said]
+
+
+def test_validations_log_how_much_the_scene_moves(tmp_path):
+    """In the row of the step before it, if that is logged; a static stage logs nothing."""
+    run, curves = new_run(step=0), Curves(tmp_path, 1, WandbConfig(), {})
+    watch, clip = SceneWatch(curves), EvalBatch(split="val_video", cameras=CAMERAS)
+    still = EvalBatch(split="val", cameras=CAMERAS)
+    curves.begin(run)
+    for batch, shown, step in (
+        (clip, square(), 3),
+        (clip, square(opacity=0.75, shift=4), 4),
+        (still, square(), 5),
+    ):
+        run.system.step = step
+        run.means.add({"loss/video/sds": 0.5})
+        curves.after_step(run)
+        watch.after_frames(run, batch, shown, done=1, total=1)
+        watch.after_validation(run)
+    curves.end(run, None)
+    with open(tmp_path / "csv_logs" / "version_0" / "metrics.csv") as file:
+        rows = [*csv.DictReader(file)]
+    assert [(row["step"], row["loss/video/sds"], row["validation/motion"]) for row in rows] == [
+        ("2", "0.5", "0.0"), ("3", "0.5", "0.75"), ("4", "0.5", ""),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("lengths", [(149, 300), (99, 99)])
