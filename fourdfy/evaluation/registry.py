@@ -42,8 +42,6 @@ METRICS = {
         Metric("colour_error", "lowest"),
         Metric("motion_corr", "highest"),
         Metric("untracked", "lowest"),
-        Metric("mark_seen", "highest"),
-        Metric("ghosts", "lowest"),
         Metric("still_drift", "lowest"),
         Metric("fronts", "lowest"),
         Metric("mark_seen", "highest"),
