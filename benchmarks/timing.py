@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fourdfy.devices import device_name
+
 MATMUL_TFLOPS, TERABYTES_PER_SECOND = 790.0, 3.0
 """What an H100 80GB reached in half-precision matrix products, and when it copied memory."""
 
@@ -109,16 +111,6 @@ def where(device: str) -> str:
 
         versions.insert(1, f"triton {triton.__version__}")
     return "; ".join([device_name(device), ", ".join(versions)])
-
-
-def device_name(device: str) -> str:
-    if device != "cpu":
-        return torch.cuda.get_device_name()
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _commit() -> str:

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cache
 
 from fourdfy.config import ConfigError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]  # the module or None
 
 
 @contextmanager
@@ -53,6 +60,31 @@ def memory_of(device: str) -> int | float:
     if not hasattr(os, "sysconf"):  # Windows
         return float("inf")
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has taken so far, of the GPU if there is one; 0 if nothing tells."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if resource is None:
+        return 0
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def device_name(device: str) -> str:
+    """Of ``cpu`` or a GPU, as its maker calls it."""
+    import torch
+
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 @cache

@@ -9,16 +9,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from rich.cells import cell_len, set_cell_size
 
 from fourdfy.callbacks.base import Callback, Means, Run
+from fourdfy.devices import peak_memory
 from fourdfy.terminal import printable, write
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]  # the module or None
 
 REDRAW_SECONDS = {True: 0.5, False: 15.0}
 """On a terminal the line is redrawn in place; in a log a new one is written now and then."""
@@ -181,10 +176,6 @@ def _clock(seconds: float) -> str:
 
 
 def _memory() -> str:
-    """Peak memory of the GPU if there is one, else of the process; empty if the system doesn't report it."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
-    if resource is None:
-        return ""
-    scale = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 2**30:.1f} GiB"
+    """The peak so far; empty if the system doesn't report it."""
+    peak = peak_memory()
+    return f"{peak / 2**30:.1f} GiB" if peak else ""

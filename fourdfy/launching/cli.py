@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   launch.py --sweep prompts.txt --seeds 0-3 --config configs/shapes.yaml
   launch.py --trial outputs/shapes_stage_3/a_red_cube_spinning --export
   launch.py --trial outputs/shapes_stage_3/a_red_cube_spinning --view
+  launch.py --compare outputs/shapes_stage_3/*
 """
 
 MODES = {
@@ -62,6 +63,11 @@ def _main(argv: Sequence[str] | None, stop: StopSignals) -> int:
     try:
         if args.sweep:
             return _sweep(args, stop)
+        if args.compare:
+            from fourdfy.launching.sharing import compare
+
+            logging.getLogger(__name__).info("written to %s", compare(args.compare, args.out))
+            return 0
         config, overrides = args.config, args.overrides
         if args.trial:
             file, go_on = trial_arguments(args.trial)
@@ -115,8 +121,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
     parser = _parser()
     args, unknown = parser.parse_known_intermixed_args(argv)
-    if not (args.config or args.trial or args.replay or args.sweep):
-        parser.error("one of the arguments --config --trial --replay --sweep is required")
+    if not (args.config or args.trial or args.replay or args.sweep or args.compare):
+        parser.error("one of the arguments --config --trial --replay --sweep --compare is required")
+    if args.compare and (args.mode or args.view or args.sweep or args.overrides or len(args.compare) < 2):
+        parser.error("--compare takes two trials or more, no mode and no key=value")
     if args.sweep and (args.trial or args.replay or args.mode):
         parser.error("--sweep takes no --trial, no --replay and no mode; its jobs are --train")
     if not args.sweep and (args.seeds or args.per_gpu or args.sweep_mode):
@@ -128,12 +136,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error("--view stands alone, to look at a trial, or beside --train")
         args.overrides += ["viewer.enable=true"] if args.mode else []
         args.mode = args.mode or "view"
-    if not args.sweep and (args.mode is None) == (args.replay is None):
+    if not (args.sweep or args.compare) and (args.mode is None) == (args.replay is None):
         modes = " ".join(f"--{mode}" for mode in (*MODES, "view"))
         parser.error(f"--replay takes no mode; the others need one of {modes}")
     if strange := [word for word in unknown if not re.match(r"-+\w+[.=]", word)]:
         parser.error(f"unrecognized arguments: {' '.join(strange)}")
-    if args.out and args.mode not in ("validate", "test", "export", "evaluate"):
+    if args.out and not args.compare and args.mode not in ("validate", "test", "export", "evaluate"):
         parser.error("--out says where an evaluation writes; for a run: exp_root_dir=DIR")
     args.overrides = [*unknown, *args.overrides]  # a key=value with dashes is refused with the others
     if args.prompt is not None:
@@ -171,6 +179,10 @@ def _parser() -> argparse.ArgumentParser:
         "--replay", type=Path, metavar="FILE",
         help="repeat a step that was not finite, from <trial>/replay.pt, and say what failed first",
     )  # fmt: skip
+    source.add_argument(
+        "--compare", nargs="+", type=Path, metavar="DIR",
+        help="write compare.html: the clips of some trials in step, their settings, scores and curves",
+    )  # fmt: skip
     modes = parser.add_mutually_exclusive_group()
     for mode, text in MODES.items():
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help=text)
@@ -188,7 +200,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR",
-        help="where results of --validate, --test, --export and --evaluate go instead of the trial's save/",
+        help="where results of --validate, --test, --export and --evaluate go instead of the trial's save/, "
+        "and that of --compare instead of this folder",
     )  # fmt: skip
     parser.add_argument("--stages", type=int, metavar="N", help="train only the first N stages of a recipe")
     sweep = parser.add_argument_group("sweeps", "runs of all combinations of prompts, seeds and settings")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fourdfy.files.atomic import by_product, whole_file
 from fourdfy.launching.experiment import Experiment
 from fourdfy.launching.recipe import Stage
+from fourdfy.launching.reports import write_report
 from fourdfy.launching.trial import command_for
 from fourdfy.priors.hub import knows_text
 
@@ -77,7 +78,9 @@ def _scores(stage: Stage, device: str) -> str | None:
     system = experiment.load_system(device, experiment.last_checkpoint)
     if experiment.cfg.evaluation.after_training:  # its file says more
         return brief(evaluate_scene(prompt, scene_renderer(system)))
-    return brief(evaluate_system(system, prompt, experiment.trial_dir / "save"))
+    found = evaluate_system(system, prompt, experiment.trial_dir / "save")
+    write_report(experiment, system)  # again, with the scores
+    return brief(found)
 
 
 def learned_prompt(experiment: Experiment) -> str | None:

@@ -43,7 +43,7 @@ def print_plan(experiments: Sequence[Experiment]) -> None:
     lines = []
     for experiment in experiments:  # before anything is printed: all are fine
         check_priors(experiment)
-        lines.append([*_stage_lines(experiment, check_groups(experiment))])
+        lines.append([*stage_lines(experiment, check_groups(experiment))])
     console = Console(soft_wrap=True, highlight=False, markup=False)
     for number, (experiment, stage) in enumerate(zip(experiments, lines, strict=True), 1):
         title = printable(f"stage {number}/{len(experiments)}: {experiment.cfg.name}")
@@ -67,7 +67,8 @@ def check_run(experiments: Sequence[Experiment], device: str) -> None:
         check_memory(experiment, check_groups(experiment), device)
 
 
-def _stage_lines(experiment: Experiment, system: System) -> Iterator[str]:
+def stage_lines(experiment: Experiment, system: System) -> Iterator[str]:
+    """What a stage does, with which models, in how much memory; ``system`` is its own, at any step."""
     cfg = experiment.cfg
     yield f"{cfg.trainer.max_steps} steps"
     yield prompt_line(experiment)

@@ -17,6 +17,7 @@ from fourdfy.files.atomic import WriteError, check_writable, losses_noted, remov
 from fourdfy.launching.experiment import PARSED, Experiment, trial_of
 from fourdfy.launching.plan import check_run, fetch_models, print_plan, prompt_line
 from fourdfy.launching.recipe import Stage, load_recipe
+from fourdfy.launching.reports import write_report
 from fourdfy.launching.train import configured, import_trainer, train_stages
 from fourdfy.launching.trial import command_for
 from fourdfy.signals import StopSignals
@@ -121,6 +122,8 @@ def evaluate(mode: str, stage: Stage, *, device: str, out: Path | None = None) -
             export(system, experiment, folder)
         else:
             render_views(mode, system, experiment, folder, device)
+        if out is None and mode != "export":
+            write_report(experiment, system)
     except WriteError as error:
         raise ConfigError(f"{error}; results can go elsewhere: --out DIR") from error
     logger.info("written to %s", folder)

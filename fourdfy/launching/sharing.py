@@ -1,4 +1,4 @@
-"""What a user hands on of trials: ``share.html`` of an export."""
+"""What a user hands on of trials: ``share.html`` of an export, and ``--compare``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 
 import fourdfy
+from fourdfy.config_files import PROMPT, ConfigError
+from fourdfy.config_layers import load_config
 from fourdfy.files.atomic import write_whole
 from fourdfy.files.images import VALIDATION_FPS, to_pixels
-from fourdfy.launching.experiment import Experiment
+from fourdfy.launching.experiment import Experiment, ExperimentConfig, trial_arguments
 from fourdfy.launching.recipe import settings
 from fourdfy.pages.clips import MAX_FRAMES, spread
+from fourdfy.pages.compare import compare_page
+from fourdfy.pages.settings import flat
 from fourdfy.pages.share import share_page
 from fourdfy.systems.base import System
 from fourdfy.types import Cameras
@@ -45,3 +49,22 @@ def write_share(
     )
     write_whole(folder / "share.html", page)
     return folder / "share.html"
+
+
+def compare(folders: Sequence[Path], out: Path | None) -> Path:
+    """Write ``compare.html`` of some trials into ``out``, or into the current folder.
+
+    Raises:
+        ConfigError: one is not a trial folder, or is there twice.
+        WriteError: it can't be written.
+    """
+    trials = {}
+    for given in folders:
+        file, _ = trial_arguments(given, "--compare ")
+        values = load_config([file], schema=ExperimentConfig).values
+        trials[file.absolute().parents[1]] = settings(values)
+    if len(trials) < len(folders):
+        raise ConfigError("--compare: a trial is there twice")
+    page = (out or Path()) / "compare.html"
+    write_whole(page, compare_page(trials, [str(flat(of).get(PROMPT, "")) for of in trials.values()]))
+    return page

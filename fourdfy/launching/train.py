@@ -27,6 +27,7 @@ from fourdfy.launching.experiment import (
 )
 from fourdfy.launching.plan import check_run
 from fourdfy.launching.recipe import Stage, load_recipe
+from fourdfy.launching.reports import Reports, make_up_for_report
 from fourdfy.launching.trial import owned, prepare_trial
 from fourdfy.systems.base import System
 from fourdfy.systems.checkpoint import read_checkpoint, scene_hash, tensor_bytes
@@ -130,6 +131,7 @@ def train_stages(
             remove_leftovers(stage.experiment.trial_dir)
             if stage.is_finished or (stage.is_trained and not test):
                 logger.info("%s: %s", stage.label, _finished(stage))
+                make_up_for_report(stage.experiment, device)
             elif not _train_stage(stage, device, command, callbacks, test):
                 break
     return stage
@@ -169,10 +171,11 @@ def _train_stage(
         **judging(experiment),  # before the test views are complete, which says that a stage is done
         "renders": SaveRenders(folder / "save", curves, trained=True),
         "watch": SceneWatch(curves),
-        # Last: it saves the states of the others.
+        # It saves the states of all before it.
         "last": LastCheckpoint(
             experiment.last_checkpoint, checkpoints.interval(cfg.max_steps), checkpoints.save_top_k
         ),
+        "report": Reports(experiment, device),  # of what the others have written
     }
     with owned(folder):
         resume_from, weights = stage.resume_from, experiment.cfg.system.weights

@@ -5,7 +5,9 @@ A curve is a list of (step, value).
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from statistics import fmean
@@ -54,7 +56,7 @@ def chart(title: str, curves: Mapping[str, Curve]) -> str:
     is_log = low > 0 and high / low > 1000
     first, last = min(s for c in finite for s, _ in c), max(s for c in finite for s, _ in c)
 
-    def place(step: float, value: float) -> str:
+    def place(step: int, value: float) -> str:
         ends = [math.log(v) if is_log else v for v in (low, high, value)]
         across = (step - first) / max(last - first, 1)
         upwards = (ends[2] - ends[0]) / (ends[1] - ends[0]) if ends[1] > ends[0] else 0.5
@@ -74,8 +76,8 @@ def chart(title: str, curves: Mapping[str, Curve]) -> str:
     axis = f'<path class="axis" d="M{LEFT} 4V{HEIGHT - BOTTOM}H{WIDTH - 4}"/>'
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escaped(title)}">{axis}'
-        f"{_text(LEFT - 5, 13, 'end', f'{high:.3g}')}"
-        f"{_text(LEFT - 5, HEIGHT - BOTTOM - 3, 'end', f'{low:.3g}')}"
+        f"{_text(LEFT - 5, 13, 'end', brief(high))}"
+        f"{_text(LEFT - 5, HEIGHT - BOTTOM - 3, 'end', brief(low))}"
         f"{_text(LEFT, HEIGHT - 4, 'start', first)}{_text(WIDTH - 4, HEIGHT - 4, 'end', last)}"
         f"{''.join(lines)}</svg>"
     )
@@ -83,6 +85,17 @@ def chart(title: str, curves: Mapping[str, Curve]) -> str:
 
 def _text(x: int, y: int, anchor: str, content: object) -> str:
     return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{content}</text>'
+
+
+def brief(value: object) -> str:
+    """A number with three digits, or all before its point; a text or a list as it is."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if not isinstance(value, int | float):
+        return str(value)
+    if 1000 <= abs(value) < 100_000:
+        return f"{value:.0f}"
+    return re.sub(r"e([+-])0*(\d)", lambda found: f"e{found[1].strip('+')}{found[2]}", f"{value:.3g}")
 
 
 def _smooth(curve: Curve) -> Curve:

@@ -57,7 +57,7 @@ def clip_of(versions: tuple[tuple[Path, int], ...], label: str, css: str, pixels
     return clip(np.stack(frames), label, css=css, pixels=pixels)
 
 
-def picture(file: Path, label: str, *, width: int = 0) -> str:
+def picture(file: Path, label: str, *, width: int | None = None) -> str:
     """An image file as the HTML of a small picture; of a wide one, the first ``width`` columns.
 
     Raises:

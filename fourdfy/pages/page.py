@@ -72,9 +72,10 @@ def section(title: str, content: str) -> str:
     return f"<section><h2>{escaped(title)}</h2>{content}</section>" if content else ""
 
 
-def folded(title: str, content: str) -> str:
-    """Plain text that is shown when its title is pressed."""
-    return f"<details><summary>{escaped(title)}</summary><pre>{escaped(content)}</pre></details>"
+def preformatted(content: str, caption: str = "") -> str:
+    """Plain text in lines; "" without content."""
+    below = f'<p class="soft">{escaped(caption)}</p>' if caption else ""
+    return f"<pre>{escaped(content)}</pre>{below}" if content else ""
 
 
 def data_url(content: bytes, kind: str) -> str:

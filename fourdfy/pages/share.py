@@ -7,12 +7,12 @@ import gzip
 from collections.abc import Mapping
 from typing import Any
 
-import yaml
 from jaxtyping import UInt8
 from numpy import ndarray
 
 from fourdfy.pages.clips import clip
-from fourdfy.pages.page import BAR, escaped, folded, page, section
+from fourdfy.pages.page import BAR, escaped, page, section
+from fourdfy.pages.settings import settings_text, without_folders
 
 MODEL_HELP = "Drag to turn it, scroll or pinch to come nearer, double click to begin again."
 
@@ -44,22 +44,11 @@ def share_page(
             f'<figure><canvas id="model" role="img" aria-label="{escaped(prompt)}, a mesh"></canvas>'
             f"<figcaption>The mesh. {MODEL_HELP}</figcaption></figure>{shown}"
         )
-    written = yaml.safe_dump(_without_folders(settings), sort_keys=False, allow_unicode=True, width=100)
     return page(
         prompt,
         f'<h1>{escaped(prompt)}</h1><p class="soft">{escaped(facts)}</p>'
         f'{BAR}<div class="two">{shown}</div>'
-        + section("Settings", folded("All settings that make the scene", written)),
+        + section("Settings", settings_text(without_folders(settings))),
         scripts=["player.js", "viewer.js"] if model else ["player.js"],
         data={"seconds": seconds, "model": base64.b64encode(gzip.compress(model or b"", mtime=0)).decode()},
     )
-
-
-def _without_folders(value: Any) -> Any:
-    """Settings in which nothing tells where on the sender's disk a file is."""
-    if isinstance(value, Mapping):
-        return {key: _without_folders(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_folders(entry) for entry in value]
-    is_path = isinstance(value, str) and (value.startswith(("/", "~", "\\")) or value[1:3] in (":\\", ":/"))
-    return value.replace("\\", "/").rstrip("/").rpartition("/")[2] if is_path else value

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from fourdfy.files.atomic import warn_once
+from fourdfy.files.atomic import warn_once, write_whole
 from fourdfy.pages.clips import MAX_FRAMES, MAX_PIXELS, clip_of, picture, spread
 
 PICTURES = 12
@@ -50,8 +52,8 @@ def clip_of_test(
         return ""
 
 
-def validation_strip(trial: Path, width: int) -> str:
-    """The first validation view, ``width`` pixels wide, over the steps; "" for none."""
+def validation_strip(trial: Path, width: int | None) -> str:
+    """The first validation view over the steps, ``width`` pixels of its image; "" for none."""
     found = sorted(_by_step(trial, r"it(\d+)-0\.png").items())
     figures = []
     for step, file in (found[len(found) - 1 - index] for index in reversed(spread(len(found), PICTURES))):
@@ -61,6 +63,51 @@ def validation_strip(trial: Path, width: int) -> str:
         except DAMAGED as error:
             warn_once(f"{file}: can't be shown ({error})")
     return f'<div class="strip">{"".join(figures)}</div>' if figures else ""
+
+
+def commands(trial: Path) -> list[str]:
+    """The command lines that trained it, as they can be typed."""
+    try:
+        lines = (trial / "cmd.txt").read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
+    return [f"python {line}" if line.startswith("launch.py ") else line for line in lines]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What one process did for a trial."""
+
+    first: int
+    last: int
+    """Global steps at its start and end."""
+    seconds: float
+    """Of training, with its validations."""
+    test_seconds: float = 0.0
+    memory_gib: float
+    """The most that the process had taken by then; 0 if that is not known."""
+    device: str
+    versions: Mapping[str, str]
+
+
+SESSIONS = "sessions.json"
+
+
+def sessions(trial: Path) -> list[Session]:
+    """Those that ended by themselves, in order."""
+    try:
+        return [Session(**entry) for entry in json.loads((trial / SESSIONS).read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):  # there is none, or a power cut has torn it
+        return []
+
+
+def add_session(trial: Path, earlier: Sequence[Session], session: Session) -> None:
+    """Write the list anew.
+
+    Raises:
+        WriteError: it can't be written.
+    """
+    write_whole(trial / SESSIONS, json.dumps([asdict(each) for each in (*earlier, session)], indent=1))
 
 
 def scores(trial: Path, step: int | None = None) -> dict[str, float]:

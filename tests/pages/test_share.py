@@ -1,7 +1,5 @@
 """``share.html`` in a browser: it moves, loads nothing, and runs nothing of what a user typed."""
 
-from html.parser import HTMLParser
-
 import numpy as np
 import pytest
 import yaml
@@ -10,28 +8,10 @@ from fourdfy.exporters.mesh_exporter import MeshExporter
 from fourdfy.pages.page import page
 from fourdfy.pages.share import share_page
 from tests.exporters.scenes import GREY, RED, make_trained
+from tests.pages.elements import EVIL, Found
 from tests.screenshots import CONTROL, framed, needs_browser, screenshot
 
-EVIL = """</script><script>document.body.remove()</script>"'><img src=http://leak.test/1 onerror=open("/")>"""
 FRAMES = np.linspace(0, 255, 4).astype(np.uint8).repeat(64 * 3).reshape(4, 8, 8, 3)
-
-
-class Found(HTMLParser):
-    """The elements of a page, and the texts of its headings."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.texts = [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-
-    def handle_data(self, text):
-        self.texts.append((self.tags[-1][0] if self.tags else "", text))
-
-    def of(self, tag):
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def exported(tmp_path, *, deforms):
@@ -71,12 +51,9 @@ def test_a_page_runs_nothing_and_asks_for_nothing_even_if_a_text_is_not_escaped(
 def test_a_prompt_and_settings_are_texts_and_nothing_else(tmp_path):
     settings = {"system": {"prompt": EVIL, EVIL: [EVIL]}}
     found = Found(shared(tmp_path / "share.html", prompt=EVIL, settings=settings).read_text())
-    assert [text for tag, text in found.texts if tag in ("h1", "title")] == [EVIL, EVIL]
-    assert [attributes.get("type") for attributes in found.of("script")] == ["application/json", None]
-    written = next(text for tag, text in found.texts if tag == "pre")
-    assert yaml.safe_load(written) == settings
-    assert all(attributes["src"].startswith("data:image/") for attributes in found.of("img"))
-    assert not any(name.startswith("on") or name == "style" for _, given in found.tags for name in given)
+    assert found.under("h1") == found.under("title") == [EVIL]
+    assert yaml.safe_load(*found.under("pre")) == settings
+    assert found.is_inert()
 
 
 def test_settings_tell_nothing_of_the_sender_s_disk(tmp_path):

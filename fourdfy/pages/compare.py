@@ -1,0 +1,80 @@
+"""``compare.html``: trials side by side, their clips in step and their curves in the same axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fourdfy.files.images import TEST_FPS
+from fourdfy.pages.charts import brief, legend
+from fourdfy.pages.page import BAR, escaped, page, section, table
+from fourdfy.pages.report import clock, curve_sections
+from fourdfy.pages.settings import flat, without_folders
+from fourdfy.pages.trials import clip_of_test, curves, scores, sessions, views_of_test
+
+NO_CLIP = '<p class="soft">no test views; --test renders them</p>'
+
+
+def compare_page(trials: Mapping[Path, Mapping[str, Any]], prompts: Sequence[str]) -> str:
+    """The page.
+
+    Args:
+        trials: folder -> the settings of its experiment.
+        prompts: of the trials.
+    """
+    labels = shortest_names([*trials])
+    same = len({*prompts}) == 1
+    title = prompts[0] if same else f"{len(trials)} trials"
+    clips = [clip_of_test(folder) for folder in trials]
+    captions = [
+        label if same else f"{label}: {prompt}" for label, prompt in zip(labels, prompts, strict=True)
+    ]
+    figures = "".join(
+        f"<figure>{clip or NO_CLIP}<figcaption>{escaped(caption)}</figcaption></figure>"
+        for clip, caption in zip(clips, captions, strict=True)
+    )
+    settings = [flat(without_folders(values)) for values in trials.values()]
+    seconds = max(len(views_of_test(folder)) for folder in trials) / TEST_FPS
+    return page(
+        title,
+        f'<h1>{escaped(title)}</h1><p class="soft">{len(trials)} trials</p>'
+        f'{BAR if any(clips) else ""}<div class="grid">{figures}</div>'
+        + section("Scores against the ground truth", _rows([scores(folder) for folder in trials], labels))
+        + section("Time and memory", _rows([_cost(folder) for folder in trials], labels))
+        + section("Curves", legend(labels))
+        + curve_sections({label: curves(f) for label, f in zip(labels, trials, strict=True)})
+        + section("Settings that differ", _rows(settings, labels, differing=True)),
+        scripts=["player.js"] if any(clips) else [],
+        data={"seconds": seconds},
+    )
+
+
+def shortest_names(folders: Sequence[Path]) -> list[str]:
+    """As many of the last parts of each path as tell them all apart."""
+    for count in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-count:]) for folder in folders]
+        if len({*names}) == len(names):
+            break
+    return names
+
+
+def _rows(of_trials: Sequence[Mapping[str, Any]], labels: Sequence[str], *, differing: bool = False) -> str:
+    """A column for each trial, a row for each name, or for each that differs."""
+    names = dict.fromkeys(name for values in of_trials for name in values)
+    rows = {name: [values.get(name, "") for values in of_trials] for name in names}
+    if differing:
+        rows = {name: cells for name, cells in rows.items() if any(cell != cells[0] for cell in cells)}
+    return table(((name, map(brief, cells)) for name, cells in rows.items()), labels)
+
+
+def _cost(folder: Path) -> dict[str, str]:
+    """Of all sessions together."""
+    done = sessions(folder)
+    if not done:
+        return {}
+    return {
+        "training": clock(sum(session.seconds for session in done)),
+        "peak memory": f"{max(session.memory_gib for session in done):.2f} GiB",
+        "device": ", ".join(dict.fromkeys(session.device for session in done)),
+    }
