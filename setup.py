@@ -52,6 +52,7 @@ setup(
     extras_require={
         "textures": ["xatlas>=0.0.10"],
         "viewer": ["viser>=1.1"],
+        "wandb": ["wandb>=0.19"],
         "ray": ["ray>=2.50"],
         "slurm": ["submitit>=1.5"],
         "dev": [

@@ -61,11 +61,13 @@ def screenshot(page, *, width=800, height=600):
 
 
 def framed(folder, *addresses, width=300, height=800):
-    """A page that shows others side by side; it may load anything, and loads ``CONTROL``."""
+    """A page that shows others side by side in rows; it may load anything, and loads ``CONTROL``."""
     frames = "".join(
         f'<iframe src="{address}" width="{width}" height="{height}" style="border:0"></iframe>'
         for address in addresses
     )
     page = folder / "framed.html"
-    page.write_text(f'<body style="margin:0;display:flex"><img src="{CONTROL}" hidden>{frames}')
+    page.write_text(
+        f'<body style="margin:0;display:flex;flex-wrap:wrap"><img src="{CONTROL}" hidden>{frames}'
+    )
     return page

@@ -108,12 +108,15 @@ class Curves(Callback):
         self._tell(lambda writer: writer.scalars(values, step))
 
     def images(self, name: str, frames: UInt8[ndarray, "F H W 3"], step: int) -> None:
-        """Log one frame as an image or several as a clip; do nothing outside of a run."""
+        """Log one frame as an image or several as a clip, until ``close``; nothing if none was trained."""
         stride = -(-max(frames.shape[1:3]) // MAX_PIXELS)
         self._tell(lambda writer: writer.images(name, frames[:, ::stride, ::stride], step))
 
     def end(self, *args: Any) -> None:
         self._flush()
+
+    def close(self) -> None:
+        """The test views are rendered too."""
         self._tell(lambda writer: writer.close())
         self.writers = []
 

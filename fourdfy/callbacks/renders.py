@@ -23,7 +23,7 @@ class SaveRenders(Callback):
     """Gathers the frames of each split ("val", "val_video", "test", "test_static") and writes them.
 
     Args:
-        curves: shows validation images too.
+        curves: shows validation images, and the clips of validation and test, too.
         trained: the scene is trained in this run; what can't be written then costs a warning.
 
     Raises:
@@ -63,6 +63,8 @@ class SaveRenders(Callback):
                 for name, kind in (("rgb", split), ("normal", split.replace("test", "test-normal"))):
                     if name in shown:
                         images.save_test(self.save_dir, run.step, shown[name], kind=kind)
+            if clip := self._images["test"].get("rgb"):
+                self._log("test/video", torch.stack(clip), run.step - 1)
             if depths := self._images["test"].get("depth"):
                 images.save_depths(self.save_dir, run.step, depths)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -177,7 +178,7 @@ def _train_stage(
         ),
         "report": Reports(experiment, device),  # of what the others have written
     }
-    with owned(folder):
+    with owned(folder), closing(curves):
         resume_from, weights = stage.resume_from, experiment.cfg.system.weights
         grew_from = scene_hash(weights) if weights and resume_from is None else None
         system = experiment.build_system().to(device)

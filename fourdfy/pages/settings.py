@@ -13,7 +13,7 @@ from fourdfy.pages.page import preformatted
 def settings_text(values: Mapping[str, Any]) -> str:
     """Settings as YAML, which is shown when its title is pressed."""
     written = yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=100)
-    return f"<details><summary>All that make the scene</summary>{preformatted(written)}</details>"
+    return f"<details><summary>All settings that make the scene</summary>{preformatted(written)}</details>"
 
 
 def without_folders(value: Any) -> Any:

@@ -43,6 +43,7 @@ def run(this, steps, *, sums=None, crash=False, max_steps=100):
         callback.after_step(run, None, {})
     if not crash:
         callback.end(run, None)
+        callback.close()
     return run.means.sums
 
 
@@ -145,6 +146,10 @@ def test_pictures_and_clips_go_to_tensorboard_at_a_small_size(tmp_path):
     callback.images("val/0", np.zeros((1, 300, 400, 3), np.uint8), 7)
     callback.images("val/video", np.arange(4, dtype=np.uint8).repeat(48).reshape(4, 4, 4, 3), 7)
     callback.end(new_run(), None)
+    callback.images("test/video", np.zeros((2, 4, 4, 3), np.uint8), 7)  # rendered after training
+    callback.close()
+    callback.images("late", np.zeros((1, 4, 4, 3), np.uint8), 7)
+    assert events(this).Tags()["images"] == ["val/0", "val/video", "test/video"]
     (image,), (clip,) = events(this).Images("val/0"), events(this).Images("val/video")
     assert (image.step, image.height, image.width) == (7, 150, 200)
     assert image.encoded_image_string[:4] == b"\x89PNG" and clip.encoded_image_string[:3] == b"GIF"
@@ -234,3 +239,25 @@ def test_weights_and_biases_must_be_installed_where_it_is_asked_for(tmp_path, mo
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"system\.loggers\.wandb\.enable=true: .* pip install wandb"):
         curves_of(experiment(tmp_path, "system.loggers.wandb.enable=true"))
+
+
+def test_weights_and_biases_itself_takes_curves_images_and_clips_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="needs wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    this = experiment(tmp_path, "system.loggers.wandb.enable=true")
+    callback = curves_of(this)
+    made = new_run(optimizer=OPTIMIZER)
+    callback.begin(made)
+    made.means.add({"loss/a/sds": 1.5})
+    made.system.step = 4
+    callback.after_step(made, None, {})
+    callback.images("val/0", np.zeros((1, 8, 8, 3), np.uint8), 3)
+    callback.images("val/video", np.arange(4, dtype=np.uint8).repeat(192).reshape(4, 8, 8, 3), 3)
+    callback.end(made, None)
+    callback.close()
+    (record,) = this.trial_dir.glob("wandb/offline-run-*/*.wandb")
+    assert b"loss/a/sds" in record.read_bytes()
+    media = record.parent / "files" / "media"
+    (image,), (clip,) = media.rglob("*.png"), media.rglob("*.gif")
+    assert image.read_bytes()[:4] == b"\x89PNG" and clip.read_bytes()[:3] == b"GIF"

@@ -84,8 +84,8 @@ def test_curves_show_pictures_at_the_last_step_that_was_trained(tmp_path):
     logged = []
     curves = object.__new__(Curves)
     curves.images = lambda name, frames, step: logged.append((name, len(frames), step))
-    written(tmp_path, ("val", "val_video"), curves=curves)
-    assert logged == [("val/0", 1, 2), ("val/1", 1, 2), ("val/video", 2, 2)]
+    written(tmp_path, ("val", "val_video", "test"), curves=curves)
+    assert logged == [("val/0", 1, 2), ("val/1", 1, 2), ("val/video", 2, 2), ("test/video", 2, 2)]
 
 
 def test_an_evaluation_is_complete_as_long_as_its_files_have_their_sizes(tmp_path):

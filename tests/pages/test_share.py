@@ -1,7 +1,6 @@
 """``share.html`` in a browser: it moves, loads nothing, and runs nothing of what a user typed."""
 
 import numpy as np
-import pytest
 import yaml
 
 from fourdfy.exporters.mesh_exporter import MeshExporter
@@ -14,10 +13,10 @@ from tests.screenshots import CONTROL, framed, needs_browser, screenshot
 FRAMES = np.linspace(0, 255, 4).astype(np.uint8).repeat(64 * 3).reshape(4, 8, 8, 3)
 
 
-def exported(tmp_path, *, deforms):
-    options = {"animation_frames": 3, "animation_resolution": 24, "texture_size": 64, "times": []}
-    (file,) = MeshExporter(MeshExporter.Config(**options)).export(make_trained(deforms=deforms), tmp_path)
-    return file.read_bytes()
+def exported(tmp_path, kind):
+    options = {"animation_frames": 3, "animation_resolution": 24, "texture_size": 64, "lit": kind == "turns"}
+    trained = make_trained(deforms=kind == "morphs", dynamic=kind != "turns")
+    return MeshExporter(MeshExporter.Config(**options)).export(trained, tmp_path)[0].read_bytes()
 
 
 def shared(path, *, prompt="a ball", model=None, settings=None):
@@ -27,18 +26,20 @@ def shared(path, *, prompt="a ball", model=None, settings=None):
 
 
 @needs_browser
-@pytest.mark.parametrize("deforms", [True, False])
-def test_model_and_clip_move_in_step_without_any_request(tmp_path, deforms):
-    file = shared(tmp_path / "share.html", model=exported(tmp_path, deforms=deforms))
-    moments = [f"{file.name}#t={moment}" for moment in (0.0, 0.4, 0.8)]
-    pixels, asked = screenshot(framed(tmp_path, *moments), width=900, height=800)
-    for top, bottom in ((150, 380), (470, 700)):  # the model, the clip
-        first, second, third = np.split(pixels[top:bottom], 3, axis=1)
-        differences = [np.abs(a - b).max() for a, b in ((first, second), (second, third), (first, third))]
-        assert min(differences) > 60
-    for color in (GREY, RED):  # of the ball, as they are
-        assert np.abs(pixels[150:380] - np.array(color) * 255).max(-1).min() < 8
+def test_model_and_clip_move_in_step_without_any_request(tmp_path):
+    moments = []
+    for kind in ("morphs", "switches", "turns"):  # the last one stands still, and the camera turns around it
+        shared(tmp_path / f"{kind}.html", model=exported(tmp_path, kind))
+        moments += [f"{kind}.html#t={moment}" for moment in (0.0, 0.4, 0.8)]
+    pixels, asked = screenshot(framed(tmp_path, *moments), width=900, height=2400)
     assert asked == [CONTROL]
+    for number, row in enumerate(np.split(pixels, 3)):
+        for part in (slice(150, 380), slice(530, 760)):  # the model, the clip
+            first, second, third = np.split(row[part], 3, axis=1)
+            differences = [np.abs(a - b).max() for a, b in ((first, second), (second, third), (first, third))]
+            assert min(differences) > 60
+        for color in (GREY, RED) if number < 2 else ():  # of the ball, as they are; the last one is lit
+            assert np.abs(row[150:380] - np.array(color) * 255).max(-1).min() < 8
 
 
 @needs_browser
