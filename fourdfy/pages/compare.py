@@ -40,7 +40,7 @@ def compare_page(trials: Mapping[Path, Mapping[str, Any]], prompts: Sequence[str
         title,
         f'<h1>{escaped(title)}</h1><p class="soft">{len(trials)} trials</p>'
         f'{BAR if any(clips) else ""}<div class="grid">{figures}</div>'
-        + section("Scores against the ground truth", _rows([scores(folder) for folder in trials], labels))
+        + section("Scores", _rows([scores(folder) for folder in trials], labels))
         + section("Time and memory", _rows([_cost(folder) for folder in trials], labels))
         + section("Curves", legend(labels))
         + curve_sections({label: curves(f) for label, f in zip(labels, trials, strict=True)})

@@ -49,9 +49,7 @@ def report_page(stage: Stage) -> str:
     clip = clip_of_test(folder)
     figure = f"<figure>{clip}<figcaption>Test views</figcaption></figure>" if clip else ""
     facts = section("Time and memory", _session_table(sessions(folder)))
-    facts += section(
-        "Scores against the ground truth", table((name, [brief(v)]) for name, v in scores(folder).items())
-    )
+    facts += section("Scores", table((name, [brief(v)]) for name, v in scores(folder).items()))
     return page(
         stage.prompt,
         f'<h1>{escaped(stage.prompt)}</h1><p class="soft">{escaped(f"{stage.label}, {state}")}</p>'
