@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from fourdfy.callbacks.base import Run
 from fourdfy.files.images import Pixels
@@ -41,6 +41,7 @@ class Scenery:
     """The kinds of step that are trained; none: the scene is finished."""
 
 
+@runtime_checkable
 class Page(Protocol):
     """Where images and panels are shown; ``viewing.page`` has the real one."""
 

@@ -158,12 +158,12 @@ class ViserPage:
 
     def _add_looks(self, kinds: tuple[str, ...]) -> None:
         gui = self.server.gui
-        self._looks: dict[str, Any] = {}
+        self._looks: dict[str, tuple[Any, list[Any]]] = {}
         gui.add_markdown("The prior decodes what it sees in the next step of a kind, once for each click.")
         for kind in kinds:
             button = gui.add_button(f"Look at {kind}", icon=viser.Icon.EYE)
             button.on_click(lambda event, kind=kind: self.controls.requests.append(("look", kind)))
-            self._looks[kind] = gui.add_folder(kind, visible=False)
+            self._looks[kind] = gui.add_folder(kind, visible=False), []
 
     # -- what is shown --------------------------------------------------------------------------
 
@@ -193,13 +193,13 @@ class ViserPage:
             _fill(self._charts[name], chart)
 
     def show_look(self, kind: str, images: Mapping[str, Pixels]) -> None:
-        folder = self._looks[kind]
-        for child in tuple(folder._children.values()):
-            child.remove()
+        folder, shown = self._looks[kind]
+        while shown:
+            shown.pop().remove()
         folder.visible = True
         with folder:
             for name, row in images.items():
-                self.server.gui.add_image(row, label=name, format="png")
+                shown.append(self.server.gui.add_image(row, label=name, format="png"))
 
     def notify(self, text: str) -> None:
         for client in self.server.get_clients().values():

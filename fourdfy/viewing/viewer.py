@@ -79,6 +79,7 @@ class Viewer(Callback):
                 with self.budget.spending():
                     self.progress.look(run, batch.kind)
                     self.page.tell(self.progress, run, self.budget.taken)
+            self.fulfil(run)
             self.serve(run, self.budget.room)
             if self.page.controls.paused:
                 self._wait(run)
@@ -132,7 +133,7 @@ class Viewer(Callback):
             page.close()
 
     def serve(self, run: Run, room: float, most: float = SAVED_SECONDS) -> None:
-        """Do what was asked for, and show every client what its camera sees now.
+        """Show every client what its camera sees now.
 
         Args:
             room: seconds that images may take.
@@ -140,8 +141,6 @@ class Viewer(Callback):
         """
         page = self.page
         assert page is not None, "open comes first"
-        while page.controls.requests:
-            self._fulfil(run, page.controls.requests.popleft())
         eyes, controls = page.eyes(), page.controls
         moment = controls.playback.now() if self.dynamic else 0.0
         known = self._refinements
@@ -176,22 +175,25 @@ class Viewer(Callback):
 
     # -- what is asked for ----------------------------------------------------------------------
 
-    def _fulfil(self, run: Run, request: tuple[str, ...]) -> None:
-        """Save, export, or look at a prior; a failure is told to those who look on."""
-        assert self.page is not None
+    def fulfil(self, run: Run) -> None:
+        """Do what was asked for: save, export, look at a prior. A failure is told to those who look on."""
+        while self.page is not None and self.page.controls.requests:
+            self._fulfil(run, self.page, self.page.controls.requests.popleft())
+
+    def _fulfil(self, run: Run, page: Page, request: tuple[str, ...]) -> None:
         what, *kinds = request
         try:
             with untouched(run.system):
                 if what == "save":
                     run.save(run.folder / LAST)
-                    self.page.notify(f"step {run.step} saved: {LAST}")
+                    page.notify(f"step {run.step} saved: {LAST}")
                 elif what == "export":
                     folder = run.folder / "save" / f"it{run.step}-export"
                     data = run.data
                     cameras = data.val_cameras(self.dynamic) | data.test_cameras(self.dynamic)
                     files = run.system.export(folder, cameras)
                     names = [_inside(run.folder, file) for file in files]
-                    self.page.notify(f"step {run.step} exported: {', '.join(names)}")
+                    page.notify(f"step {run.step} exported: {', '.join(names)}")
                 elif kinds[0] not in self._looks:
                     self._looks[kinds[0]] = Look(run.system.guidances()[kinds[0]])
         except Exception as error:
@@ -229,10 +231,13 @@ class Viewer(Callback):
         page.tell(self.progress, run, self.budget.taken)
         with self.budget.waiting():
             while page.controls.paused:
+                self.fulfil(run)
                 self.serve(run, math.inf, math.inf)
                 now = time.perf_counter()
                 seen = now if page.eyes() else seen
-                if run.is_asked_to_stop() or now - seen > ALONE_SECONDS:
+                if run.is_asked_to_stop():
+                    run.stop()
+                if run.stopping or now - seen > ALONE_SECONDS:
                     page.controls.paused = False
                 time.sleep(TICK_SECONDS)
         page.show_paused()
@@ -252,6 +257,7 @@ def show_scene(
     viewer.open(run)
     try:
         while not is_over():
+            viewer.fulfil(run)
             viewer.serve(run, math.inf, math.inf)
             time.sleep(TICK_SECONDS)
     finally:

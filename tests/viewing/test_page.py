@@ -8,47 +8,17 @@ from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from torch import nn
 
 pytest.importorskip("viser")
 
 from fourdfy.config import ConfigError
-from fourdfy.systems.base import System
 from fourdfy.viewing.page import free_port, is_loopback
 from fourdfy.viewing.settings import ViewerConfig
 from fourdfy.viewing.viewer import Viewer
 from tests.browser import Browser, wait_for
-from tests.runs import new_run
 from tests.screenshots import needs_browser
-from tests.viewing.scenes import OneCamera, ball
-
-
-class BallSystem(System):
-    """A ball that is red at time 0 and green at time 1."""
-
-    __abstractmethods__ = frozenset()
-
-    def __init__(self):
-        nn.Module.__init__(self)
-        self.cfg = System.Config()
-        self.weight, self.step = nn.Parameter(torch.ones(1)), 7
-        self.weight.grad = torch.full((1,), 3.0)
-
-    def guidances(self):
-        return {"multi_view": None}
-
-    def render(self, cameras):
-        return ball(cameras)
-
-
-def run_of_a_ball(tmp_path):
-    system = BallSystem()
-    optimizer = torch.optim.SGD([{"params": [system.weight], "name": "geometry"}], lr=0.1)
-    run = new_run(system=system, data=OneCamera(), folder=tmp_path, label="stage 1/1", optimizer=optimizer)
-    run.means.add({"loss/multi_view/total": 5.0, "loss/multi_view/sds": 2.0, "multi_view/grad_norm": 4.0})
-    return run
+from tests.viewing.scenes import OneCamera, run_of_a_ball
 
 
 @pytest.fixture

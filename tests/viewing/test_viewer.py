@@ -1,23 +1,27 @@
 """The viewer beside a training: it shows the scene, does what is asked for, and changes nothing."""
 
 import logging
+import os
 import random
+import signal
 
 import pytest
 import torch
 
 import fourdfy
+from fourdfy.callbacks.signals import FinishStep
 from fourdfy.config import ConfigError
+from fourdfy.launching.cli import main
+from fourdfy.signals import StopSignals
 from fourdfy.systems.checkpoint import read_checkpoint
 from fourdfy.viewing import pace
 from fourdfy.viewing import viewer as module
 from fourdfy.viewing.settings import ViewerConfig
 from fourdfy.viewing.viewer import Viewer, find_page, show_scene, untouched
 from fourdfy.viewing.views import VIEWS
-from tests.commands import TINY, launch
-from tests.runs import new_run
+from tests.commands import TINY, launch, trial
 from tests.viewing.fake_page import FakePage
-from tests.viewing.scenes import OneCamera
+from tests.viewing.scenes import run_of_a_ball, steps
 
 STEPS = 4
 ALL_KINDS = ("data.prob_multi_view=0.4", "data.single_view.prob_single_view_video=0.5", "seed=1")
@@ -28,11 +32,11 @@ def always_due(monkeypatch):
     monkeypatch.setattr(module, "PANEL_SECONDS", 0.0)
 
 
-def train(root, page=None, *, config="shapes_stage_1", steps=1, budget=1.0, overrides=()):
+def train(root, page=None, *, config="shapes_stage_1", steps=1, budget=1.0, overrides=(), callbacks=()):
     """Train with a viewer on the page that ``page(cfg, scenery)`` makes; gives the trial."""
     viewers = [Viewer(ViewerConfig(budget=budget, size=24), open_page=page)] if page else []
     given = [*TINY, f"exp_root_dir={root}", f"trainer.max_steps={steps}", *overrides]
-    return fourdfy.train(config, given, device="cpu", callbacks=viewers, test=False)
+    return fourdfy.train(config, given, device="cpu", callbacks=[*callbacks, *viewers], test=False)
 
 
 def keeping(pages, kind):
@@ -152,65 +156,104 @@ def test_a_viewer_that_fails_is_off_with_one_warning_and_training_goes_on(tmp_pa
     assert same(*(read_checkpoint(this.folder)["state_dict"] for this in (made, alone)))
 
 
+def begun(folder, page=FakePage, *, static=False, budget=1.0):
+    """(a viewer beside a training of a ball that has begun, its run)."""
+    run = run_of_a_ball(folder, static=static)
+    viewer = Viewer(ViewerConfig(size=24, budget=budget), open_page=page)
+    viewer.begin(run)
+    return viewer, run
+
+
 def test_a_page_that_cannot_be_opened_costs_a_warning(tmp_path, caplog):
     def taken(cfg, scenery):
-        raise OSError("viewer.port=8080: taken")
+        raise OSError("viewer.port=8080:\ntaken")
 
-    train(tmp_path, taken, steps=1)
-    assert "the viewer is off from here on: OSError: viewer.port=8080: taken" in caplog.text
-
-
-def test_what_fails_on_demand_is_told_and_the_viewer_stays(tmp_path, caplog):
-    class Asks(FakePage):
-        def eyes(self):
-            if len(self.notes) < 1:
-                self.controls.requests.append(("look", "nobody"))
-            return super().eyes()
-
-    pages = []
-    train(tmp_path, keeping(pages, Asks), steps=3)
-    assert pages[0].notes[0].startswith("look failed: KeyError") and len(pages[0].images) > 2
+    viewer, run = begun(tmp_path, taken)
+    steps(viewer, run, 2)
+    assert caplog.messages == ["the viewer is off from here on: OSError: viewer.port=8080: taken"]
 
 
-def test_a_paused_run_goes_on_when_nobody_looks_on_or_a_signal_comes(tmp_path, monkeypatch):
+def test_what_fails_on_demand_is_told_and_the_viewer_stays(tmp_path):
+    viewer, run = begun(tmp_path)
+    viewer.page.controls.requests.extend([("look", "nobody"), ("save",), ("export",)])
+    run.save = lambda path: (path / "nowhere").read_bytes()
+    steps(viewer, run, 3)
+    look, save, export = viewer.page.notes
+    assert look == "look failed: KeyError: 'nobody'"
+    assert save.startswith("save failed: FileNotFoundError") and export.startswith("export failed: ")
+    assert len(viewer.page.images) > 2
+
+
+class Left(FakePage):
+    """Paused, and then nobody looks on."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.controls.paused = True
+
+    def eyes(self):
+        self.on_eyes()
+        return {}
+
+
+def test_a_paused_run_goes_on_when_nobody_looks_on(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "ALONE_SECONDS", 0.05)
+    viewer, run = begun(tmp_path, Left)
+    run.is_asked_to_stop = lambda: False
+    steps(viewer, run, 2)
+    assert viewer.page.notes == ["resumed"] and not run.stopping
 
-    class Left(FakePage):
-        def __init__(self, *given):
-            super().__init__(*given)
-            self.controls.paused = True
 
+def test_a_signal_ends_a_paused_run_at_that_step_with_a_checkpoint(tmp_path):
+    stop = StopSignals(lambda: "")
+
+    class Interrupted(Left):
         def eyes(self):
-            return {}
+            stop.received = 15
+            return {0: self.scenery.eye}
 
-    assert train(tmp_path, Left, steps=2).system.step == 2
+    made = train(tmp_path, Interrupted, steps=3, callbacks=[FinishStep(stop)])
+    assert made.system.step == 1
 
 
 def test_a_static_scene_has_no_time(tmp_path):
-    pages = []
-    train(tmp_path, keeping(pages, FakePage), steps=2)
-    assert not pages[0].scenery.dynamic
-    # All that is shown of the motion is black: every moment is that at time 0.
-    assert all((image == 0).all() for _, view, image in pages[0].images if view == "motion")
+    viewer, run = begun(tmp_path, static=True)
+    steps(viewer, run, 10)
+    assert not viewer.page.scenery.dynamic
+    colours = {
+        tuple(image[len(image) // 2, image.shape[1] // 2])
+        for _, view, image in viewer.page.images
+        if view == "rgb"
+    }
+    assert colours == {(255, 0, 0)}  # as at time 0
 
 
-def test_the_command_line_opens_it_and_a_finished_trial_is_shown_until_a_signal(tmp_path, monkeypatch):
+def test_the_command_line_opens_it_and_shows_a_trial_until_a_signal(tmp_path, monkeypatch, heard, capsys):
+    class Visited(FakePage):
+        def show(self, client, image):
+            super().show(client, image)
+            if not self.scenery.kinds and len(self.images) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+
     pages = []
-    monkeypatch.setattr(module, "find_page", lambda: keeping(pages, FakePage))
+    monkeypatch.setattr(module, "find_page", lambda: keeping(pages, Visited))
     assert launch("shapes_stage_1.yaml", "train", tmp_path, "--view", "trainer.max_steps=1") == 0
     assert pages[0].scenery.has_truth and pages[0].cfg.enable and pages[0].images
+    folder = trial(tmp_path, "shapes_stage_1")
+    assert main(["--trial", str(folder), "--view", "--gpu", "cpu", "viewer.size=16"]) == 0
+    assert pages[1].scenery.step == 1 and pages[1].scenery.kinds == () and pages[1].closed
+    with pytest.raises(SystemExit):
+        main(["--trial", str(folder), "--test", "--view"])
+    assert "--view stands alone" in capsys.readouterr().err
 
 
 def test_a_finished_scene_is_refined_at_rest_without_a_budget(tmp_path):
-    made = train(tmp_path, steps=1)
-    pages = []
-
     class Still(FakePage):
         def eyes(self):
             return {0: self.scenery.eye}
 
-    run = new_run(system=made.system, data=OneCamera(), folder=made.folder, label="trained")
-    looks = iter(range(200))
+    pages, looks, run = [], iter(range(200)), run_of_a_ball(tmp_path)
+    run.optimizer = None
     show_scene(run, ViewerConfig(size=128), None, lambda: next(looks) > 60, keeping(pages, Still))
     assert [max(image.shape[:2]) for _, _, image in pages[0].images] == [64, 128]
     assert pages[0].scenery.kinds == () and pages[0].closed
@@ -240,6 +283,6 @@ def test_a_missing_package_is_named_with_what_to_type(monkeypatch):
 
 def test_nothing_is_rendered_beyond_the_budget(tmp_path, monkeypatch):
     monkeypatch.setattr(pace, "SAVED_SECONDS", 0.0)
-    pages = []
-    train(tmp_path, keeping(pages, FakePage), budget=1e-9, steps=4)
-    assert len(pages[0].images) + len(pages[0].told) == 1
+    viewer, run = begun(tmp_path, budget=1e-9)
+    steps(viewer, run, 4)
+    assert len(viewer.page.images) + len(viewer.page.told) == 1
