@@ -5,11 +5,19 @@ from __future__ import annotations
 import huggingface_hub
 import pytest
 
+from fourdfy.evaluation.networks import Judge, revision_of
 from fourdfy.launching.cli import main
 from fourdfy.priors import hub
 from tests.commands import CONFIGS
 from tests.fake_hub import NEWEST, serving
-from tests.tiny_models import save_animatediff, save_multi_view, save_stable_diffusion, save_wan
+from tests.tiny_models import (
+    save_animatediff,
+    save_clip,
+    save_multi_view,
+    save_stable_diffusion,
+    save_wan,
+    save_xclip,
+)
 from tests.tiny_transformers import save_cogvideox, save_ltx, save_sd3, save_sdxl
 
 MODELS = {
@@ -42,6 +50,21 @@ def others(tmp_path_factory):
     ]
 
 
+def fetch_twice(command, served, tmp_path, monkeypatch):
+    """Run a command with an empty cache and a hub, of which the second run asks nothing."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(variable, raising=False)
+    with serving(served) as (endpoint, asked):
+        template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        assert main(command) == 0
+        first = len(asked)
+        assert main(command) == 0
+    assert len(asked) == first, "nothing is asked again"
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_model_is_fetched_once_at_its_commit_and_found_offline(kind, others, tmp_path, monkeypatch, caplog):
     save, name = MODELS[kind]
@@ -58,17 +81,8 @@ def test_a_model_is_fetched_once_at_its_commit_and_found_offline(kind, others, t
         own = ("system.prompt_processor.", "system.guidance.")
     command = [word for file in files for word in ("--config", str(CONFIGS / file))]
     command += ["--fetch", "--gpu", "cpu", *(line for line in others if not line.startswith(own))]
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.delenv(variable, raising=False)
-    with serving(served) as (endpoint, asked), caplog.at_level("INFO", "fourdfy"):
-        template = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        assert main(command) == 0
-        first = len(asked)
-        assert main(command) == 0
-    assert len(asked) == first, "nothing is asked again"
+    with caplog.at_level("INFO", "fourdfy"):
+        fetch_twice(command, served, tmp_path, monkeypatch)
     source = hub.MODELS[name][0]
     assert f"fetching {name}: {source.download}" in caplog.text
     for repo, folder in served.items():
@@ -80,3 +94,19 @@ def test_a_model_is_fetched_once_at_its_commit_and_found_offline(kind, others, t
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     parts = ("vae", "scheduler", "text_encoder", "tokenizer")
     assert hub.locate_model(name, parts) == f"{name} (in the hub cache)"
+
+
+def test_the_networks_that_judge_are_fetched_if_a_stage_is_judged(tmp_path, monkeypatch):
+    """At their commit, which a judgement names, and without what other programs read."""
+    names = {"clip": "openai/clip-vit-base-patch32", "xclip": "microsoft/xclip-base-patch32"}
+    served = {names["clip"]: save_clip(tmp_path / "clip"), names["xclip"]: save_xclip(tmp_path / "xclip")}
+    for folder in served.values():
+        (folder / "tf_model.h5").write_bytes(b"not wanted")
+    command = ["--config", str(CONFIGS / "shapes_stage_1.yaml"), "--fetch", "--gpu", "cpu"]
+    fetch_twice([*command, "evaluation.after_training=true"], served, tmp_path, monkeypatch)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for part, name in names.items():
+        judge = Judge(name, part, "cpu")
+        assert revision_of(judge.folder) == (hub.MODELS[name][0].revision or NEWEST)
+        assert judge.texts(["a fox"]).shape == (1, 16)
+        assert not (judge.folder / "tf_model.h5").exists()
