@@ -20,6 +20,13 @@ def test_a_still_has_no_motion_and_no_flicker_and_closes():
     assert motion.flow(seen) < 1e-3 and motion.flicker(seen) < 1e-4 and motion.loop_closure(seen) == 0
 
 
+def test_an_orbit_passes_the_clip_and_the_views_around_do_not():
+    seen = views(ball(lambda azimuth, times: times), dynamic=True)
+    torch.testing.assert_close(seen.orbit.rgb[:, 24, 24, 0], torch.arange(24) / 24)
+    assert not seen.around.rgb[:, 24, 24].any() and len(seen.clips) == 4
+    assert torch.equal(seen.orbit.cameras.azimuth_deg, torch.arange(24) * 15.0)
+
+
 def test_motion_is_not_defined_for_a_static_scene():
     seen = views(ball())
     assert motion.flow(seen) is motion.flicker(seen) is motion.loop_closure(seen) is None
@@ -69,8 +76,11 @@ def test_a_loop_closes_and_what_only_goes_one_way_does_not():
 
 def test_views_of_a_solid_agree_and_a_wrong_depth_is_noticed():
     assert consistency.view_consistency(views(ball())) > 0.99
-    half_wrong = consistency.view_consistency(views(ball(closer=0.4)))
-    assert half_wrong < 0.9  # the views from behind contradict those before them, and are contradicted
+    half_wrong = views(ball(closer=0.4))
+    assert consistency.view_consistency(half_wrong) < 0.9
+    # From the last view before the wrong ones all is hidden by what is too close; then all is before the ball.
+    assert consistency.confirmed_share(half_wrong.around, 5, 6) is None
+    assert consistency.confirmed_share(half_wrong.around, 17, 18) == 0
     assert consistency.view_consistency(views(ball(moved=lambda times: 100 + times))) is None
 
 
