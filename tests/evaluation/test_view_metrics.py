@@ -78,7 +78,7 @@ def test_views_of_a_solid_agree_and_a_wrong_depth_is_noticed():
     assert consistency.view_consistency(views(ball())) > 0.99
     half_wrong = views(ball(closer=0.4))
     assert consistency.view_consistency(half_wrong) < 0.9
-    # From the last view before the wrong ones all is hidden by what is too close; then all is before the ball.
+    # Into the wrong views all is hidden by what is too close; out of them all lies before the ball.
     assert consistency.confirmed_share(half_wrong.around, 5, 6) is None
     assert consistency.confirmed_share(half_wrong.around, 17, 18) == 0
     assert consistency.view_consistency(views(ball(moved=lambda times: 100 + times))) is None
