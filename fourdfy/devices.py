@@ -103,6 +103,50 @@ def keep_freed_memory() -> None:
     mallopt(trim_threshold, (1 << 31) - 1)
 
 
+LAUNCHED = "FOURDFY_RANKS"
+"""The variable that tells a process that it was started as one of several ranks of a training."""
+
+
+def by_torchrun() -> bool:
+    """Whether torchrun has started this process, with others or alone."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def local_rank() -> int:
+    """Which of the processes of a training on this machine this is."""
+    return int(os.environ["LOCAL_RANK"]) if by_torchrun() or LAUNCHED in os.environ else 0
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the first of a training, on all machines."""
+    return (int(os.environ["RANK"]) if by_torchrun() else local_rank()) == 0
+
+
+def select_devices(gpu: str | None, given_as: str = "--gpu ") -> list[str]:
+    """The devices of a training, for each process on this machine one: those of a list such as ``0,1`` or
+    ``cpu,cpu``; under torchrun as many as it has started processes.
+
+    Raises:
+        ConfigError: see ``select_device``; a GPU named twice, or another number of devices than of processes.
+    """
+    names = [gpu] if gpu is None else gpu.split(",")
+    started = int(os.environ["LOCAL_WORLD_SIZE"]) if by_torchrun() else len(names)
+    if by_torchrun() and gpu in (None, "cuda", "cpu"):
+        is_cpu = gpu == "cpu" or (gpu is None and select_device(None) == "cpu")
+        names = ["cpu" if is_cpu else f"cuda:{number}" for number in range(started)]
+    if len(names) != started:
+        raise ConfigError(
+            f"{given_as}{gpu} names {len(names)} device{'s' * (len(names) > 1)}, and torchrun has started "
+            f"{started} processes here; give one for each, or none"
+        )
+    devices = [select_device(name, given_as) for name in names]
+    if len(devices) > 1 and "cpu" in devices and {*devices} != {"cpu"}:
+        raise ConfigError(f"{given_as}{gpu}: a step is computed on GPUs or on the CPU, not on both")
+    if twice := [device for device in devices if device != "cpu" and devices.count(device) > 1]:
+        raise ConfigError(f"{given_as}{gpu}: names {twice[0]} twice; give each GPU once, e.g. {given_as}0,1")
+    return devices
+
+
 def select_device(gpu: str | None, given_as: str = "--gpu ") -> str:
     """``cpu`` or ``cuda:N`` for a value of ``--gpu``; without one the first GPU, or the CPU if there is none.
 
@@ -116,8 +160,8 @@ def select_device(gpu: str | None, given_as: str = "--gpu ") -> str:
         ConfigError: there is no such GPU, or the value names none or several.
     """
     match = re.fullmatch(r"cpu|cuda|(?:cuda:)?(\d+)", "cuda" if gpu is None else gpu)
-    if not match and re.fullmatch(r"\d+(,\d+)+", str(gpu)):
-        raise ConfigError(f"{given_as}{gpu}: several GPUs are not supported yet; give one, e.g. {given_as}0")
+    if not match and "," in str(gpu):
+        raise ConfigError(f"{given_as}{gpu}: only a training uses several; give one, e.g. {given_as}0")
     if not match:
         raise ConfigError(f"{given_as}{gpu}: expected cpu, cuda, cuda:N, or N, the number of a GPU")
     if gpu == "cpu":

@@ -52,7 +52,7 @@ def test_a_gpu_is_named_by_its_number(count, gpu, device, gpus):
         (4, "4", "no such GPU; PyTorch sees --gpu 0 to --gpu 3"),
         (0, "0", "sees no GPU"),
         (0, "cuda", "sees no GPU"),
-        (2, "0,1", "several GPUs are not supported yet"),
+        (2, "0,1", "only a training uses several"),
         (1, "banana", "expected cpu, cuda, cuda:N, or N"),
         (1, "-1", "expected cpu, cuda, cuda:N, or N"),
         (1, "", "expected cpu, cuda, cuda:N, or N"),

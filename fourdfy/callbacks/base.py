@@ -115,6 +115,9 @@ class Callback(Component):
     Registered, it can be named in ``trainer.callbacks``; an instance can be given to ``fourdfy.train``.
     """
 
+    on_all_ranks = False
+    """Whether it is called on every rank of a run on several GPUs; others on the first alone, where a render
+    is the whole image."""
     is_essential = False
     """Whether a ``WriteError`` of the callback ends the run, instead of costing a warning."""
 

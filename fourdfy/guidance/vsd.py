@@ -29,6 +29,7 @@ from fourdfy.ops.diffusion import (
     x0_from_prediction,
 )
 from fourdfy.ops.distillation import score_loss, vsd_gradient
+from fourdfy.ops.ranks import spread
 from fourdfy.ops.replay import Replay
 from fourdfy.priors.frozen import to_channels_last
 from fourdfy.priors.lora import LoRA
@@ -159,12 +160,14 @@ class VariationalScoreDistillation(Distillation):
         # At 1 the unconditional half would be multiplied by zero.
         halves = ((texts.text, camera), (texts.uncond, torch.zeros_like(camera)))[: 1 if scale == 1 else 2]
         text, told = (torch.cat(x) for x in zip(*halves, strict=True))
-        prediction = self.denoise_renderings(
+        prediction = spread(
+            self.denoise_renderings,
             torch.cat([noisy] * len(halves)),
             torch.cat([timesteps] * len(halves)),
             text,
             told,
             None if texts.cameras is None else torch.cat([texts.cameras] * len(halves)),
+            group=self.prior.joint_latents,
         )
         x0, *uncond = (
             x0_from_prediction(part, noisy, scales, schedule.prediction)
@@ -193,7 +196,8 @@ class VariationalScoreDistillation(Distillation):
         target = prediction_target(latents, noise, scales, schedule.prediction)
         inputs = (add_noise(latents, noise, scales), timesteps, text, camera, told)
         if self.recorded_lora is None:
-            return F.mse_loss(self.predict_renderings(*inputs), target)
+            group = self.prior.joint_latents
+            return F.mse_loss(spread(self.predict_renderings, *inputs, group=group), target)
         loss, gradient = self.recorded_lora(
             target, *inputs, variant=tuple(p.requires_grad for p in self.parameters())
         )

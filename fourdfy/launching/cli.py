@@ -45,11 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None, stop: StopSignals) -> int:
+    from fourdfy.devices import is_first_rank
+
     open_streams()
     args = _arguments(argv)
     log_to_stderr()
     # Only ours: numba writes thousands of debug records.
-    logging.getLogger("fourdfy").setLevel(logging.DEBUG if args.verbose else logging.INFO)
+    level = logging.DEBUG if args.verbose else logging.INFO
+    logging.getLogger("fourdfy").setLevel(level if is_first_rank() else logging.ERROR)
     if args.typecheck:
         _check_types()
 
@@ -86,7 +89,8 @@ def _main(argv: Sequence[str] | None, stop: StopSignals) -> int:
         say(f"error: {error}\n")
         return 1
     except RuntimeError as error:
-        if all(kind.__name__ != "OutOfMemoryError" for kind in type(error).__mro__):  # torch's: no import
+        names = {kind.__name__ for kind in type(error).__mro__}
+        if not names & {"OutOfMemoryError", "RankError"}:  # torch's, for one: no import
             raise
         say(f"error: {error}\n")
         return 1
@@ -193,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--gpu", default=None, metavar="ID",
         help="cpu, cuda, or the number of a GPU among those that CUDA_VISIBLE_DEVICES leaves visible "
-        "(default: the first GPU, else the CPU)",
+        "(default: the first GPU, else the CPU); several, as in 0,1, train one scene together",
     )  # fmt: skip
     parser.add_argument(
         "--prompt", metavar="TEXT", help=f"the prompt, taken literally (as {PROMPT}=TEXT, but for ${{...}})"

@@ -6,7 +6,7 @@ import logging
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -87,19 +87,20 @@ class TrainerConfig:
     deterministic: bool = False
     """Refuse operations without a deterministic implementation (CUDA only; the CPU always is). The hash
     grid then runs on its plain reference, which is much slower."""
+    rank_timeout_minutes: float = number(30, above=0, high=10_000)
+    """With several GPUs: a process that waits longer for the others ends the run. They wait for validation
+    and test views too, which the first one renders."""
     devices: Any = 1
-    """Must be 1: a run uses one device, which ``--gpu`` chooses."""
+    """Must be 1: ``--gpu`` chooses the devices."""
     num_nodes: int = 1
-    """Must be 1."""
+    """Must be 1: torchrun starts a run on several machines."""
     callbacks: dict[str, Any] = named_slots(Callback, by="type")
     """Callbacks under names of your choice; each entry's ``type`` is the registered name of its class."""
 
     def __post_init__(self) -> None:
         for key in ("devices", "num_nodes"):
             if (given := getattr(self, key)) not in (1, "1"):
-                raise ValueError(
-                    f"{key}={given!r}: a run uses one device (--gpu ID says which); remove the key"
-                )
+                raise ValueError(f"{key}={given!r}: --gpu 0,1 or torchrun says where it runs; remove the key")
         if self.gradient_clip_algorithm and self.gradient_clip_val is None:
             raise ValueError(
                 f"gradient_clip_algorithm={self.gradient_clip_algorithm}: nothing is clipped; set "
@@ -228,6 +229,11 @@ class Experiment:
     def judged(self) -> dict[str, Any]:
         """What an evaluation says of the scene besides its numbers."""
         return {"prompt": self.cfg.system.prompt, "dynamic": self.plan.dynamic, "seed": self.cfg.seed}
+
+    def starting_from(self, weights: str | None) -> Experiment:
+        """The same with other ``system.weights``."""
+        system = replace(self.cfg.system, weights=weights)
+        return replace(self, cfg=replace(self.cfg, system=system))
 
     def build_system(self) -> System:
         return self.cfg.system.build(plan=self.plan, seed=self.cfg.seed)

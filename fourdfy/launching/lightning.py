@@ -29,6 +29,7 @@ from fourdfy.files.atomic import WriteError, by_product, lost
 from fourdfy.launching.experiment import PARSED, TrainerConfig
 from fourdfy.launching.retries import make_room, until_it_fits
 from fourdfy.launching.trial import program
+from fourdfy.ops.ranks import largest, of_first_rank, ranks, sum_gradients
 from fourdfy.seeds import generator_states, set_generator_states
 from fourdfy.systems.broken_step import REPLAY, StepRecord, write_step
 from fourdfy.systems.checkpoint import read_checkpoint, write_checkpoint
@@ -121,6 +122,8 @@ class LightningSystem(pl.LightningModule):
     def on_train_start(self) -> None:
         self._check = FiniteCheck(self.optimizer, allowed=self.max_skipped_steps, keep=self._keep)
         self._check.skipped = self._skipped_before
+        for tensor in self.system.state_dict().values():
+            of_first_rank(tensor)
         if self.device.type == "cuda":
             with self.trainer.precision_plugin.forward_context():
                 self.system.bound_memory(memory_budget(self.device, self.memory_budget_gb))
@@ -156,6 +159,8 @@ class LightningSystem(pl.LightningModule):
         for parameter, grad in zip(parameters, of_earlier_parts, strict=True):
             if grad is not None:
                 parameter.grad = grad if parameter.grad is None else grad.add_(parameter.grad)
+        if self._record.parts[-1].part + 1 == self.trainer.accumulate_grad_batches:
+            sum_gradients(parameters)
 
     def _backward(self) -> None:
         self.optimizer.zero_grad()
@@ -163,7 +168,8 @@ class LightningSystem(pl.LightningModule):
         if loss is None:  # this is a repetition
             with self.trainer.precision_plugin.forward_context():
                 loss = self.system.training_step(self._record.parts[-1]).loss
-        loss.backward(self._scaled.grad)
+        assert self._scaled.grad is not None
+        loss.backward(self._scaled.grad / ranks().count)  # this rank's part of it; see ``ops.ranks``
 
     def _fitting(self, work: Callable[[], Result], batch: StepBatch | None = None) -> Result:
         """``work()`` within the memory; without a ``batch``, nothing of it has gradients."""
@@ -225,6 +231,8 @@ class LightningSystem(pl.LightningModule):
             self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
+        """A callback may have asked on one rank."""
+        self.run.stopping = any(largest([self.run.stopping]))
         if self.run.stopping:
             self.trainer.should_stop = True
             self.trainer.limit_val_batches = 0  # Lightning would render a validation before it stops
@@ -245,7 +253,7 @@ class LightningSystem(pl.LightningModule):
         self.trainer.save_checkpoint(path, weights_only=False)  # the optimizer too
 
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> RenderOutput | None:
-        return None if self.run.stopping else self.test_step(batch, batch_idx)
+        return self.test_step(batch, batch_idx) if ranks().is_first and not self.run.stopping else None
 
     def test_step(self, batch: EvalBatch, batch_idx: int) -> RenderOutput:
         return self._fitting(lambda: self.system.render(batch.cameras))
@@ -255,7 +263,7 @@ class LightningSystem(pl.LightningModule):
         count = trainer.num_sanity_val_batches if trainer.sanity_checking else trainer.num_val_batches
         if outputs is not None:
             self.tell("after_frames", batch, outputs, done=batch_idx + 1, total=count[0])
-            self._stop_if_asked()
+        self._stop_if_asked()
 
     def on_validation_epoch_end(self) -> None:
         if not self.run.stopping:
@@ -323,7 +331,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 
 class OneProcess(LightningEnvironment):
-    """A run of one process, regardless of what a cluster's scheduler left in the environment.
+    """A run of one process, regardless of what a cluster's scheduler left in the environment. Several ranks
+    have one each: what they compute together (``ops.ranks``) is no affair of Lightning's loop.
 
     Lightning would take rank and size of the run from it, and with the rank whether to log at all.
     """
@@ -332,7 +341,8 @@ class OneProcess(LightningEnvironment):
 
     def __init__(self) -> None:
         super().__init__()
-        self.set_global_rank(0)  # also for users of rank_zero_only, which read the environment at import
+        # Also for users of rank_zero_only, which read the environment at import.
+        self.set_global_rank(ranks().rank)
 
     def local_rank(self) -> int:
         return 0
@@ -368,7 +378,7 @@ class OneDevice(SingleDeviceStrategy):
 
 
 class Trainer:
-    """Trains and renders the system of a run, on one device.
+    """Trains and renders the system of a run, on this process's device.
 
     Args:
         callbacks: by the names of their states in a checkpoint; called in this order.

@@ -32,8 +32,11 @@ PIXEL_BYTES = 64
 """What a rendered pixel takes at least: its ray, and its colour, opacity and depth with their gradients."""
 
 
-def print_plan(experiments: Sequence[Experiment]) -> None:
+def print_plan(experiments: Sequence[Experiment], ranks: int = 1) -> None:
     """Describe each stage: its kinds of step, their priors and where these come from, and the memory.
+
+    Args:
+        ranks: how many processes compute a step.
 
     Raises:
         ConfigError: the run could not start, or not use its models; see ``check_files``, ``check_priors``,
@@ -43,7 +46,7 @@ def print_plan(experiments: Sequence[Experiment]) -> None:
     lines = []
     for experiment in experiments:  # before anything is printed: all are fine
         check_priors(experiment)
-        lines.append([*stage_lines(experiment, check_groups(experiment))])
+        lines.append([*stage_lines(experiment, check_groups(experiment), ranks)])
     console = Console(soft_wrap=True, highlight=False, markup=False)
     for number, (experiment, stage) in enumerate(zip(experiments, lines, strict=True), 1):
         title = printable(f"stage {number}/{len(experiments)}: {experiment.cfg.name}")
@@ -52,8 +55,11 @@ def print_plan(experiments: Sequence[Experiment]) -> None:
             console.print(f"  {printable(line)}")
 
 
-def check_run(experiments: Sequence[Experiment], device: str) -> None:
+def check_run(experiments: Sequence[Experiment], device: str, ranks: int = 1) -> None:
     """Refuse a training of the stages that could not begin, or later not use its models, which are fetched.
+
+    Args:
+        ranks: how many processes compute a step, each on a device like this one.
 
     Raises:
         ConfigError: see ``check_files``, ``find_models``, ``check_priors``, ``check_groups`` and
@@ -64,10 +70,10 @@ def check_run(experiments: Sequence[Experiment], device: str) -> None:
     find_models(experiments)
     for experiment in experiments:
         check_priors(experiment)
-        check_memory(experiment, check_groups(experiment), device)
+        check_memory(experiment, check_groups(experiment), device, ranks)
 
 
-def stage_lines(experiment: Experiment, system: System) -> Iterator[str]:
+def stage_lines(experiment: Experiment, system: System, ranks: int = 1) -> Iterator[str]:
     """What a stage does, with which models, in how much memory; ``system`` is its own, at any step."""
     cfg = experiment.cfg
     yield f"{cfg.trainer.max_steps} steps"
@@ -83,7 +89,9 @@ def stage_lines(experiment: Experiment, system: System) -> Iterator[str]:
         yield f"model: {locate_model(name, parts)}, for its {', '.join(parts)}"
     here = all(stored_bytes(name, parts) is not None for name, parts in models)
     rest = "" if here else ", plus that of the models that are not on this disk"
-    yield f"memory, roughly: {memory_line(*_memory_estimate(experiment, system), cfg.trainer, rest)}"
+    where = f" on each of {ranks} devices" if ranks > 1 else ""
+    estimate = _memory_estimate(experiment, system, ranks)
+    yield f"memory{where}, roughly: {memory_line(*estimate, cfg.trainer, rest)}"
 
 
 def memory_needed(experiment: Experiment) -> str:
@@ -166,14 +174,14 @@ def check_groups(experiment: Experiment) -> System:
     return system
 
 
-def check_memory(experiment: Experiment, system: System, device: str) -> None:
+def check_memory(experiment: Experiment, system: System, device: str, ranks: int = 1) -> None:
     """Refuse sizes that can't fit into a device, however few samples are computed at once.
 
     Raises:
         ConfigError: names the stage, and what it needs.
     """
     pixels = [math.prod(size) for kind in experiment.plan.kinds for size in kind.cameras.sizes()]
-    least = _memory_estimate(experiment, system)[0] + PIXEL_BYTES * max(pixels, default=0)
+    least = _memory_estimate(experiment, system, ranks)[0] + PIXEL_BYTES * max(pixels, default=0)
     if least > (there := memory_of(device)):
         raise ConfigError(
             f"{experiment.cfg.name}: a step needs {least / 2**30:,.0f} GiB at least, and {device} has "
@@ -229,9 +237,9 @@ def needed_models(experiments: Sequence[Experiment]) -> dict[str, tuple[str, ...
     return needed
 
 
-def _memory_estimate(experiment: Experiment, system: System) -> tuple[float, float]:
-    """Bytes: the scene with gradients and two moments, the priors as stored here, the largest graph; first
-    without samples, then with all of them.
+def _memory_estimate(experiment: Experiment, system: System, ranks: int = 1) -> tuple[float, float]:
+    """Bytes, for each rank: the scene with gradients and two moments, the priors as stored here, the largest
+    graph; first without samples, then with all of them.
 
     It is within a third of the largest measured value of a few random cameras.
     """
@@ -246,9 +254,9 @@ def _memory_estimate(experiment: Experiment, system: System) -> tuple[float, flo
     for kind in experiment.plan.kinds:
         for frames, height, width in kind.cameras.sizes():
             # The object fits the shorter side.
-            rays = frames * min(height, width) ** 2
+            rays = math.ceil(frames * min(height, width) ** 2 / ranks)
             samples = cfg.scene_cfg.samples_with_graph(rays, OCCUPIED, kind.budget)
-            prior = kind.guidance.activation_bytes(frames, height, width)
+            prior = kind.guidance.activation_bytes(math.ceil(frames / ranks), height, width)
             graphs.append(samples * each + prior)
             priors.append(float(prior))
     return scene + stored + max(priors), scene + stored + max(graphs)

@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from fourdfy.ops.ranks import ranks
 from fourdfy.ops.replay import release_recordings
 from fourdfy.systems.base import DoesNotFit
 
@@ -28,7 +29,7 @@ def until_it_fits(work: Callable[[], Result], halve: Callable[[], Mapping[str, i
         where: the step, for messages.
 
     Raises:
-        DoesNotFit: nothing can be halved any more.
+        DoesNotFit: nothing can be halved any more, or there are several ranks.
     """
     while True:
         try:
@@ -50,6 +51,8 @@ def until_it_fits(work: Callable[[], Result], halve: Callable[[], Mapping[str, i
                 f"pixels or fewer frames, or close other programs that use the GPU ({reason})"
             )
         settings = " ".join(f"{key}={value}" for key, value in halved.items())
+        if ranks().count > 1:  # the others wait for what this one has not sent
+            raise DoesNotFit(f"{where}: out of memory, and no rank repeats a step alone; add {settings}")
         logger.warning("%s: out of memory; repeated with less at once; for good: %s", where, settings)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from fourdfy.callbacks.base import Run
 from fourdfy.callbacks.signals import FinishStep
 from fourdfy.config_files import COMMAND_LINE, PROMPT, ConfigError
-from fourdfy.devices import keep_freed_memory, on_device, select_device
+from fourdfy.devices import keep_freed_memory, on_device, select_device, select_devices
 from fourdfy.files.atomic import WriteError, check_writable, losses_noted, remove_leftovers
 from fourdfy.launching.experiment import PARSED, Experiment, trial_of
 from fourdfy.launching.plan import check_run, fetch_models, print_plan, prompt_line
@@ -57,25 +57,26 @@ def run(
     experiments = [stage.experiment for stage in stages]
     if mode == "fetch":
         return fetch_models(experiments)
-    device = select_device(gpu)
+    devices = select_devices(gpu) if mode in ("train", "check") else [select_device(gpu)]
+    device = devices[0]
     if mode == "check":
-        return print_plan(experiments)
+        return print_plan(experiments, len(devices))
     if device == "cpu" and gpu is None:
         logger.info("no GPU found: running on the CPU")
     if device == "cpu":
         keep_freed_memory()
+    if mode == "train":
+        if first and first > len(stages):
+            raise ConfigError(f"--stages {first}: {config[0]} has {len(stages)}")
+        return train(stages[:first], devices, command, stop)
     with on_device(device):
-        if mode == "train":
-            if first and first > len(stages):
-                raise ConfigError(f"--stages {first}: {config[0]} has {len(stages)}")
-            train(stages[:first], device, command, stop)
-        elif mode == "view":
+        if mode == "view":
             view(stages[-1], device, stop)
         else:
             evaluate(mode, stages[-1], device=device, out=out)
 
 
-def train(stages: Sequence[Stage], device: str, command: Sequence[str], stop: StopSignals) -> None:
+def train(stages: Sequence[Stage], devices: Sequence[str], command: Sequence[str], stop: StopSignals) -> None:
     """``--train``: train every stage from where it stands, and render its test views."""
     from fourdfy.callbacks.progress import ProgressLine
     from fourdfy.launching.closing import log_closing
@@ -83,7 +84,7 @@ def train(stages: Sequence[Stage], device: str, command: Sequence[str], stop: St
     began, first = time.monotonic(), stages[0].experiment
     if first.prompt_source != COMMAND_LINE:
         logger.info("%s", prompt_line(first))
-    check_run([stage.experiment for stage in stages], device)
+    check_run([stage.experiment for stage in stages], devices[0], len(devices))
 
     def advice() -> str:
         if len(stages) > 1 or not (first.trial_dir / PARSED).exists():
@@ -92,9 +93,10 @@ def train(stages: Sequence[Stage], device: str, command: Sequence[str], stop: St
 
     stop.advice = advice
     with losses_noted() as missing:
-        train_stages(stages, device=device, command=command, callbacks=[FinishStep(stop), ProgressLine()])
+        train_stages(stages, devices=devices, command=command, callbacks=[FinishStep(stop), ProgressLine()])
         stop.check()
-        log_closing(stages, time.monotonic() - began, device, missing)
+        with on_device(devices[0]):
+            log_closing(stages, time.monotonic() - began, devices[0], missing)
 
 
 def evaluate(mode: str, stage: Stage, *, device: str, out: Path | None = None) -> None:

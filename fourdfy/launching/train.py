@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +16,7 @@ import torch
 
 from fourdfy.callbacks.base import Callback, Run
 from fourdfy.config_files import PROMPT, literal_override
-from fourdfy.devices import on_device, select_device
+from fourdfy.devices import by_torchrun, on_device, select_device, select_devices
 from fourdfy.files.atomic import losses_noted, remove_leftovers
 from fourdfy.launching.closing import ground_truth_of
 from fourdfy.launching.experiment import (
@@ -27,9 +27,11 @@ from fourdfy.launching.experiment import (
     trial_arguments,
 )
 from fourdfy.launching.plan import check_run
+from fourdfy.launching.ranks import as_ranks
 from fourdfy.launching.recipe import Stage, load_recipe
 from fourdfy.launching.reports import Reports, make_up_for_report
 from fourdfy.launching.trial import owned, prepare_trial
+from fourdfy.ops.ranks import largest, of_first_rank, ranks
 from fourdfy.systems.base import System
 from fourdfy.systems.checkpoint import read_checkpoint, scene_hash, tensor_bytes
 from fourdfy.systems.learning_rates import continued
@@ -71,7 +73,8 @@ def train(
         config: the name or file of a config, or several, merged left to right.
         overrides: ``key=value``, as on the command line.
         prompt: the prompt, taken literally.
-        device: ``cpu``, ``cuda`` or ``cuda:N``; None is the first GPU, else the CPU.
+        device: ``cpu``, ``cuda`` or ``cuda:N``; None is the first GPU, else the CPU. Several, as in ``0,1``,
+            compute each step together: the script is started again for each, up to the end of this call.
         callbacks: called in every stage, in addition to those of ``trainer.callbacks``.
         test: also render the test views of every stage.
 
@@ -84,14 +87,14 @@ def train(
     """
     configs = [config] if isinstance(config, str | Path) else list(config)
     given = [*([] if prompt is None else [literal_override(PROMPT, prompt)]), *overrides]
-    device = select_device(device, "device=")
+    devices = select_devices(device, "device=")
     stages = load_recipe(configs, given)
-    check_run([stage.experiment for stage in stages], device)
+    check_run([stage.experiment for stage in stages], devices[0], len(devices))
     named = [word for file in configs for word in ("--config", str(file))]
     command = ["fourdfy", *named, "--train", *given]
     with losses_noted():
-        last = train_stages(stages, device=device, command=command, callbacks=callbacks, test=test)
-    return load(last.experiment.trial_dir, device)
+        last = train_stages(stages, devices=devices, command=command, callbacks=callbacks, test=test)
+    return load(last.experiment.trial_dir, devices[0])
 
 
 def load(trial: str | Path, device: str | None = None) -> Trial:
@@ -114,7 +117,7 @@ def load(trial: str | Path, device: str | None = None) -> Trial:
 def train_stages(
     stages: Sequence[Stage],
     *,
-    device: str,
+    devices: Sequence[str],
     command: Sequence[str],
     callbacks: Sequence[Callback],
     test: bool = True,
@@ -122,20 +125,43 @@ def train_stages(
     """Train the stages one after the other, until a callback stops the run; returns the last that started.
 
     Args:
+        devices: several compute each step together; see ``launching.ranks``.
         command: the command line, for the trial folders.
     """
-    with on_device(device):
+    minutes = stages[0].experiment.cfg.trainer.rank_timeout_minutes
+    if len(devices) > 1 or by_torchrun():
+        import_trainer()
+    with as_ranks(devices, minutes) as device:
+        if ranks().is_first:
+            for stage in stages:
+                stage.follow_weights(begun=False)  # before anything is trained
         for stage in stages:
-            stage.follow_weights(begun=False)  # before anything is trained
-        for stage in stages:
-            stage.follow_weights()
-            remove_leftovers(stage.experiment.trial_dir)
-            if stage.is_finished or (stage.is_trained and not test):
-                logger.info("%s: %s", stage.label, _finished(stage))
-                make_up_for_report(stage.experiment, device)
-            elif not _train_stage(stage, device, command, callbacks, test):
+            start = of_first_rank(_start(stage, device, test) if ranks().is_first else None)
+            if start is not None and not _train_stage(stage, start, device, command, callbacks, test):
                 break
     return stage
+
+
+@dataclass(frozen=True)
+class Start:
+    """From where a stage is trained, as the first rank finds it."""
+
+    resume_from: Path | None
+    weights: str | None
+    """``system.weights``; a timestamp in it is the first rank's."""
+    validates: bool
+    """Whether a validation is to be made up for."""
+
+
+def _start(stage: Stage, device: str, test: bool) -> Start | None:
+    """None if it is finished."""
+    stage.follow_weights()
+    remove_leftovers(stage.experiment.trial_dir)
+    if stage.is_finished or (stage.is_trained and not test):
+        logger.info("%s: %s", stage.label, _finished(stage))
+        make_up_for_report(stage.experiment, device)
+        return None
+    return Start(stage.resume_from, stage.experiment.cfg.system.weights, stage.lacks_validation)
 
 
 def _finished(stage: Stage) -> str:
@@ -151,9 +177,12 @@ def _finished(stage: Stage) -> str:
 
 
 def _train_stage(
-    stage: Stage, device: str, command: Sequence[str], callbacks: Sequence[Callback], test: bool
+    stage: Stage, start: Start, device: str, command: Sequence[str], callbacks: Sequence[Callback], test: bool
 ) -> bool:
-    """Train a stage from where it stands, then render its test views; False if it was stopped."""
+    """Train a stage from where it stands, then render its test views; False if it was stopped.
+
+    Of several ranks, the first one alone writes files and renders views.
+    """
     # Lightning and TensorBoard take seconds to import, so this waits until there is something to run.
     from fourdfy.callbacks.curves import Curves
     from fourdfy.callbacks.last_checkpoint import LastCheckpoint
@@ -178,10 +207,12 @@ def _train_stage(
         ),
         "report": Reports(experiment, device),  # of what the others have written
     }
-    with owned(folder), closing(curves):
-        resume_from, weights = stage.resume_from, experiment.cfg.system.weights
+    if not ranks().is_first:
+        looking_on = {name: callback for name, callback in looking_on.items() if callback.on_all_ranks}
+    with owned(folder) if ranks().is_first else nullcontext(), closing(curves):
+        resume_from, weights = start.resume_from, start.weights
         grew_from = scene_hash(weights) if weights and resume_from is None else None
-        system = experiment.build_system().to(device)
+        system = experiment.starting_from(weights).build_system().to(device)
         system.prepare(torch.device(device), resumed=resume_from is not None)
         optimizer = system.configure_optimizer()
         run = Run(
@@ -199,16 +230,17 @@ def _train_stage(
         if checkpoint is not None:
             system.load_checkpoint(checkpoint)
             continued(checkpoint["optimizer_states"][0], checkpoint.get("optimizer"), optimizer)
-        # Everything is built and fits by now: only a run that can start leaves a folder, or changes one.
-        moments = 2 * tensor_bytes([group["params"] for group in optimizer.param_groups])
-        prepare_trial(experiment, stage.files, command, tensor_bytes(system.state_dict()) + moments)
-        logger.info("%s: writing to %s", stage.label, folder)
-        if stage.lacks_validation:
+        if ranks().is_first:
+            # Everything is built and fits by now: only a run that can start leaves a folder, or changes one.
+            moments = 2 * tensor_bytes([group["params"] for group in optimizer.param_groups])
+            prepare_trial(experiment, stage.files, command, tensor_bytes(system.state_dict()) + moments)
+            logger.info("%s: writing to %s", stage.label, folder)
+        if start.validates:
             trainer.validate()
         trainer.fit(resume_from, checkpoint)
-        if test and (cfg.test_when_stopped or not run.stopping):
+        if ranks().is_first and test and (cfg.test_when_stopped or not run.stopping):
             trainer.test()
-    return not run.stopping
+    return not any(largest([run.stopping]))
 
 
 def viewers(experiment: Experiment) -> dict[str, Callback]:

@@ -30,6 +30,7 @@ from fourdfy.ops.diffusion import (
     x0_from_prediction,
     zero_star_guidance,
 )
+from fourdfy.ops.ranks import spread
 from fourdfy.types import Cameras, Conditions
 
 Network = Any
@@ -294,7 +295,8 @@ class Prior(Component, ABC):
         inputs = [noisy, timesteps] if cameras is None else [noisy, timesteps, cameras]
         noisy_all, timesteps_all, *cameras_all = (torch.cat([x] * len(texts)) for x in inputs)
         schedule = self.denoiser.schedule
-        prediction = self.denoise(noisy_all, timesteps_all, torch.cat([*texts]), *cameras_all)
+        inputs = [noisy_all, timesteps_all, torch.cat([*texts]), *cameras_all]
+        prediction = spread(self.denoise, *inputs, group=self.joint_latents)
         scales = schedule.scales(timesteps, noisy.ndim)
         return [
             x0_from_prediction(part, noisy, scales, schedule.prediction)

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fourdfy.bounds import number
+from fourdfy.ops.ranks import spread
 from fourdfy.priors.causal_vae import STRIDE, check_frames
 from fourdfy.priors.video import VideoPrior
 
@@ -78,7 +79,10 @@ class CausalVideoPrior(VideoPrior):
         """Latents of clips of ``group_size`` frames: the posterior's means."""
         clips = self.resized(rgb).unflatten(0, (-1, group_size)).movedim(1, 2)
         with self._precision():
-            moments = self.moments(self.vae, clips.to(self.vae.dtype) * 2 - 1, self.cfg.low_ram_vae)
+            moments = spread(
+                lambda mine: self.moments(self.vae, mine, self.cfg.low_ram_vae),
+                clips.to(self.vae.dtype) * 2 - 1,
+            )
         mean, _ = moments.float().chunk(2, dim=1)
         return self.normalised(mean)
 

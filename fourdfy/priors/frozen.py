@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from fourdfy.config_files import ConfigError
 from fourdfy.ops.diffusion import sample_noise, shifted_alphas_cumprod
 from fourdfy.ops.finite import not_finite
+from fourdfy.ops.ranks import spread
 from fourdfy.ops.recomputation import recomputed
 from fourdfy.priors.base import DDPMSchedule, FlowSchedule, Network, NoiseSchedule
 from fourdfy.priors.convert import no_progress_bar
@@ -300,16 +301,10 @@ def encode_images(
     """
     images = images * 2 - 1
     posterior_of = posterior_of or partial(posterior, vae)
-    if not 0 < chunk < len(images):
-        mean, std = posterior_of(images)
-    elif gradient == "subset":
+    if gradient == "subset" and 0 < chunk < len(images):
         mean, std = _subset_posterior(posterior_of, images, chunk, generator)
     else:
-        rows = torch.arange(len(images)).split(chunk)
-        parts = recomputed(
-            lambda part: _Posterior(*posterior_of(images[part[0] : part[-1] + 1])), rows, [images]
-        )
-        mean, std = _joined([(part.mean, part.std) for part in parts])
+        mean, std = spread(partial(_exact_posterior, posterior_of, chunk), images)
     noise = sample_noise(mean.shape, generator, mean.device, mean.dtype)
     shift = getattr(vae.config, "shift_factor", None) or 0.0
     return (mean + std * noise - shift) * vae.config.scaling_factor
@@ -324,6 +319,16 @@ def vae_factor(vae: Network) -> int:
 class _Posterior(TensorRecord):
     mean: Float[Tensor, "B C h w"]
     std: Float[Tensor, "B C h w"]
+
+
+def _exact_posterior(
+    posterior_of: Callable[..., tuple[Tensor, Tensor]], chunk: int, images: Float[Tensor, "B 3 H W"]
+) -> tuple[Tensor, Tensor]:
+    if not 0 < chunk < len(images):
+        return posterior_of(images)
+    rows = torch.arange(len(images)).split(chunk)
+    parts = recomputed(lambda part: _Posterior(*posterior_of(images[part[0] : part[-1] + 1])), rows, [images])
+    return _joined([(part.mean, part.std) for part in parts])
 
 
 def _subset_posterior(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fourdfy.ops.finite import largest_entries
+from fourdfy.ops.ranks import of_first_rank
 from fourdfy.ops.reading import Reading
 
 logger = logging.getLogger(__name__)
@@ -134,7 +135,7 @@ class StepNumbers:
         self.names = [*(f"the loss {name}" for name in losses), *(name for name, _ in sized)]
         values = [torch.stack([loss.detach().float() for loss in losses.values()])] if losses else []
         values += [largest_entries([tensor for _, tensor in sized])] if sized else []
-        numbers = torch.cat(values)
+        numbers = of_first_rank(torch.cat(values))  # so that all ranks judge alike
         judged = numbers[: len(numbers) - len(gradients)] if scaled else numbers
         self.is_broken = (~judged.isfinite()).any().float()
         self._reading = Reading(numbers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from fourdfy.data.base import DataModule
 from fourdfy.exporters.base import Exporter, TrainedScene
 from fourdfy.guidance.base import Guidance
 from fourdfy.ops.finite import not_finite
+from fourdfy.ops.ranks import largest, ranks
 from fourdfy.ops.regularizers import REGULARIZERS
 from fourdfy.original.checkpoints import own_names
 from fourdfy.prompts.base import PromptProcessor
@@ -187,7 +189,9 @@ class FourdfySystem(System):
         later = 4 * sum(p.numel() * p.element_size() for p in self.parameters() if p.requires_grad)
         room = budget - torch.cuda.memory_allocated(self.device) - later
         priors = max(
-            self._prior_bytes(kind, size, room) for kind in self.plan.kinds for size in kind.cameras.sizes()
+            self._prior_bytes(kind, (math.ceil(frames / ranks().count), height, width), room)
+            for kind in self.plan.kinds
+            for frames, height, width in kind.cameras.sizes()
         )
         if room <= priors:
             logger.warning(
@@ -278,7 +282,8 @@ class FourdfySystem(System):
     def after_backward(self, batch: StepBatch, optimizer: torch.optim.Optimizer) -> None:
         if self.audit.is_new(batch.kind):
             logger.debug("%s", self.audit.record(batch.kind, optimizer.param_groups))
-            if self.audit.images.get(batch.kind) == 0:
+            reaches = bool(self.audit.images.get(batch.kind) != 0)
+            if not any(largest([reaches])):  # a rank may have no share of the images
                 key = self.plan[batch.kind].guidance_key
                 logger.warning(
                     "%s: no gradient of its losses reaches the images; is %s.grad_clip 0?", key, key

@@ -131,7 +131,8 @@ def outputs(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def the_cpu_stands_in_for_the_gpu_that_is_asked_for(monkeypatch):
-    monkeypatch.setattr("fourdfy.launching.run.select_device", {"0": "cpu", "cpu": "cpu"}.__getitem__)
+    for home in ("fourdfy.devices", "fourdfy.launching.run"):
+        monkeypatch.setattr(f"{home}.select_device", lambda gpu, *_: {"0": "cpu", "cpu": "cpu"}[gpu])
 
 
 def run_command(name: str, outputs: dict[str, Path], models: Path) -> Path:

@@ -18,6 +18,7 @@ from fourdfy.ops.occupancy import (
     points_in_cells,
     stratified_times,
 )
+from fourdfy.ops.ranks import spread
 
 Density = Callable[[Float[Tensor, "P 3"], Float[Tensor, "P 1"]], Float[Tensor, "P"]]
 
@@ -78,15 +79,12 @@ class OccupancyGrid(nn.Module):
             radius=self.radius,
             generator=generator,
         )
-        moments = times.reshape(-1, 1)
-        values = torch.cat(
-            [
-                density(some_points, some_times)
-                for some_points, some_times in zip(
-                    points.split(chunk_size), moments.split(chunk_size), strict=True
-                )
-            ]
-        )
+
+        def in_chunks(points: Float[Tensor, "P 3"], moments: Float[Tensor, "P 1"]) -> Float[Tensor, "P"]:
+            pieces = zip(points.split(chunk_size), moments.split(chunk_size), strict=True)
+            return torch.cat([density(*piece) for piece in pieces])
+
+        values = spread(in_chunks, points, times.reshape(-1, 1))
         values = (values * step_size).view_as(times).amax(dim=1).to(self.occs)
         self.occs.copy_(decay_and_raise(self.occs, cells, values, decay))
         self.binaries[0] = occupied_cells(

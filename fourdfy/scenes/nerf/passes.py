@@ -5,16 +5,17 @@ R rays, N samples over all rays (packed, sorted by ray).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from fourdfy.ops.ranks import gathered, offset
 from fourdfy.ops.ray_marching.rays import Rays
-from fourdfy.types import RayBundle, RenderOutput, Samples, TensorRecord, joined_records
+from fourdfy.types import RayBundle, RenderOutput, Samples, TensorRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +86,29 @@ class ShadedRays(TensorRecord):
     t_dirs: Float[Tensor, "N 3"] | None
 
 
+PER_SAMPLE = ("weights", "normals", "t_dirs")
+"""The fields of ``ShadedRays`` with a row for each sample; the others have one for each ray."""
+
+
+def of_all_ranks(samples: Samples, shaded: ShadedRays, first: int, n_rays: int) -> tuple[Samples, ShadedRays]:
+    """All ``n_rays`` rays, of which each rank has shaded its share, this one those from ``first`` on."""
+    start, total = offset(len(samples))
+    placed = replace(samples, ray_indices=samples.ray_indices + first)
+    values = shaded.tensors()
+    by_sample = [*placed.tensors().values(), *(values[name] for name in PER_SAMPLE if name in values)]
+    by_ray = [value for name, value in values.items() if name not in PER_SAMPLE]
+    indices, t_starts, t_ends, *of_samples = gathered(by_sample, start, total)
+    of_rays, of_each = iter(gathered(by_ray, first, n_rays)), iter(of_samples)
+    whole = {name: next(of_each) for name in PER_SAMPLE if name in values}
+    whole |= {name: next(of_rays) for name in values if name not in PER_SAMPLE}
+    return Samples(ray_indices=indices, t_starts=t_starts, t_ends=t_ends), replace(shaded, **whole)
+
+
 def assemble(
-    rays: RayBundle, background: Float[Tensor, "F H W 3"], samples: Samples, parts: Sequence[ShadedRays]
+    rays: RayBundle, background: Float[Tensor, "F H W 3"], samples: Samples, shaded: ShadedRays
 ) -> RenderOutput:
     """All rays as images, over the background."""
-    shaded, shape = joined_records(parts), rays.directions.shape[:3]
+    shape = rays.directions.shape[:3]
 
     def image(pixels: Tensor) -> Tensor:
         return pixels.view(*shape, -1)

@@ -22,6 +22,7 @@ from torch import Tensor
 from fourdfy.bounds import number
 from fourdfy.config import alias, slot
 from fourdfy.ops.compositing import composite
+from fourdfy.ops.ranks import ALONE, Ranks, ranks
 from fourdfy.ops.ray_marching import find_visible, march
 from fourdfy.ops.ray_marching.rays import SteppedRays, step_size
 from fourdfy.ops.recomputation import recomputed
@@ -35,6 +36,7 @@ from fourdfy.scenes.nerf.passes import (
     assemble,
     chunks,
     cut,
+    of_all_ranks,
     split_rays,
 )
 from fourdfy.scenes.nerf.subset import Quotas, draw_subset, interleaved, whole_call
@@ -173,7 +175,10 @@ class NeRFVolumeRenderer(Renderer):
             jitter = self._jitter(rays, context.generator)
             background = self.parts.background(rays.directions, generator=context.generator)
             flat = FlatRays.of(rays)
-            samples = self._samples(flat, jitter, context)
+            us, n_rays = self._ranks(context), len(flat)
+            mine = us.share(n_rays)
+            flat = flat[mine]
+            samples = self._samples(flat, jitter[mine], context)
             if context.generator is None:
                 passes = split_rays(samples, len(flat), self._samples_at_once)
                 shaded = [
@@ -186,7 +191,10 @@ class NeRFVolumeRenderer(Renderer):
             else:
                 quotas = self.share_out(rays, self.cfg.cap(budget))
                 shaded = [self._shade_with_subset(flat, samples, context.copied(), quotas)]
-            return assemble(rays, background, samples, shaded)
+            whole = joined_records(shaded)
+            if us.count > 1:
+                samples, whole = of_all_ranks(samples, whole, mine.start, n_rays)
+            return assemble(rays, background, samples, whole)
 
     def bound_memory(self, available: float) -> None:
         """See ``Scene.bound_memory``; ``gradient: subset`` keeps its caps, which are part of its method."""
@@ -241,6 +249,10 @@ class NeRFVolumeRenderer(Renderer):
     def _samples_at_once(self) -> int:
         """Of an evaluation, which shades them; before pruning, a GPU evaluates four times as many."""
         return 2 * self._chunk_size if self.bbox.is_cuda else MAX_SAMPLES
+
+    def _ranks(self, context: StepContext) -> Ranks:
+        """Those that share the rays: not in an evaluation, and not where a draw depends on all samples."""
+        return ranks() if context.generator and self.cfg.gradient == "exact" else ALONE
 
     def _jitter(self, rays: RayBundle, generator: torch.Generator | None) -> Float[Tensor, "R"]:
         count = rays.directions[..., 0].numel()

@@ -1,0 +1,111 @@
+"""One step over several processes is the step of one."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fourdfy.config import ConfigError
+from fourdfy.devices import select_devices
+from fourdfy.ops.ranks import Ranks
+from tests.commands import ROOT
+from tests.rank_steps import CASES
+
+COUNTS = (2, 3)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What 1, 2 and 3 ranks find."""
+    folder = tmp_path_factory.mktemp("ranks")
+    counts = [str(count) for count in (1, *COUNTS)]
+    command = [sys.executable, "-m", "tests.rank_steps", str(folder), *counts]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    return {count: torch.load(folder / f"{count}.pt") for count in (1, *COUNTS)}
+
+
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("case", CASES)
+def test_steps_of_several_ranks_are_those_of_one(case, count, found):
+    one, several = found[1][case], found[count][case]
+    assert len(one["steps"]) == len(several["steps"]) > 0
+    for alone, together in zip(one["steps"], several["steps"], strict=True):
+        assert alone["kind"] == together["kind"] and alone["samples"] == together["samples"] > 0
+        assert together["losses"] == pytest.approx(alone["losses"], rel=1e-4), alone["kind"]
+        assert together["grads"].keys() == alone["grads"].keys()
+        for name, grad in alone["grads"].items():
+            difference = (together["grads"][name] - grad).norm()
+            assert difference <= 1e-4 * grad.norm() + 1e-9, (alone["kind"], name)  # sums in another order
+    for name, value in one["state"].items():
+        torch.testing.assert_close(several["state"][name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_every_kind_of_step_is_among_them(found):
+    kinds = {step["kind"] for case in found[1].values() for step in case["steps"]}
+    assert kinds == {"multi_view", "single_view", "video"}
+    learning = {
+        name.split(".")[0] for case in found[1].values() for s in case["steps"] for name in s["grads"]
+    }
+    assert learning == {"scene", "guidance_single_view"}
+
+
+@pytest.mark.parametrize("length", [0, 1, 4, 8, 17])
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_shares_are_neighbours_that_leave_nothing_out(length, group, count):
+    length -= length % group
+    shares = [Ranks(rank, count).share(length, group) for rank in range(count)]
+    assert [n for share in shares for n in range(length)[share]] == [*range(length)]
+    sizes = [share.stop - share.start for share in shares]
+    assert max(sizes) - min(sizes) <= group and not any(size % group for size in sizes)
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """So many GPUs, and processes that torchrun has started."""
+
+    def there_are(gpus, processes=0):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        if processes:
+            monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+
+    return there_are
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes", "gpu", "devices"),
+    [
+        (4, 0, "0,2", ["cuda:0", "cuda:2"]),
+        (0, 0, "cpu,cpu,cpu", ["cpu"] * 3),
+        (4, 0, None, ["cuda:0"]),
+        (4, 2, None, ["cuda:0", "cuda:1"]),
+        (4, 2, "1,3", ["cuda:1", "cuda:3"]),
+        (0, 2, None, ["cpu", "cpu"]),
+        (4, 2, "cpu", ["cpu", "cpu"]),
+    ],
+)
+def test_each_process_has_a_device(gpus, processes, gpu, devices, machine):
+    machine(gpus, processes)
+    assert select_devices(gpu) == devices
+
+
+@pytest.mark.parametrize(
+    ("gpus", "processes", "gpu", "message"),
+    [
+        (2, 0, "0,2", "--gpu 2: no such GPU; PyTorch sees --gpu 0 to --gpu 1"),
+        (2, 0, "0,0", "--gpu 0,0: names cuda:0 twice"),
+        (2, 0, "0,cpu", "on GPUs or on the CPU, not on both"),
+        (2, 0, "0,", "--gpu : expected cpu, cuda, cuda:N, or N"),
+        (4, 3, "0,1", "names 2 devices, and torchrun has started 3 processes here"),
+        (4, 2, "0", "names 1 device, and torchrun has started 2 processes here"),
+        (1, 2, None, "no such GPU; PyTorch sees only --gpu 0"),
+    ],
+)
+def test_devices_that_are_not_there_are_refused_in_one_line(gpus, processes, gpu, message, machine):
+    machine(gpus, processes)
+    with pytest.raises(ConfigError) as error:
+        select_devices(gpu)
+    assert message in str(error.value) and "\n" not in str(error.value)

@@ -1,0 +1,151 @@
+"""Training steps on several ranks, as a program of its own: ``python -m tests.rank_steps FOLDER COUNT ...``.
+
+The modules are imported once; then the ranks are forked, COUNT together. Each group runs all ``CASES``, and
+its first rank writes what it found to ``FOLDER/COUNT.pt``.
+"""
+
+import os
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fourdfy.callbacks.base import Callback, Run
+from fourdfy.launching.experiment import load_experiment
+from fourdfy.launching.lightning import Trainer
+from fourdfy.ops.ranks import Ranks, together
+from tests.commands import CONFIGS, TINY
+
+FREE = ("system.freeze_static_modules=false",)
+NORMALS = (
+    "system.material_type=diffuse-with-point-light-material",
+    "system.material={ambient_only_steps: 0}",
+    "system.loss.lambda_orient=1",
+    "system.loss.lambda_z_variance=1",
+)
+CASES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "reconstruction, vsd with a LoRA, sds of clips": ("shapes_stage_3", FREE),
+    "sds of images, normals, a network for the background": (
+        "shapes_stage_3",
+        (
+            *FREE,
+            *NORMALS,
+            "data.single_view.batch_size=3",
+            "data.multi_view.batch_size=8",
+            "system.background_type=neural-environment-map-background",
+            "system.background={random_aug: true}",
+            "system.guidance_type=stable-diffusion-guidance",
+            "system.guidance={pretrained_model_name_or_path: fourdfy/shapes-image}",
+        ),
+    ),
+    "a deformation, in passes and parts, a causal VAE": (
+        "shapes_stage_3_wan",
+        (
+            *FREE,
+            "data.single_view.num_frames=5",
+            "system.geometry.pos_encoding_config.otype=HashGridSpatialTimeDeform",
+            "system.loss.lambda_deformation=1",
+            "system.renderer.train_max_nums=300",
+            "system.renderer.train_max_nums_static=300",
+            "system.guidance_multi_view.low_ram_vae=1",
+            "trainer.accumulate_grad_batches=2",
+        ),
+    ),
+    "random subsets of samples and frames": (
+        "shapes_stage_3",
+        (
+            *FREE,
+            "system.renderer_type=stable-nerf-volume-renderer",
+            "system.renderer={base_renderer: {gradient: subset, train_max_nums: 900}}",
+            "system.renderer.base_renderer.num_samples_per_ray=16",
+            "system.guidance_video.gradient=subset",
+            "system.guidance_video.low_ram_vae=3",
+        ),
+    ),
+}
+"""Name -> config, overrides. Each runs every kind of step."""
+
+
+class Gradients(Callback):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[dict[str, Any]] = []
+
+    def after_step(self, run: Run, batch: Any, losses: Any) -> None:
+        grads = {}
+        for name, parameter in run.system.named_parameters():
+            if parameter.grad is not None:
+                grads[name] = parameter.grad.clone()
+        samples = run.means.read()[f"{batch.kind}/samples"]
+        seen = {"kind": batch.kind, "samples": samples, "losses": {k: v.item() for k, v in losses.items()}}
+        self.steps.append({**seen, "grads": grads})
+
+
+def run_case(config: str, overrides: tuple[str, ...], is_first: bool) -> dict[str, Any]:
+    """The steps of one case, and the scene behind them."""
+    experiment = load_experiment([CONFIGS / f"{config}.yaml"], [*TINY, *overrides])
+    kinds = [kind.name for kind in experiment.plan.kinds]
+    system = experiment.build_system()
+    system.prepare(torch.device("cpu"), resumed=False)
+    data = experiment.build_data()
+    data.choose_kind = lambda step: kinds[step % len(kinds)]
+    run = Run(
+        system=system,
+        data=data,
+        folder=Path("unused"),
+        label="ranks",
+        max_steps=len(kinds),
+        # Of all parameters; Adam would divide rounding by rounding.
+        optimizer=torch.optim.SGD([{"params": system.parameters(), "name": "all"}], lr=1e-6),
+    )
+    gradients = Gradients()
+    cfg = experiment.cfg.trainer
+    object.__setattr__(cfg, "max_steps", run.max_steps)
+    Trainer(cfg, run, {"gradients": gradients} if is_first else {}, device="cpu").fit(None)
+    state: dict[str, Tensor] = {name: value.clone() for name, value in system.state_dict().items()}
+    return {"steps": gradients.steps, "state": state}
+
+
+def run_cases(folder: Path, rank: int, count: int) -> None:
+    torch.set_num_threads(1)
+    if count > 1:
+        store = f"file://{folder / f'{count}.store'}"
+        wait = timedelta(seconds=60)
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=count, timeout=wait)
+    with together(Ranks(rank, count)):
+        found = {name: run_case(*case, is_first=rank == 0) for name, case in CASES.items()}
+    if rank == 0:
+        torch.save(found, folder / f"{count}.pt")
+
+
+def forked(work: Any, *arguments: Any) -> int:
+    """The process id of a copy of this one that does the work."""
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        work(*arguments)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def main() -> int:
+    folder, *counts = sys.argv[1:]
+    failed = 0
+    for count in map(int, counts):
+        pids = [forked(run_cases, Path(folder), rank, count) for rank in range(count)]
+        failed |= max(os.waitpid(pid, 0)[1] for pid in pids)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
