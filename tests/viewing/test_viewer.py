@@ -17,11 +17,11 @@ from fourdfy.systems.checkpoint import read_checkpoint
 from fourdfy.viewing import pace
 from fourdfy.viewing import viewer as module
 from fourdfy.viewing.settings import ViewerConfig
-from fourdfy.viewing.viewer import Viewer, find_page, show_scene, untouched
+from fourdfy.viewing.viewer import Viewer, find_page, show_scene
 from fourdfy.viewing.views import VIEWS
 from tests.commands import TINY, launch, trial
 from tests.viewing.fake_page import FakePage
-from tests.viewing.scenes import run_of_a_ball, steps
+from tests.viewing.scenes import ball, run_of_a_ball, steps
 
 STEPS = 4
 ALL_KINDS = ("data.prob_multi_view=0.4", "data.single_view.prob_single_view_video=0.5", "seed=1")
@@ -259,17 +259,22 @@ def test_a_finished_scene_is_refined_at_rest_without_a_budget(tmp_path):
     assert pages[0].scenery.kinds == () and pages[0].closed
 
 
-def test_generators_and_modes_are_left_as_they_were(both):
-    system = fourdfy.load(both[0].folder, device="cpu").system
-    system.train()
-    system.scene.eval()
-    torch.manual_seed(0)
+def test_rendering_and_requests_leave_generators_and_modes_as_they_were(tmp_path):
+    viewer, run = begun(tmp_path)
+    seen = []
+
+    def render(cameras):
+        seen.append((run.system.training, float(torch.rand(()))))
+        return ball(cameras)
+
+    run.system.render, run.system.part = render, torch.nn.Linear(1, 1).eval()
+    run.save = lambda path: seen.append((run.system.training, float(torch.rand(()))))
+    viewer.page.controls.requests.append(("save",))
     before = torch.get_rng_state()
-    with untouched(system):
-        assert not any(part.training for part in system.modules())
-        torch.rand(3)
+    steps(viewer, run, 3)
+    assert len(seen) > 3 and not any(training for training, _ in seen)
     assert torch.equal(torch.get_rng_state(), before)
-    assert system.training and not system.scene.training
+    assert run.system.training and not run.system.part.training
 
 
 def test_a_missing_package_is_named_with_what_to_type(monkeypatch):
