@@ -110,7 +110,7 @@ def add_session(trial: Path, earlier: Sequence[Session], session: Session) -> No
     write_whole(trial / SESSIONS, json.dumps([asdict(each) for each in (*earlier, session)], indent=1))
 
 
-def scores(trial: Path, step: int | None = None) -> dict[str, float]:
+def scores(trial: Path, step: int | None = None) -> dict[str, float | int]:
     """Numbers of the evaluation at a step, or the last that has one; empty without.
 
     Raises:

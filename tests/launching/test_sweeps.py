@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from fourdfy.config import ConfigError
+from fourdfy.evaluation.registry import METRICS, Metric
 from fourdfy.files.atomic import write_whole
 from fourdfy.launching.cli import main
 from fourdfy.launching.sweeps import command, results, runners, scheduler
@@ -359,6 +360,18 @@ def test_texts_are_encoded_once_before_the_jobs_start(made, tmp_path, monkeypatc
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
 
+def test_seeds_are_kept_by_a_metric_of_their_views(made, tmp_path, monkeypatch):
+    """The jobs judge themselves; what the numbers say decides."""
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text(f"stages: [{STAGE}, {CONFIGS / 'shapes_stage_2.yaml'}]\n")
+    text = f"config: {recipe}\nprompts: {PROMPTS[:1]}\nseeds: 0-1\nkeep: 1 of 2 after stage 1\n"
+    monkeypatch.setitem(METRICS, "brightness", Metric("brightness", "highest", lambda views: next(numbers)))
+    numbers = iter([0.25, 0.75, 0.5])
+    sweep = made(text + "keep_by: brightness", "evaluation.metrics=[brightness]", "evaluation.size=8")
+    assert states(entries(sweep, Here())) == ["dropped", "done"]
+    assert [row_of(sweep, job)["brightness"] for job in sweep.jobs] == [0.25, 0.5]  # the second stage's
+
+
 def test_the_time_that_is_left_is_that_of_those_that_are_done(monkeypatch):
     monkeypatch.setattr(scheduler.time, "monotonic", lambda: 100.0)
 
@@ -476,7 +489,11 @@ def test_the_command_lists_runs_and_gathers(tmp_path, monkeypatch, capsys, caplo
     assert re.search(r"a red cube bouncing, seed 1 +│ to do +│ \d\.\d GiB", said)
     assert "2 of 2 jobs to do; time unknown until a job is done" in said and not (tmp_path / "out").exists()
     assert main([*words, "--dry-run", "--gpu", "0"]) == 2 and "--gpu: a sweep uses" in capsys.readouterr().err
+    encoded = []
+    monkeypatch.setattr(command, "cache_embeddings", lambda texts, device: encoded.append((*texts, device)))
     assert main([*words, "--verbose"]) == 0
+    ((texts, device),) = encoded
+    assert (texts.prompt, device) == ("a red cube bouncing", "cpu")
     assert here.started and all("--verbose" in task.arguments for task in here.started)
     folder = tmp_path / "out" / "sweep"
     rows = list(csv.DictReader((folder / "results.csv").open()))
@@ -512,7 +529,7 @@ def test_a_prompt_can_not_act_on_the_page(made):
         (["--sweep", "x.yaml", "--train"], "--sweep takes no"),
         (["--config", "shapes", "--train", "--seeds", "0-3"], "are for --sweep"),
         (["--config", "shapes", "--check", "--stages", "2"], "--stages says how many"),
-        (["--train"], "one of the arguments --config --trial --replay --sweep is required"),
+        (["--train"], "one of the arguments --config --trial --replay --sweep --compare is required"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(words, message, capsys):

@@ -87,7 +87,7 @@ def dropped(sweep: Sweep) -> set[str]:
     return set().union(*(not_kept(sweep, group) for group in done))
 
 
-def numbers(job: Job, stage: int) -> dict[str, float]:
+def numbers(job: Job, stage: int) -> dict[str, float | int]:
     """Of the evaluation against the ground truth, where there is one; ``prior``; and the last losses.
 
     A file that is damaged costs a warning: there are none then.
@@ -99,7 +99,7 @@ def numbers(job: Job, stage: int) -> dict[str, float]:
         return {}
 
 
-def _numbers(job: Job, stage: int) -> dict[str, float]:
+def _numbers(job: Job, stage: int) -> dict[str, float | int]:
     trial, end = job.trials[stage - 1], job.ends[stage - 1]
     found = scores(trial, end)
     last = {name: [value for _, value in curve] for name, curve in curves(trial).items()}
