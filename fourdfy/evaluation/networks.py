@@ -48,6 +48,8 @@ class Judge:
                 torch.tensor(given.get(key, usual)).view(3, 1, 1)
                 for key, usual in (("image_mean", MEAN), ("image_std", STD))
             )
+            if not (self._mean.isfinite().all() and (self._std > 0).all()):
+                raise ValueError(f"image_mean and image_std of {file.name} are no numbers to divide by")
         self.network = load_transformer(
             self.folder, part, CLASSES[part], self.device, tokenizer=self._tokenizer
         )

@@ -8,6 +8,7 @@ are left to them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ LAYERS, SIZE, NUMBER = range(1, MOST + 1), range(1, 2**20), Bounds(-1e6, 1e6)
 ALLOWED: dict[str, Allowed] = {
     **dict.fromkeys(
         (
-            "decoder_layers_per_block", "dim_mult", "layers_per_block", "motion_layers_per_block",
+            "decoder_layers_per_block", "dim_mult", "layers_per_block", "mit_num_hidden_layers",
+            "motion_layers_per_block", "prompt_layers",
             "motion_mid_block_layers_per_block",
             "motion_transformer_layers_per_block", "motion_transformer_layers_per_mid_block",
             "num_decoder_layers", "num_heads", "num_hidden_layers",
@@ -48,6 +50,8 @@ ALLOWED: dict[str, Allowed] = {
             "sample_frames", "sample_height", "sample_size", "sample_width", "scale_factor_spatial",
             "scale_factor_temporal", "temporal_compression_ratio", "text_dim", "text_embed_dim",
             "time_cond_proj_dim", "time_embed_dim", "time_embedding_dim", "vocab_size", "z_dim",
+            "image_size", "mit_hidden_size", "mit_intermediate_size", "mit_num_attention_heads",
+            "num_channels", "num_frames", "prompt_num_attention_heads",
         ),
         SIZE,
     ),
@@ -106,6 +110,10 @@ OR_NULL = (
 """Keys that may be null."""
 
 
+NETWORKS = ("text_config", "vision_config")
+"""Keys of networks inside of one, with keys of their own."""
+
+
 def check_network_file(folder: Path, part: str) -> None:
     """Refuse a description of a network that none can be made from.
 
@@ -113,7 +121,8 @@ def check_network_file(folder: Path, part: str) -> None:
         ConfigError: names the file, the key and what was expected.
     """
     file, description = description_file(folder, part), read_description(folder, part)
-    for key, value in description.items():
+    inner = [value for key, value in description.items() if key in NETWORKS and isinstance(value, dict)]
+    for key, value in chain(*(section.items() for section in (description, *inner))):
         if key not in ALLOWED or (value is None and key in OR_NULL):
             continue
         entries = [*_entries(value)] if key in LISTS or key in OR_LISTS else [value]

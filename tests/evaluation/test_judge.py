@@ -132,6 +132,27 @@ def test_clip_s_vectors_are_those_of_transformers(judges):
     assert smaller.shape == (3, 16)  # resized to what the network reads
 
 
+@pytest.mark.parametrize(
+    ("file", "values", "message"),
+    [
+        ("config.json", {"text_config": {"num_hidden_layers": 10**9}}, r"num_hidden_layers=1000000000; exp"),
+        ("config.json", {"vision_config": {"image_size": None}}, r"image_size=null; expected"),
+        ("preprocessor_config.json", {"image_std": [0, 1, 1]}, r"can't be loaded: .*image_std"),
+        ("preprocessor_config.json", {"image_mean": "x"}, r"can't be loaded: "),
+        ("vocab.json", [], r"can't be loaded: "),
+    ],
+)
+def test_a_folder_that_no_network_can_be_made_from_is_refused(file, values, message, tmp_path):
+    folder = save_clip(tmp_path)
+    content = json.loads((folder / file).read_text())
+    for key in values if isinstance(values, dict) else ():
+        inner = values[key]
+        content[key] = {**content[key], **inner} if isinstance(inner, dict) else inner
+    (folder / file).write_text(json.dumps(content if isinstance(values, dict) else values))
+    with pytest.raises(ConfigError, match=message):
+        Judge(str(folder), "clip", "cpu")
+
+
 def test_x_clip_s_cosine_is_its_own_logit_without_the_scale(judges):
     judge = Judge(judges[1].partition("=")[2], "xclip", "cpu")
     rgb = torch.rand(9, 32, 32, 3)
