@@ -81,7 +81,8 @@ def measure(name: str, budget: float | None, args: argparse.Namespace) -> tuple[
         return page
 
     times = Times()
-    viewers = [] if budget is None else [Viewer(ViewerConfig(port=0, budget=budget), open_page=open_page)]
+    cfg = ViewerConfig(port=0, budget=budget or 1.0)
+    viewers = [] if budget is None else [Viewer(cfg, lambda run: [], open_page=open_page)]
     with tempfile.TemporaryDirectory() as folder:
         fourdfy.train(
             args.config,

@@ -157,7 +157,7 @@ def view(stage: Stage, device: str, stop: StopSignals) -> None:
     Raises:
         ConfigError: there is no checkpoint, or the page can't be opened.
     """
-    from fourdfy.launching.closing import ground_truth_of
+    from fourdfy.launching.train import viewer_of
     from fourdfy.viewing.viewer import show_scene
 
     experiment, system = load(stage, device)
@@ -169,7 +169,7 @@ def view(stage: Stage, device: str, stop: StopSignals) -> None:
         max_steps=system.step,
     )
     stop.deferred = True
-    show_scene(run, experiment.cfg.viewer, ground_truth_of(experiment), lambda: stop.received is not None)
+    show_scene(viewer_of(experiment), run, lambda: stop.received is not None)
     stop.received = None
 
 
@@ -199,14 +199,10 @@ def render_views(mode: str, system: System, experiment: Experiment, folder: Path
 
 
 def export(system: System, experiment: Experiment, folder: Path) -> None:
-    """Write ``it{step}-export/`` with ``system.exporter``, and a page that shows it."""
-    from fourdfy.launching.sharing import write_share
+    """Write ``it{step}-export/``, and say what is in it."""
+    from fourdfy.launching.sharing import export_scene
 
-    data, dynamic = experiment.build_data(), experiment.plan.dynamic
-    cameras = data.val_cameras(dynamic) | data.test_cameras(dynamic)
-    folder /= f"it{system.step}-export"
-    files = system.export(folder, cameras)
-    for path in (*files, write_share(system, experiment, cameras, files, folder)):
+    for path in export_scene(system, experiment, folder):
         logger.info("%s  %s", path, _size(path))
 
 

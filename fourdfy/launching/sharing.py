@@ -22,6 +22,20 @@ from fourdfy.systems.base import System
 from fourdfy.types import Cameras
 
 
+def export_scene(system: System, experiment: Experiment, folder: Path) -> list[Path]:
+    """Write ``it{step}-export/`` into a folder with ``system.exporter``, and a page that shows it.
+
+    Raises:
+        ConfigError: the exporter can't export this scene.
+        WriteError: it can't be written.
+    """
+    data, dynamic = experiment.build_data(), experiment.plan.dynamic
+    cameras = data.val_cameras(dynamic) | data.test_cameras(dynamic)
+    folder /= f"it{system.step}-export"
+    files = system.export(folder, cameras)
+    return [*files, write_share(system, experiment, cameras, files, folder)]
+
+
 def write_share(
     system: System,
     experiment: Experiment,

@@ -6,6 +6,7 @@ Nothing here handles signals, configures logging or writes to the terminal; that
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from fourdfy.types import Cameras, RenderOutput
 
 if TYPE_CHECKING:
     from fourdfy.launching.lightning import Trainer
+    from fourdfy.viewing.viewer import Viewer
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +199,7 @@ def _train_stage(
         "curves": curves,  # first: a checkpoint holds what they have not logged
         **configured(cfg),
         **named(callbacks),
-        **viewers(experiment),
+        **({"viewer": viewer_of(experiment)} if experiment.cfg.viewer.enable and ranks().is_first else {}),
         **judging(experiment),  # before the test views are complete, which says that a stage is done
         "renders": SaveRenders(folder / "save", curves, trained=True),
         "watch": SceneWatch(curves),
@@ -243,12 +245,22 @@ def _train_stage(
     return not any(largest([run.stopping]))
 
 
-def viewers(experiment: Experiment) -> dict[str, Callback]:
-    """The viewer, by its key, if ``viewer.enable`` is set."""
+def viewer_of(experiment: Experiment) -> Viewer:
+    """What shows the experiment's scene on a page.
+
+    Raises:
+        ConfigError: the package for the page is missing.
+    """
+    from fourdfy.launching.sharing import export_scene
     from fourdfy.viewing.viewer import Viewer
 
-    cfg = experiment.cfg.viewer
-    return {"viewer": Viewer(cfg, ground_truth_of(experiment))} if cfg.enable else {}
+    others_wait = 60 * experiment.cfg.trainer.rank_timeout_minutes if ranks().count > 1 else math.inf
+    return Viewer(
+        experiment.cfg.viewer,
+        lambda run: export_scene(run.system, experiment, run.folder / "save"),
+        truth=ground_truth_of(experiment),
+        longest_pause=others_wait / 2,
+    )
 
 
 def judging(experiment: Experiment) -> dict[str, Callback]:

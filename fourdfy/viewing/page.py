@@ -65,7 +65,7 @@ def free_port(host: str, first: int) -> int:
             with closing(socket.create_server((host, port), family=family)) as server:
                 return server.getsockname()[1]
         except OSError as error:
-            problem = str(error)
+            problem = (error.strerror or str(error)).partition(" (")[0]
     raise ConfigError(
         f"viewer.host={host}, viewer.port={first}: {problem}; use 127.0.0.1 or another address of this "
         "machine, and a port above 1023"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,9 @@ class Viewer(Callback):
     """Shows a scene while it is trained, within a share of the time; training is the same without it.
 
     Args:
+        export: writes the scene's files into the trial, and names them.
         truth: the ground truth of the prompt, if there is one.
+        longest_pause: seconds after which a paused run goes on.
         open_page: makes the page.
 
     Raises:
@@ -56,10 +58,13 @@ class Viewer(Callback):
     def __init__(
         self,
         cfg: ViewerConfig,
+        export: Callable[[Run], Sequence[Path]],
+        *,
         truth: Truth | None = None,
+        longest_pause: float = math.inf,
         open_page: Callable[[ViewerConfig, Scenery], Page] | None = None,
     ) -> None:
-        self.settings, self.truth = cfg, truth
+        self.settings, self.export, self.truth, self.longest_pause = cfg, export, truth, longest_pause
         self.open_page = open_page or find_page()
         self.page: Page | None = None
         """None before the training, after it, and once something has failed."""
@@ -188,11 +193,7 @@ class Viewer(Callback):
                     run.save(run.folder / LAST)
                     page.notify(f"step {run.step} saved: {LAST}")
                 elif what == "export":
-                    folder = run.folder / "save" / f"it{run.step}-export"
-                    data = run.data
-                    cameras = data.val_cameras(self.dynamic) | data.test_cameras(self.dynamic)
-                    files = run.system.export(folder, cameras)
-                    names = [_inside(run.folder, file) for file in files]
+                    names = [str(file.relative_to(run.folder)) for file in self.export(run)]
                     page.notify(f"step {run.step} exported: {', '.join(names)}")
                 elif kinds[0] not in self._looks:
                     self._looks[kinds[0]] = Look(run.system.guidances()[kinds[0]])
@@ -237,7 +238,7 @@ class Viewer(Callback):
                 seen = now if page.eyes() else seen
                 if run.is_asked_to_stop():
                     run.stop()
-                if run.stopping or now - seen > ALONE_SECONDS:
+                if run.stopping or now - seen > ALONE_SECONDS or now - began > self.longest_pause:
                     page.controls.paused = False
                 time.sleep(TICK_SECONDS)
         page.show_paused()
@@ -245,15 +246,8 @@ class Viewer(Callback):
         logger.info("step %d: resumed", run.step)
 
 
-def show_scene(
-    run: Run,
-    cfg: ViewerConfig,
-    truth: Truth | None,
-    is_over: Callable[[], bool],
-    open_page: Callable[[ViewerConfig, Scenery], Page] | None = None,
-) -> None:
-    """Show a finished scene until ``is_over``; see ``Viewer``."""
-    viewer = Viewer(cfg, truth, open_page)
+def show_scene(viewer: Viewer, run: Run, is_over: Callable[[], bool]) -> None:
+    """Show a finished scene until ``is_over``."""
     viewer.open(run)
     try:
         while not is_over():
@@ -270,8 +264,7 @@ def find_page() -> Callable[[ViewerConfig, Scenery], Page]:
         from fourdfy.viewing.page import open_page
     except ImportError as error:
         raise ConfigError(
-            f"the viewer needs the package viser ({error}): pip install 'viser>=1.1', or set "
-            "viewer.enable=false"
+            f"the viewer needs the package viser ({error}): pip install 'viser>=1.1' (the extra 'viewer')"
         ) from error
     return open_page
 
@@ -292,10 +285,6 @@ def untouched(system: System) -> Iterator[None]:
 
 def _brief(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-def _inside(folder: Path, file: Path) -> str:
-    return str(file.relative_to(folder)) if file.is_relative_to(folder) else str(file)
 
 
 def _nested(matrix: Tensor) -> tuple[tuple[float, ...], ...]:

@@ -21,9 +21,13 @@ from tests.screenshots import needs_browser
 from tests.viewing.scenes import OneCamera, run_of_a_ball
 
 
+def no_export(run):
+    raise NotImplementedError
+
+
 @pytest.fixture
 def viewer(tmp_path):
-    viewer = Viewer(ViewerConfig(port=0, size=128))
+    viewer = Viewer(ViewerConfig(port=0, size=128), no_export)
     viewer.open(run_of_a_ball(tmp_path))
     yield viewer
     viewer.close()
@@ -90,7 +94,7 @@ def test_the_scene_is_seen_from_where_the_mouse_leads_and_the_buttons_work(viewe
 
 def test_it_says_where_it_is_and_prints_nothing(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    viewer = Viewer(ViewerConfig(port=0))
+    viewer = Viewer(ViewerConfig(port=0), no_export)
     with redirect_stdout(io.StringIO()) as printed:
         viewer.open(run_of_a_ball(tmp_path))
         port = viewer.page.port
@@ -100,7 +104,7 @@ def test_it_says_where_it_is_and_prints_nothing(tmp_path, caplog):
 
 
 def test_another_host_is_warned_of(tmp_path, caplog):
-    viewer = Viewer(ViewerConfig(host="0.0.0.0", port=0))
+    viewer = Viewer(ViewerConfig(host="0.0.0.0", port=0), no_export)
     viewer.open(run_of_a_ball(tmp_path))
     viewer.close()
     assert "viewer.host=0.0.0.0: everyone who can reach this address" in caplog.text

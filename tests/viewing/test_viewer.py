@@ -24,6 +24,7 @@ from tests.viewing.fake_page import FakePage
 from tests.viewing.scenes import ball, run_of_a_ball, steps
 
 STEPS = 4
+GIF = ("system.exporter_type=video-exporter", "system.exporter.formats=[gif]")
 ALL_KINDS = ("data.prob_multi_view=0.4", "data.single_view.prob_single_view_video=0.5", "seed=1")
 
 
@@ -34,9 +35,14 @@ def always_due(monkeypatch):
 
 def train(root, page=None, *, config="shapes_stage_1", steps=1, budget=1.0, overrides=(), callbacks=()):
     """Train with a viewer on the page that ``page(cfg, scenery)`` makes; gives the trial."""
-    viewers = [Viewer(ViewerConfig(budget=budget, size=24), open_page=page)] if page else []
+    viewers = [Viewer(ViewerConfig(budget=budget, size=24), nothing, open_page=page)] if page else []
     given = [*TINY, f"exp_root_dir={root}", f"trainer.max_steps={steps}", *overrides]
     return fourdfy.train(config, given, device="cpu", callbacks=[*callbacks, *viewers], test=False)
+
+
+def nothing(run):
+    """Exports nothing."""
+    return []
 
 
 def keeping(pages, kind):
@@ -126,19 +132,12 @@ def test_a_pause_ends_when_it_is_resumed_and_saving_writes_an_ordinary_checkpoin
     assert any("saved: ckpts/last.ckpt" in note for note in page.notes)
 
 
-def test_exporting_writes_what_the_exporter_makes(tmp_path, caplog):
-    class Exports(FakePage):
-        def eyes(self):
-            if not self.notes:
-                self.controls.requests.append(("export",))
-                self.notes.append("asked")
-            return super().eyes()
-
-    exporter = ["system.exporter_type=video-exporter", "system.exporter.formats=[gif]"]
-    pages = []
-    made = train(tmp_path, keeping(pages, Exports), steps=2, overrides=exporter)
-    assert [*made.folder.glob("save/it2-export/*")], caplog.text
-    assert any("exported: save/it2-export" in note for note in pages[0].notes)
+def test_exporting_names_the_files_inside_of_the_trial(tmp_path):
+    files = [tmp_path / "save" / "it1-export" / name for name in ("model.glb", "share.html")]
+    viewer, run = begun(tmp_path, export=lambda run: files)
+    viewer.page.controls.requests.append(("export",))
+    steps(viewer, run, 1)
+    assert viewer.page.notes == ["step 8 exported: save/it1-export/model.glb, save/it1-export/share.html"]
 
 
 class Broken(FakePage):
@@ -156,10 +155,10 @@ def test_a_viewer_that_fails_is_off_with_one_warning_and_training_goes_on(tmp_pa
     assert same(*(read_checkpoint(this.folder)["state_dict"] for this in (made, alone)))
 
 
-def begun(folder, page=FakePage, *, static=False, budget=1.0):
+def begun(folder, page=FakePage, *, static=False, budget=1.0, export=nothing, **given):
     """(a viewer beside a training of a ball that has begun, its run)."""
     run = run_of_a_ball(folder, static=static)
-    viewer = Viewer(ViewerConfig(size=24, budget=budget), open_page=page)
+    viewer = Viewer(ViewerConfig(size=24, budget=budget), export, open_page=page, **given)
     viewer.begin(run)
     return viewer, run
 
@@ -174,7 +173,7 @@ def test_a_page_that_cannot_be_opened_costs_a_warning(tmp_path, caplog):
 
 
 def test_what_fails_on_demand_is_told_and_the_viewer_stays(tmp_path):
-    viewer, run = begun(tmp_path)
+    viewer, run = begun(tmp_path, export=lambda run: run.nowhere)
     viewer.page.controls.requests.extend([("look", "nobody"), ("save",), ("export",)])
     run.save = lambda path: (path / "nowhere").read_bytes()
     steps(viewer, run, 3)
@@ -204,6 +203,13 @@ def test_a_paused_run_goes_on_when_nobody_looks_on(tmp_path, monkeypatch):
     assert viewer.page.notes == ["resumed"] and not run.stopping
 
 
+def test_a_pause_has_an_end_where_others_wait(tmp_path):
+    viewer, run = begun(tmp_path, longest_pause=0.05)
+    viewer.page.controls.paused, run.is_asked_to_stop = True, lambda: False
+    steps(viewer, run, 1)
+    assert viewer.page.notes == ["resumed"] and not run.stopping
+
+
 def test_a_signal_ends_a_paused_run_at_that_step_with_a_checkpoint(tmp_path):
     stop = StopSignals(lambda: "")
 
@@ -230,17 +236,24 @@ def test_a_static_scene_has_no_time(tmp_path):
 
 def test_the_command_line_opens_it_and_shows_a_trial_until_a_signal(tmp_path, monkeypatch, heard, capsys):
     class Visited(FakePage):
+        def notify(self, text):
+            super().notify(text)
+            os.kill(os.getpid(), signal.SIGINT)
+
         def show(self, client, image):
             super().show(client, image)
-            if not self.scenery.kinds and len(self.images) == 3:
-                os.kill(os.getpid(), signal.SIGINT)
+            if not self.scenery.kinds and len(self.images) == 2:
+                self.controls.requests.append(("export",))
 
     pages = []
     monkeypatch.setattr(module, "find_page", lambda: keeping(pages, Visited))
     assert launch("shapes_stage_1.yaml", "train", tmp_path, "--view", "trainer.max_steps=1") == 0
     assert pages[0].scenery.has_truth and pages[0].cfg.enable and pages[0].images
     folder = trial(tmp_path, "shapes_stage_1")
-    assert main(["--trial", str(folder), "--view", "--gpu", "cpu", "viewer.size=16"]) == 0
+    assert main(["--trial", str(folder), "--view", "--gpu", "cpu", "viewer.size=16", *GIF]) == 0
+    (exported,) = pages[1].notes
+    assert exported.startswith("step 1 exported: save/it1-export/"), exported
+    assert (folder / "save" / "it1-export" / "share.html").exists()
     assert pages[1].scenery.step == 1 and pages[1].scenery.kinds == () and pages[1].closed
     with pytest.raises(SystemExit):
         main(["--trial", str(folder), "--test", "--view"])
@@ -254,7 +267,8 @@ def test_a_finished_scene_is_refined_at_rest_without_a_budget(tmp_path):
 
     pages, looks, run = [], iter(range(200)), run_of_a_ball(tmp_path)
     run.optimizer = None
-    show_scene(run, ViewerConfig(size=128), None, lambda: next(looks) > 60, keeping(pages, Still))
+    viewer = Viewer(ViewerConfig(size=128), nothing, open_page=keeping(pages, Still))
+    show_scene(viewer, run, lambda: next(looks) > 60)
     assert [max(image.shape[:2]) for _, _, image in pages[0].images] == [64, 128]
     assert pages[0].scenery.kinds == () and pages[0].closed
 
