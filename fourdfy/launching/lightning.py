@@ -30,6 +30,7 @@ from fourdfy.launching.experiment import PARSED, TrainerConfig
 from fourdfy.launching.retries import make_room, until_it_fits
 from fourdfy.launching.trial import program
 from fourdfy.ops.ranks import largest, of_first_rank, ranks, sum_gradients
+from fourdfy.ops.replay import release_recordings
 from fourdfy.seeds import generator_states, set_generator_states
 from fourdfy.systems.broken_step import REPLAY, StepRecord, write_step
 from fourdfy.systems.checkpoint import read_checkpoint, write_checkpoint
@@ -124,6 +125,8 @@ class LightningSystem(pl.LightningModule):
         self._check.skipped = self._skipped_before
         for tensor in self.system.state_dict().values():
             of_first_rank(tensor)
+        # Of a training before this one: Lightning has moved what is trained to main memory and back since.
+        release_recordings()
         if self.device.type == "cuda":
             with self.trainer.precision_plugin.forward_context():
                 self.system.bound_memory(memory_budget(self.device, self.memory_budget_gb))

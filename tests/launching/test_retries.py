@@ -16,6 +16,7 @@ from fourdfy.launching import cli, lightning, retries
 from fourdfy.launching.experiment import load_experiment
 from fourdfy.launching.lightning import Trainer
 from fourdfy.launching.retries import until_it_fits
+from fourdfy.ops.replay import Replay
 from fourdfy.priors.latent import LatentPrior
 from fourdfy.scenes.nerf import renderer
 from fourdfy.scenes.nerf.renderer import NeRFVolumeRenderer
@@ -276,6 +277,13 @@ def test_a_budget_caps_what_pytorch_reserves_for_a_while(monkeypatch):
         with memory_capped(device, gib):
             caps.append(device)
     assert caps == ["cpu", "cuda:0", 0.3, "cuda:0", 1.0, 1.0, "cuda:0", 1.0]
+
+
+def test_a_second_training_replays_nothing_of_the_first(experiment):
+    recorded = Replay(torch.exp, "a network")
+    recorded._recordings["kind"] = None
+    experiment.train()
+    assert not recorded._recordings
 
 
 @pytest.mark.gpu
