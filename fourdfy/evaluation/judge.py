@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fourdfy import __version__
 from fourdfy.callbacks.base import Callback, Run
 from fourdfy.config_files import find_config
 from fourdfy.evaluation.networks import Judge, revision_of
@@ -67,11 +68,9 @@ def evaluate(
     file = find_config(cfg.captions)
     captions = read_prompts(file, "evaluation.captions") if needs_captions else []
     views = views_of(system, camera, cfg, prompt=prompt, dynamic=dynamic, captions=captions)
-    report = (
-        evaluate_scene(prompt, scene_renderer(system), device=system.device) if has_truth(prompt) else None
-    )
+    render = scene_renderer(system)
+    report = evaluate_scene(prompt, render, device=system.device) if has_truth(prompt) else None
     numbers = measured(views, cfg)
-    camera = views.around.cameras
     protocol = {
         "elevation_deg": cfg.elevation,
         "azimuths_deg": f"{cfg.views}, evenly from 0",
@@ -87,7 +86,7 @@ def evaluate(
         "captions": {"file": cfg.captions, "count": len(captions)},
         "step": system.step,
         "seed": seed,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {"fourdfy": __version__} | {name: version(name) for name in PACKAGES},
     }
     return Judgement(prompt=prompt, truth=report, numbers=numbers, protocol=protocol)
 

@@ -84,7 +84,7 @@ def stage_lines(experiment: Experiment, system: System, ranks: int = 1) -> Itera
         trains = " + ".join(sorted(kind.trains))
         yield f"{kind.name:<12} probability {kind.probability:<5.3g} {frames}, trains {trains}"
         yield f"{'':<12} {kind.guidance_type}"
-    models = needed_models([experiment]).items()
+    models = (needed_models([experiment]) | judging_models([experiment])).items()
     for name, parts in models:
         yield f"model: {locate_model(name, parts)}, for its {', '.join(parts)}"
     here = all(stored_bytes(name, parts) is not None for name, parts in models)

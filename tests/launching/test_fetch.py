@@ -96,15 +96,23 @@ def test_a_model_is_fetched_once_at_its_commit_and_found_offline(kind, others, t
     assert hub.locate_model(name, parts) == f"{name} (in the hub cache)"
 
 
-def test_the_networks_that_judge_are_fetched_if_a_stage_is_judged(tmp_path, monkeypatch):
+def test_the_networks_that_judge_are_fetched_if_a_stage_is_judged(tmp_path, monkeypatch, capsys):
     """At their commit, which a judgement names, and without what other programs read."""
     names = {"clip": "openai/clip-vit-base-patch32", "xclip": "microsoft/xclip-base-patch32"}
     served = {names["clip"]: save_clip(tmp_path / "clip"), names["xclip"]: save_xclip(tmp_path / "xclip")}
     for folder in served.values():
         (folder / "tf_model.h5").write_bytes(b"not wanted")
-    command = ["--config", str(CONFIGS / "shapes_stage_1.yaml"), "--fetch", "--gpu", "cpu"]
-    fetch_twice([*command, "evaluation.after_training=true"], served, tmp_path, monkeypatch)
+    command = [
+        "--config",
+        str(CONFIGS / "shapes_stage_1.yaml"),
+        "--gpu",
+        "cpu",
+        "evaluation.after_training=true",
+    ]
+    fetch_twice([*command, "--fetch"], served, tmp_path, monkeypatch)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main([*command, "--check", "--prompt", "a fox"]) == 0
+    assert f"model: {names['xclip']} (in the hub cache), for its xclip" in capsys.readouterr().out
     for part, name in names.items():
         judge = Judge(name, part, "cpu")
         assert revision_of(judge.folder) == (hub.MODELS[name][0].revision or NEWEST)
