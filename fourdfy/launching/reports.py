@@ -59,13 +59,14 @@ class Reports(Callback):
 
     def __init__(self, experiment: Experiment, device: str) -> None:
         self.experiment, self.device = experiment, device
+        self._began: float | None = None
         self._session: Session | None = None
 
     def begin(self, run: Run) -> None:
         self._began, self._first, self._earlier = time.monotonic(), run.step, sessions(run.folder)
 
     def end(self, run: Run, error: BaseException | None) -> None:
-        if self._session is not None:  # an error of the test views
+        if self._began is None or self._session is not None:  # an error before training, or of the test views
             return
         self._ended = time.monotonic()
         self._session = Session(

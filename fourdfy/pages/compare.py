@@ -39,7 +39,7 @@ def compare_page(trials: Mapping[Path, Mapping[str, Any]], prompts: Sequence[str
     return page(
         title,
         f'<h1>{escaped(title)}</h1><p class="soft">{len(trials)} trials</p>'
-        f'{BAR if any(clips) else ""}<div class="grid">{figures}</div>'
+        f'{BAR if any(clips) else ""}<div class="beside">{figures}</div>'
         + section("Scores", _rows([scores(folder) for folder in trials], labels))
         + section("Time and memory", _rows([_cost(folder) for folder in trials], labels))
         + section("Curves", legend(labels))
@@ -51,12 +51,12 @@ def compare_page(trials: Mapping[Path, Mapping[str, Any]], prompts: Sequence[str
 
 
 def shortest_names(folders: Sequence[Path]) -> list[str]:
-    """As many of the last parts of each path as tell them all apart."""
-    for count in range(1, max(len(folder.parts) for folder in folders) + 1):
-        names = ["/".join(folder.parts[-count:]) for folder in folders]
-        if len({*names}) == len(names):
-            break
-    return names
+    """What tells the paths apart: as many of their last parts as it takes, without those that all share."""
+    parts = [folder.parts for folder in folders]
+    lengths = range(1, max(map(len, parts)) + 1)
+    count = next(n for n in lengths if len({of[-n:] for of in parts}) == len(parts))
+    shared = next(n for n in range(count) if len({of[-n - 1] for of in parts if len(of) > n}) > 1)
+    return ["/".join(of[-count : len(of) - shared]) for of in parts]
 
 
 def _rows(of_trials: Sequence[Mapping[str, Any]], labels: Sequence[str], *, differing: bool = False) -> str:

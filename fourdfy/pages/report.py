@@ -53,7 +53,7 @@ def report_page(stage: Stage) -> str:
     return page(
         stage.prompt,
         f'<h1>{escaped(stage.prompt)}</h1><p class="soft">{escaped(f"{stage.label}, {state}")}</p>'
-        + (f'{BAR if clip else ""}<div class="two">{figure}<div>{facts}</div></div>')
+        + (f'{BAR if clip else ""}<div class="beside">{figure}<div>{facts}</div></div>')
         + section("Validation", validation_strip(folder, stage.view_width))
         + section("Plan", preformatted("\n".join(stage.plan)))
         + curve_sections({folder.name: curves(folder)})

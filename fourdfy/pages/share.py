@@ -47,7 +47,7 @@ def share_page(
     return page(
         prompt,
         f'<h1>{escaped(prompt)}</h1><p class="soft">{escaped(facts)}</p>'
-        f'{BAR}<div class="two">{shown}</div>'
+        f'{BAR}<div class="beside">{shown}</div>'
         + section("Settings", settings_text(without_folders(settings))),
         scripts=["player.js", "viewer.js"] if model else ["player.js"],
         data={"seconds": seconds, "model": base64.b64encode(gzip.compress(model or b"", mtime=0)).decode()},

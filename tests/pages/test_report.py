@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +16,12 @@ from fourdfy.files.images import save_frames
 from fourdfy.launching import reports
 from fourdfy.launching.cli import main
 from fourdfy.pages.charts import brief, chart
+from fourdfy.pages.compare import shortest_names
 from fourdfy.pages.report import Stage, report_page
 from fourdfy.pages.trials import curves, sessions
 from tests.commands import launch, trial
 from tests.pages.elements import EVIL, Found
+from tests.runs import new_run
 from tests.screenshots import CONTROL, framed, needs_browser, screenshot
 
 VALIDATE = "trainer.val_check_interval=1"
@@ -83,6 +86,10 @@ def test_a_report_that_fails_costs_one_warning_and_is_made_up_for(copy, monkeypa
     assert sum("max_steps=3" in line for line in found.under("pre")[1].splitlines()) == 1
 
 
+def test_an_error_before_the_first_step_is_no_session():
+    reports.Reports(None, "cpu").end(new_run(), ValueError())
+
+
 def test_nothing_that_a_trial_holds_can_act_on_its_report(copy):
     folder = trial(copy, "shapes_stage_1")
     (folder / "cmd.txt").write_text(f"launch.py --prompt '{EVIL}'\n")
@@ -127,6 +134,16 @@ def test_trials_are_compared_by_clips_scores_curves_and_settings(two, tmp_path, 
     assert rows["seed"] == "<td>0</td><td>5</td>" and "name" not in rows and "data_type" not in rows
     (total,) = re.findall(r'aria-label="total".*?</svg>', page.read_text())
     assert 'class="c0"' in total and 'class="c1"' in total
+
+
+def test_trials_are_named_by_what_tells_them_apart():
+    def names(*paths):
+        return shortest_names([*map(Path, paths)])
+
+    assert names("/out/a/x", "/out/b/x", "/out/c/x") == ["a", "b", "c"]
+    assert names("/out/a/x", "/out/a/y") == ["x", "y"]
+    assert names("/out/a/x", "/out/a/y", "/out/b/x") == ["a/x", "a/y", "b/x"]
+    assert names("/one/a/x", "/two/a/x") == ["one", "two"] and names("/x", "/a/x") == ["/", "a"]
 
 
 @needs_browser

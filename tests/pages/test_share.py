@@ -1,11 +1,16 @@
 """``share.html`` in a browser: it moves, loads nothing, and runs nothing of what a user typed."""
 
+import io
+
 import numpy as np
+import pytest
 import yaml
+from PIL import Image
 
 from fourdfy.exporters.mesh_exporter import MeshExporter
 from fourdfy.pages.page import page
 from fourdfy.pages.share import share_page
+from tests.browser import Browser, wait_for
 from tests.exporters.scenes import GREY, RED, make_trained
 from tests.pages.elements import EVIL, Found
 from tests.screenshots import CONTROL, framed, needs_browser, screenshot
@@ -65,3 +70,23 @@ def test_settings_tell_nothing_of_the_sender_s_disk(tmp_path):
 
 def test_half_a_character_of_a_command_line_is_written_too(tmp_path):
     assert "a ball ?" in shared(tmp_path / "share.html", prompt="a ball \udcff").read_text()
+
+
+@needs_browser
+def test_the_model_is_turned_by_hand_and_a_double_click_turns_it_back(tmp_path):
+    pytest.importorskip("websockets", reason="needs websockets, which come with viser")
+    file = shared(tmp_path / "share.html", model=exported(tmp_path, "switches"))
+    with Browser(tmp_path / "profile", width=800, height=700) as browser:
+
+        def is_red(share):
+            shown = np.asarray(Image.open(io.BytesIO(browser.screenshot())).convert("RGB")).astype(int)
+            return (np.abs(shown[180:600, :400] - np.array(RED) * 255).max(-1) < 12).mean() > share
+
+        browser.open(f"{file.as_uri()}#t=0.4")
+        wait_for(lambda: is_red(0.001))
+        assert not is_red(0.1), "the grey side is in front"
+        browser.drag((100, 400), (300, 400))
+        wait_for(lambda: is_red(0.1))
+        browser.run("document.getElementById('model').dispatchEvent(new MouseEvent('dblclick'))")
+        wait_for(lambda: not is_red(0.1))
+        assert {address.partition(":")[0] for address in browser.requests} <= {"file", "data", "blob"}
