@@ -15,6 +15,7 @@ from PIL import Image
 from fourdfy.files.images import save_frames
 from fourdfy.launching import reports
 from fourdfy.launching.cli import main
+from fourdfy.launching.experiment import load_experiment
 from fourdfy.pages.charts import brief, chart
 from fourdfy.pages.compare import shortest_names
 from fourdfy.pages.report import Stage, report_page
@@ -86,8 +87,11 @@ def test_a_report_that_fails_costs_one_warning_and_is_made_up_for(copy, monkeypa
     assert sum("max_steps=3" in line for line in found.under("pre")[1].splitlines()) == 1
 
 
-def test_an_error_before_the_first_step_is_no_session():
-    reports.Reports(None, "cpu").end(new_run(), ValueError())
+def test_an_error_before_the_first_step_is_no_session(trained):
+    experiment = load_experiment([trial(trained, "shapes_stage_1") / "configs" / "parsed.yaml"])
+    before = sessions(experiment.trial_dir)
+    reports.Reports(experiment, "cpu").end(new_run(), ValueError())
+    assert sessions(experiment.trial_dir) == before
 
 
 def test_nothing_that_a_trial_holds_can_act_on_its_report(copy):
