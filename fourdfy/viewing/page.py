@@ -94,7 +94,7 @@ class ViserPage:
         self._place_camera(scenery.eye)
         with gui.add_folder(scenery.label):
             if scenery.prompt:
-                gui.add_markdown(f"*{scenery.prompt}*")
+                gui.add_text("Prompt", scenery.prompt, disabled=True)
             self._status = gui.add_markdown(f"at step **{scenery.step}**")
             self._add_actions(is_training=bool(scenery.kinds))
         tabs = gui.add_tab_group()
@@ -187,10 +187,11 @@ class ViserPage:
 
     def tell(self, progress: Progress, run: Run, taken: float) -> None:
         paused = "**Paused.** " if self.controls.paused else ""
-        self._status.content = paused + progress.status(run, taken)
-        self._losses.content, self._groups.content = progress.losses(), progress.groups(run)
-        for name, chart in progress.charts.items():
-            _fill(self._charts[name], chart)
+        with self.server.atomic():
+            self._status.content = paused + progress.status(run, taken)
+            self._losses.content, self._groups.content = progress.losses(), progress.groups(run)
+            for name, chart in progress.charts.items():
+                _fill(self._charts[name], chart)
 
     def show_look(self, kind: str, images: Mapping[str, Pixels]) -> None:
         folder, shown = self._looks[kind]
