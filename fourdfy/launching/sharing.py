@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 
 import fourdfy
-from fourdfy.config_files import PROMPT, ConfigError
-from fourdfy.config_layers import load_config
+from fourdfy.config_files import PROMPT, ConfigError, plain, read_layers
 from fourdfy.files.atomic import write_whole
 from fourdfy.files.images import VALIDATION_FPS, to_pixels
-from fourdfy.launching.experiment import Experiment, ExperimentConfig, trial_arguments
+from fourdfy.launching.experiment import Experiment, trial_arguments
 from fourdfy.launching.recipe import settings
 from fourdfy.pages.clips import MAX_FRAMES, spread
 from fourdfy.pages.compare import compare_page
@@ -75,7 +74,7 @@ def compare(folders: Sequence[Path], out: Path | None) -> Path:
     trials = {}
     for given in folders:
         file, _ = trial_arguments(given, "--compare ")
-        values = load_config([file], schema=ExperimentConfig).values
+        values = plain(read_layers(file)[-1])  # complete, and no code of plugins is run
         trials[file.absolute().parents[1]] = settings(values)
     if len(trials) < len(folders):
         raise ConfigError("--compare: a trial is there twice")

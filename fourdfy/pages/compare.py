@@ -11,7 +11,7 @@ from fourdfy.pages.charts import brief, legend
 from fourdfy.pages.page import BAR, escaped, page, section, table
 from fourdfy.pages.report import clock, curve_sections
 from fourdfy.pages.settings import flat, without_folders
-from fourdfy.pages.trials import clip_of_test, curves, scores, sessions, views_of_test
+from fourdfy.pages.trials import clip_of_test, curves, readable, scores, sessions, views_of_test
 
 NO_CLIP = '<p class="soft">no test views; --test renders them</p>'
 
@@ -40,10 +40,10 @@ def compare_page(trials: Mapping[Path, Mapping[str, Any]], prompts: Sequence[str
         title,
         f'<h1>{escaped(title)}</h1><p class="soft">{len(trials)} trials</p>'
         f'{BAR if any(clips) else ""}<div class="beside">{figures}</div>'
-        + section("Scores", _rows([scores(folder) for folder in trials], labels))
+        + section("Scores", _rows([readable(scores, folder) for folder in trials], labels))
         + section("Time and memory", _rows([_cost(folder) for folder in trials], labels))
         + section("Curves", legend(labels))
-        + curve_sections({label: curves(f) for label, f in zip(labels, trials, strict=True)})
+        + curve_sections({label: readable(curves, f) for label, f in zip(labels, trials, strict=True)})
         + section("Settings that differ", _rows(settings, labels, differing=True)),
         scripts=["player.js"] if any(clips) else [],
         data={"seconds": seconds},

@@ -16,6 +16,7 @@ from fourdfy.pages.trials import (
     clip_of_test,
     commands,
     curves,
+    readable,
     scores,
     sessions,
     validation_strip,
@@ -49,14 +50,14 @@ def report_page(stage: Stage) -> str:
     clip = clip_of_test(folder)
     figure = f"<figure>{clip}<figcaption>Test views</figcaption></figure>" if clip else ""
     facts = section("Time and memory", _session_table(sessions(folder)))
-    facts += section("Scores", table((name, [brief(v)]) for name, v in scores(folder).items()))
+    facts += section("Scores", table((name, [brief(v)]) for name, v in readable(scores, folder).items()))
     return page(
         stage.prompt,
         f'<h1>{escaped(stage.prompt)}</h1><p class="soft">{escaped(f"{stage.label}, {state}")}</p>'
         + (f'{BAR if clip else ""}<div class="beside">{figure}<div>{facts}</div></div>')
         + section("Validation", validation_strip(folder, stage.view_width))
         + section("Plan", preformatted("\n".join(stage.plan)))
-        + curve_sections({folder.name: curves(folder)})
+        + curve_sections({folder.name: readable(curves, folder)})
         + section("To repeat it", preformatted("\n".join(commands(folder)), AGAIN))
         + section("Settings", settings_text(stage.settings)),
         scripts=["player.js"] if clip else [],

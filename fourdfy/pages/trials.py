@@ -1,31 +1,45 @@
-"""What pages show of a trial, read from its folder; what is missing or damaged is left out."""
+"""What pages show of a trial, read from its folder; what is missing is left out."""
 
 from __future__ import annotations
 
 import csv
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fourdfy.files.atomic import warn_once, write_whole
 from fourdfy.pages.clips import MAX_FRAMES, MAX_PIXELS, clip_of, picture, spread
 
 PICTURES = 12
 """Most pictures of a strip."""
-DAMAGED = (OSError, ValueError, SyntaxError)
-"""What Pillow raises for broken files."""
+DAMAGED = (OSError, ValueError, TypeError, AttributeError, SyntaxError, csv.Error)
+"""What is raised for broken files; the fifth by Pillow."""
+
+
+def readable(read: Callable[[Path], dict[str, Any]], trial: Path) -> dict[str, Any]:
+    """``read(trial)``, or nothing and a warning if a file of it is damaged."""
+    try:
+        return read(trial)
+    except DAMAGED as error:
+        warn_once(f"{trial}: its {read.__name__} can't be read ({error})")
+        return {}
 
 
 def curves(trial: Path) -> dict[str, list[tuple[int, float]]]:
-    """Column of ``metrics.csv`` -> its curve."""
+    """Column of ``metrics.csv`` -> its curve.
+
+    Raises:
+        DAMAGED: the file is damaged beyond a row that is cut short.
+    """
     found: dict[str, list[tuple[int, float]]] = {}
     file = trial / "csv_logs" / "version_0" / "metrics.csv"
     if file.is_file():
         with open(file, newline="", encoding="utf-8", errors="replace") as lines:
             for row in csv.DictReader(lines):
-                if not (row["step"] or "").isdecimal():  # a full disk has cut it
+                if not (row["step"] or "").isdecimal():
                     continue
                 for name, value in row.items():
                     if name and name != "step" and value:
@@ -36,7 +50,8 @@ def curves(trial: Path) -> dict[str, list[tuple[int, float]]]:
 def views_of_test(trial: Path) -> list[Path]:
     """The test views of the last step that has some, in order."""
     found = _by_step(trial, r"it(\d+)-test")
-    return sorted(found[max(found)].glob("*.png"), key=lambda file: int(file.stem)) if found else []
+    files = found[max(found)].glob("*.png") if found else ()
+    return sorted((file for file in files if file.stem.isdecimal()), key=lambda file: int(file.stem))
 
 
 def clip_of_test(
@@ -114,7 +129,7 @@ def scores(trial: Path, step: int | None = None) -> dict[str, float | int]:
     """Numbers of the evaluation at a step, or the last that has one; empty without.
 
     Raises:
-        OSError, ValueError: its file is damaged.
+        DAMAGED: its file is damaged.
     """
     found = _by_step(trial, r"it(\d+)-evaluation\.json")
     file = found.get(max(found, default=0) if step is None else step)

@@ -115,7 +115,7 @@ def two(copy):
     folders = [trial(copy, "shapes_stage_1"), copy / "shapes_stage_1" / "other"]
     shutil.copytree(*folders)
     parsed = folders[1] / "configs" / "parsed.yaml"
-    parsed.write_text(parsed.read_text().replace("seed: 0", "seed: 5"))
+    parsed.write_text("plugins: [not_here]\n" + parsed.read_text().replace("seed: 0", "seed: 5"))
     for folder, views in zip(folders, (4, 2), strict=True):
         frames = np.zeros((views, 64, 64, 3), np.uint8)
         frames[views // 2 :] = 255
@@ -159,6 +159,19 @@ def test_compared_clips_are_in_step(two, tmp_path):
     before, after = np.split(pixels.mean(-1), 2, axis=1)
     for clip in (slice(240, 440), slice(560, 740)):
         assert before[clip, 100:200].max() < 30 and after[clip, 100:200].min() > 225
+
+
+def test_what_is_damaged_is_left_out_with_a_warning(two, tmp_path, caplog):
+    (two[1] / "save" / "it2-evaluation.json").write_text("[1")
+    (two[1] / "csv_logs" / "version_0" / "metrics.csv").write_text("loss/a/total,step\nx,1\n")
+    (two[1] / "save" / "it9-test" / "1.png").write_text("torn")
+    (two[1] / "save" / "it9-test" / "cover.png").write_text("not a view")
+    (two[1] / "sessions.json").write_text("{")
+    assert main(["--compare", *map(str, two), "--out", str(tmp_path)]) == 0
+    for part in ("scores", "curves", "test views"):
+        assert f"other: its {part} can't be" in caplog.text
+    found = Found((tmp_path / "compare.html").read_text())
+    assert len(found.of("canvas")) == 1 and "no test views; --test renders them" in found.under("p")
 
 
 @pytest.mark.parametrize(
