@@ -5,6 +5,7 @@ its first rank writes what it found to ``FOLDER/COUNT.pt``.
 """
 
 import os
+import signal
 import sys
 import traceback
 from datetime import timedelta
@@ -13,13 +14,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning_fabric.plugins.environments.lightning import find_free_network_port
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fourdfy.callbacks.base import Callback, Run
 from fourdfy.launching.experiment import load_experiment
-from fourdfy.launching.lightning import Trainer
+from fourdfy.launching.lightning import LightningSystem, Trainer
 from fourdfy.ops.ranks import Ranks, together
-from tests.commands import CONFIGS, TINY
+from tests.commands import CONFIGS, TINY, launch
 
 FREE = ("system.freeze_static_modules=false",)
 NORMALS = (
@@ -28,9 +31,10 @@ NORMALS = (
     "system.loss.lambda_orient=1",
     "system.loss.lambda_z_variance=1",
 )
+LONG = ("trainer.max_steps=6", "trainer.val_check_interval=2", "checkpoint.every_n_train_steps=100")
 CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "reconstruction, vsd with a LoRA, sds of clips": ("shapes_stage_3", FREE),
-    "sds of images, normals, a network for the background": (
+    "sds of images, normals, a network for the background, sharded priors": (
         "shapes_stage_3",
         (
             *FREE,
@@ -41,9 +45,11 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
             "system.background={random_aug: true}",
             "system.guidance_type=stable-diffusion-guidance",
             "system.guidance={pretrained_model_name_or_path: fourdfy/shapes-image}",
+            "system.guidance.shard_over_ranks=true",
+            "system.guidance_multi_view.shard_over_ranks=true",
         ),
     ),
-    "a deformation, in passes and parts, a causal VAE": (
+    "a deformation, in passes and parts, a causal VAE, a sharded transformer": (
         "shapes_stage_3_wan",
         (
             *FREE,
@@ -53,6 +59,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
             "system.renderer.train_max_nums=300",
             "system.renderer.train_max_nums_static=300",
             "system.guidance_multi_view.low_ram_vae=1",
+            "system.guidance_video.shard_over_ranks=true",
             "trainer.accumulate_grad_batches=2",
         ),
     ),
@@ -107,8 +114,42 @@ def run_case(config: str, overrides: tuple[str, ...], is_first: bool) -> dict[st
     cfg = experiment.cfg.trainer
     object.__setattr__(cfg, "max_steps", run.max_steps)
     Trainer(cfg, run, {"gradients": gradients} if is_first else {}, device="cpu").fit(None)
+    guidances = {kind.name: getattr(system, kind.module) for kind in experiment.plan.kinds}
+    sharded = {
+        name
+        for name, guidance in guidances.items()
+        if any(isinstance(p, DTensor) for p in guidance.prior.denoiser.network.parameters())
+    }
     state: dict[str, Tensor] = {name: value.clone() for name, value in system.state_dict().items()}
-    return {"steps": gradients.steps, "state": state}
+    return {"steps": gradients.steps, "state": state, "sharded": sharded}
+
+
+COMMANDS: dict[str, tuple[str, ...]] = {"stopped": (), "died": ("trainer.max_steps=50",)}
+"""Runs of ``launch.py`` on two ranks; what the second one does in its third step says the name."""
+
+
+def run_command(folder: Path, name: str, port: int, rank: int) -> None:
+    """The command line as torchrun starts it; its exit status and what it says go to ``folder``."""
+    ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in ours.items()}
+    os.environ |= {"TORCHELASTIC_RUN_ID": "tests", "MASTER_ADDR": "127.0.0.1"}
+    step = LightningSystem.training_step
+
+    def watched(self: LightningSystem, batch: Any, batch_idx: int) -> Tensor:
+        if rank == 1 and batch.step == 2:
+            if name == "died":
+                os._exit(9)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    LightningSystem.training_step = watched
+    with open(folder / f"{name}.{rank}.log", "w") as log:
+        os.dup2(log.fileno(), 2)
+    try:
+        status = launch("shapes_stage_1.yaml", "train", folder / name, *LONG, *COMMANDS[name])
+    except SystemExit as error:
+        status = error.code
+    (folder / f"{name}.{rank}.status").write_text(str(status))
 
 
 def run_cases(folder: Path, rank: int, count: int) -> None:
@@ -141,6 +182,11 @@ def forked(work: Any, *arguments: Any) -> int:
 def main() -> int:
     folder, *counts = sys.argv[1:]
     failed = 0
+    for name in COMMANDS:
+        port = find_free_network_port()
+        pids = [forked(run_command, Path(folder), name, port, rank) for rank in range(2)]
+        for pid in pids:
+            os.waitpid(pid, 0)
     for count in map(int, counts):
         pids = [forked(run_cases, Path(folder), rank, count) for rank in range(count)]
         failed |= max(os.waitpid(pid, 0)[1] for pid in pids)

@@ -85,11 +85,12 @@ class VariationalScoreDistillation(Distillation):
                     f"still_guidance_scale={self.still_guidance_scale:g}: here the LoRA sees the clip held "
                     "still; set guidance_scale_lora"
                 )
-            if getattr(self, "enable_sequential_cpu_offload", False):
-                raise ValueError(
-                    "enable_sequential_cpu_offload=true would move the LoRA that is being trained; "
-                    "set it to false for this guidance"
-                )
+            for key in ("enable_sequential_cpu_offload", "shard_over_ranks"):
+                if getattr(self, key, False):
+                    raise ValueError(
+                        f"{key}=true would move the LoRA that is being trained; "
+                        "set it to false for this guidance"
+                    )
 
     cfg: Config
 

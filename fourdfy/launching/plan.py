@@ -19,6 +19,7 @@ from fourdfy.priors.model_folder import TEXT_ENCODERS, TOKENIZERS, ModelNotFound
 from fourdfy.systems.base import System
 from fourdfy.systems.checkpoint import has_checkpoint
 from fourdfy.systems.optim import parameters_of
+from fourdfy.systems.supervision import StepKind
 from fourdfy.terminal import printable
 
 logger = logging.getLogger(__name__)
@@ -183,10 +184,16 @@ def check_memory(experiment: Experiment, system: System, device: str, ranks: int
     pixels = [math.prod(size) for kind in experiment.plan.kinds for size in kind.cameras.sizes()]
     least = _memory_estimate(experiment, system, ranks)[0] + PIXEL_BYTES * max(pixels, default=0)
     if least > (there := memory_of(device)):
+        largest = max(experiment.plan.kinds, key=lambda kind: _stored([kind], ranks))
+        advice = (
+            f"; or spread a prior over several GPUs: --gpu 0,1 {largest.guidance_key}.shard_over_ranks=true"
+            if _stored([largest], ranks) > there / 2
+            else ""
+        )
         raise ConfigError(
             f"{experiment.cfg.name}: a step needs {least / 2**30:,.0f} GiB at least, and {device} has "
             f"{there / 2**30:,.0f}; lower the scene's sizes, or those of the images (height, width, "
-            "num_frames, batch_size)"
+            f"num_frames, batch_size){advice}"
         )
 
 
@@ -228,13 +235,31 @@ def judging_models(experiments: Sequence[Experiment]) -> dict[str, tuple[str, ..
 
 def needed_models(experiments: Sequence[Experiment]) -> dict[str, tuple[str, ...]]:
     """Model name -> the parts that the priors and prompts of the stages take from it."""
+    return _models_of([kind for experiment in experiments for kind in experiment.plan.kinds])
+
+
+def _models_of(kinds: Sequence[StepKind]) -> dict[str, tuple[str, ...]]:
     needed: dict[str, tuple[str, ...]] = {}
-    for experiment in experiments:
-        for kind in experiment.plan.kinds:
-            for part in (kind.guidance, kind.prompts):
-                for name, parts in part.models() if part else ():
-                    needed[name] = tuple(dict.fromkeys((*needed.get(name, ()), *parts)))
+    for kind in kinds:
+        for part in (kind.guidance, kind.prompts):
+            for name, parts in part.models() if part else ():
+                needed[name] = tuple(dict.fromkeys((*needed.get(name, ()), *parts)))
     return needed
+
+
+def _stored(kinds: Sequence[StepKind], ranks: int) -> float:
+    """The bytes of the priors on each rank, as far as they are on this disk."""
+    shared = {
+        name
+        for kind in kinds
+        if getattr(kind.guidance, "shard_over_ranks", False)
+        for name, _ in kind.guidance.models()
+    }
+    total = 0.0
+    for name, parts in _models_of(kinds).items():
+        networks = tuple(part for part in parts if part not in (*TOKENIZERS, *TEXT_ENCODERS))
+        total += (stored_bytes(name, networks) or 0) / (ranks if name in shared else 1)
+    return total
 
 
 def _memory_estimate(experiment: Experiment, system: System, ranks: int = 1) -> tuple[float, float]:
@@ -246,10 +271,7 @@ def _memory_estimate(experiment: Experiment, system: System, ranks: int = 1) -> 
     cfg = experiment.cfg.system
     each = DEFORMED_BYTES if "deformation" in cfg.scene_cfg.renders else SAMPLE_BYTES
     scene = sum(p.numel() for p in system.parameters()) * 16
-    stored = sum(
-        stored_bytes(name, tuple(part for part in parts if part not in (*TOKENIZERS, *TEXT_ENCODERS))) or 0
-        for name, parts in needed_models([experiment]).items()
-    )
+    stored = _stored(experiment.plan.kinds, ranks)
     priors, graphs = [0.0], []
     for kind in experiment.plan.kinds:
         for frames, height, width in kind.cameras.sizes():

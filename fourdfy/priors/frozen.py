@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fourdfy.config_files import ConfigError
 from fourdfy.ops.diffusion import sample_noise, shifted_alphas_cumprod
 from fourdfy.ops.finite import not_finite
-from fourdfy.ops.ranks import spread
+from fourdfy.ops.ranks import ranks, spread
 from fourdfy.ops.recomputation import recomputed
 from fourdfy.priors.base import DDPMSchedule, FlowSchedule, Network, NoiseSchedule
 from fourdfy.priors.convert import no_progress_bar
@@ -77,6 +77,9 @@ class MemoryOptions:
     """Use the attention of xformers instead of SDPA, if it is installed."""
     enable_sequential_cpu_offload: bool = False
     """Keep weights in main memory and move each layer's to the GPU when it runs."""
+    shard_over_ranks: bool = False
+    """On several GPUs, keep a share of the denoiser's weights on each, and gather those of a block when it
+    runs: for networks that one GPU can't hold. It is then neither compiled nor replayed as CUDA graphs."""
     enable_attention_slicing: bool = False
     """Compute attention a few heads at a time."""
     enable_channels_last_format: bool = False
@@ -276,6 +279,19 @@ def apply_memory_options(network: Network, options: MemoryOptions, device: torch
             from accelerate import cpu_offload
 
             cpu_offload(network, execution_device=device)
+
+
+def sharded(network: nn.Module, device: torch.device) -> nn.Module:
+    """The network itself, a share of its weights on each rank's ``device`` (FSDP2); all ranks call it."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (ranks().count,))
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
+    inside = {id(inner) for outer in lists for part in outer for inner in part.modules() if inner is not part}
+    for block in (block for blocks in lists for block in blocks if id(block) not in inside):
+        fully_shard(block, mesh=mesh)
+    return fully_shard(network, mesh=mesh).to(device)
 
 
 def encode_images(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fourdfy.bounds import number
 from fourdfy.config import file_path
+from fourdfy.ops.ranks import ranks
 from fourdfy.ops.replay import Replay
 from fourdfy.priors.acceleration import compiled
 from fourdfy.priors.base import Denoiser, Network, NoiseSchedule, Prior
@@ -34,6 +35,7 @@ from fourdfy.priors.frozen import (
     encode_images,
     load_noise_schedule,
     load_part,
+    sharded,
     to_channels_last,
     vae_factor,
 )
@@ -200,8 +202,12 @@ class LatentPrior(Prior):
 
     def load_network(self, folder: Path, part: str, dtype: torch.dtype) -> nn.Module:
         dtype = torch.float32 if part == "vae" and self.cfg.float32_vae else dtype
-        network = load_part(folder, part, self.cfg.networks[part], dtype=dtype, device=self.device)
+        shard = self.is_sharded and part == next(iter(self.cfg.networks))
+        device = torch.device("cpu") if shard else self.device  # one GPU may not hold it
+        network = load_part(folder, part, self.cfg.networks[part], dtype=dtype, device=device)
         apply_memory_options(network, self.cfg, self.device)
+        if shard:
+            return sharded(network, self.device)
         if self.device.type == "cpu" and part == "vae":
             to_channels_last(network)  # a seventh faster there; U-Nets are not
         elif self.device.type == "cpu":
@@ -209,8 +215,13 @@ class LatentPrior(Prior):
         return network
 
     @property
+    def is_sharded(self) -> bool:
+        return self.cfg.shard_over_ranks and ranks().count > 1
+
+    @property
     def can_be_recorded(self) -> bool:
-        return not self.cfg.enable_sequential_cpu_offload  # which copies weights in each call
+        # Both copy weights in each call.
+        return not (self.cfg.enable_sequential_cpu_offload or self.is_sharded)
 
     def accelerate(self, compile_small: bool) -> None:
         name, _ = self.cfg.models()[0]

@@ -8,9 +8,11 @@ import torch
 
 from fourdfy.config import ConfigError
 from fourdfy.devices import select_devices
+from fourdfy.launching.cli import main
 from fourdfy.ops.ranks import Ranks
-from tests.commands import ROOT
-from tests.rank_steps import CASES
+from fourdfy.systems.checkpoint import read_checkpoint, step_of
+from tests.commands import ROOT, launch
+from tests.rank_steps import CASES, LONG
 
 COUNTS = (2, 3)
 
@@ -23,7 +25,7 @@ def found(tmp_path_factory):
     command = [sys.executable, "-m", "tests.rank_steps", str(folder), *counts]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    return {count: torch.load(folder / f"{count}.pt") for count in (1, *COUNTS)}
+    return {count: torch.load(folder / f"{count}.pt") for count in (1, *COUNTS)} | {"folder": folder}
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -49,6 +51,46 @@ def test_every_kind_of_step_is_among_them(found):
         name.split(".")[0] for case in found[1].values() for s in case["steps"] for name in s["grads"]
     }
     assert learning == {"scene", "guidance_single_view"}
+
+
+def test_the_weights_of_a_prior_are_shared_where_that_is_asked_for(found):
+    for count in COUNTS:
+        shared = [found[count][case]["sharded"] for case in CASES]
+        assert shared == [set(), {"single_view", "multi_view"}, {"video"}, set()][: len(shared)]
+    assert not any(found[1][case]["sharded"] for case in CASES)
+
+
+def ended(found, name):
+    """(exit statuses, what the first rank said, what the second one said)."""
+    folder = found["folder"]
+    statuses = [file.read_text() for file in sorted(folder.glob(f"{name}.*.status"))]
+    return statuses, *((folder / f"{name}.{rank}.log").read_text() for rank in (0, 1))
+
+
+def test_a_signal_to_one_rank_ends_all_and_another_number_of_them_goes_on(found, tmp_path):
+    statuses, first, second = ended(found, "stopped")
+    assert statuses == ["143", "0"]
+    assert first.count("writing to") == first.count("stopped by SIGTERM; continue with") == 1
+    assert "writing to" not in second and "continue" not in second
+    trial = found["folder"] / "stopped" / "shapes_stage_1" / "tiny"
+    assert step_of(trial) == 3 and not [*trial.rglob("*.previous.ckpt")]
+    assert main(["--trial", str(trial), "--train", "--gpu", "cpu"]) == 0
+    assert launch("shapes_stage_1.yaml", "train", tmp_path, *LONG) == 0
+    mixed, alone = (
+        read_checkpoint(folder)["state_dict"] for folder in (trial, tmp_path / "shapes_stage_1" / "tiny")
+    )
+    assert mixed.keys() == alone.keys()
+    for name, value in alone.items():  # Adam divides gradients of 0 but for rounding by their size
+        unequal = (mixed[name].double() - value.double()).abs() > 1e-3
+        assert unequal.double().mean() < 1e-2, name
+    assert len([*(trial / "save").glob("it6-test*.mp4")]) == 1
+
+
+def test_a_rank_that_dies_ends_the_run_with_one_line(found):
+    statuses, first, _ = ended(found, "died")
+    assert statuses == ["1"], "the second one is gone"
+    assert "error: rank 0: another rank has ended, or does not answer" in first
+    assert "Traceback" not in first
 
 
 @pytest.mark.parametrize("length", [0, 1, 4, 8, 17])
