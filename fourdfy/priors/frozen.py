@@ -291,7 +291,8 @@ def sharded(network: nn.Module, device: torch.device) -> nn.Module:
     inside = {id(inner) for outer in lists for part in outer for inner in part.modules() if inner is not part}
     for block in (block for blocks in lists for block in blocks if id(block) not in inside):
         fully_shard(block, mesh=mesh)
-    return fully_shard(network, mesh=mesh).to(device)
+    fully_shard(network, mesh=mesh)
+    return network.to(device)
 
 
 def encode_images(
