@@ -23,6 +23,7 @@ from fourdfy.launching.experiment import load_experiment
 from fourdfy.launching.lightning import LightningSystem, Trainer
 from fourdfy.ops.ranks import Ranks, together
 from tests.commands import CONFIGS, TINY, launch
+from tests.tiny_models import save_multi_view, save_stable_diffusion
 
 FREE = ("system.freeze_static_modules=false",)
 NORMALS = (
@@ -164,6 +165,18 @@ def run_cases(folder: Path, rank: int, count: int) -> None:
         torch.save(found, folder / f"{count}.pt")
 
 
+def run_benchmark(folder: Path, rank: int) -> None:
+    """``benchmarks/ranks.py`` at toy size, of two ranks."""
+    sys.path.insert(0, str(CONFIGS.parent / "benchmarks"))
+    from benchmarks import ranks
+
+    torch.set_num_threads(1)
+    toy = ["fourdfy_stage_1", "--toy", "--gpu", "cpu,cpu", "--out", str(folder), "--models", str(folder)]
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'toy.store'}", rank=rank, world_size=2)
+    with together(Ranks(rank, 2)):
+        ranks.measure(ranks.parse(toy), "cpu")
+
+
 def forked(work: Any, *arguments: Any) -> int:
     """The process id of a copy of this one that does the work."""
     if pid := os.fork():
@@ -187,6 +200,10 @@ def main() -> int:
         pids = [forked(run_command, Path(folder), name, port, rank) for rank in range(2)]
         for pid in pids:
             os.waitpid(pid, 0)
+    save_stable_diffusion(Path(folder) / "stable-diffusion")
+    save_multi_view(Path(folder) / "mvdream")
+    pids = [forked(run_benchmark, Path(folder), rank) for rank in range(2)]
+    failed |= max(os.waitpid(pid, 0)[1] for pid in pids)
     for count in map(int, counts):
         pids = [forked(run_cases, Path(folder), rank, count) for rank in range(count)]
         failed |= max(os.waitpid(pid, 0)[1] for pid in pids)

@@ -1,5 +1,6 @@
 """One step over several processes is the step of one."""
 
+import json
 import subprocess
 import sys
 
@@ -91,6 +92,15 @@ def test_a_rank_that_dies_ends_the_run_with_one_line(found):
     assert statuses == ["1"], "the second one is gone"
     assert "error: rank 0: another rank has ended, or does not answer" in first
     assert "Traceback" not in first
+
+
+def test_the_benchmark_compares_one_rank_with_several(found):
+    phases = json.loads((found["folder"] / "fourdfy_stage_1-ranks.json").read_text())["phases"]
+    one, again, several = phases.values()
+    assert one.keys() == again.keys() == several.keys() == {"multi_view 8", "multi_view 16"}
+    for name, block in several.items():
+        assert block["median"] > 0 and block["parts_ms"]["ranks"] > 0
+        assert again[name]["difference"]["scene"] == 0 < block["difference"]["scene"] < 1e-4
 
 
 @pytest.mark.parametrize("length", [0, 1, 4, 8, 17])
