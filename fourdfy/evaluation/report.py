@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -96,16 +97,18 @@ def brief(report: ShapesReport) -> str:
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One line for each prompt (a row of the command's JSON), then means and counts."""
-    table = Table(
-        *("prompt", "held out", "without", "IoU", "PSNR", "colour"),
-        *("motion", "gain", "untracked", "mark", "ghosts", "fronts", "seconds"),
-    )
+    """One line for each prompt (a row of the command's JSON; * is held out), then means and counts.
+
+    What was left out has a column if something was. It fits into 80 columns.
+    """
+    dropped = any(row["drop"] for row in rows)
+    headings = ["prompt", *(["without"] if dropped else []), "IoU", "PSNR", "colour"]
+    headings += ["motion", "gain", "untracked", "mark", "ghosts", "fronts", "s"]
+    table = Table(*headings, box=SIMPLE, padding=0)
     for row in rows:
         table.add_row(
-            row["prompt"],
-            "yes" if row["held_out"] else "",
-            row["drop"] or "",
+            row["prompt"] + (" *" if row["held_out"] else ""),
+            *([row["drop"] or ""] if dropped else []),
             _number(row["iou"]),
             f"{row['psnr']:.1f}",
             _yes(row["colour_ok"]),
@@ -122,9 +125,8 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         moving = [row for row in rows if row["motion_right"] is not None]
         table.add_section()
         table.add_row(
-            f"{count} in all",
-            str(sum(row["held_out"] for row in rows)),
-            "",
+            f"{count} in all, {sum(row['held_out'] for row in rows)} held out",
+            *([""] if dropped else []),
             _number(sum(row["iou"] for row in rows) / count),
             f"{sum(row['psnr'] for row in rows) / count:.1f}",
             f"{sum(row['colour_ok'] for row in rows)}/{count}",
