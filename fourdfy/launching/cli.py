@@ -27,7 +27,7 @@ MODES = {
     "train": "train, then render the test views; a recipe runs all its stages and continues where it stopped",
     "validate": "render a trial's validation views",
     "test": "render a trial's test views and videos",
-    "export": "export a trial as meshes, an animated GLB, or videos for other programs",
+    "export": "export a trial as meshes, an animated GLB, or videos, and as share.html, a page to hand on",
     "evaluate": "judge a trial: motion, consistency, CLIP; for prompts of the shapes world, the ground truth",
     "check": "parse everything and print the plan; loads no weights",
     "fetch": "download (and convert) every model that the config needs; trains nothing",
