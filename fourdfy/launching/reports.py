@@ -14,6 +14,7 @@ from fourdfy.files.atomic import by_product, write_whole
 from fourdfy.launching.experiment import Experiment
 from fourdfy.launching.plan import stage_lines
 from fourdfy.launching.recipe import settings
+from fourdfy.ops.ranks import ranks
 from fourdfy.pages.report import Stage, report_page
 from fourdfy.pages.trials import Session, add_session, sessions
 from fourdfy.systems.base import System
@@ -74,7 +75,7 @@ class Reports(Callback):
             last=run.step,
             seconds=self._ended - self._began,
             memory_gib=peak_memory() / 2**30,
-            device=device_name(self.device),
+            device=(f"{count} x " if (count := ranks().count) > 1 else "") + device_name(self.device),
             versions=versions(),
         )
         self._write(run)

@@ -16,6 +16,7 @@ from fourdfy.files.images import save_frames
 from fourdfy.launching import reports
 from fourdfy.launching.cli import main
 from fourdfy.launching.experiment import load_experiment
+from fourdfy.ops.ranks import Ranks, together
 from fourdfy.pages.charts import brief, chart
 from fourdfy.pages.compare import shortest_names
 from fourdfy.pages.report import Stage, report_page
@@ -92,6 +93,18 @@ def test_an_error_before_the_first_step_is_no_session(trained):
     before = sessions(experiment.trial_dir)
     reports.Reports(experiment, "cpu").end(new_run(), ValueError())
     assert sessions(experiment.trial_dir) == before
+
+
+def test_a_step_over_several_devices_is_said(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(reports, "write_report", lambda experiment, system: None)
+    experiment = load_experiment([trial(trained, "shapes_stage_1") / "configs" / "parsed.yaml"])
+    run = new_run(folder=tmp_path)
+    with together(Ranks(0, 2)):
+        made = reports.Reports(experiment, "cpu")
+        made.begin(run)
+        made.end(run, KeyboardInterrupt())
+    (session,) = sessions(tmp_path)
+    assert session.device.startswith("2 x ")
 
 
 def test_nothing_that_a_trial_holds_can_act_on_its_report(copy):
