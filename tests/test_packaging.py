@@ -17,7 +17,12 @@ from fourdfy.systems.checkpoint import read_checkpoint
 from tests.commands import CONFIGS, ROOT, TINY, trial
 
 OPTIONAL = {"accelerate", "triton", "tomesd", "xformers", "mvdream", "wandb", "ray", "submitit"}
-DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "skimage": "scikit-image"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "skimage": "scikit-image",
+    "lightning_fabric": "pytorch-lightning",
+}
 
 
 @pytest.fixture(scope="module")
