@@ -8,6 +8,7 @@ what every rank computes. In one process everything here is the identity.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -188,7 +189,8 @@ def _lost_ranks() -> Iterator[None]:
     except (RuntimeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        reason = str(error).strip().partition("\n")[0][:200]
+        reason = re.sub(r"^\[\S+\] ", "", str(error).strip()).partition("\n")[0].partition(". ")[0]
         raise RankError(
-            f"rank {ranks().rank}: another rank has ended, or does not answer: {reason}"
+            f"rank {ranks().rank}: another rank has ended, or has not answered for "
+            f"trainer.rank_timeout_minutes: {reason}"
         ) from error
