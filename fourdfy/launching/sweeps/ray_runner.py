@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +42,9 @@ class RayRunner(Runner):
             ) from error
         self._ray = ray
         if not ray.is_initialized():
-            ray.init(address=cfg.address, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            ray.init(
+                address=cfg.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+            )
         gpus = 0.0 if gpu == "cpu" else cfg.num_gpus
         options = ray.remote(num_gpus=gpus, num_cpus=cfg.num_cpus, max_retries=0)
         self._run = options(_run)
