@@ -23,7 +23,7 @@ from omegaconf.errors import (
 from omegaconf.resolvers import oc
 
 from fourdfy.config import MISSES, config_error, source_of
-from fourdfy.config_files import ConfigError, check_readable
+from fourdfy.config_files import PROMPT, ConfigError, check_readable
 from fourdfy.schedules import schedule_max
 
 UNRESOLVED = (GrammarParseError, InterpolationKeyError, UnsupportedInterpolationType)
@@ -55,7 +55,8 @@ def resolved(values: dict[str, Any], sources: Mapping[str, str]) -> dict[str, An
         return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
     except InterpolationToMissingValueError as error:
         key = str(error).splitlines()[0].split(": ")[-1]
-        raise ConfigError(f"{key}: {MISSES}") from error
+        option = ", or type --prompt TEXT" if key == PROMPT else ""
+        raise ConfigError(f"{key}: {MISSES}{option}") from error
     except RecursionError as error:
         raise ConfigError("the config is nested too deeply, or its references lead on and on") from error
     except OmegaConfBaseException as error:

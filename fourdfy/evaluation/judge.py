@@ -100,9 +100,15 @@ def find_networks(cfg: EvaluationConfig, prompt: str) -> dict[str, Path]:
     try:
         return {part: resolve_model(name, (part,)) for part, name in cfg.models(prompt).items()}
     except ModelNotFound as error:
-        fetch = " evaluation.after_training=true" if str(error).endswith(" --fetch") else ""
         others = ",".join(entry.name for entry in cfg.measurable().values() if not entry.needs)
-        raise ModelNotFound(f"{error}{fetch}\nor do without it:  evaluation.metrics=[{others}]") from error
+        raise ModelNotFound(
+            f"{with_fetch(error)}\nor do without it:  evaluation.metrics=[{others}]"
+        ) from error
+
+
+def with_fetch(error: ModelNotFound) -> str:
+    """What to type, with the setting for which ``--fetch`` fetches these networks too."""
+    return f"{error} evaluation.after_training=true" if str(error).endswith(" --fetch") else str(error)
 
 
 def views_of(

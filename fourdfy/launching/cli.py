@@ -127,8 +127,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args, unknown = parser.parse_known_intermixed_args(argv)
     if not (args.config or args.trial or args.replay or args.sweep or args.compare):
         parser.error("one of the arguments --config --trial --replay --sweep --compare is required")
-    if args.compare and (args.mode or args.view or args.sweep or args.overrides or len(args.compare) < 2):
-        parser.error("--compare takes two trials or more, no mode and no key=value")
+    others = (args.mode, args.view, args.sweep, args.stages, args.gpu, args.prompt, args.overrides, unknown)
+    if args.compare and (any(others) or len(args.compare) < 2):
+        parser.error("--compare takes two trials or more, --out, and nothing else")
     if args.sweep and (args.trial or args.replay or args.mode):
         parser.error("--sweep takes no --trial, no --replay and no mode; its jobs are --train")
     if not args.sweep and (args.seeds or args.per_gpu or args.sweep_mode):

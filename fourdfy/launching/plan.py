@@ -13,6 +13,7 @@ from rich.text import Text
 from fourdfy.config import ConfigError
 from fourdfy.config_files import COMMAND_LINE
 from fourdfy.devices import memory_of
+from fourdfy.evaluation.judge import with_fetch
 from fourdfy.launching.experiment import Experiment, TrainerConfig, trial_of
 from fourdfy.priors.hub import locate_model, resolve_model, stored_bytes
 from fourdfy.priors.model_folder import TEXT_ENCODERS, TOKENIZERS, ModelNotFound
@@ -81,7 +82,10 @@ def stage_lines(experiment: Experiment, system: System, ranks: int = 1) -> Itera
     yield prompt_line(experiment)
     yield f"folder: {experiment.trial_dir}"
     for kind in experiment.plan.kinds:
-        frames = ", then ".join("{} frames of {} x {}".format(*size) for size in kind.cameras.sizes())
+        frames = ", then ".join(
+            f"{count} frame{'s'[: count > 1]} of {height} x {width}"
+            for count, height, width in kind.cameras.sizes()
+        )
         trains = " + ".join(sorted(kind.trains))
         yield f"{kind.name:<12} probability {kind.probability:<5.3g} {frames}, trains {trains}"
         yield f"{'':<12} {kind.guidance_type}"
@@ -213,12 +217,12 @@ def find_models(experiments: Sequence[Experiment]) -> dict[str, Path]:
     Raises:
         ModelNotFound: some can't be found; says what was tried for each.
     """
-    found, failures = {}, []
-    for name, parts in (needed_models(experiments) | judging_models(experiments)).items():
+    found, failures, judging = {}, [], judging_models(experiments)
+    for name, parts in (needed_models(experiments) | judging).items():
         try:
             found[name] = resolve_model(name, parts)
         except ModelNotFound as error:
-            failures.append(str(error))
+            failures.append(with_fetch(error) if name in judging else str(error))
     if failures:
         raise ModelNotFound("\n".join(failures))
     return found

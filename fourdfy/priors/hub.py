@@ -420,7 +420,7 @@ def _missing(name: str, parts: Sequence[str], tried: Sequence[str]) -> ModelNotF
         revision = f" --revision {source.revision}" if source.revision else ""
         size = f"its {source.download}" if source.download else "it "
         advice += (
-            f",\nor fetch {size}where there is a network:  hf download {source.repo}{what}{revision}\n"
+            f",\nor fetch {size}on a machine with internet:  hf download {source.repo}{what}{revision}\n"
             "or everything that a run needs:  python launch.py --config CONFIG --fetch"
         )
     if _local(name):

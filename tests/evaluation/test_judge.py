@@ -80,8 +80,10 @@ def test_a_network_that_is_missing_is_named_before_anything_is_rendered(root, mo
     assert launch("shapes_stage_3.yaml", "evaluate", root, "trainer.max_steps=1", PANDA) == 2
     said = capsys.readouterr().err
     assert "the model 'openai/clip-vit-base-patch32' was not found" in said
-    assert "its 0.6 GB where there is a network:  hf download openai/clip-vit-base-patch32" in said
+    assert "its 0.6 GB on a machine with internet:  hf download openai/clip-vit-base-patch32" in said
     assert "--fetch evaluation.after_training=true\nor do without it:  evaluation.metrics=[" in said
+    assert launch("shapes_stage_3.yaml", "fetch", root, PANDA, "evaluation.after_training=true") == 2
+    assert "--fetch evaluation.after_training=true" in capsys.readouterr().err
 
 
 def test_another_kind_of_model_is_refused(root, judges, capsys):

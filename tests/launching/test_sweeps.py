@@ -528,6 +528,7 @@ def test_a_prompt_can_not_act_on_the_page(made):
     [
         (["--sweep", "x.yaml", "--train"], "--sweep takes no"),
         (["--config", "shapes", "--train", "--seeds", "0-3"], "are for --sweep"),
+        (["--compare", "one", "two", "--prompt", "a panda"], "--out, and nothing else"),
         (["--config", "shapes", "--check", "--stages", "2"], "--stages says how many"),
         (["--train"], "one of the arguments --config --trial --replay --sweep --compare is required"),
     ],

@@ -44,7 +44,7 @@ def test_it_takes_its_share_beside_the_original_s_kinds(tmp_path, photo, capfd):
     assert launch(tmp_path, "--check", photo) == 0
     plan = capfd.readouterr().out
     assert "multi_view   probability 0.7 " in plan
-    assert "reference    probability 0.3   1 frames of 64 x 64, trains static" in plan
+    assert "reference    probability 0.3   1 frame of 64 x 64, trains static" in plan
     assert "image-reconstruction" in plan
 
 
