@@ -123,7 +123,7 @@ def end_of_a_rank(args: argparse.Namespace) -> None:
         run = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
     try:
         until = time.monotonic() + 150
-        while "writing to" not in file.read_text(errors="replace") and time.monotonic() < until:
+        while b"writing to" not in file.read_bytes() and time.monotonic() < until:
             time.sleep(1)
         time.sleep(15)
         second = min(children(run.pid))
@@ -133,12 +133,12 @@ def end_of_a_rank(args: argparse.Namespace) -> None:
         print(f"the run ended {time.perf_counter() - began:.1f} s after its second process, status {status}")
     finally:
         end_session(run)
-        print(file.read_text(errors="replace")[-2000:], flush=True)
+        print(file.read_text(encoding="utf-8", errors="replace")[-2000:], flush=True)
 
 
 def children(parent: int) -> list[int]:
     """Processes that ``parent`` has started."""
-    stats = (file.read_text().rpartition(")") for file in Path("/proc").glob("[0-9]*/stat"))
+    stats = (file.read_text(encoding="utf-8").rpartition(")") for file in Path("/proc").glob("[0-9]*/stat"))
     return [int(pid.split()[0]) for pid, _, rest in stats if int(rest.split()[1]) == parent]
 
 

@@ -109,7 +109,7 @@ LAUNCHED = "FOURDFY_RANKS"
 
 def by_torchrun() -> bool:
     """Whether torchrun has started this process, with others or alone."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+    return {"TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE"} <= os.environ.keys()
 
 
 def local_rank() -> int:

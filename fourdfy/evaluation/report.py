@@ -90,7 +90,6 @@ def brief(report: ShapesReport) -> str:
             f"PSNR {report.psnr:.1f} dB",
             f"colour {_yes(report.colour_ok)}",
             f"motion {_motion(report)}",
-            f"mark {report.mark_seen}/{len(report.over_time)}",
             f"{report.fronts} front{'' if report.fronts == 1 else 's'}",
         ]
     )

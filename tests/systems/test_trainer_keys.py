@@ -112,9 +112,9 @@ def test_what_cannot_be_continued_is_refused_by_name(whole, tmp_path, capsys, ov
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("devices=2", "devices=2: a run uses one device"),
-        ("devices=[0,1]", "devices=.*: a run uses one device"),
-        ("num_nodes=2", "num_nodes=2: a run uses one device"),
+        ("devices=2", "devices=2: --gpu 0,1 or torchrun says where it runs"),
+        ("devices=[0,1]", "devices=.*: --gpu 0,1 or torchrun says where it runs"),
+        ("num_nodes=2", "num_nodes=2: --gpu 0,1 or torchrun says where it runs"),
         ("check_val_every_n_epoch=5", "training is one epoch; set val_check_interval"),
         ("val_check_interval=2.5", "expected whole steps, or a fraction"),
         ("accumulate_grad_batches=0", "accumulate_grad_batches"),
