@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "exporters": {"ops", "files", "scenes"},
     "original": {"files"},
     "pages": {"files"},
+    "study": {"files", "pages"},
     "systems": {"ops", "files", "scenes", "priors", "prompts", "guidance", "data", "exporters", "original"},
     "shapes": {"ops"},
     "callbacks": {"ops", "files", "data", "systems"},
@@ -36,6 +37,7 @@ MAY_IMPORT = {
         "shapes",
         "evaluation",
         "pages",
+        "study",
         "viewing",
     },
 }

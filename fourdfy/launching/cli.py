@@ -21,6 +21,7 @@ EXAMPLES = """examples:
   launch.py --trial outputs/shapes_stage_3/a_red_cube_spinning --export
   launch.py --trial outputs/shapes_stage_3/a_red_cube_spinning --view
   launch.py --compare outputs/shapes_stage_3/*
+  launch.py --study study.yaml
 """
 
 MODES = {
@@ -71,6 +72,8 @@ def _main(argv: Sequence[str] | None, stop: StopSignals) -> int:
 
             logging.getLogger(__name__).info("written to %s", compare(args.compare, args.out))
             return 0
+        if _is_study(args):
+            return _study(args, stop)
         config, overrides = args.config, args.overrides
         if args.trial:
             file, go_on = trial_arguments(args.trial)
@@ -119,17 +122,36 @@ def _sweep(args: argparse.Namespace, stop: StopSignals) -> int:
     return sweep(args.sweep, given, args.overrides, **how)
 
 
+def _is_study(args: argparse.Namespace) -> bool:
+    return bool(args.study or args.collect or args.study_results)
+
+
+def _study(args: argparse.Namespace, stop: StopSignals) -> int:
+    from fourdfy.launching.studies import collect, make_study, show_results
+
+    if args.study:
+        make_study(args.study, args.overrides)
+    elif args.collect:
+        collect(args.collect, stop)
+    else:
+        show_results(args.study_results)
+    return 0
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments, with ``--prompt`` as one of the overrides."""
     from fourdfy.config_files import PROMPT, literal_override
 
     parser = _parser()
     args, unknown = parser.parse_known_intermixed_args(argv)
-    if not (args.config or args.trial or args.replay or args.sweep or args.compare):
-        parser.error("one of the arguments --config --trial --replay --sweep --compare is required")
-    others = (args.mode, args.view, args.sweep, args.stages, args.gpu, args.prompt, args.overrides, unknown)
-    if args.compare and (any(others) or len(args.compare) < 2):
+    study = _is_study(args)
+    if not (args.config or args.trial or args.replay or args.sweep or args.compare or study):
+        parser.error("one of the arguments --config --trial --replay --sweep --compare --study is required")
+    others = (args.mode, args.view, args.sweep, args.stages, args.gpu, args.prompt, unknown)
+    if args.compare and (any((*others, args.overrides)) or len(args.compare) < 2):
         parser.error("--compare takes two trials or more, --out, and nothing else")
+    if study and any((*others, args.overrides and not args.study)):
+        parser.error("--study takes key=value and nothing else, --collect and --study-results not even that")
     if args.sweep and (args.trial or args.replay or args.mode):
         parser.error("--sweep takes no --trial, no --replay and no mode; its jobs are --train")
     if not args.sweep and (args.seeds or args.per_gpu or args.sweep_mode):
@@ -141,7 +163,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
             parser.error("--view stands alone, to look at a trial, or beside --train")
         args.overrides += ["viewer.enable=true"] if args.mode else []
         args.mode = args.mode or "view"
-    if not (args.sweep or args.compare) and (args.mode is None) == (args.replay is None):
+    if not (args.sweep or args.compare or study) and (args.mode is None) == (args.replay is None):
         modes = " ".join(f"--{mode}" for mode in (*MODES, "view"))
         parser.error(f"--replay takes no mode; the others need one of {modes}")
     if strange := [word for word in unknown if not re.match(r"-+\w+[.=]", word)]:
@@ -188,6 +210,17 @@ def _parser() -> argparse.ArgumentParser:
         "--compare", nargs="+", type=Path, metavar="DIR",
         help="write compare.html: the clips of some trials in step, their settings, scores and curves",
     )  # fmt: skip
+    source.add_argument(
+        "--study", type=Path, metavar="YAML",
+        help="make a user study: a page that compares clips of methods and needs no server (docs/study.md)",
+    )  # fmt: skip
+    source.add_argument(
+        "--collect", type=Path, metavar="DIR",
+        help="show a study's page to browsers of this machine, and keep their answers",
+    )  # fmt: skip
+    source.add_argument(
+        "--study-results", type=Path, metavar="DIR", help="what a study's raters preferred: table and plot"
+    )
     modes = parser.add_mutually_exclusive_group()
     for mode, text in MODES.items():
         modes.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, help=text)

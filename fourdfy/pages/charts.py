@@ -83,7 +83,28 @@ def chart(title: str, curves: Mapping[str, Curve]) -> str:
     )
 
 
-def _text(x: int, y: int, anchor: str, content: object) -> str:
+def intervals(title: str, rows: Sequence[tuple[str, float, float, float]], middle: float) -> str:
+    """A dot and a line for each (label, value, its low and high end), and an upright line in the middle."""
+    ends = [middle, *(end for _, *of in rows for end in of)]
+    low, high = min(ends), max(ends)
+    left, width, height = 330, 720, 22 * len(rows) + 26
+
+    def across(value: float) -> str:
+        return f"{left + (value - low) / max(high - low, 1e-9) * (width - left - 20):.1f}"
+
+    lines = [
+        f'{_text(left - 16, y + 4, "end", escaped(label))}<path class="c0" d="M{across(start)} {y}H{across(end)}"/>'
+        f'<circle cx="{across(value)}" cy="{y}" r="4"/>'
+        for y, (label, value, start, end) in zip(range(14, height, 22), rows, strict=False)
+    ]
+    ticks = "".join(_text(across(x), height - 6, "middle", brief(x)) for x in dict.fromkeys((low, middle, high)))
+    return (
+        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escaped(title)}">'
+        f'<path class="axis" d="M{across(middle)} 2V{height - 20}"/>{"".join(lines)}{ticks}</svg>'
+    )
+
+
+def _text(x: object, y: int, anchor: str, content: object) -> str:
     return f'<text x="{x}" y="{y}" text-anchor="{anchor}">{content}</text>'
 
 

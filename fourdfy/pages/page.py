@@ -23,19 +23,27 @@ BAR = (
 """What moves all that ``player.js`` shows; ``#t=0.5`` in a page's address stops it at that moment."""
 
 
-def page(title: str, body: str, *, scripts: Sequence[str] = (), data: Mapping[str, Any] | None = None) -> str:
+def page(
+    title: str,
+    body: str,
+    *,
+    scripts: Sequence[str] = (),
+    data: Mapping[str, Any] | None = None,
+    allowed: str = "",
+) -> str:
     """A whole page.
 
     Args:
         body: HTML, in which texts are escaped; neither ``style`` nor ``on...`` attributes have an effect.
         scripts: files beside this one, in the order in which they run.
         data: what they find, as JSON, in the element ``data``.
+        allowed: what the policy lets the page load, such as ``media-src 'self'``.
     """
     style = _file("style.css")
     script = "".join(_file(name) for name in scripts)
     policy = (
         f"default-src 'none'; img-src data:; style-src {_hash(style)}; "
-        f"script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
+        f"script-src {_hash(script)}; base-uri 'none'; form-action 'none'; {allowed}"
     )
     # "<" could end the element.
     held = json.dumps(data or {}).replace("<", r"\u003c")

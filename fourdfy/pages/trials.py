@@ -54,6 +54,12 @@ def views_of_test(trial: Path) -> list[Path]:
     return sorted((file for file in files if file.stem.isdecimal()), key=lambda file: int(file.stem))
 
 
+def video_of_test(trial: Path) -> Path | None:
+    """The video of the test views of the last step that has one."""
+    found = _by_step(trial, r"it(\d+)-test\.mp4")
+    return found[max(found)] if found else None
+
+
 def clip_of_test(
     trial: Path, *, css: str = "clip", frames: int = MAX_FRAMES, pixels: int = MAX_PIXELS
 ) -> str:

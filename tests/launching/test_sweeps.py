@@ -530,7 +530,7 @@ def test_a_prompt_can_not_act_on_the_page(made):
         (["--config", "shapes", "--train", "--seeds", "0-3"], "are for --sweep"),
         (["--compare", "one", "two", "--prompt", "a panda"], "--out, and nothing else"),
         (["--config", "shapes", "--check", "--stages", "2"], "--stages says how many"),
-        (["--train"], "one of the arguments --config --trial --replay --sweep --compare is required"),
+        (["--train"], "one of the arguments --config --trial --replay --sweep --compare --study is required"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(words, message, capsys):
