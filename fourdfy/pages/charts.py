@@ -93,11 +93,14 @@ def intervals(title: str, rows: Sequence[tuple[str, float, float, float]], middl
         return f"{left + (value - low) / max(high - low, 1e-9) * (width - left - 20):.1f}"
 
     lines = [
-        f'{_text(left - 16, y + 4, "end", escaped(label))}<path class="c0" d="M{across(start)} {y}H{across(end)}"/>'
+        f"{_text(left - 16, y + 4, 'end', escaped(label))}"
+        f'<path class="c0" d="M{across(start)} {y}H{across(end)}"/>'
         f'<circle cx="{across(value)}" cy="{y}" r="4"/>'
         for y, (label, value, start, end) in zip(range(14, height, 22), rows, strict=False)
     ]
-    ticks = "".join(_text(across(x), height - 6, "middle", brief(x)) for x in dict.fromkeys((low, middle, high)))
+    ticks = "".join(
+        _text(across(x), height - 6, "middle", brief(x)) for x in dict.fromkeys((low, middle, high))
+    )
     return (
         f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escaped(title)}">'
         f'<path class="axis" d="M{across(middle)} 2V{height - 20}"/>{"".join(lines)}{ticks}</svg>'

@@ -33,9 +33,11 @@ def collector(folder: Path) -> ThreadingHTTPServer:
         server = ThreadingHTTPServer((HOST, key.port), handler)
     except OSError as error:
         raise ConfigError(
-            f"port {key.port}: {error.strerror}; give the study another: launch.py --study FILE port=0 takes any"
+            f"port {key.port}: {error.strerror}; repeat --study with port=0, which takes any free one"
         ) from error
-    logger.info("http://%s:%d/ (this machine alone); answers go to %s", HOST, server.server_port, folder / ANSWERS)
+    logger.info(
+        "http://%s:%d/ (this machine alone); answers go to %s", HOST, server.server_port, folder / ANSWERS
+    )
     return server
 
 

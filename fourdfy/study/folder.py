@@ -104,18 +104,17 @@ def write_study(file: Path, overrides: Sequence[str]) -> Path:
 
 
 def _page(cfg: StudyConfig, study: str, clips: Mapping[str, Clip], files: Sequence[str]) -> str:
-    pairs = [
-        (*sorted(two), clips[two[0]].prompt)  # by their hashes: the order tells nothing
-        for two in itertools.combinations(clips, 2)
-        if clips[two[0]].prompt == clips[two[1]].prompt
-    ]
+    pairs = []
+    for first, second in itertools.combinations(sorted(clips), 2):  # by hash: the order tells nothing
+        if clips[first].prompt == clips[second].prompt:
+            pairs.append((first, second, clips[first].prompt))
     return study_page(
         study,
         cfg.title,
         cfg.consent,
         cfg.instructions,
         questions=cfg.questions,
-        pairs=sorted(pairs),
+        pairs=pairs,
         clips={Path(name).stem: name for name in sorted(files)},
         comparisons=min(cfg.comparisons or len(pairs), len(pairs)),
         checks=cfg.checks,

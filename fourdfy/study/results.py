@@ -31,10 +31,11 @@ from fourdfy.study.analysis import (
 from fourdfy.study.folder import ANSWERS, Key, read_key
 
 HEAD = ("preferred", "95 % interval", "wins", "ties", "losses", "p", "p (Holm)")
-METHOD = """Preferred: the share of answers for the first method; a tie counts half. Its interval is that of a bootstrap \
-over raters and prompts. p: exact binomial test of wins against losses, two-sided, which takes answers as independent; \
-where raters or prompts differ much, trust the interval. p (Holm): corrected for the number of rows. Agreement: \
-Krippendorff's alpha, 1 if raters always agree, 0 as by chance. Strength: Bradley-Terry, in log odds."""
+METHOD = """Preferred: the share of answers for the first method; a tie counts half. Its interval is that of
+a bootstrap over raters and prompts. p: exact binomial test of wins against losses, two-sided, which takes answers
+as independent; where raters or prompts differ much, trust the interval. p (Holm): corrected for the number of
+rows. Agreement: Krippendorff's alpha, 1 if raters always agree, 0 as by chance. Strength: Bradley-Terry, in log
+odds."""
 logger = logging.getLogger(__name__)
 
 
@@ -86,7 +87,19 @@ def write_results(folder: Path) -> Results:
     found = results(key, read_answers(folder, key), folder)
     write_whole(folder / "results.html", _page(found))
     text = io.StringIO(newline="")
-    columns = ("question", "first", "second", "preferred", "low", "high", "wins", "ties", "losses", "p", "p_holm")
+    columns = (
+        "question",
+        "first",
+        "second",
+        "preferred",
+        "low",
+        "high",
+        "wins",
+        "ties",
+        "losses",
+        "p",
+        "p_holm",
+    )
     lines = csv.writer(text)
     lines.writerow((*columns, "agreement"))
     for row in found.rows:
@@ -149,8 +162,9 @@ def _votes(key: Key, answers: Sequence[Mapping[str, Any]], question: str) -> Vot
                 score = {"left": 1.0, "tie": 0.5, "right": 0.0}[entry["answer"]]
                 score = score if sides[0] < sides[1] else 1 - score
                 votes.append((rater, prompts.index(left.prompt), *sorted(sides), score))
-    *numbers, score = np.array(votes).reshape(-1, 5).T
-    return Votes(*(column.astype(int) for column in numbers), score)
+    *numbers, scores = np.array(votes).reshape(-1, 5).T
+    raters, texts, first, second = (column.astype(int) for column in numbers)
+    return Votes(raters, texts, first, second, scores)
 
 
 def _page(found: Results) -> str:
@@ -167,7 +181,7 @@ def _page(found: Results) -> str:
         f'<h1>Results of the study</h1><p class="soft">{escaped(facts)}</p>'
         + section("Preferred, %", intervals("share of each first method", shares, 50))
         + section("Table", table(((row.name, row.cells) for row in found.rows), HEAD))
-        + section("Strength", strengths and intervals("strength of each method", strengths, 0))
+        + section("Strength", intervals("strength of each method", strengths, 0) if strengths else "")
         + section("Agreement", agreed)
         + section("How it was computed", f"<p>{escaped(METHOD)}</p>"),
     )

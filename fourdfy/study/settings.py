@@ -23,10 +23,10 @@ QUESTIONS = {
     "text": "Which clip matches the text better?",
     "overall": "Which clip do you prefer overall?",
 }
-CONSENT = """Taking part is voluntary, and you can stop at any time by closing this page. Your answers and how \
-long they took are kept, under a random number; nothing else is recorded."""
-INSTRUCTIONS = """You will see pairs of short clips, each made by a computer from the text above them. Watch \
-both to their end, then answer each question. Choose "about the same" if you see no difference that matters."""
+CONSENT = """Taking part is voluntary, and you can stop at any time by closing this page. Your answers and when
+you gave them are kept, without your name; nothing else is."""
+INSTRUCTIONS = """You will see pairs of short clips, each made by a computer from the text above it. Watch both
+to their end, then answer each question. Choose "about the same" if you see no difference that matters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,9 @@ def read_study(file: Path, overrides: Sequence[str]) -> tuple[StudyConfig, dict[
     loaded = load_config([file], overrides, schema=StudyConfig)
     cfg: StudyConfig = parse_config(StudyConfig, loaded.values, sources=loaded.sources)
     if len(cfg.methods) < 2:
-        raise ConfigError(f"methods ({file}): expected two or more, each with its clips, such as ours: [TRIAL]")
+        raise ConfigError(
+            f"methods ({file}): expected two or more, each with its clips, such as ours: [TRIAL]"
+        )
     if not cfg.questions:
         raise ConfigError(f"questions ({file}): expected one or more, such as overall: Which do you prefer?")
     clips = {method: _clips(f"methods.{method} ({file})", given) for method, given in cfg.methods.items()}
@@ -69,12 +71,16 @@ def read_study(file: Path, overrides: Sequence[str]) -> tuple[StudyConfig, dict[
         if odd := prompts.keys() ^ of.keys():
             prompt = min(odd)
             has, lacks = (first, other) if prompt in prompts else (other, first)
-            raise ConfigError(f"methods.{lacks} ({file}): no clip of {prompt!r}, which {has} has; add or drop it")
+            raise ConfigError(
+                f"methods.{lacks} ({file}): no clip of {prompt!r}, which {has} has; add or drop it"
+            )
     return cfg, clips
 
 
 def _clips(key: str, given: Any) -> dict[str, Path]:
-    expected = f"{key}: expected a list of trial folders, or a mapping from prompts to videos or trial folders"
+    expected = (
+        f"{key}: expected a list of trial folders, or a mapping from prompts to videos or trial folders"
+    )
     if not isinstance(given, list | Mapping) or not given:
         raise ConfigError(f"{expected}; got {given!r}")
     named = given.items() if isinstance(given, Mapping) else [(None, path) for path in given]
@@ -103,7 +109,9 @@ def _prompt(key: str, trial: Path) -> str:
 def _video(key: str, path: Path) -> Path:
     video = video_of_test(path) if path.is_dir() else path
     if video is None:
-        raise ConfigError(f"{key}: {path} has no video of test views; launch.py --trial {path} --test makes it")
+        raise ConfigError(
+            f"{key}: {path} has no video of test views; launch.py --trial {path} --test makes it"
+        )
     if not video.is_file() or video.suffix.lower() not in VIDEOS:
         problem = f"has none of the formats {' and '.join(VIDEOS)}" if video.is_file() else "does not exist"
         raise ConfigError(f"{key}: {video} {problem}; expected a video or a trial folder")
