@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -70,6 +71,10 @@ class _Handler(SimpleHTTPRequestHandler):
         logger.info("answers of %s", answers["rater"])
         self.send_response(HTTPStatus.NO_CONTENT)
         self.end_headers()
+
+    def copyfile(self, *args: Any) -> None:
+        with suppress(ConnectionError):  # a browser wants no more of a clip
+            super().copyfile(*args)
 
     def log_message(self, *args: Any) -> None:
         """Say nothing of each request."""

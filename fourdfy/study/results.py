@@ -31,11 +31,11 @@ from fourdfy.study.analysis import (
 from fourdfy.study.folder import ANSWERS, Key, read_key
 
 HEAD = ("preferred", "95 % interval", "wins", "ties", "losses", "p", "p (Holm)")
-METHOD = """Preferred: the share of answers for the first method; a tie counts half. Its interval is that of
-a bootstrap over raters and prompts. p: exact binomial test of wins against losses, two-sided, which takes answers
-as independent; where raters or prompts differ much, trust the interval. p (Holm): corrected for the number of
-rows. Agreement: Krippendorff's alpha, 1 if raters always agree, 0 as by chance. Strength: Bradley-Terry, in log
-odds."""
+METHOD = """Preferred: the share of answers for the first method; a tie counts half. Its interval is that
+of a bootstrap over raters and prompts. p: exact binomial test of wins against losses, two-sided, which takes
+answers as independent; where raters or prompts differ much, trust the interval. p (Holm): corrected for the
+number of rows. Agreement: Krippendorff's alpha, 1 if raters always agree, 0 as by chance. Strength:
+Bradley-Terry, in log odds."""
 logger = logging.getLogger(__name__)
 
 
@@ -179,9 +179,9 @@ def _page(found: Results) -> str:
     return page(
         "Results of the study",
         f'<h1>Results of the study</h1><p class="soft">{escaped(facts)}</p>'
-        + section("Preferred, %", intervals("share of each first method", shares, 50))
+        + section("Preferred, %", intervals("share of each first method", shares, 50.0))
         + section("Table", table(((row.name, row.cells) for row in found.rows), HEAD))
-        + section("Strength", intervals("strength of each method", strengths, 0) if strengths else "")
+        + section("Strength", intervals("strength of each method", strengths, 0.0) if strengths else "")
         + section("Agreement", agreed)
         + section("How it was computed", f"<p>{escaped(METHOD)}</p>"),
     )

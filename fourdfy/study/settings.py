@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ QUESTIONS = {
     "text": "Which clip matches the text better?",
     "overall": "Which clip do you prefer overall?",
 }
-CONSENT = """Taking part is voluntary, and you can stop at any time by closing this page. Your answers and when
-you gave them are kept, without your name; nothing else is."""
-INSTRUCTIONS = """You will see pairs of short clips, each made by a computer from the text above it. Watch both
-to their end, then answer each question. Choose "about the same" if you see no difference that matters."""
+CONSENT = """Taking part is voluntary, and you can stop at any time by closing this page. Your answers, and
+when you gave them, are kept without your name; nothing else is."""
+INSTRUCTIONS = """You will see pairs of short clips, each made by a computer from the text above it. Watch
+both to their end, then answer each question. Choose "about the same" if you see no difference that
+matters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,8 @@ class StudyConfig(Schema):
     title: str = "Which clip is better?"
     consent: str = CONSENT
     instructions: str = INSTRUCTIONS
-    questions: dict[str, str] = field(default_factory=lambda: dict(QUESTIONS))
-    """Name in the results -> what raters read; replaces the six of the field."""
+    questions: dict[str, str] = field(default_factory=dict)
+    """Name in the results -> what raters read. Empty: ``QUESTIONS``, the six of the field."""
     comparisons: int = number(0, 0)
     """Of each rater, drawn at random from all pairs of methods and all prompts; 0: all of them."""
     checks: int = number(2, 0, 20)
@@ -63,8 +64,6 @@ def read_study(file: Path, overrides: Sequence[str]) -> tuple[StudyConfig, dict[
         raise ConfigError(
             f"methods ({file}): expected two or more, each with its clips, such as ours: [TRIAL]"
         )
-    if not cfg.questions:
-        raise ConfigError(f"questions ({file}): expected one or more, such as overall: Which do you prefer?")
     clips = {method: _clips(f"methods.{method} ({file})", given) for method, given in cfg.methods.items()}
     (first, prompts), *others = clips.items()
     for other, of in others:
@@ -74,7 +73,7 @@ def read_study(file: Path, overrides: Sequence[str]) -> tuple[StudyConfig, dict[
             raise ConfigError(
                 f"methods.{lacks} ({file}): no clip of {prompt!r}, which {has} has; add or drop it"
             )
-    return cfg, clips
+    return replace(cfg, questions=cfg.questions or QUESTIONS), clips
 
 
 def _clips(key: str, given: Any) -> dict[str, Path]:

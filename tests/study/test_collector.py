@@ -1,0 +1,86 @@
+"""What the collector takes, and what it refuses."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.client import HTTPConnection
+
+import pytest
+
+from fourdfy.launching.cli import main
+from fourdfy.study.collector import collector
+from fourdfy.study.folder import ANSWERS, KEY, SITE
+from tests.study.studies import answers, study
+
+JSON = {"Content-Type": "application/json"}
+
+
+@contextmanager
+def collecting(folder):
+    with collector(folder) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def ask(server, method, path, body=None, headers=JSON):
+    """(status, body) of a reply."""
+    connection = HTTPConnection(*server.server_address, timeout=20)
+    connection.request(method, path, body, headers)
+    reply = connection.getresponse()
+    content = reply.read()
+    connection.close()
+    return reply.status, content
+
+
+def test_many_raters_at_once_have_a_whole_file_each(tmp_path):
+    folder = study(tmp_path)
+    bodies = [json.dumps(answers(folder, f"../{name}", lambda *_: "ours")).encode() for name in range(24)]
+    with collecting(folder) as server, ThreadPoolExecutor(12) as pool:
+        statuses = pool.map(lambda body: ask(server, "POST", "/answers", body)[0], [*bodies, *bodies])
+        assert {*statuses} == {204}
+    assert {file.read_bytes() for file in (folder / ANSWERS).iterdir()} == {*bodies}
+    assert len([*(folder / ANSWERS).iterdir()]) == len(bodies), "twice the same is once"
+
+
+def test_the_page_is_shown_and_the_key_is_not(tmp_path):
+    folder = study(tmp_path)
+    with collecting(folder) as server:
+        assert server.server_address[0] == "127.0.0.1"
+        assert ask(server, "GET", "/") == (200, (folder / SITE / "index.html").read_bytes())
+        for path in (f"/../{KEY}", f"/%2e%2e/{KEY}", f"/{KEY}", "/clips/../../key.json"):
+            assert ask(server, "GET", path)[0] == 404, path
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "change", "status"),
+    [
+        ("/answers", {"Content-Type": "text/plain"}, {}, 404),  # which any site's page may send
+        ("/other", JSON, {}, 404),
+        ("/answers", JSON, {"study": "another"}, 400),
+        ("/answers", JSON, {"answers": [{}]}, 400),
+        ("/answers", {**JSON, "Content-Length": "99999999999"}, {}, 413),
+        ("/answers", {**JSON, "Content-Length": "-1"}, {}, 413),
+    ],
+)
+def test_what_is_no_answer_of_the_study_is_refused(tmp_path, path, headers, change, status):
+    folder = study(tmp_path)
+    body = json.dumps({**answers(folder, "anna", lambda *_: "ours"), **change})
+    with collecting(folder) as server:
+        assert ask(server, "POST", path, body, headers)[0] == status
+    assert not any((folder / ANSWERS).iterdir())
+
+
+def test_a_port_that_is_taken_is_said(tmp_path, capsys):
+    with collecting(study(tmp_path)) as server:
+        folder = study(tmp_path, port=server.server_port)
+        assert main(["--collect", str(folder)]) == 2
+    assert "repeat --study with port=0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--collect", "x", "--train"], ["--study-results", "x", "a=1"]])
+def test_what_does_not_go_with_a_study_is_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        main(words)
+    assert "--study, --collect and --study-results take no mode" in capsys.readouterr().err
