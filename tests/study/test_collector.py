@@ -83,4 +83,4 @@ def test_a_port_that_is_taken_is_said(tmp_path, capsys):
 def test_what_does_not_go_with_a_study_is_refused(words, capsys):
     with pytest.raises(SystemExit):
         main(words)
-    assert "--study, --collect and --study-results take no mode" in capsys.readouterr().err
+    assert "--study takes key=value and nothing else" in capsys.readouterr().err
