@@ -16,6 +16,7 @@ from fourdfy import registry
 from fourdfy.config import Component, Named, Schema, Slot, held, init_fields, kinds
 from fourdfy.launching.experiment import ExperimentConfig
 from fourdfy.launching.sweeps.jobs import SweepConfig
+from fourdfy.study.settings import StudyConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "config.md"
 INTRODUCTION = """# Every key of a config
@@ -32,7 +33,7 @@ the steps: most of the change comes early.
 
 def reference() -> str:
     """The whole page, in Markdown."""
-    return "\n".join((INTRODUCTION, *map(_section, configs(ExperimentConfig, SweepConfig))))
+    return "\n".join((INTRODUCTION, *map(_section, configs(ExperimentConfig, SweepConfig, StudyConfig))))
 
 
 def configs(*pending: type) -> list[type]:

@@ -38,8 +38,11 @@ class StudyConfig(Schema):
     """Name -> its clips: a mapping from prompts to videos (mp4 or webm) or trial folders, or a list of trial
     folders, which know their prompts. All methods have the same prompts."""
     title: str = "Which clip is better?"
+    """What raters read first, with the next two."""
     consent: str = CONSENT
+    """What they agree to."""
     instructions: str = INSTRUCTIONS
+    """What they are asked to do."""
     questions: dict[str, str] = field(default_factory=dict)
     """Name in the results -> what raters read. Empty: ``QUESTIONS``, the six of the field."""
     comparisons: int = number(0, 0)

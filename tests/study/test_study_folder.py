@@ -39,7 +39,7 @@ def test_the_six_questions_of_the_field_are_asked_unless_there_are_others(tmp_pa
 
 def test_what_is_typed_is_text_and_nothing_else(tmp_path):
     evil = {"title": EVIL, "consent": EVIL, "instructions": EVIL, "questions": {EVIL: EVIL}}
-    folder = study(tmp_path, [EVIL, "ours"], [EVIL.replace(".", "")], **evil)
+    folder = study(tmp_path, [EVIL, "ours"], [EVIL], **evil)
     found = Found((folder / SITE / "index.html").read_text())
     assert found.under("h1")[0] == EVIL and found.is_inert()
     put(folder, answers(folder, EVIL, lambda *_: EVIL))
