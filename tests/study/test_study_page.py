@@ -71,10 +71,12 @@ def test_what_raters_prefer_is_what_the_results_say(tmp_path):
     assert (text.wins, text.losses, text.p) == (30, 30, 1.0)
     assert (overall.wins, overall.losses) == (39, 21) and overall.p < 0.05
     assert found.raters == raters and found.left_out == 0
-    sides = [
-        a["answer"] for file in (folder / ANSWERS).iterdir() for a in json.loads(file.read_text())["answers"]
-    ]
-    assert 30 < sides.count("left") < 90, "sides are random"
+    ways = []
+    for file in (folder / ANSWERS).iterdir():
+        entries = json.loads(file.read_text())["answers"]
+        ways.append([(entry["left"], entry["right"]) for entry in entries if entry["question"] == "overall"])
+    assert 12 < sum(left < right for way in ways for left, right in way) < 48, "sides are random"
+    assert len({tuple(map(frozenset, way)) for way in ways}) > 5, "the order is random"
 
 
 def test_offline_with_keys_after_both_were_watched_and_on_after_a_reload(tmp_path):
