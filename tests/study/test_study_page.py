@@ -79,6 +79,21 @@ def test_what_raters_prefer_is_what_the_results_say(tmp_path):
     assert len({tuple(map(frozenset, way)) for way in ways}) > 5, "the order is random"
 
 
+@pytest.mark.parametrize(
+    "reply", ["new Response('', {status: 200})", "Promise.reject(new TypeError('offline'))"]
+)
+def test_answers_that_nobody_took_are_a_file(tmp_path, reply):
+    folder = study(tmp_path, checks=0, comparisons=1)
+    with collecting(folder) as address, Browser(tmp_path / "profile") as browser:
+        where = {"behavior": "allow", "downloadPath": str(tmp_path / "saved")}
+        browser.call("Browser.setDownloadBehavior", **where)
+        browser.open(f"{address}?rater=anna")
+        browser.run(f"window.fetch = async () => {reply}; 0")
+        browser.run(RATER.replace("PREFERS", "[[true], [true]]").replace("METHOD", "{}"))
+        wait_for((tmp_path / "saved" / "answers-anna.json").is_file)
+    read_key(folder).check(json.loads((tmp_path / "saved" / "answers-anna.json").read_text()))
+
+
 def test_offline_with_keys_after_both_were_watched_and_on_after_a_reload(tmp_path):
     folder = study(tmp_path, checks=0)
     with Browser(tmp_path / "profile") as browser:
