@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fourdfy.config_files import ConfigError
-from fourdfy.files.atomic import write_whole
+from fourdfy.files.atomic import ELSEWHERE, write_whole
 from fourdfy.pages.study import study_page
 from fourdfy.study.settings import StudyConfig, read_study
 
@@ -90,9 +90,9 @@ def write_study(file: Path, overrides: Sequence[str]) -> Path:
             clips[name], files[f"clips/{name}{video.suffix.lower()}"] = Clip(method, prompt), content
     asked = json.dumps([sorted(clips), cfg.questions])
     study = hashlib.sha256(asked.encode()).hexdigest()[:16]
-    folder = Path(cfg.out)
+    folder = Path(cfg.exp_root_dir)
     if any((folder / ANSWERS).glob("*.json")) and read_key(folder).study != study:
-        raise ConfigError(f"{folder} has answers of another study; write elsewhere: out=DIR")
+        raise ConfigError(f"{folder} has answers of another study; {ELSEWHERE}")
     for name, content in files.items():
         write_whole(folder / SITE / name, content)
     page = folder / SITE / "index.html"

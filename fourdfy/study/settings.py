@@ -51,7 +51,7 @@ class StudyConfig(Schema):
     """Questions for each rater that say what to answer. The results leave out raters who fail one."""
     port: int = number(8770, 0, 65535)
     """Of ``--collect``; 0: any free one."""
-    out: str = file_path("outputs/study")
+    exp_root_dir: str = file_path("outputs/study")
     """The study's folder."""
 
 

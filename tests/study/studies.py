@@ -39,7 +39,9 @@ def study(folder, methods=("ours", "theirs"), prompts=PROMPTS, **settings):
     """The folder of a study."""
     given = {"methods": write_clips(folder, methods, prompts), "questions": QUESTIONS, "checks": 1, "port": 0}
     file = folder / "study.yaml"
-    file.write_text(yaml.safe_dump({**given, "out": str(folder / "out"), **settings}, sort_keys=False))
+    file.write_text(
+        yaml.safe_dump({**given, "exp_root_dir": str(folder / "out"), **settings}, sort_keys=False)
+    )
     write_study(file, [])
     return folder / "out"
 

@@ -60,7 +60,7 @@ def test_trials_know_their_prompts_and_their_last_video(tmp_path):
             (trial / "save" / "it10-test.mp4").write_bytes(Path(video).read_bytes())
             methods.setdefault(method, []).append(str(trial))
     folder = study(tmp_path, methods=("unused", "other"))
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump({"methods": methods, "out": str(folder)}))
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({"methods": methods, "exp_root_dir": str(folder)}))
     write_study(tmp_path / "study.yaml", [])
     assert {(clip.method, clip.prompt) for clip in read_key(folder).clips.values()} == {
         (method, prompt) for method in ("ours", "theirs") for prompt in PROMPTS
@@ -102,7 +102,7 @@ def test_a_study_with_answers_is_not_replaced_by_another(tmp_path):
     put(folder, answers(folder, "anna", lambda *_: "ours"))
     assert study(tmp_path, title="Another title") == folder, "texts may change"
     assert (folder / KEY).read_bytes() == before
-    with pytest.raises(ConfigError, match="has answers of another study; write elsewhere: out=DIR"):
+    with pytest.raises(ConfigError, match="has answers of another study; write elsewhere: exp_root_dir=DIR"):
         study(tmp_path, questions={"own": "Which?"})
-    assert main(["--study", str(tmp_path / "study.yaml"), f"out={tmp_path / 'elsewhere'}"]) == 0
+    assert main(["--study", str(tmp_path / "study.yaml"), f"exp_root_dir={tmp_path / 'elsewhere'}"]) == 0
     assert (tmp_path / "elsewhere" / ANSWERS).is_dir()
