@@ -30,7 +30,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +37,13 @@ import torch
 import torch.distributed as dist
 from models import MODELS, make_models, make_tiny_models, models_folder
 from profiling import PARTS, PartTimes
-from stopwatch import KNOWN_AFTER, Batches, Block, blocks_of, elapsed_ms, mark, peaks, reset_peaks, summary
-from timing import head, row, synchronize, where
+from stopwatch import Batches, Block, Timer
+from timing import head, row, where
 from torch import Tensor
 from torch.utils.data import DataLoader
 from train_step import STATES, models_of, settings
 
-from fourdfy.callbacks.base import Callback, Run
+from fourdfy.callbacks.base import Run
 from fourdfy.devices import local_rank, select_devices
 from fourdfy.launching.experiment import Experiment, load_experiment
 from fourdfy.launching.lightning import Trainer
@@ -215,7 +214,7 @@ def train(experiment: Experiment, system: System, watch: Watch, device: str) -> 
     Trainer(cfg, run, {"watch": watch}, device=device).fit(None)
 
 
-class Watch(Callback):
+class Watch(Timer):
     """Times each kind of step, then its parts, and compares its last gradients; keeps the scene as it is."""
 
     def __init__(
@@ -225,54 +224,24 @@ class Watch(Callback):
         phase: str,
         reference: dict[str, dict[str, Tensor]],
     ) -> None:
-        super().__init__()
-        self.blocks, self.phase, self.reference = blocks_of(experiment), phase, reference
-        self.steps, self.warm_up = args.steps, args.warm_up
+        super().__init__(experiment, args)
+        self.phase, self.reference = phase, reference
         self.in_parts = min(8, args.steps)
         self.found: dict[str, dict[str, Any]] = {}
 
     def stretches(self, block: Block) -> list[tuple[int, int]]:
         """(first global step, number of steps): warmed up and timed, in parts."""
-        return [(block.start - self.warm_up, self.warm_up + self.steps), (block.start, self.in_parts)]
+        return [*super().stretches(block), (block.start, self.in_parts)]
 
-    @property
-    def total(self) -> int:
-        return sum(count for block in self.blocks for _, count in self.stretches(block))
-
-    def begin(self, run: Run) -> None:
-        for group in run.optimizer.param_groups:
-            group["lr"] = 0.0
-        batch = run.data.batch(0).to(run.system.device)
-        for step in range(0, KNOWN_AFTER, 16):
-            run.system.before_step(replace(batch, step=step))
-        self.script = self._measure(run)
-        next(self.script)
-
-    def after_step(self, run: Run, batch: Any, losses: Any) -> None:
-        next(self.script, None)
-
-    def _measure(self, run: Run) -> Iterator[None]:
-        for block in self.blocks:
-            for _ in range(self.warm_up):
+    def _go_on(self, run: Run, block: Block, found: dict[str, Any]) -> Iterator[None]:
+        found["difference"] = self._difference(block, run.system)
+        with PartTimes().watch(run.system) as parts, timed_sums(parts):
+            for _ in range(self.in_parts):
                 yield
-            synchronize()
-            run.means.take()
-            reset_peaks()
-            marks = [mark()]
-            for _ in range(self.steps):
-                yield
-                marks.append(mark())
-            synchronize()
-            found = summary([elapsed_ms(a, b) for a, b in pairwise(marks)]) | peaks()
-            found["samples"] = run.means.take().get(f"{block.kind}/samples")
-            found["difference"] = self._difference(block, run.system)
-            with PartTimes().watch(run.system) as parts, timed_sums(parts):
-                for _ in range(self.in_parts):
-                    yield
-                    parts.end_step()
-            found["parts_ms"] = {name: 1000 * s / self.in_parts for name, s in parts.seconds.items()}
-            self.found[block.name] = found
-            say(f"{self.phase}, {block.name}: {found['median']:.1f} ms, {found['peak_gib']:.1f} GiB at most")
+                parts.end_step()
+        found["parts_ms"] = {name: 1000 * s / self.in_parts for name, s in parts.seconds.items()}
+        self.found[block.name] = found
+        say(f"{self.phase}, {block.name}: {found['median']:.1f} ms, {found['peak_gib']:.1f} GiB at most")
 
     def _difference(self, block: Block, system: System) -> dict[str, float]:
         """Norm of the difference from the gradients of the first phase, relative to theirs, by part."""

@@ -70,30 +70,16 @@ class Batches(IterableDataset):
                 yield from islice(iter(data.train_dataloader(first, self.parts)), count * self.parts)
 
 
-class Stopwatch(Callback):
-    """Measures blocks of steps, and keeps the scene as it is."""
+class Timer(Callback):
+    """Times blocks of steps, and keeps the scene as it is. A subclass says what follows in each block."""
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        args: argparse.Namespace,
-        done: Callable[[Block, dict[str, Any]], None],
-    ) -> None:
+    def __init__(self, experiment: Experiment, args: argparse.Namespace) -> None:
         super().__init__()
-        self.blocks, self.done = blocks_of(experiment), done
-        self.steps, self.warm_up = args.steps, args.warm_up
-        self.in_parts, self.profiled = (
-            (0, 0) if args.times_only else (min(16, self.steps), min(4, self.steps))
-        )
+        self.blocks, self.steps, self.warm_up = blocks_of(experiment), args.steps, args.warm_up
 
     def stretches(self, block: Block) -> list[tuple[int, int]]:
-        """(first global step, number of steps): warmed up and timed, in parts, profiled and checked."""
-        return [
-            (block.start - self.warm_up, self.warm_up + self.steps),
-            (block.start, self.in_parts),
-            (block.start + 1, self.profiled),
-            (block.start + 1, self.profiled),
-        ]
+        """(first global step, number of steps): warmed up and timed."""
+        return [(block.start - self.warm_up, self.warm_up + self.steps)]
 
     @property
     def total(self) -> int:
@@ -114,28 +100,64 @@ class Stopwatch(Callback):
     def _measure(self, run: Run) -> Iterator[None]:
         """Each ``yield`` is a step of the run."""
         for block in self.blocks:
-            began = time.perf_counter()
-            for _ in range(self.warm_up):
-                yield
-            synchronize()
-            warm = time.perf_counter()
             found: dict[str, Any] = {"shares": block.shares}
-            run.means.take()
-            reset_peaks()
-            marks = [mark()]
-            for _ in range(self.steps):
-                yield
-                marks.append(mark())
-            synchronize()
+            yield from self._time(run, block, found)
+            yield from self._go_on(run, block, found)
+
+    def _time(self, run: Run, block: Block, found: dict[str, Any]) -> Iterator[None]:
+        began = time.perf_counter()
+        for _ in range(self.warm_up):
+            yield
+        synchronize()
+        warm = time.perf_counter()
+        run.means.take()
+        reset_peaks()
+        marks = [mark()]
+        for _ in range(self.steps):
+            yield
+            marks.append(mark())
+        synchronize()
+        timed = time.perf_counter()
+        found |= summary([elapsed_ms(a, b) for a, b in pairwise(marks)]) | peaks()
+        found["samples"] = run.means.take().get(f"{block.kind}/samples")
+        found["seconds"] = {"warm-up": warm - began, "timed": timed - warm}
+
+    def _go_on(self, run: Run, block: Block, found: dict[str, Any]) -> Iterator[None]:
+        """What else is measured of a block whose times are ``found``."""
+        raise NotImplementedError
+
+
+class Stopwatch(Timer):
+    """Measures times, parts, kernels and waits of blocks of steps."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        args: argparse.Namespace,
+        done: Callable[[Block, dict[str, Any]], None],
+    ) -> None:
+        super().__init__(experiment, args)
+        self.done = done
+        self.in_parts, self.profiled = (
+            (0, 0) if args.times_only else (min(16, self.steps), min(4, self.steps))
+        )
+
+    def stretches(self, block: Block) -> list[tuple[int, int]]:
+        """(first global step, number of steps): warmed up and timed, in parts, profiled and checked."""
+        return [
+            *super().stretches(block),
+            (block.start, self.in_parts),
+            (block.start + 1, self.profiled),
+            (block.start + 1, self.profiled),
+        ]
+
+    def _go_on(self, run: Run, block: Block, found: dict[str, Any]) -> Iterator[None]:
+        if self.in_parts:
+            self.done(block, found)  # the rest may fail
             timed = time.perf_counter()
-            found |= summary([elapsed_ms(a, b) for a, b in pairwise(marks)]) | peaks()
-            found["samples"] = run.means.take().get(f"{block.kind}/samples")
-            found["seconds"] = {"warm-up": warm - began, "timed": timed - warm}
-            if self.in_parts:
-                self.done(block, found)  # the rest may fail
-                yield from self._profile(run, found)
-                found["seconds"]["profiled"] = time.perf_counter() - timed
-            self.done(block, found)
+            yield from self._profile(run, found)
+            found["seconds"]["profiled"] = time.perf_counter() - timed
+        self.done(block, found)
 
     def _profile(self, run: Run, found: dict[str, Any]) -> Iterator[None]:
         with PartTimes().watch(run.system) as parts:

@@ -26,7 +26,9 @@ def found(tmp_path_factory):
     command = [sys.executable, "-m", "tests.rank_steps", str(folder), *counts]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    return {count: torch.load(folder / f"{count}.pt") for count in (1, *COUNTS)} | {"folder": folder}
+    return {count: torch.load(folder / f"{count}.pt", weights_only=True) for count in (1, *COUNTS)} | {
+        "folder": folder
+    }
 
 
 @pytest.mark.parametrize(

@@ -63,9 +63,12 @@ def test_a_prompt_and_settings_are_texts_and_nothing_else(tmp_path):
 
 
 def test_settings_tell_nothing_of_the_sender_s_disk(tmp_path):
-    paths = {"weights": "/home/alice/secret/last.ckpt", "folders": ["C:\\Users\\alice\\model", "~/alice/x/"]}
+    paths = {
+        "weights": "/home/somebody/secret/last.ckpt",
+        "folders": ["C:\\Users\\somebody\\model", "~/somebody/x/"],
+    }
     text = shared(tmp_path / "share.html", settings={"system": paths, "rate": 0.5}).read_text()
-    assert "alice" not in text and "weights: last.ckpt" in text and "rate: 0.5" in text
+    assert "somebody" not in text and "weights: last.ckpt" in text and "rate: 0.5" in text
 
 
 def test_half_a_character_of_a_command_line_is_written_too(tmp_path):
