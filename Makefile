@@ -1,12 +1,13 @@
 # make demo   installs what it needs, then makes a 4D scene from a prompt (minutes on a CPU)
 # make test   installs what it needs, then runs the tests
-# Both can be repeated. PYTHON chooses the interpreter, PROMPT the prompt, ARGS adds key=value overrides.
+# make docs   installs what it needs, then writes the documentation's site, build/site; warnings are errors
+# All can be repeated. PYTHON chooses the interpreter, PROMPT the prompt, ARGS adds key=value overrides.
 PYTHON ?= python3
 VENV ?= .venv
 PROMPT ?= a red cube bouncing
 ARGS ?=
 
-.PHONY: demo test lint install lock clean
+.PHONY: demo test docs lint install lock clean
 
 install: $(VENV)/.installed
 
@@ -29,10 +30,14 @@ demo: install
 test: install
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
 
+# Without the variable, the theme advertises in the log.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet
+
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) build outputs
