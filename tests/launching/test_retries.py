@@ -43,7 +43,8 @@ class Experiment:
         self.device = device
         self.system = self.experiment.build_system().to(device)
         self.system.prepare(torch.device(device), resumed=False)
-        self.start = {name: value.clone() for name, value in self.system.state_dict().items()}
+        # On the CPU, to which a system returns when its training ends.
+        self.start = {name: value.to("cpu", copy=True) for name, value in self.system.state_dict().items()}
         self.settings = [(part, part.cfg) for part in self.parts()]
 
     def parts(self):
