@@ -121,7 +121,7 @@ class _Gathered(torch.autograd.Function):
             None,
             None,
             *(
-                None if grad is None else _summed(grad.clone())[rows]
+                None if grad is None else _summed(grad.clone(memory_format=torch.contiguous_format))[rows]
                 for grad, rows in zip(grads, ctx.rows, strict=True)
             ),
         )
@@ -144,8 +144,9 @@ def of_first_rank(value: Any) -> Any:
         return value
     with _lost_ranks():
         if isinstance(value, Tensor):
-            dist.broadcast(value, 0)
-            return value
+            whole = value.detach().contiguous()
+            dist.broadcast(whole, 0)
+            return value if whole.data_ptr() == value.data_ptr() else value.copy_(whole)
         told = [value]
         dist.broadcast_object_list(told, 0, device=torch.device("cpu"))
         return told[0]
