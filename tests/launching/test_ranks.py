@@ -10,7 +10,8 @@ import torch
 from fourdfy.config import ConfigError
 from fourdfy.devices import select_devices
 from fourdfy.launching.cli import main
-from fourdfy.ops.ranks import Ranks, gathered, of_first_rank, together
+from fourdfy.ops import ranks
+from fourdfy.ops.ranks import Ranks
 from fourdfy.systems.checkpoint import read_checkpoint, step_of
 from tests.commands import ROOT, launch
 from tests.rank_steps import CASES, LONG
@@ -175,11 +176,11 @@ def test_what_is_sent_is_contiguous_as_nccl_wants_it(monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", send)
     monkeypatch.setattr(torch.distributed, "broadcast", send)
     images = torch.zeros(2, 3, 4, 5).to(memory_format=torch.channels_last)
-    with together(Ranks(0, 2)):
+    with ranks.together(Ranks(0, 2)):
         learned = images.clone().requires_grad_()
-        (whole,) = gathered([learned], 0, 2)
+        (whole,) = ranks.gathered([learned], 0, 2)
         assert (whole == 1).all()
         whole.backward(images)
         assert (learned.grad == 1).all()
-        told = of_first_rank(images)
+        told = ranks.of_first_rank(images)
     assert told is images and (images == 1).all() and not images.is_contiguous()
