@@ -30,7 +30,7 @@ from fourdfy.ops.diffusion import (
 )
 from fourdfy.ops.distillation import score_loss, vsd_gradient
 from fourdfy.ops.ranks import spread
-from fourdfy.ops.replay import Replay
+from fourdfy.ops.replay import Replay, beside
 from fourdfy.priors.frozen import to_channels_last
 from fourdfy.priors.lora import LoRA
 from fourdfy.prompts.views import for_views
@@ -117,9 +117,8 @@ class VariationalScoreDistillation(Distillation):
         # Not compiled: that would take minutes for each of its forms, to save milliseconds of some steps.
         to_channels_last(self.renderings.network)
         name = f"the LoRA on {self.cfg.pretrained_model_name_or_path_lora or 'the prior'}"
-        self.denoise_renderings, self.recorded_lora = (
-            Replay(call, name) for call in (self.predict_renderings, self.lora_gradients)
-        )
+        self.denoise_renderings = Replay(self.predict_renderings, name)
+        self.recorded_lora = Replay(self.lora_gradients, name, alone=True)
 
     def distil(
         self, x: NoisyLatents, context: StepContext
@@ -128,14 +127,18 @@ class VariationalScoreDistillation(Distillation):
         # The LoRA is conditioned on the camera itself, so its text does not mention the view.
         texts = self.prior.condition(for_views(source.text, x.cameras, view_dependent=False), x.cameras)
         camera = self.camera_matrices(x.cameras).flatten(1)
+        # First, since it may run beside the other networks.
+        learning = (
+            self.start_learning(source.clean, texts, camera, context.random) if self._learning() else None
+        )
         guided, _ = self.guided_x0(x, self.cfg.guidance_scale)
         renderings = self.predict_x0_of_renderings(source.noisy, x.timesteps, texts, camera)
         if x.still:  # not always: the sum rounds
             renderings = renderings + (x.clean - source.clean)
         grad = self.bound(self.prior.adjust(vsd_gradient(guided, renderings, x.scales)), context)
         losses = {"vsd": score_loss(x.latents, grad)}
-        if self._learning():
-            losses["lora"] = self.lora_loss(source.clean, texts, camera, context.random)
+        if learning:
+            losses["lora"] = learning()
         return losses, grad
 
     def camera_matrices(self, cameras: Cameras) -> Float[Tensor, "B 4 4"]:
@@ -176,14 +179,14 @@ class VariationalScoreDistillation(Distillation):
         )
         return classifier_free_guidance(x0, uncond[0], scale) if uncond else x0
 
-    def lora_loss(
+    def start_learning(
         self,
         latents: Float[Tensor, "B C *S"],
         texts: Conditions,
         camera: Float[Tensor, "B 16"],
         generator: torch.Generator,
-    ) -> Float[Tensor, ""]:
-        """The diffusion loss of the LoRA on the renderings, at all noise levels."""
+    ) -> Callable[[], Float[Tensor, ""]]:
+        """What returns the diffusion loss of the LoRA on the renderings, at all noise levels."""
         repeat = self.cfg.lora_n_timestamp_samples
         latents, text, camera = (torch.cat([x] * repeat) for x in (latents, texts.text, camera))
         told = None if texts.cameras is None else torch.cat([texts.cameras] * repeat)
@@ -198,11 +201,10 @@ class VariationalScoreDistillation(Distillation):
         inputs = (add_noise(latents, noise, scales), timesteps, text, camera, told)
         if self.recorded_lora is None:
             group = self.prior.joint_latents
-            return F.mse_loss(spread(self.predict_renderings, *inputs, group=group), target)
-        loss, gradient = self.recorded_lora(
-            target, *inputs, variant=tuple(p.requires_grad for p in self.parameters())
-        )
-        return _LossOfKnownGradient.apply(loss, gradient, *self._learning())
+            return lambda: F.mse_loss(spread(self.predict_renderings, *inputs, group=group), target)
+        learns = tuple(parameter.requires_grad for parameter in self.parameters())
+        started = beside(self.recorded_lora, target, *inputs, variant=learns)
+        return lambda: _LossOfKnownGradient.apply(*started(), *self._learning())
 
     def lora_gradients(
         self, target: Float[Tensor, "B C *S"], *inputs: Any

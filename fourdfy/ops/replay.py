@@ -6,6 +6,7 @@ its memory lies is part of a recording, so:
 - Arguments are copied to places outside of it, and results are copied out at once. Nothing else in the
   memory of a recording without gradients outlives a replay, so all of these share theirs: together they
   need as much as the largest.
+- A function that runs beside others (``beside``) has memory and a stream of its own.
 - What a recording with gradients keeps for its backward pass lies in memory of its own, and is there once:
   a second call before that backward pass is computed without the recording.
 """
@@ -50,10 +51,11 @@ class Replay:
     Args:
         function: from tensors, some of them perhaps None, to a tensor or a tuple of tensors.
         name: for the warning.
+        alone: none of its memory is shared, so that it may run beside others.
     """
 
-    def __init__(self, function: Callable[..., Any], name: str) -> None:
-        self.function, self.name = function, name
+    def __init__(self, function: Callable[..., Any], name: str, *, alone: bool = False) -> None:
+        self.function, self.name, self.alone = function, name, alone
         self._calls: Counter[Hashable] = Counter()
         self._recordings: dict[Hashable, _Recording | None] = {}
         _replays.add(self)
@@ -95,7 +97,10 @@ class Replay:
             return None
         try:
             with graphs.lock:
-                return (_Learning if _learns(inputs) else _Recording)(self.function, inputs, graphs)
+                if _learns(inputs):
+                    return _Learning(self.function, inputs, graphs, graphs.new_memory())
+                memory = graphs.new_memory() if self.alone else graphs.shared_memory()
+                return _Recording(self.function, inputs, graphs, memory)
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
             self._warn(f"{type(error).__name__}: {reason}")
@@ -110,6 +115,34 @@ def release_recordings() -> None:
     for replay in _replays:
         replay._calls.clear()
         replay._recordings.clear()
+
+
+def beside(function: Callable[..., Any], *inputs: Tensor | None, **keywords: Any) -> Callable[[], Any]:
+    """Start a function of tensors on a stream of its own, beside whatever is launched next.
+
+    Returns:
+        What waits for the function, and returns its results; it must be called. On the CPU, the function is
+        computed before.
+    """
+    device = _device(inputs)
+    if device.type != "cuda":
+        results = function(*inputs, **keywords)
+        return lambda: results
+    here, own = torch.cuda.current_stream(device), _own_stream(device)
+    own.wait_stream(here)
+    with torch.cuda.stream(own):
+        results = function(*inputs, **keywords)
+
+    def wait(_inputs: Arguments = inputs) -> Any:  # whose memory is not given to others until then
+        here.wait_stream(own)
+        return results
+
+    return wait
+
+
+@cache
+def _own_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class Graphs:
@@ -137,7 +170,12 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         generator = torch.cuda.default_generators[self.device.index]
         numbers = generator.clone_state()
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+        stream = torch.cuda.current_stream(self.device)
+        if stream == torch.cuda.default_stream(self.device):
+            stream = self.stream
+        # Otherwise the stream is one that runs beside others: a recording holds on to the work space that
+        # matrix products have on its stream, which two replays at once must not share.
+        with torch.cuda.device(self.device), torch.cuda.stream(stream):
             torch.cuda.synchronize()
             torch.cuda.empty_cache()  # what others have freed, for this recording's memory
             # Other threads may go on to use the device.
@@ -167,14 +205,14 @@ class _Recording:
     learns = False
     busy: Any = False
 
-    def __init__(self, function: Callable[..., Any], inputs: Arguments, graphs: Graphs) -> None:
+    def __init__(self, function: Callable[..., Any], inputs: Arguments, graphs: Graphs, memory: Any) -> None:
         self.inputs = [x if x is None else x.detach().clone() for x in inputs]
         for place, given in zip(self.inputs, inputs, strict=True):
             if self.learns and place is not None and given is not None:
                 place.requires_grad_(given.requires_grad)
         self.function, self.several, self.lock = function, False, graphs.lock
         self.with_graph = torch.is_grad_enabled()
-        self.replay, self.results = graphs.record(self._call, self._memory(graphs))
+        self.replay, self.results = graphs.record(self._call, memory)
 
     @torch.no_grad()
     def __call__(self, inputs: Arguments) -> Tensors:
@@ -182,9 +220,6 @@ class _Recording:
             _copy(self.inputs, inputs)
             self.replay()
             return tuple(result.clone() for result in self.results)
-
-    def _memory(self, graphs: Graphs) -> Any:
-        return graphs.shared_memory()
 
     def _call(self) -> Tensors:
         with _as_recorded(self.inputs), torch.set_grad_enabled(self.with_graph):
@@ -198,12 +233,11 @@ class _Learning(_Recording):
 
     learns = True
 
-    def __init__(self, function: Callable[..., Any], inputs: Arguments, graphs: Graphs) -> None:
-        self.memory = graphs.new_memory()
+    def __init__(self, function: Callable[..., Any], inputs: Arguments, graphs: Graphs, memory: Any) -> None:
         self.owner: weakref.ref | None = None
-        super().__init__(function, inputs, graphs)
+        super().__init__(function, inputs, graphs, memory)
         self.upstream = [torch.empty_like(x) for x, on in zip(self.results, self.learned, strict=True) if on]
-        self.replay_backward, self.grads = graphs.record(self._differentiate, self.memory)
+        self.replay_backward, self.grads = graphs.record(self._differentiate, memory)
         self.graph: Tensors = ()  # nothing else is recorded into this memory, so what it kept stays there
 
     @property
@@ -221,9 +255,6 @@ class _Learning(_Recording):
             self.replay_backward()
             grads = iter(self.grads)
             return [next(grads).clone() if x is not None and x.requires_grad else None for x in self.inputs]
-
-    def _memory(self, graphs: Graphs) -> Any:
-        return self.memory
 
     def _call(self) -> Tensors:
         results = super()._call()

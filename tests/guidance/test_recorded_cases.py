@@ -251,7 +251,7 @@ def test_lora_loss(vsd, monkeypatch, name, which):
     guidance.prior.draw_timesteps = draw
     monkeypatch.setattr(vsd_module, "sample_noise", lambda *_: known.noise)
     c2w, plain = case(name).c2w.flatten(1), Conditions(filled(2, 2.0), filled(2, 0.0))
-    loss = guidance.lora_loss(known.latents.detach(), plain, c2w, torch.Generator())
+    loss = guidance.start_learning(known.latents.detach(), plain, c2w, torch.Generator())()
     assert_matches(loss, known.loss)
     assert drawn_from["range"] == (0, 999, 2), "all noise levels, whatever the prior's range"
     noisy, timesteps, seen, labels = guidance.asked_lora
@@ -266,7 +266,7 @@ def test_a_tenth_of_the_batches_is_learned_without_cameras(vsd):
     guidance.lora_prediction = torch.zeros(1, 4, 4, 4)
     generator, dropped = torch.Generator().manual_seed(0), 0
     for _ in range(300):
-        guidance.lora_loss(torch.zeros(1, 4, 4, 4), texts(1), torch.ones(1, 16), generator)
+        guidance.start_learning(torch.zeros(1, 4, 4, 4), texts(1), torch.ones(1, 16), generator)()
         dropped += not guidance.asked_lora[3].any()
     assert 15 <= dropped <= 45
 
@@ -309,7 +309,9 @@ def test_vsd_tells_the_lora_the_original_s_matrices(vsd, kind, array):
     guidance.prior_prediction = torch.zeros(2 * len(views), 4, 8, 8)
     guidance.lora_prediction = torch.zeros(len(views), 4, 8, 8)
     asked = []
-    guidance.lora_loss = lambda latents, texts, camera, generator: asked.append(camera) or torch.zeros(())
+    guidance.start_learning = lambda latents, texts, camera, generator: (
+        asked.append(camera) or torch.zeros(()).clone
+    )
     images = torch.rand(len(views), 32, 32, 3)
     guidance(images_of(images), embeddings(), views, context())
     torch.testing.assert_close(asked[0], known[array].flatten(1), rtol=1e-4, atol=1e-5)

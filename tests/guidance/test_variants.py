@@ -256,8 +256,8 @@ def test_a_lora_may_see_and_learn_the_clip_held_still(tiny):
     without = make("zeroscope+sds", tiny["zeroscope"], guidance_scale=0.0, **config)  # one less
     for parameter in guidance.camera_embedding.parameters():
         parameter.data.zero_()
-    lora_loss, learned = guidance.lora_loss, []
-    guidance.lora_loss = lambda latents, *more: learned.append(latents) or lora_loss(latents, *more)
+    start_learning, learned = guidance.start_learning, []
+    guidance.start_learning = lambda latents, *more: learned.append(latents) or start_learning(latents, *more)
 
     def encoded(rgb, *_):
         """Every third pixel, and a fourth channel: linear, so that means over frames stay such."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fourdfy.ops import replay
-from fourdfy.ops.replay import MOST, WARM_UP, Replay
+from fourdfy.ops.replay import MOST, WARM_UP, Replay, beside
 from tests.recordings import FakeGraphs
 
 
@@ -205,6 +205,24 @@ def test_only_recordings_without_gradients_share_their_memory(device, weight, me
     shared = request.node.graphs.shared_memory()
     assert sum(memory == shared for memory in memories) == 2
     assert len({id(memory) if device == "cpu" else memory for memory in memories if memory != shared}) == 2
+
+
+def test_what_runs_beside_others_shares_no_memory_with_them(device, weight, memories, request):
+    apart, sharing = (
+        Replay(lambda x: (x @ weight).exp(), "one", alone=True),
+        Replay(lambda x: x.T @ x, "another"),
+    )
+    for call in range(WARM_UP + 3):
+        x, y = some(400, 3, device=device, seed=call), some(300, 200, device=device, seed=call)
+        wait = beside(apart, x)
+        expected = y.T @ y
+        for _ in range(20):
+            torch.testing.assert_close(sharing(y), expected)
+        kept, x = x.clone(), None  # its memory is free only once it has been waited for
+        some(400, 3, device=device).zero_()
+        torch.testing.assert_close(wait(), (kept @ weight).exp())
+    shared = request.node.graphs.shared_memory()
+    assert sorted(memory == shared for memory in memories) == [False, True]
 
 
 def test_shared_memory_can_be_given_up_and_shared_again(device, weight, caplog):
