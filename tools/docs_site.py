@@ -20,6 +20,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"(?<=\]\()(?!https?:)[^)#\s]+")
+CODE = re.compile(r"`[^`\n]+`")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
@@ -39,7 +40,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns links to files into links to their pages."""
+    r"""Turns links to files into links to their pages, and ``\|`` in code, for git hosts, into ``|``."""
     here = page.file.src_uri
     source = ROOT / here.removeprefix("repository/") if here.startswith("repository/") else DOCS / here
 
@@ -47,7 +48,7 @@ def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: 
         target = (source.parent / link[0]).resolve()
         return relpath(_page_of(target), dirname(here)) if target.is_file() else link[0]
 
-    return LINK.sub(follow, markdown)
+    return CODE.sub(lambda code: code[0].replace(r"\|", "|"), LINK.sub(follow, markdown))
 
 
 def _linked(source: Path) -> Iterator[Path]:
