@@ -294,7 +294,7 @@ def test_steps_fit_into_a_gpu_that_is_too_small_for_them(tmp_path, monkeypatch, 
     large = (
         "data.multi_view.width=256",
         "data.multi_view.height=256",
-        "system.renderer.num_samples_per_ray=64",
+        "system.renderer.num_samples_per_ray=256",
     )
     few = (
         "system.renderer.train_max_nums=16384",
