@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from tests.commands import ROOT
+from fourdfy.launching.recipe import load_recipe
+from tests.commands import CONFIGS, ROOT
 from tests.test_layers import MAY_IMPORT
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "extern" / "README.md", *ROOT.glob("docs/*.md")]
@@ -37,3 +38,35 @@ def test_the_architecture_page_draws_the_floors_that_hold():
         r"^\| `(\w+)` \| .* \| (.*) \|$", (ROOT / "docs/architecture.md").read_text(), re.MULTILINE
     )
     assert {room: set(re.findall(r"`(\w+)`", below)) for room, below in rows} == MAY_IMPORT
+
+
+def code_of(page):
+    return re.findall(r"`([^`\n]+)`", (ROOT / "docs" / page).read_text(encoding="utf-8"))
+
+
+def test_the_keys_of_troubleshooting_exist_and_take_their_values():
+    words = [word for code in code_of("troubleshooting.md") for word in code.split()]
+    keys = [word for word in words if re.fullmatch(r"(data|system|trainer|checkpoint)\.[\w.]+=[^A-Z]+", word)]
+    assert len(keys) > 25
+    files = [CONFIGS / "fourdfy_stage_3.yaml", CONFIGS / "overlays/videocrafter.yaml"]
+    load_recipe(files, ["system.prompt_processor.prompt=a panda", *keys])
+
+
+MESSAGES = (
+    "the scene does not move; raise",
+    "the scene is empty; ",
+    "fog fills the whole scene; ",
+    "out of memory; repeated with less at once; for good: ",
+    "; stopped before the optimizer's step",
+    "was not found. Tried:",
+    "could not be written; the run continues",
+    "can't be written",
+    "in use by ",
+    "holds a run with other settings",
+)
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_the_messages_of_troubleshooting_are_those_of_the_code(message):
+    assert any(message.strip("; ") in code for code in code_of("troubleshooting.md"))
+    assert any(message in path.read_text(encoding="utf-8") for path in (ROOT / "fourdfy").rglob("*.py"))
