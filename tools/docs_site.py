@@ -42,6 +42,8 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
     r"""Turns links to files into links to their pages, and ``\|`` in code, for git hosts, into ``|``."""
     here = page.file.src_uri
+    if Path(here).with_suffix("").suffix not in ("", ".ipynb"):  # a listing
+        return markdown
     source = ROOT / here.removeprefix("repository/") if here.startswith("repository/") else DOCS / here
 
     def follow(link: re.Match[str]) -> str:
@@ -71,7 +73,8 @@ def _page_of(source: Path) -> str:
 
 def _listing(source: Path, text: str) -> str:
     language = {".py": "python", ".yaml": "yaml", ".cff": "yaml"}.get(source.suffix, "text")
-    return f"# `{source.relative_to(ROOT).as_posix()}`\n\n{_fenced(text, language)}"
+    title = f"# `{source.relative_to(ROOT).as_posix()}`"
+    return f"---\nsearch: {{exclude: true}}\n---\n{title}\n\n{_fenced(text, language)}"
 
 
 def _notebook(text: str) -> str:

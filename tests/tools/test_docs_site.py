@@ -64,6 +64,13 @@ def test_links_to_the_repository_lead_to_pages_that_show_its_files(site):
     assert 'href="../benchmarks.html"' in (site / "repository/index.html").read_text()
 
 
+def test_pages_are_found_by_a_search_and_listings_are_not(site):
+    entries = json.loads((site / "search/search_index.json").read_text(encoding="utf-8"))["docs"]
+    found = {entry["location"] for entry in entries}
+    assert {"priors.html", "repository/index.html"} <= found
+    assert "repository/fourdfy/priors/hub.py.html" not in found
+
+
 def test_a_link_that_leads_nowhere_is_an_error(tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/index.md").write_text("# A page\n\n[missing](../fourdfy/missing.py)\n")
