@@ -26,6 +26,9 @@ TINY = (
     "system.geometry.pos_encoding_config.n_levels=2",
     "system.geometry.pos_encoding_config.time_encoding_config.n_levels=2",
     "system.renderer.num_samples_per_ray=16",
+    "evaluation.size=24",
+    "evaluation.views=6",
+    "evaluation.frames=3",
     "system.prompt_processor.prompt=a red cube bouncing",
 )
 

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -55,7 +56,7 @@ def evaluate_scene(
     """
     prompt = parse_prompt(prompt) if isinstance(prompt, str) else prompt
     ours = look(render, TIMES, VIEWS_DEG, device)
-    theirs = look(ground_truth(prompt), TIMES, VIEWS_DEG, "cpu")
+    theirs = _truth(prompt)
     if problem := filling(ours.opacity):
         logger.warning("%s: %s", prompt.text, problem)
     around = look(render, TIMES[:1], AROUND_DEG, device)
@@ -123,6 +124,19 @@ def ground_truth(prompt: ShapePrompt, background: Sequence[float] = BACKGROUND) 
     return render
 
 
+@lru_cache(maxsize=2)
+def _truth(prompt: ShapePrompt) -> Frames:
+    """What ``evaluate_scene`` compares with."""
+    return look(ground_truth(prompt), TIMES, VIEWS_DEG, "cpu")
+
+
+@lru_cache(maxsize=2)
+def _poses(prompt: ShapePrompt) -> Float[Tensor, "K A H W C"]:
+    """The object of a prompt at rest, as ``tracking.track`` compares with it."""
+    still = ground_truth(replace(prompt, motion="standing still"))
+    return tracking.poses(prompt.motion, still, orbit(TIMES[:1], VIEWS_DEG, "cpu"))
+
+
 def _over_time(prompt: ShapePrompt, ours: Frames, theirs: Frames) -> tuple[Moment, ...]:
     moments = (len(TIMES), len(VIEWS_DEG))
     mark, true_mark, greyness, body = (
@@ -146,10 +160,9 @@ def _tracks(prompt: ShapePrompt, ours: Frames) -> tuple[Float[Tensor, "T"], Floa
     if prompt.motion == "standing still":
         unknown = torch.full((len(TIMES),), math.nan)
         return unknown, unknown
-    still = ground_truth(replace(prompt, motion="standing still"))
     offset, scale, yaw = world.pose(prompt, torch.tensor(TIMES))
     truth = {"bouncing": offset[:, 2], "sliding": offset[:, 1], "pulsing": scale, "spinning": yaw.rad2deg()}
-    seen = tracking.track(prompt.motion, ours, still, orbit(TIMES[:1], VIEWS_DEG, "cpu"))
+    seen = tracking.track(prompt.motion, ours, _poses(prompt))
     return seen, truth[prompt.motion]
 
 

@@ -65,18 +65,22 @@ COORDINATES = {
 """By motion; scene units, factors, or degrees."""
 
 
-def track(motion: str, seen: Frames, still: Render, cameras: Cameras) -> Float[Tensor, "T"]:
+def poses(motion: str, still: Render, cameras: Cameras) -> Float[Tensor, "K A H W C"]:
+    """What ``track`` compares with: the true object, ``still``, at every value of what a motion changes."""
+    coordinate = COORDINATES[motion]
+    posed = [posed_cameras(cameras, coordinate, float(value)) for value in coordinate.values]
+    return torch.stack([_features(look_from(still, views)) for views in posed])
+
+
+def track(motion: str, seen: Frames, bank: Float[Tensor, "K A H W C"]) -> Float[Tensor, "T"]:
     """The coordinate that a motion changes at each moment; NaN where it is untracked.
 
     Args:
         seen: T moments of A azimuths each, times slowest.
-        still: the true object at rest.
-        cameras: those of the first moment, A of them.
+        bank: ``poses`` from the A cameras of the first moment.
     """
     coordinate = COORDINATES[motion]
-    posed = [posed_cameras(cameras, coordinate, float(value)) for value in coordinate.values]
-    bank = torch.stack([_features(look_from(still, views)) for views in posed])
-    ours = _features(seen).unflatten(0, (-1, len(cameras)))
+    ours = _features(seen).unflatten(0, (-1, bank.shape[1]))
     costs = torch.stack([(bank - moment).square().flatten(1).sum(dim=1) for moment in ours])
     costs[_overlap(ours[..., 0], bank[costs.argmin(dim=1), ..., 0]) < OVERLAP] = math.nan
     if coordinate.turns:

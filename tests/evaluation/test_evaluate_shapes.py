@@ -4,7 +4,7 @@ import io
 import json
 import math
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, lru_cache
 from types import SimpleNamespace
 
 import pytest
@@ -54,9 +54,14 @@ def truth(prompt: ShapePrompt) -> scenes.Render:
     return render
 
 
+KEPT = {name: lru_cache(maxsize=8)(getattr(scenes, name).__wrapped__) for name in ("_truth", "_poses")}
+
+
 @pytest.fixture(autouse=True)
 def fast_truth(monkeypatch):
-    monkeypatch.setattr(scenes, "ground_truth", truth)
+    """What is kept of it is not mixed with what the evaluation keeps of the other."""
+    for name, value in {"ground_truth": truth, **KEPT}.items():
+        monkeypatch.setattr(scenes, name, value)
 
 
 def at_times(render, change):

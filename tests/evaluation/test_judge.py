@@ -22,7 +22,6 @@ from tests.commands import ROOT, launch, trial
 from tests.evaluation.scenes_to_judge import ball, faces, views
 from tests.tiny_models import save_clip, save_xclip
 
-SMALL = ("evaluation.size=24", "evaluation.views=6", "evaluation.frames=3")
 PANDA = "system.prompt_processor.prompt=a panda dancing"
 
 
@@ -42,7 +41,7 @@ def root(tmp_path_factory):
 
 
 def evaluated(root, *overrides):
-    assert launch("shapes_stage_3.yaml", "evaluate", root, "trainer.max_steps=1", *SMALL, *overrides) == 0
+    assert launch("shapes_stage_3.yaml", "evaluate", root, "trainer.max_steps=1", *overrides) == 0
     save = trial(root, "shapes_stage_3") / "save"
     return json.loads((save / "it1-evaluation.json").read_text())
 
@@ -88,7 +87,7 @@ def test_a_network_that_is_missing_is_named_before_anything_is_rendered(root, mo
 
 def test_another_kind_of_model_is_refused(root, judges, capsys):
     wrong = [judges[1], judges[1].replace("evaluation.xclip", "evaluation.clip")]
-    assert launch("shapes_stage_3.yaml", "evaluate", root, PANDA, *SMALL, *wrong) == 2
+    assert launch("shapes_stage_3.yaml", "evaluate", root, PANDA, *wrong) == 2
     assert 'holds a ["XCLIPModel"], expected a CLIPModel' in capsys.readouterr().err
 
 
@@ -100,7 +99,7 @@ def test_a_wrong_name_is_refused_with_the_known_ones(root, capsys):
 
 
 def test_a_stage_can_be_judged_after_its_training(judges, tmp_path):
-    given = ["trainer.max_steps=1", PANDA, *SMALL, *judges, "evaluation.metrics=[clip_score, flow]"]
+    given = ["trainer.max_steps=1", PANDA, *judges, "evaluation.metrics=[clip_score, flow]"]
     assert launch("shapes_stage_1.yaml", "train", tmp_path, *given, "evaluation.after_training=true") == 0
     save = trial(tmp_path, "shapes_stage_1") / "save"
     found = json.loads((save / "it1-evaluation.json").read_text())
