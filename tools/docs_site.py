@@ -19,7 +19,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-LINK = re.compile(r"(?<=\]\()(?!https?:)[^)#\s]+")
+LINK = re.compile(r"(?<=\]\()(?!https?:|data:)[^)#\s]+")
 CODE = re.compile(r"`[^`\n]+`")
 
 

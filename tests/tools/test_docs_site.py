@@ -61,6 +61,7 @@ def test_links_to_the_repository_lead_to_pages_that_show_its_files(site):
     assert 'href="repository/fourdfy/priors/hub.py.html"' in (site / "priors.html").read_text()
     assert "fourdfy/priors/hub.py" in (site / "repository/fourdfy/priors/hub.py.html").read_text()
     assert 'href="plugins/flow_prior.py.html"' in (site / "extending.html").read_text()
+    assert 'src="data:image/png;base64,' in (site / "shapes.ipynb.html").read_text()
     assert 'href="../benchmarks.html"' in (site / "repository/index.html").read_text()
 
 
