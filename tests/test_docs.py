@@ -1,6 +1,7 @@
 """What the documentation names exists: files, folders, and the headings that links point at."""
 
 import re
+import shlex
 
 import pytest
 
@@ -40,16 +41,25 @@ def test_the_architecture_page_draws_the_floors_that_hold():
     assert {room: set(re.findall(r"`(\w+)`", below)) for room, below in rows} == MAY_IMPORT
 
 
-def code_of(page):
-    return re.findall(r"`([^`\n]+)`", (ROOT / "docs" / page).read_text(encoding="utf-8"))
+TROUBLESHOOTING = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+
+
+def settings(lines):
+    """The ``key=value`` of a config in the code of some lines."""
+    words = shlex.split(" ".join(re.findall(r"`([^`]+)`", "\n".join(lines))))
+    return [word for word in words if re.match(r"(data|system|trainer|checkpoint)\.[\w.]+=(?![A-Z])", word)]
 
 
 def test_the_keys_of_troubleshooting_exist_and_take_their_values():
-    words = [word for code in code_of("troubleshooting.md") for word in code.split()]
-    keys = [word for word in words if re.fullmatch(r"(data|system|trainer|checkpoint)\.[\w.]+=[^A-Z]+", word)]
-    assert len(keys) > 25
+    """Those of the first columns all together; those of each list, which were run, alone."""
+    rows = settings(re.findall(r"^\| (.*?) \|", TROUBLESHOOTING, re.MULTILINE))
     files = [CONFIGS / "fourdfy_stage_3.yaml", CONFIGS / "overlays/videocrafter.yaml"]
-    load_recipe(files, ["system.prompt_processor.prompt=a panda", *keys])
+    prompt = "system.prompt_processor.prompt=a red ball spinning"
+    load_recipe(files, [prompt, *rows])
+    runs = [settings([run]) for run in re.findall(r"^- [A-F]: .*(?:\n  .*)*", TROUBLESHOOTING, re.MULTILINE)]
+    for run in runs:
+        load_recipe([CONFIGS / "shapes_stage_3.yaml"], [prompt, *run])
+    assert len(rows) > 20 and len(runs) == 10 and all(runs)
 
 
 MESSAGES = (
@@ -68,5 +78,5 @@ MESSAGES = (
 
 @pytest.mark.parametrize("message", MESSAGES)
 def test_the_messages_of_troubleshooting_are_those_of_the_code(message):
-    assert any(message.strip("; ") in code for code in code_of("troubleshooting.md"))
+    assert message.strip("; ") in TROUBLESHOOTING
     assert any(message in path.read_text(encoding="utf-8") for path in (ROOT / "fourdfy").rglob("*.py"))
