@@ -20,10 +20,13 @@ FILES = sorted(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the same tests run on the GPU")
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the same tests run in this process")
-@pytest.mark.parametrize("path", FILES)
-def test_kernels_pass_their_tests_interpreted(path):
-    """In a process of its own: the choice is made when triton is imported, and much imports it early."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "triton", "-p", "no:cacheprovider", path]
+@pytest.mark.parametrize("paths", [FILES[::2], FILES[1::2]], ids=" ".join)
+def test_kernels_pass_their_tests_interpreted(paths):
+    """In a process of its own: the choice is made when triton is imported, and much imports it early.
+
+    Of several files, as it takes longer to start than one of them to run.
+    """
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "triton", "-p", "no:cacheprovider", *paths]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout

@@ -3,6 +3,8 @@
 Triton runs on a GPU where there is one, else interpreted; numba on the CPU.
 """
 
+import os
+
 import pytest
 import torch
 from torch.nn.functional import normalize
@@ -13,9 +15,10 @@ from fourdfy.ops.ray_marching.rays import Rays, SteppedRays
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 numba = pytest.param("numba", marks=pytest.mark.skipif(DEVICE != "cpu", reason="the cases are on the GPU"))
 kernels = pytest.mark.parametrize("backend", [pytest.param("triton", marks=pytest.mark.triton), numba])
+STEP = 0.3 if os.environ.get("TRITON_INTERPRET") == "1" else 0.15  # which takes the interpreter milliseconds
 
 
-def stepped(origins, directions, *, jitter=0.0, radius=1.0, step_size=0.15, occupied=None):
+def stepped(origins, directions, *, jitter=0.0, radius=1.0, step_size=STEP, occupied=None):
     origins, directions = torch.as_tensor(origins), torch.as_tensor(directions)
     rays = Rays(origins=origins, directions=directions, times=torch.linspace(0, 1, len(origins))[:, None])
     return SteppedRays(
@@ -160,7 +163,7 @@ def test_what_lies_behind_opaque_samples_is_not_evaluated(backend):
 
 @kernels
 def test_the_density_sees_midpoints_and_their_times(backend, monkeypatch):
-    case, seen = random_case(), []
+    case, seen = random_case(step_size=0.15), []
     monkeypatch.setitem(rounds.FEWEST, DEVICE, 3)
     monkeypatch.setitem(rounds.WORTHWHILE, DEVICE, 100)
 
