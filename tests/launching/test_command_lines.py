@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from fourdfy.launching.cli import main
 from fourdfy.launching.experiment import Experiment
@@ -42,12 +43,8 @@ COMMANDS = {
     "fourdfy_stage_3_vc_deformation": "fourdfy_stage_2_low_vram_deformation",
 }
 MODERN = ("wan", "animatediff", "cogvideox", "ltx")
-"""Video models, as the names of their configs end; one of their recipes stands for all."""
-RECIPES = sorted(
-    path.stem
-    for path in CONFIGS.glob("fourdfy*.yaml")
-    if "stage" not in path.stem and not path.stem.endswith(MODERN[1:])
-)
+"""Video models, as the names of their configs end."""
+RECIPES = sorted(path.stem for path in CONFIGS.glob("fourdfy*.yaml") if "stage" not in path.stem)
 STEPS = 2
 
 
@@ -190,6 +187,15 @@ def test_an_overlay_replaces_the_image_model(name, models, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
+def test_the_stages_of_a_recipe_are_those_of_the_readme_s_command_lines(recipe):
+    """Each starts from the one before, and a recipe says no more; some of them are run below."""
+    content = yaml.safe_load((CONFIGS / f"{recipe}.yaml").read_text())
+    stages = [Path(stage).stem for stage in content.pop("stages")]
+    assert content == {"use_timestamp": False}
+    assert [COMMANDS[stage] for stage in stages] == [None, *stages[:-1]] and len(stages) == 3
+
+
+@pytest.mark.parametrize("recipe", ["fourdfy", "fourdfy_low_vram_deformation"])
 def test_a_recipe_runs_its_three_stages_in_one_command(recipe, models, tmp_path, monkeypatch):
     stages = [stage.experiment.cfg.name for stage in load_recipe([CONFIGS / f"{recipe}.yaml"], [PROMPT])]
     own = [
@@ -273,7 +279,6 @@ KNOBS: dict[str, tuple[list[str], Callable[[Watch], Any], Any]] = {
         (12, 6),
     ),
     "precision": (["trainer.precision=16-mixed"], lambda w: any(w.autocast), True),
-    "full precision": (["trainer.precision=32"], lambda w: any(w.autocast), False),
     "attention": (
         ["system.guidance_video.enable_memory_efficient_attention=true"],
         lambda w: [network for network, options in w.options if options.enable_memory_efficient_attention],
@@ -282,34 +287,22 @@ KNOBS: dict[str, tuple[list[str], Callable[[Watch], Any], Any]] = {
     "frames": (["data.single_view.num_frames=8"], lambda w: len(w.batches[0].cameras), 8),
     "levels": (["system.geometry.pos_encoding_config.n_levels=8"], grid_levels, 8),
     "motion": (["system.loss.lambda_sds_video=0.3"], weight_of_video, 0.3),
+}
+OTHERS: dict[str, tuple[list[str], Callable[[Watch], Any], Any]] = {
+    "no train_max_nums": ([], lambda w: max(w.points) > 50, True),
+    "full precision": (["trainer.precision=32"], lambda w: any(w.autocast), False),
     "more motion": (["system.loss.lambda_sds_video=0.5"], weight_of_video, 0.5),
 }
 
 
-@pytest.mark.parametrize("knob", list(KNOBS))
-def test_a_knob_of_the_readme_has_its_effect(knob, models, tmp_path, monkeypatch):
-    overrides, effect, expected = KNOBS[knob]
+@pytest.mark.parametrize("knobs", [KNOBS, OTHERS], ids=["less memory", "more"])
+def test_the_knobs_of_the_readme_have_their_effects(knobs, models, tmp_path, monkeypatch):
     name = "fourdfy_stage_3_low_vram"
-    reduced = [*toy(name, models), *overrides]
+    reduced = [*toy(name, models), *(word for overrides, *_ in knobs.values() for word in overrides)]
     seed = seed_of_all_kinds(experiment(name, reduced))
     watch = Watch(monkeypatch)
     line = ["--config", str(CONFIGS / f"{name}.yaml"), "--train", "--gpu", "cpu", f"exp_root_dir={tmp_path}"]
     assert main([*line, f"seed={seed}", PROMPT, *reduced]) == 0
     assert watch.batches
-    assert effect(watch) == expected
-
-
-def test_without_the_knob_more_points_have_a_graph_at_once(models, tmp_path, monkeypatch):
-    name = "fourdfy_stage_3_low_vram"
-    watch = Watch(monkeypatch)
-    line = [
-        "--config",
-        str(CONFIGS / f"{name}.yaml"),
-        "--train",
-        "--gpu",
-        "cpu",
-        f"exp_root_dir={tmp_path}",
-        PROMPT,
-    ]
-    assert main([*line, *toy(name, models)]) == 0
-    assert max(watch.points) > 50
+    found = {knob: effect(watch) for knob, (_, effect, _) in knobs.items()}
+    assert found == {knob: expected for knob, (*_, expected) in knobs.items()}
