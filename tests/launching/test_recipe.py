@@ -43,13 +43,17 @@ def crash():
     raise RuntimeError("power cut")
 
 
-def recipe(root, *overrides):
-    return launch("shapes.yaml", "train", root, "checkpoint.every_n_train_steps=2", *overrides)
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """A recipe of the first two stages."""
+    file = tmp_path_factory.mktemp("recipe") / "two.yaml"
+    file.write_text(f"stages: [{CONFIGS / 'shapes_stage_1.yaml'}, {CONFIGS / 'shapes_stage_2.yaml'}]\n")
+    return file
 
 
 def test_a_recipe_runs_all_stages_each_from_the_one_before(tmp_path, steps, caplog):
     computed, _ = steps
-    assert recipe(tmp_path) == 0
+    assert launch("shapes.yaml", "train", tmp_path) == 0
     assert computed == [(name, step) for name in STAGES for step in (0, 1)]
     for before, name in pairwise(STAGES):
         raw = (trial(tmp_path, name) / "configs" / "parsed.yaml").read_text()
@@ -68,38 +72,41 @@ def test_a_recipe_runs_all_stages_each_from_the_one_before(tmp_path, steps, capl
     assert (last / "save/it2-evaluation.json").exists()
 
 
-def test_a_stopped_recipe_goes_on_and_computes_nothing_twice(tmp_path, steps):
+def test_a_stopped_recipe_goes_on_and_computes_nothing_twice(two, tmp_path, steps):
     computed, actions = steps
+    given = ("trainer.max_steps=3", "checkpoint.every_n_train_steps=100")
     actions[4] = [lambda: os.kill(os.getpid(), signal.SIGTERM)]  # in stage 2, step 1 of 3
     with pytest.raises(SystemExit) as stopped:
-        recipe(tmp_path, "trainer.max_steps=3", "checkpoint.every_n_train_steps=100")
+        launch(two, "train", tmp_path, *given)
     assert stopped.value.code == 128 + signal.SIGTERM
     assert len(computed) == 4
-    assert recipe(tmp_path, "trainer.max_steps=3", "checkpoint.every_n_train_steps=100") == 0
-    assert computed == [(name, step) for name in STAGES for step in range(3)]
+    assert launch(two, "train", tmp_path, *given) == 0
+    assert computed == [(name, step) for name in STAGES[:2] for step in range(3)]
     computed.clear()
-    assert recipe(tmp_path, "trainer.max_steps=3", "checkpoint.every_n_train_steps=100") == 0
+    assert launch(two, "train", tmp_path, *given) == 0
     assert computed == []
 
 
-def test_a_crash_costs_only_the_steps_since_the_last_checkpoint(tmp_path, steps):
+def test_a_crash_costs_only_the_steps_since_the_last_checkpoint(two, tmp_path, steps):
     computed, actions = steps
+    given = ("trainer.max_steps=4", "checkpoint.every_n_train_steps=2")
     actions[8] = [crash]  # in stage 2, before its fourth step (3); last.ckpt is of step 2
     with pytest.raises(RuntimeError, match="power cut"):
-        recipe(tmp_path, "trainer.max_steps=4")
+        launch(two, "train", tmp_path, *given)
     actions.clear()
-    assert recipe(tmp_path, "trainer.max_steps=4") == 0
+    assert launch(two, "train", tmp_path, *given) == 0
     again = [step for step in computed if computed.count(step) > 1]
     assert set(again) == {("shapes_stage_2", 2), ("shapes_stage_2", 3)}
 
 
-def test_a_folder_with_other_settings_is_not_mixed_with_this_run(tmp_path, capsys):
-    assert recipe(tmp_path, "trainer.max_steps=1") == 0
-    assert recipe(tmp_path, "trainer.max_steps=1", "system.loss.lambda_sparsity=3") == 2
+def test_a_folder_with_other_settings_is_not_mixed_with_this_run(begun, tmp_path, capsys):
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    given = ("trainer.max_steps=1", "system.loss.lambda_sparsity=3")
+    assert launch("shapes_stage_1.yaml", "train", tmp_path, *given) == 2
     message = capsys.readouterr().err
     assert "system.loss.lambda_sparsity" in message
     assert "tag=" in message
-    assert read_checkpoint(trial(tmp_path, STAGES[0]) / "ckpts" / "last.ckpt")["global_step"] == 1
+    assert last(tmp_path, STAGES[0])["global_step"] == 1
 
 
 def test_an_override_can_be_for_one_stage(tmp_path):
@@ -145,21 +152,18 @@ def trained(config, root, *given):
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory):
-    """(a recipe of two stages, the folder in which it was trained for one step per stage)."""
-    file = tmp_path_factory.mktemp("recipe") / "two.yaml"
-    file.write_text(f"stages: [{CONFIGS / 'shapes_stage_1.yaml'}, {CONFIGS / 'shapes_stage_2.yaml'}]\n")
+def begun(two, tmp_path_factory):
+    """The folder in which they were trained for one step per stage."""
     root = tmp_path_factory.mktemp("outputs")
-    trained(file, root)
-    return file, root
+    trained(two, root)
+    return root
 
 
 @pytest.fixture
-def again(begun, tmp_path):
+def again(two, begun, tmp_path):
     """Trains a copy of them again, with other settings."""
-    file, root = begun
-    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
-    return lambda *given: trained(file, tmp_path, *given)
+    shutil.copytree(begun, tmp_path, dirs_exist_ok=True)
+    return lambda *given: trained(two, tmp_path, *given)
 
 
 def last(root, name):
@@ -167,7 +171,7 @@ def last(root, name):
 
 
 def test_a_longer_recipe_is_refused_before_it_trains_and_redone_if_that_is_asked_for(
-    begun, again, tmp_path, tmp_path_factory
+    two, again, tmp_path, tmp_path_factory
 ):
     weights = trial(tmp_path, STAGES[0]) / "ckpts" / "last.ckpt"
     refusal = f"stage 2/2 {STAGES[1]}: it grew from {weights}, which will change; .*weights_changed=redo;"
@@ -176,7 +180,7 @@ def test_a_longer_recipe_is_refused_before_it_trains_and_redone_if_that_is_asked
     assert last(tmp_path, STAGES[0])["global_step"] == 1
     again("trainer.max_steps=2", "checkpoint.weights_changed=redo")
     at_once = tmp_path_factory.mktemp("at_once")
-    trained(begun[0], at_once, "trainer.max_steps=2")
+    trained(two, at_once, "trainer.max_steps=2")
     redone, straight = (last(root, STAGES[1])["state_dict"] for root in (tmp_path, at_once))
     for key, value in straight.items():
         assert torch.equal(redone[key], value), key
