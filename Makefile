@@ -28,7 +28,7 @@ demo: install
 	$(VENV)/bin/python launch.py --config configs/shapes.yaml --train --prompt "$(PROMPT)" $(ARGS)
 
 test: install
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal
 
 # Without the variable, the theme advertises in the log.
 docs: install

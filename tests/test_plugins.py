@@ -68,7 +68,9 @@ def test_the_readme_s_callback_looks_on_as_printed_and_a_resumed_run_continues_i
     monkeypatch.setattr("sys.path", [*sys.path])
     monkeypatch.chdir(tmp_path)
     assert main(["--trial", str(halves), "--train", "--gpu", "cpu", "trainer.max_steps=4"]) == 0
-    whole = train(words, folder, tmp_path / "whole", "trainer.max_steps=4")
+    given = ["--gpu", "cpu", f"exp_root_dir={tmp_path / 'whole'}", *SMALL, "trainer.max_steps=4"]
+    assert main([*words[1:], *given]) == 0
+    whole = trial(tmp_path / "whole", "shapes_stage_3")
     resumed, straight = (read_checkpoint(made) for made in (halves, whole))
     assert (
         resumed["callback_states"]

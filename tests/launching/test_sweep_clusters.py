@@ -89,7 +89,7 @@ def test_tasks_run_on_a_ray_cluster(ray_cluster, tasks, endless):
 
 def test_a_sweep_on_a_ray_cluster_survives_a_killed_worker(ray_cluster, sweep_of):
     """One job's worker is killed, another can't succeed; the first equals a run in this process."""
-    sweep, (good, hopeless) = sweep_of("ray", PROMPTS)
+    sweep, (good, hopeless) = sweep_of("ray", PROMPTS, 12)
     hopeless.trials[0].parent.mkdir(parents=True)
     hopeless.trials[0].write_text("a file in the place of its folder")
     killed = []
@@ -119,7 +119,7 @@ def runs(pid: str, job: Job) -> bool:
 def test_a_sweep_in_submitit_s_debug_executor(sweep_of, tmp_path):
     pytest.importorskip("submitit")
     folder = f", cluster: debug, folder: {tmp_path / 'slurm'}"
-    sweep, (job,) = sweep_of("slurm" + folder, PROMPTS[:1])
+    sweep, (job,) = sweep_of("slurm" + folder, PROMPTS[:1], 1)
     scheduler = Scheduler(sweep, sweep.cfg.runner.build("cpu"), lambda entries: None)
     scheduler.run()
     assert [str(entry.state) for entry in scheduler.entries] == ["done"]
@@ -136,9 +136,9 @@ def assert_equals_a_serial_run(job: Job, sweep: Sweep) -> None:
 
 @pytest.fixture
 def sweep_of(tmp_path):
-    """``sweep_of(runner, prompts)``: a sweep of tiny jobs, and its jobs."""
+    """``sweep_of(runner, prompts, steps)``: a sweep of tiny jobs, and its jobs."""
 
-    def make(runner: str, prompts: list[str]) -> tuple[Sweep, list[Job]]:
+    def make(runner: str, prompts: list[str], steps: int) -> tuple[Sweep, list[Job]]:
         file = tmp_path / "many.yaml"
         file.write_text(
             f"config: {CONFIGS / 'shapes_stage_1.yaml'}\nprompts: {prompts}\nretries: 1\n"
@@ -146,7 +146,9 @@ def sweep_of(tmp_path):
         )
         own = ("use_timestamp", "tag", "system.prompt_processor.prompt")
         given = [word for word in TINY if not word.startswith(own)]
-        sweep = read_sweep(file, {}, [*given, "trainer.max_steps=12", "checkpoint.every_n_train_steps=2"])
+        sweep = read_sweep(
+            file, {}, [*given, f"trainer.max_steps={steps}", "checkpoint.every_n_train_steps=2"]
+        )
         return sweep, sweep.jobs
 
     return make

@@ -1,7 +1,6 @@
 """The hash grid: tiny-cuda-nn's numbers, right gradients, and back ends that agree."""
 
 import json
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -325,9 +324,3 @@ def test_shapes_and_dtypes_that_do_not_match_are_errors():
 def test_a_spec_out_of_range_is_an_error(key, value, message):
     with pytest.raises(ValueError, match=message):
         HashGridSpec(**{key: value})
-
-
-def test_numba_is_imported_only_when_used():
-    modules = "fourdfy.ops.hash_grid, fourdfy.scenes.nerf.implicit_volume"
-    code = f"import sys, {modules}; sys.exit('numba' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
