@@ -14,7 +14,7 @@ import yaml
 import fourdfy
 from fourdfy.config_files import ConfigError, find_config, read_layers
 from fourdfy.systems.checkpoint import read_checkpoint
-from tests.commands import CONFIGS, ROOT, TINY, trial
+from tests.commands import CONFIGS, ROOT, TINY
 
 OPTIONAL = {"accelerate", "triton", "tomesd", "xformers", "mvdream", "wandb", "ray", "submitit"}
 DISTRIBUTIONS = {
@@ -80,16 +80,15 @@ def test_an_installed_recipe_is_found_by_name_from_any_folder(installed, run_ins
     assert "stage 3/3" in run_installed(program, "--config", "shapes", "--check", "--gpu", "cpu", *PROMPT)
 
 
-def test_an_installation_trains_and_evaluates(installed, run_installed, tmp_path):
-    program, root = str(installed / "bin" / "fourdfy"), tmp_path / "out"
-    place = f"exp_root_dir={root}"
-    run_installed(program, "--config", "shapes_stage_3", "--train", "--gpu", "cpu", *PROMPT, *SMALL, place)
-    assert read_checkpoint(trial(root, "shapes_stage_3"))["global_step"] == 2
-    results = tmp_path / "out.json"
+def test_an_installation_trains_and_evaluates(run_installed, tmp_path):
+    """The recipe that ships, in one command."""
+    root, results = tmp_path / "out", tmp_path / "out.json"
     command = ["-m", "fourdfy.evaluation.shapes", *PROMPT, "--gpu", "cpu", "--json", str(results)]
-    run_installed(*command, *SMALL, "trainer.max_steps=1", f"exp_root_dir={tmp_path / 'evaluated'}")
+    run_installed(*command, *SMALL, "trainer.max_steps=1", f"exp_root_dir={root}")
     (row,) = json.loads(results.read_text())
     assert row["prompt"] == PROMPT[1]
+    steps = {path.parts[-4]: read_checkpoint(path)["global_step"] for path in root.rglob("last.ckpt")}
+    assert steps == {f"shapes_stage_{n}": 1 for n in (1, 2, 3)}
 
 
 def test_every_package_that_is_imported_is_declared():
