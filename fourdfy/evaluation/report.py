@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,15 @@ class ShapesReport:
 def write_json(path: Path, values: Any) -> None:
     """Reports as JSON: the old file or the new one, never half of it."""
     write_whole(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
+
+
+def read_report(path: Path) -> ShapesReport:
+    """The comparison with the ground truth in a file of ``write_json``, whatever else it holds."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    values = {entry.name: content[entry.name] for entry in fields(ShapesReport)}
+    values["front_scores"] = tuple(values["front_scores"])
+    values["over_time"] = tuple(Moment(**moment) for moment in values["over_time"])
+    return ShapesReport(**values)
 
 
 def print_report(report: ShapesReport, console: Console | None = None) -> None:

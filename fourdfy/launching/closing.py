@@ -15,6 +15,7 @@ from fourdfy.launching.recipe import Stage
 from fourdfy.launching.reports import write_report
 from fourdfy.launching.trial import command_for
 from fourdfy.priors.hub import knows_text
+from fourdfy.systems.checkpoint import step_of
 
 if TYPE_CHECKING:
     from fourdfy.evaluation.scenes import Render
@@ -72,13 +73,15 @@ def _scores(stage: Stage, device: str) -> str | None:
     prompt = learned_prompt(experiment) if experiment.plan.dynamic else None
     if prompt is None:
         return None
-    from fourdfy.evaluation.report import brief
-    from fourdfy.evaluation.scenes import evaluate_scene, evaluate_system, scene_renderer
+    from fourdfy.evaluation.report import brief, read_report
+    from fourdfy.evaluation.scenes import evaluate_system
 
-    system = experiment.load_system(device, experiment.last_checkpoint)
-    if experiment.cfg.evaluation.after_training:  # its file says more
-        return brief(evaluate_scene(prompt, scene_renderer(system)))
-    found = evaluate_system(system, prompt, experiment.trial_dir / "save")
+    checkpoint, save = experiment.last_checkpoint, experiment.trial_dir / "save"
+    file = save / f"it{step_of(checkpoint)}-evaluation.json"
+    if experiment.cfg.evaluation.after_training and file.is_file():  # it says more
+        return brief(read_report(file))
+    system = experiment.load_system(device, checkpoint)
+    found = evaluate_system(system, prompt, save)
     write_report(experiment, system)  # again, with the scores
     return brief(found)
 

@@ -1,12 +1,15 @@
 """What a run says at its end, where there is no ground truth or no ffmpeg."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from fourdfy.evaluation.report import brief, read_report
 from fourdfy.files import atomic
 from fourdfy.launching.closing import log_closing
 from fourdfy.launching.recipe import load_recipe
+from tests.commands import launch, trial
 
 
 def closing(caplog, root, config, prompt, *views):
@@ -92,6 +95,16 @@ def test_a_run_whose_pictures_could_not_be_written_ends_all_the_same(tmp_path, c
     said, trial = closing(caplog, tmp_path, "shapes_stage_1", "a red cube spinning")
     assert "  video   none could be written; --test renders it again\n" in said
     assert f"--trial {trial} --export" in said
+
+
+def test_a_scene_that_was_judged_is_not_compared_with_the_truth_once_more(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr("fourdfy.evaluation.scenes.evaluate_scene", None)  # the judge has its own name for it
+    given = ("trainer.max_steps=1", "evaluation.after_training=true", "evaluation.metrics=[flicker]")
+    with caplog.at_level("INFO"):
+        assert launch("shapes_stage_3.yaml", "train", tmp_path, *given) == 0
+    file = trial(tmp_path, "shapes_stage_3") / "save" / "it1-evaluation.json"
+    assert "flicker" in json.loads(file.read_text())
+    assert f"  scores  {brief(read_report(file))}\n" in caplog.records[-1].getMessage()
 
 
 def test_scores_that_can_not_be_told_cost_a_warning(tmp_path, caplog, monkeypatch):
