@@ -318,8 +318,8 @@ class LatentPrior(Prior):
         return torch.autocast(self.device.type, enabled=False)
 
     def _image_size(self) -> tuple[int, int]:
+        self.cfg.check_size(self.cfg.multiple(self.vae.config, self.denoiser.network.config))
         factor = vae_factor(self.vae)
-        self.cfg.check_size(factor)
         own = self.denoiser.network.config.sample_size or 0
         own_height, own_width = (own, own) if isinstance(own, int) else own
         size = (self.cfg.height or own_height * factor, self.cfg.width or own_width * factor)

@@ -238,6 +238,11 @@ def test_sizes_are_checked_before_anything_is_loaded(name, multiple, nearest):
         config.check_models()
 
 
+def test_sizes_are_checked_by_patches_too_when_the_networks_are_loaded(folders):
+    with pytest.raises(ValueError, match=r"height=36, width=32: .* multiples of 8 pixels; set height=32"):
+        make("sd3-guidance", folders["sd3"], height=36, width=32)
+
+
 def test_images_that_are_too_large_are_refused(folders):
     given = {"pretrained_model_name_or_path": str(folders["sd3"]), "height": 32, "width": 80}
     config = parse_config(find("sd3-guidance", Guidance).Config, given)
