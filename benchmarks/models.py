@@ -5,10 +5,11 @@ They give time and memory and say nothing of the pictures.
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,15 @@ def make_tiny_models(root: Path) -> None:
 def models_folder(*, toy: bool) -> Path:
     """Where the models are unless the command line says so."""
     return Path(tempfile.gettempdir()) / f"fourdfy-models-{'toy' if toy else 'real'}"
+
+
+def parse_with_models(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of ``parser``, and ``--toy`` and ``--models``, which is never None."""
+    parser.add_argument("--models", type=Path, help="folder of the models, made if missing")
+    parser.add_argument("--toy", action="store_true", help="tiny models and images, to see that it runs")
+    args = parser.parse_intermixed_args(argv)
+    args.models = args.models or models_folder(toy=args.toy)
+    return args
 
 
 def model_paths(root: Path, config: str) -> list[str]:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from models import make_models, make_tiny_models, model_paths, models_folder
+from models import make_models, make_tiny_models, model_paths, parse_with_models
 from timing import floor_ms, head, row, times_ms, where
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -176,12 +176,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
-    parser.add_argument("--models", type=Path, help="folder of the models, made if missing")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=6)
-    parser.add_argument("--toy", action="store_true", help="tiny models and images, to see that it runs")
-    args = parser.parse_intermixed_args(argv)
-    args.models = args.models or models_folder(toy=args.toy)
+    args = parse_with_models(parser, argv)
     if args.toy:
         args.repeats, args.warm_up = 1, 1
     return args

@@ -35,7 +35,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from models import MODELS, make_models, make_tiny_models, models_folder
+from models import MODELS, make_models, make_tiny_models, parse_with_models
 from profiling import PARTS, PartTimes
 from stopwatch import Batches, Block, Timer
 from timing import head, row, where
@@ -317,17 +317,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--gpu", default="0,1", help="the devices, as of launch.py")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results in JSON")
-    parser.add_argument("--models", type=Path, help="folder of the models, made if missing")
     parser.add_argument("--steps", type=int, default=16, help="that are timed, of each kind")
     parser.add_argument("--warm-up", type=int, default=6)
     parser.add_argument("--minutes", type=float, default=6, help="after which the measurement is given up")
     parser.add_argument("--compile", action="store_true", help="compile large networks too")
     parts = ("steps", "launch.py", "a rank dies")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--toy", action="store_true", help="tiny models and images, to see that it runs")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_intermixed_args(argv)
-    args.models = args.models or models_folder(toy=args.toy)
+    args = parse_with_models(parser, argv)
     if args.toy:
         args.steps, args.warm_up = 2, 1
     return args

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from models import MODELS, make_models, make_tiny_models, model_paths, models_folder
+from models import MODELS, make_models, make_tiny_models, model_paths, parse_with_models
 from profiling import PARTS
 from stopwatch import MILESTONE, Batches, Block, Stopwatch
 from timing import head, row, synchronize, where
@@ -232,17 +232,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--state", nargs="+", choices=STATES, default=list(STATES))
     parser.add_argument("--steps", type=int, default=16, help="that are timed, of each kind")
     parser.add_argument("--warm-up", type=int, default=6)
-    parser.add_argument("--models", type=Path, help="folder of the models, made if missing")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results in JSON")
     parser.add_argument("--kinds", nargs="+", default=[], help="of step; only their priors are loaded")
     parser.add_argument("--times-only", action="store_true", help="no parts and no profile")
-    parser.add_argument("--toy", action="store_true", help="tiny models and images, to see that it runs")
-    args = parser.parse_intermixed_args(argv)
+    args = parse_with_models(parser, argv)
     args.overrides = [word for word in args.given if "=" in word]
     args.configs = [word for word in args.given if "=" not in word] or CONFIGS
     if unknown := {config.partition("+")[0] for config in args.configs} - set(CONFIGS):
         parser.error(f"{', '.join(sorted(unknown))}: expected {', '.join(CONFIGS)}")
-    args.models = args.models or models_folder(toy=args.toy)
     if args.toy:
         args.steps, args.warm_up = 2, 1
     return args
