@@ -8,6 +8,7 @@ file, what was expected and the nearest correct key. ``Config(...).build(...)`` 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import difflib
 import re
@@ -18,7 +19,7 @@ from dataclasses import MISSING, dataclass, field
 from functools import cache
 from typing import Any, ClassVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fourdfy import registry
@@ -162,7 +163,12 @@ def alias(other: str, declared: Any) -> Any:
 
 def init_fields(schema: type | Named) -> dict[str, dataclasses.Field]:
     """Name -> field, of the fields that a config can set; none of free names."""
-    return {} if isinstance(schema, Named) else {f.name: f for f in dataclasses.fields(schema) if f.init}
+    return {} if isinstance(schema, Named) else _init_fields(schema)
+
+
+@cache
+def _init_fields(schema: type) -> dict[str, dataclasses.Field]:
+    return {f.name: f for f in dataclasses.fields(schema) if f.init}
 
 
 @cache
@@ -373,7 +379,7 @@ def _parse_leaves(
     schema: type, given: Mapping[str, Any], path: str, sources: Mapping[str, str]
 ) -> dict[str, Any]:
     """The fields that hold plain values, each of its type and inside its bounds, defaults included."""
-    merged = OmegaConf.structured(_leaves(schema), flags={"readonly": False})
+    merged: Any = copy.deepcopy(_leaves(schema))
     for name, value in given.items():
         try:
             merged.merge_with({name: escaped(value)})
@@ -396,15 +402,16 @@ def _parse_leaves(
 
 
 @cache
-def _leaves(schema: type) -> type:
-    """A dataclass of the fields that hold plain values."""
+def _leaves(schema: type) -> DictConfig:
+    """The fields that hold plain values, with their defaults."""
     hints = typing.get_type_hints(schema)
     leaves = [
         (name, hints[name], field(default=f.default, default_factory=f.default_factory))
         for name, f in init_fields(schema).items()
         if not held(schema, name)
     ]
-    return dataclasses.make_dataclass(schema.__name__, leaves, kw_only=True)
+    made = dataclasses.make_dataclass(schema.__name__, leaves, kw_only=True)
+    return OmegaConf.structured(made, flags={"readonly": False})
 
 
 def _unknown_key(key: str, known: Mapping[str, Any], given: Mapping[str, Any]) -> str:
