@@ -45,7 +45,7 @@ class ShapePrompt:
             ("motion", self.motion, MOTIONS),
         ):
             if word not in known:
-                raise ValueError(_unknown(kind, word, known))
+                raise ValueError(unknown_word(kind, word, known))
 
     @property
     def text(self) -> str:
@@ -79,7 +79,7 @@ def check_text(text: str) -> None:
         parse_prompt(prompt)
     for word in words:
         if word not in (*MOMENTS, *VIEWS):
-            raise ValueError(_unknown("moment or view", word, (*MOMENTS, *VIEWS)))
+            raise ValueError(unknown_word("moment or view", word, (*MOMENTS, *VIEWS)))
 
 
 @lru_cache
@@ -101,6 +101,7 @@ def is_held_out(prompt: ShapePrompt) -> bool:
     return (colour + 2 * shape + 3 * motion) % 5 == 0
 
 
-def _unknown(kind: str, word: str, known: tuple[str, ...]) -> str:
+def unknown_word(kind: str, word: str, known: tuple[str, ...], grammar: str = GRAMMAR) -> str:
+    """An error's text that names the nearest known word."""
     nearest = difflib.get_close_matches(word, known, n=1, cutoff=0.0)
-    return f"{word!r} is no {kind} of the shapes world; did you mean {nearest[0]!r}? It knows {GRAMMAR}"
+    return f"{word!r} is no {kind} of the shapes world; did you mean {nearest[0]!r}? It knows {grammar}"

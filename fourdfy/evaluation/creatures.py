@@ -1,0 +1,195 @@
+"""A 4D scene of a creature against its ground truth: silhouettes, colours and motion of its parts, its faces.
+
+T moments, A azimuths, F = T * A frames (times slowest), H x W pixels, G groups of parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, max_pool2d
+
+from fourdfy.evaluation import marks, metrics
+from fourdfy.evaluation.frames import BACKGROUND, Frames, Render, look, orbit
+from fourdfy.shapes.creature_prompts import CreaturePrompt
+from fourdfy.shapes.creatures import CREATURES, Creature
+from fourdfy.shapes.gestures import bodies, groups
+from fourdfy.shapes.tracing import render_bodies
+from fourdfy.shapes.world import COLOUR_RGB
+from fourdfy.types import Cameras
+
+TIMES = tuple(k / 12 for k in range(12))
+VIEWS_DEG = tuple(60.0 * k for k in range(6))
+AROUND_DEG = tuple(15.0 * k for k in range(24))
+MOVES = 0.02
+"""Scene units (root mean square) from which on a part is one that moves."""
+MIN_PIXELS = 40
+"""Of a group in all frames together; below, nothing is said of its colour."""
+FACE_BLUR = 9
+"""Pixels over which faces are blurred before they are compared, so that of a face seen aslant one eye is
+not taken for both. Of the truth's own scores, those at 15 degrees are 0.4 to 0.9, and beyond they fall."""
+RIGHT_COLOUR = 0.15
+RIGHT_MOTION = 0.8
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreatureReport:
+    """A scene against the ground truth of its creature."""
+
+    prompt: str
+    iou: float
+    """Mean silhouette intersection over union."""
+    psnr: float
+    """Mean of the frames' PSNR, dB."""
+    colour_errors: dict[str, float]
+    """Group of parts -> root mean square difference of its median colour, 0..1."""
+    colours_right: float
+    """Share of the groups with an error below ``RIGHT_COLOUR``."""
+    part_motion: dict[str, float]
+    """Group of parts that moves -> correlation of its centroid's track with the true one."""
+    motion_right: float | None
+    """Share of them with at least ``RIGHT_MOTION``; None if nothing should move."""
+    faces: int
+    """Faces seen around the creature at t = 0; 1 is right, 2 or more is the Janus problem."""
+
+
+@torch.no_grad()
+def evaluate_creature(
+    prompt: CreaturePrompt, render: Render, *, device: str | torch.device = "cpu", supersample: int = 2
+) -> CreatureReport:
+    """Compare what ``render`` shows with the ground truth of ``prompt``; see ``scenes.evaluate_scene``.
+
+    Args:
+        supersample: rays per pixel and axis of the ground truth.
+    """
+    creature = CREATURES[prompt.creature]
+    ours = look(render, TIMES, VIEWS_DEG, device)
+    theirs, group = _truth(prompt, creature, orbit(TIMES, VIEWS_DEG, "cpu"), supersample)
+    colours = part_colours(ours, theirs, group)
+    errors = {name: colours[n] for n, name in enumerate(_names(creature)) if n in colours}
+    motion = part_motion(ours, theirs, group, _centroids(prompt, creature))
+    moving = {name: motion[n] for n, name in enumerate(_names(creature)) if n in motion}
+    return CreatureReport(
+        prompt=prompt.text,
+        iou=float(metrics.silhouette_iou(ours.opacity, theirs.opacity).mean()),
+        psnr=float(metrics.psnr(ours.rgb, theirs.rgb).mean()),
+        colour_errors=errors,
+        colours_right=_share([error < RIGHT_COLOUR for error in errors.values()]) or 0.0,
+        part_motion=moving,
+        motion_right=_share([corr >= RIGHT_MOTION for corr in moving.values()]),
+        faces=len(
+            marks.fronts(face_scores(prompt, look(render, TIMES[:1], AROUND_DEG, device), supersample))
+        ),
+    )
+
+
+def part_colours(ours: Frames, theirs: Frames, group: Int[Tensor, "F H W"]) -> dict[int, float]:
+    """Group -> error of its median colour, over the pixels where the truth shows it and both objects are."""
+    found = {}
+    for n in range(int(group.max()) + 1):
+        seen = (group == n) & ours.inside
+        if int((group == n).sum()) >= MIN_PIXELS:
+            median = ours.colours[seen].median(dim=0).values if seen.any() else torch.zeros(3)
+            found[n] = metrics.colour_error(median, theirs.colours[group == n].median(dim=0).values)
+    return found
+
+
+def part_motion(
+    ours: Frames, theirs: Frames, group: Int[Tensor, "F H W"], centroids: Float[Tensor, "T G 3"]
+) -> dict[int, float]:
+    """Group -> correlation of its centroid's track with the true one, for the groups that move.
+
+    A group is where the truth has it at the moment whose images, in the window that the group ever
+    covers, match best; so what is measured is the motion, whatever the colours.
+    """
+    moments = (len(TIMES), len(VIEWS_DEG))
+    mine, true = (
+        torch.cat([frames.smooth.rgb, frames.smooth.opacity], dim=-1).unflatten(0, moments)
+        for frames in (ours, theirs)
+    )
+    places = group.unflatten(0, moments)
+    found = {}
+    for n in range(centroids.shape[1]):
+        away = centroids[:, n] - centroids[:, n].mean(dim=0)
+        if away.square().sum(dim=-1).mean().sqrt() >= MOVES:
+            window = _wide((places == n).any(dim=0))
+            costs = torch.stack(
+                [((true - moment) * window[..., None]).square().flatten(1).sum(1) for moment in mine]
+            )
+            track = away[costs.argmin(dim=1)]
+            found[n] = metrics.pearson((track - track.mean(dim=0)).flatten(), away.flatten()) or 0.0
+    return found
+
+
+def face_scores(prompt: CreaturePrompt, around: Frames, supersample: int = 2) -> Float[Tensor, "A"]:
+    """How much of the face, as seen from straight ahead, each of ``AROUND_DEG`` shows, 0..1.
+
+    That is one less the share of the face's change to a faceless truth that is not there.
+    """
+    creature = CREATURES[prompt.creature]
+    front, _ = _truth(prompt, creature, orbit(TIMES[:1], AROUND_DEG[:1], "cpu"), supersample)
+    bare, _ = _truth(prompt, _faceless(creature), orbit(TIMES[:1], AROUND_DEG, "cpu"), supersample)
+    face = _blurred(front.rgb - bare.rgb[:1])
+    seen = _blurred((around.rgb - bare.rgb) * around.inside[..., None])
+    return (1 - (seen - face).square().flatten(1).sum(dim=1) / face.square().sum()).clamp(0, 1)
+
+
+def ground_truth(prompt: CreaturePrompt, supersample: int = 2) -> Render:
+    """The true scene of a creature as a renderer."""
+
+    def render(cameras: Cameras) -> tuple[Tensor, Tensor]:
+        seen, _ = _truth(prompt, CREATURES[prompt.creature], cameras, supersample)
+        return seen.rgb, seen.opacity
+
+    return render
+
+
+def _truth(
+    prompt: CreaturePrompt, creature: Creature, cameras: Cameras, supersample: int
+) -> tuple[Frames, Int[Tensor, "F H W"]]:
+    """Frames, and the group seen in each pixel (-1: none)."""
+    background = torch.tensor(BACKGROUND).expand(len(cameras), 3)
+    posed = bodies(creature, prompt.gesture, cameras.times, _colour(prompt, cameras))
+    rgb, opacity, part = render_bodies(posed, cameras, background, supersample=supersample)
+    names = _names(creature)
+    of_part = torch.tensor([*(names.index(name) for name in groups(creature)), -1])
+    return Frames(rgb=rgb, opacity=opacity), of_part[part]
+
+
+def _centroids(prompt: CreaturePrompt, creature: Creature) -> Float[Tensor, "T G 3"]:
+    centres = bodies(creature, prompt.gesture, torch.tensor(TIMES)).centres
+    names = groups(creature)
+    chosen = [
+        torch.tensor([n for n, name in enumerate(names) if name == group]) for group in _names(creature)
+    ]
+    return torch.stack([centres[:, parts].mean(dim=1) for parts in chosen], dim=1)
+
+
+def _colour(prompt: CreaturePrompt, cameras: Cameras) -> Float[Tensor, "F 3"] | None:
+    return None if prompt.colour is None else torch.tensor(COLOUR_RGB[prompt.colour]).expand(len(cameras), 3)
+
+
+def _names(creature: Creature) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(groups(creature)))
+
+
+@lru_cache
+def _faceless(creature: Creature) -> Creature:
+    return replace(creature, parts=tuple(part for part in creature.parts if part.group != "face"))
+
+
+def _blurred(images: Float[Tensor, "F H W C"]) -> Float[Tensor, "F H W C"]:
+    return avg_pool2d(images.movedim(-1, 1), FACE_BLUR, stride=1, padding=FACE_BLUR // 2).movedim(1, -1)
+
+
+def _wide(mask: Bool[Tensor, "A H W"], pixels: int = 2) -> Bool[Tensor, "A H W"]:
+    size = 2 * pixels + 1
+    return max_pool2d(mask.float(), size, stride=1, padding=pixels) > 0
+
+
+def _share(right: list[bool]) -> float | None:
+    return sum(right) / len(right) if right else None

@@ -1,0 +1,103 @@
+"""The evaluation of creatures knows the truth, and every planted defect by its number."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+
+from fourdfy.evaluation import creatures
+from fourdfy.evaluation.creatures import evaluate_creature, ground_truth
+from fourdfy.ops.cameras import orbit_cameras
+from fourdfy.shapes.creature_prompts import parse_creature
+
+torch.set_num_threads(1)
+DANCING = "a panda dancing"
+
+
+@pytest.fixture(autouse=True)
+def few_views(monkeypatch):
+    monkeypatch.setattr(creatures, "VIEWS_DEG", (0.0, 120.0, 240.0))
+
+
+@cache
+def report(text, change=None):
+    truth = ground_truth(parse_creature(text), supersample=1)
+    return evaluate_creature(parse_creature(text), change(truth) if change else truth, supersample=1)
+
+
+def frozen(truth):
+    return lambda cameras: truth(replace(cameras, times=torch.zeros_like(cameras.times)))
+
+
+def two_faced(truth):
+    """The front half of the creature from both sides."""
+
+    def render(cameras):
+        behind = torch.deg2rad(cameras.azimuth_deg).cos() < 0
+        azimuth = torch.where(behind, cameras.azimuth_deg - 180, cameras.azimuth_deg)
+        turned = orbit_cameras(
+            cameras.elevation_deg,
+            azimuth,
+            distance=cameras.distances,
+            fovy_deg=cameras.fovy_deg,
+            times=cameras.times,
+            height=cameras.height,
+            width=cameras.width,
+        )
+        return truth(turned)
+
+    return render
+
+
+def greyed(truth):
+    def render(cameras):
+        rgb, opacity = truth(cameras)
+        return rgb.mean(dim=-1, keepdim=True).expand_as(rgb), opacity
+
+    return render
+
+
+def empty(truth):
+    def render(cameras):
+        rgb, opacity = truth(cameras)
+        return torch.full_like(rgb, 0.8), torch.zeros_like(opacity)
+
+    return render
+
+
+@pytest.mark.parametrize("text", [DANCING, "a red dog walking", "a fish jumping", "a robot standing still"])
+def test_the_truth_is_right_in_everything(text):
+    found = report(text)
+    assert found.iou == 1 and found.psnr == pytest.approx(100)
+    assert found.colours_right == 1 and max(found.colour_errors.values()) == 0
+    assert found.faces == 1
+    if "still" in text:
+        assert found.motion_right is None and not found.part_motion
+    else:
+        assert found.motion_right == 1 and min(found.part_motion.values()) > 0.999
+
+
+def test_limbs_are_among_the_parts_that_move():
+    assert {"left_arm", "right_arm", "head", "left_leg"} <= set(report(DANCING).part_motion)
+
+
+def test_a_still_copy_has_no_motion():
+    found = report(DANCING, frozen)
+    assert found.motion_right == 0 and set(found.part_motion.values()) == {0.0}
+    assert found.faces == 1 and found.iou < 0.95
+
+
+def test_a_face_on_either_side_is_two_faces():
+    assert report("a bird standing still", two_faced).faces == 2
+
+
+def test_colours_are_judged_by_parts_and_not_by_the_motion():
+    found = report("a dog walking", greyed)
+    assert 0 < found.colours_right < 1
+    assert found.colour_errors["torso"] > creatures.RIGHT_COLOUR and found.motion_right > 0.9
+
+
+def test_an_empty_scene_is_wrong_in_everything():
+    found = report("a dog walking", empty)
+    assert found.iou == 0 and found.faces == 0 and found.motion_right == 0
