@@ -32,6 +32,8 @@ MIN_PIXELS = 40
 FACE_BLUR = 9
 """Pixels over which faces are blurred before they are compared, so that of a face seen aslant one eye is
 not taken for both. Of the truth's own scores, those at 15 degrees are 0.4 to 0.9, and beyond they fall."""
+FACE = 0.3
+"""Share of its strongest pixel's change from which on a pixel is of the face."""
 RIGHT_COLOUR = 0.15
 RIGHT_MOTION = 0.8
 
@@ -128,14 +130,18 @@ def part_motion(
 def face_scores(prompt: CreaturePrompt, around: Frames, supersample: int = 2) -> Float[Tensor, "A"]:
     """How much of the face, as seen from straight ahead, each of ``AROUND_DEG`` shows, 0..1.
 
-    That is one less the share of the face's change to a faceless truth that is not there.
+    In the face's place in the image: how much nearer to the true creature's front than a faceless one's is.
     """
     creature = CREATURES[prompt.creature]
-    front, _ = _truth(prompt, creature, orbit(TIMES[:1], AROUND_DEG[:1], "cpu"), supersample)
-    bare, _ = _truth(prompt, _faceless(creature), orbit(TIMES[:1], AROUND_DEG, "cpu"), supersample)
-    face = _blurred(front.rgb - bare.rgb[:1])
+    ahead = orbit(TIMES[:1], AROUND_DEG[:1], "cpu")
+    (front, _), (bare, _) = (
+        _truth(prompt, one, ahead, supersample) for one in (creature, _faceless(creature))
+    )
+    face = _blurred(front.rgb - bare.rgb)
+    where = face.norm(dim=-1, keepdim=True) > FACE * face.norm(dim=-1).amax()
     seen = _blurred((around.rgb - bare.rgb) * around.inside[..., None])
-    return (1 - (seen - face).square().flatten(1).sum(dim=1) / face.square().sum()).clamp(0, 1)
+    missing = ((seen - face) * where).square().flatten(1).sum(dim=1)
+    return (1 - missing / (face * where).square().sum()).clamp(0, 1)
 
 
 def ground_truth(prompt: CreaturePrompt, supersample: int = 2) -> Render:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fourdfy.shapes.creatures import CREATURES
 from fourdfy.shapes.gestures import GESTURES, allowed, bodies
 from fourdfy.shapes.grammar import COLOURS, unknown_word
-from fourdfy.shapes.tracing import render_bodies
+from fourdfy.shapes.tracing import joined_bodies, render_bodies
 from fourdfy.shapes.world import COLOUR_RGB
 from fourdfy.types import Cameras
 
@@ -111,7 +111,7 @@ def render_creatures(
 ) -> tuple[Float[Tensor, "F H W 3"], Float[Tensor, "F H W 1"], Int[Tensor, "F H W"]]:
     """What ``tracing.render_bodies`` makes of ``encode_creatures`` indices, one for each camera.
 
-    Frames of the same creature and gesture are rendered together; keep the codes on the CPU.
+    Frames of the same creature are rendered together; keep the codes on the CPU.
     """
     size = (len(cameras), cameras.height, cameras.width)
     like = cameras.c2w
@@ -121,14 +121,18 @@ def render_creatures(
         torch.empty(size, dtype=torch.long, device=like.device),
     )
     names = list(CREATURES)
-    for creature, gesture in codes[:, :2].unique(dim=0).tolist():
-        chosen = ((codes[:, 0] == creature) & (codes[:, 1] == gesture)).nonzero()[:, 0]
-        here = chosen.to(like.device)
+    for creature in codes[:, 0].unique().tolist():
         own = CREATURES[names[creature]].colour
         palette = like.new_tensor([own, *(COLOUR_RGB[name] for name in COLOURS)])
-        colour = palette[codes[chosen, 2].to(like.device)]
-        posed = bodies(CREATURES[names[creature]], GESTURES[gesture], cameras.times[here], colour)
-        drawn = render_bodies(posed, cameras[here], background[here], supersample=supersample)
+        frames, posed = [], []
+        for gesture in codes[codes[:, 0] == creature, 1].unique().tolist():
+            chosen = ((codes[:, 0] == creature) & (codes[:, 1] == gesture)).nonzero()[:, 0]
+            frames.append(chosen.to(like.device))
+            colour = palette[codes[chosen, 2].to(like.device)]
+            times = cameras.times[frames[-1]]
+            posed.append(bodies(CREATURES[names[creature]], GESTURES[gesture], times, colour))
+        here = torch.cat(frames)
+        drawn = render_bodies(joined_bodies(posed), cameras[here], background[here], supersample=supersample)
         for image, part in zip(images, drawn, strict=True):
             image[here] = part
     return images

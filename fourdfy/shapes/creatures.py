@@ -6,6 +6,7 @@ Axes as in the rest of the world: the front looks along +x, z is up, +y is the c
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 Number = float | int
@@ -38,7 +39,7 @@ class Part:
 @dataclass(frozen=True, eq=False)
 class Creature:
     colour: Colour
-    joints: dict[str, tuple[str, Vector]]
+    joints: Mapping[str, tuple[str, Vector]]
     """Bone -> the bone that it hangs on, and the point that it turns about."""
     parts: tuple[Part, ...]
     arms: str = "aside"
@@ -47,13 +48,13 @@ class Creature:
 
 
 def limb(
-    group: str, bone: str, start: Vector, end: Vector, radius: float, colour: Colour | None = None, **more
+    group: str, bone: str, start: Vector, end: Vector, radius: float, colour: Colour | None = None
 ) -> Part:
     """A capsule."""
-    along = tuple(b - a for a, b in zip(start, end, strict=True))
-    length = math.sqrt(sum(value * value for value in along))
-    centre = tuple((a + b) / 2 for a, b in zip(start, end, strict=True))
-    return Part(group, bone, centre, (0.0, 0.0, length / 2), colour, radius, along, **more)
+    (x, y, z), (to_x, to_y, to_z) = start, end
+    centre = ((x + to_x) / 2, (y + to_y) / 2, (z + to_z) / 2)
+    size = (0.0, 0.0, math.dist(start, end) / 2)
+    return Part(group, bone, centre, size, colour, radius, (to_x - x, to_y - y, to_z - z))
 
 
 def both(*parts: Part) -> tuple[Part, ...]:

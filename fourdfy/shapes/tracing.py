@@ -7,6 +7,7 @@ their order; its weights also mix the colours of parts that melt, far more sharp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -50,6 +51,16 @@ class Bodies(TensorRecord):
         boxes = self.sizes.norm(dim=-1) + self.rounding
         first = torch.arange(len(boxes), device=boxes.device) < self.ellipsoids
         return torch.where(first, self.sizes.amax(dim=-1), boxes) + 2 * BLEND
+
+
+def joined_bodies(several: Sequence[Bodies]) -> Bodies:
+    """The poses of one body, one after the other."""
+    return replace(
+        several[0],
+        centres=torch.cat([one.centres for one in several]),
+        axes=torch.cat([one.axes for one in several]),
+        colours=torch.cat([one.colours for one in several]),
+    )
 
 
 def render_bodies(
