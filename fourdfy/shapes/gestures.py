@@ -158,7 +158,7 @@ def _waving(creature: Creature, times: Tensor) -> Turns:
     ramp = (torch.minimum(times, 1 - times) / 0.2).clamp(0, 1)
     up = ramp.square() * (3 - 2 * ramp)
     wave = up * torch.sin(6 * math.pi * times)
-    return _raised(creature, 0 * up, 2.3 * up + 0.45 * wave) | {
+    return _raised(creature, 0 * up, 1.95 * up + 0.4 * wave) | {
         "torso": (0.08 * up, 0.0, 0.0),
         "head": (0.16 * up + 0.06 * wave, 0.0, 0.0),
         "tail": (0.0, 0.0, 0.6 * wave),

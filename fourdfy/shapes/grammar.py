@@ -74,10 +74,19 @@ def check_text(text: str) -> None:
     Raises:
         ValueError: names the word that is not of the grammar, and the nearest right one.
     """
-    prompt, *words = text.split(", ")
+    prompt, *_ = text.split(", ")
     if text:
         parse_prompt(prompt)
-    for word in words:
+    check_words(text)
+
+
+def check_words(text: str) -> None:
+    """Refuse words behind a prompt other than time words and view words.
+
+    Raises:
+        ValueError: names the word, and the nearest right one.
+    """
+    for word in text.split(", ")[1:]:
         if word not in (*MOMENTS, *VIEWS):
             raise ValueError(unknown_word("moment or view", word, (*MOMENTS, *VIEWS)))
 

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from fourdfy.priors.mvdream import camera_vectors
 from fourdfy.prompts.views import direction_indices
-from fourdfy.shapes.grammar import MOMENTS, VIEWS, ShapePrompt, all_prompts, is_held_out
-from fourdfy.shapes.world import BACKGROUNDS, encode_prompts, orbit, render_codes
+from fourdfy.shapes.grammar import MOMENTS, VIEWS
+from fourdfy.shapes.prompts import Prompt, every_prompt, is_held_out, render_codes
+from fourdfy.shapes.prompts import encode as encode_prompts
+from fourdfy.shapes.world import BACKGROUNDS, orbit
 from fourdfy.types import Cameras, TensorRecord
 from tools.shapes_training import store
 from tools.shapes_training.models import CLIPS, FRAMES, NUM_VIEWS, encode, latent_shape
@@ -35,14 +37,14 @@ VIEW_PROBABILITY = 0.7
 MOMENT_PROBABILITIES = (0.45, 0.30, 0.25)
 """No time words, "at the start", a quarter."""
 
-TRAINING_PROMPTS = tuple(prompt for prompt in all_prompts() if not is_held_out(prompt))
-HELD_OUT_PROMPTS = tuple(prompt for prompt in all_prompts() if is_held_out(prompt))
+TRAINING_PROMPTS = tuple(prompt for prompt in every_prompt() if not is_held_out(prompt))
+HELD_OUT_PROMPTS = tuple(prompt for prompt in every_prompt() if is_held_out(prompt))
 
-NUM_TEXTS = len(all_prompts()) * (len(MOMENTS) + 1) * (len(VIEWS) + 1) + 1
+NUM_TEXTS = len(every_prompt()) * (len(MOMENTS) + 1) * (len(VIEWS) + 1) + 1
 EMPTY_TEXT = NUM_TEXTS - 1
 
 
-def full_text(prompt: ShapePrompt, moment: str | None = None, view: str | None = None) -> str:
+def full_text(prompt: Prompt, moment: str | None = None, view: str | None = None) -> str:
     """The prompt followed by its time words and view words, where given."""
     return ", ".join(part for part in (prompt.text, moment, view) if part)
 
@@ -56,7 +58,7 @@ def text_row(
 
 def table_texts() -> Iterator[str]:
     """The NUM_TEXTS texts, the empty prompt last."""
-    for prompt in all_prompts():
+    for prompt in every_prompt():
         for moment in (None, *MOMENTS):
             for view in (None, *VIEWS):
                 yield full_text(prompt, moment, view)
@@ -75,8 +77,8 @@ def text_table(out: Path, part: str, device: torch.device) -> Float[Tensor, "NUM
 class Scenes(TensorRecord):
     """G scenes to render, on the CPU."""
 
-    codes: Int[Tensor, "G 3"]
-    """``encode_prompts`` indices."""
+    codes: Int[Tensor, "G 4"]
+    """Those of ``shapes.prompts.encode``."""
     times: Float[Tensor, "G F"]
     azimuth_deg: Float[Tensor, "G F"]
     elevation_deg: Float[Tensor, "G F"]
@@ -105,7 +107,7 @@ def draw_scenes(part: str, count: int, generator: torch.Generator) -> Scenes:
         return torch.rand(*size, generator=generator)
 
     frames = FRAMES[part]
-    allowed = torch.tensor([all_prompts().index(prompt) for prompt in TRAINING_PROMPTS])
+    allowed = torch.tensor([every_prompt().index(prompt) for prompt in TRAINING_PROMPTS])
     prompt = allowed[torch.randint(len(allowed), (count,), generator=generator)]
     azimuth = 360 * uniform(count, 1).expand(-1, frames)
     if part == "multi_view":
@@ -131,7 +133,7 @@ def draw_scenes(part: str, count: int, generator: torch.Generator) -> Scenes:
         worded = uniform(count) < VIEW_PROBABILITY
         view = torch.where(worded, 1 + view_index(part, elevation, azimuth[:, 0]), 0)
     return Scenes(
-        codes=encode_prompts(all_prompts())[prompt],
+        codes=encode_prompts(every_prompt())[prompt],
         times=times,
         azimuth_deg=azimuth,
         elevation_deg=elevation[:, None].expand(-1, frames),

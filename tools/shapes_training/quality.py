@@ -28,10 +28,10 @@ from fourdfy.shapes.grammar import (
     SHAPES,
     START,
     ShapePrompt,
-    all_prompts,
-    is_held_out,
 )
-from fourdfy.shapes.world import BACKGROUNDS, COLOUR_RGB, encode_prompts, orbit, render_codes
+from fourdfy.shapes.prompts import encode as encode_prompts
+from fourdfy.shapes.prompts import every_prompt, is_held_out, render_codes
+from fourdfy.shapes.world import BACKGROUNDS, COLOUR_RGB, orbit
 from tools.shapes_training import store
 from tools.shapes_training.data import (
     EMPTY_TEXT,
@@ -106,8 +106,11 @@ def measure(
 
 
 def choose_prompts(count: int) -> list[ShapePrompt]:
-    """Prompts spread evenly over the grammar, a third of them held out if there are enough."""
-    held_out, known = HELD_OUT_PROMPTS, TRAINING_PROMPTS
+    """Prompts of solids, spread evenly over the grammar, a third of them held out if there are enough."""
+    held_out, known = (
+        [prompt for prompt in prompts if isinstance(prompt, ShapePrompt)]
+        for prompts in (HELD_OUT_PROMPTS, TRAINING_PROMPTS)
+    )
     num_held_out = min(len(held_out), max(1, count // 3))
     picked = [held_out[k * len(held_out) // num_held_out] for k in range(num_held_out)]
     rest = max(0, count - num_held_out)
@@ -117,7 +120,7 @@ def choose_prompts(count: int) -> list[ShapePrompt]:
 def ask(part: str, prompts: Sequence[ShapePrompt], seed: int) -> Scenes:
     """The samples to draw from the model: views in turn; images and groups at the start of the clip."""
     count, frames = len(prompts), FRAMES[part]
-    index = torch.tensor([all_prompts().index(prompt) for prompt in prompts])
+    index = torch.tensor([every_prompt().index(prompt) for prompt in prompts])
     elevation = torch.full((count, frames), 15.0)
     azimuth = 90.0 * (torch.arange(count) % 4)[:, None]
     times = torch.zeros(count, frames)
@@ -324,7 +327,7 @@ def _check_motion(
 def _distances(
     images: Float[Tensor, "N F 3 h w"],
     background: Int[Tensor, "N"],
-    codes: Int[Tensor, "N 3"],
+    codes: Int[Tensor, "N 4"],
     times: Float[Tensor, "N F"],
     azimuth_deg: Float[Tensor, "N K F"],
     elevation_deg: Float[Tensor, "N F"] | None,
@@ -342,7 +345,7 @@ def _distances(
             size = (len(rows), candidates, frames)
             angles = [values[rows].view(len(rows), -1, frames).expand(size).flatten().to(device)
                       for values in (elevation, azimuth_deg, times)]  # fmt: skip
-            each = [values[rows, None, None].expand(*size, 3).flatten(0, 2) for values in (codes, plain)]
+            each = [values[rows, None, None].expand(*size, -1).flatten(0, 2) for values in (codes, plain)]
             rgb, _ = render_codes(each[0], orbit(*angles, CHECK_SIZE), each[1].to(device), supersample=1)
             error = (rgb.movedim(-1, 1).unflatten(0, size) - images[rows, None]).square()
             least[rows] = torch.minimum(least[rows], error.mean(dim=(2, 3, 4, 5)))

@@ -25,7 +25,8 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from fourdfy.shapes.grammar import COLOURS, MOMENTS, MOTIONS, SHAPES, VIEWS
+from fourdfy.shapes.grammar import COLOURS, MOMENTS, VIEWS
+from fourdfy.shapes.prompts import MOVES, THINGS
 
 TEXT_WIDTH = 64
 NUM_TOKENS = 32
@@ -36,7 +37,7 @@ START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
 
 def grammar_words() -> tuple[str, ...]:
     """Every word that a text of the world is made of, each once, in order of appearance."""
-    texts = ("a", "an", *COLOURS, *SHAPES, *MOTIONS, *MOMENTS, *VIEWS)
+    texts = ("a", "an", *COLOURS, *THINGS, *MOVES, *MOMENTS, *VIEWS)
     return tuple(dict.fromkeys(word for text in texts for word in text.split()))
 
 

@@ -27,7 +27,9 @@ from fourdfy.ops.replay import Replay
 from fourdfy.priors.acceleration import Compiled
 from fourdfy.priors.causal_vae import STRIDE
 from fourdfy.seeds import step_generator, step_seed
-from fourdfy.shapes.grammar import COLOURS, MOMENTS, MOTIONS, SHAPES, VIEWS
+from fourdfy.shapes.grammar import COLOURS, MOMENTS, VIEWS
+from fourdfy.shapes.prompts import MOVES, THINGS
+from fourdfy.shapes.prompts import words as prompt_words
 from tools.shapes_training import store
 from tools.shapes_training.data import (
     EMPTY_TEXT,
@@ -67,7 +69,7 @@ REFRESH_EVERY = 50
 RENDER_AT_ONCE = 2048
 """Images rendered at once on an accelerator; the CPU renders 32."""
 VAE_LOSSES = ("l1", "l2", "edges", "kl")
-TEXT_WORDS = (COLOURS, SHAPES, MOTIONS, MOMENTS, VIEWS)
+TEXT_WORDS = (COLOURS, THINGS, MOVES, MOMENTS, VIEWS)
 
 
 def set_up() -> None:
@@ -248,7 +250,7 @@ def _draw_texts(coin: random.Random, count: int) -> tuple[list[str], list[list[i
         moment = coin.choice((None, *MOMENTS)) if coin.random() < 0.8 else None
         view = coin.choice((None, *VIEWS)) if coin.random() < 0.8 else None
         empty = coin.random() < 0.1
-        words = (prompt.colour, prompt.shape, prompt.motion, moment, view)
+        words = (*prompt_words(prompt), moment, view)
         texts.append("" if empty else full_text(prompt, moment, view))
         labels.append(_indices([None] * len(words) if empty else words))
     return texts, labels
