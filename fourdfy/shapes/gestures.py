@@ -154,10 +154,10 @@ def _jumping(creature: Creature, times: Tensor) -> Turns:
 
 
 def _waving(creature: Creature, times: Tensor) -> Turns:
-    """The right arm goes up, waves three times and comes down."""
+    """The right arm goes up, waves twice and comes down."""
     ramp = (torch.minimum(times, 1 - times) / 0.2).clamp(0, 1)
     up = ramp.square() * (3 - 2 * ramp)
-    wave = up * torch.sin(6 * math.pi * times)
+    wave = up * torch.sin(4 * math.pi * times)
     return _raised(creature, 0 * up, 1.95 * up + 0.4 * wave) | {
         "torso": (0.08 * up, 0.0, 0.0),
         "head": (0.16 * up + 0.06 * wave, 0.0, 0.0),

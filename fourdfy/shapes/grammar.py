@@ -20,9 +20,15 @@ VIEWS = ("side view", "front view", "back view", "overhead view")
 
 START = "at the start"
 """Words for t = 0 exactly."""
+_NTH = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth thirteenth"
+SIXTEENTHS = tuple(f"in the {nth} sixteenth" for nth in (*_NTH.split(), "fourteenth", "fifteenth", "last"))
+"""SIXTEENTHS[k] are words for t in [k/16, (k+1)/16). With words for quarters, an image model's answer to a
+spinning object had no mark, since a quarter of a turn smears it, and a mark once lost never came back."""
+MOMENTS = (START, *SIXTEENTHS)
 QUARTERS = ("in the first quarter", "in the second quarter", "in the third quarter", "in the last quarter")
 """QUARTERS[k] are words for t in [k/4, (k+1)/4)."""
-MOMENTS = (START, *QUARTERS)
+FLOW_MOMENTS = (START, *QUARTERS)
+"""The words of the flow transformer: where its clip begins."""
 
 GRAMMAR = (
     f"'a COLOUR SHAPE MOTION' with COLOUR in {{{', '.join(COLOURS)}}}, "
@@ -69,7 +75,8 @@ def parse_prompt(text: str) -> ShapePrompt:
 
 
 def check_text(text: str) -> None:
-    """Refuse texts other than a prompt with optional time words and view words, or the empty text.
+    """Refuse texts that the flow transformer does not know: other than the prompt of a solid with optional
+    time words and view words, or the empty text.
 
     Raises:
         ValueError: names the word that is not of the grammar, and the nearest right one.
@@ -77,18 +84,18 @@ def check_text(text: str) -> None:
     prompt, *_ = text.split(", ")
     if text:
         parse_prompt(prompt)
-    check_words(text)
+    check_words(text, FLOW_MOMENTS)
 
 
-def check_words(text: str) -> None:
+def check_words(text: str, moments: tuple[str, ...]) -> None:
     """Refuse words behind a prompt other than time words and view words.
 
     Raises:
         ValueError: names the word, and the nearest right one.
     """
     for word in text.split(", ")[1:]:
-        if word not in (*MOMENTS, *VIEWS):
-            raise ValueError(unknown_word("moment or view", word, (*MOMENTS, *VIEWS)))
+        if word not in (*moments, *VIEWS):
+            raise ValueError(unknown_word("moment or view", word, (*moments, *VIEWS)))
 
 
 @lru_cache

@@ -39,11 +39,11 @@ def parse(text: str) -> Prompt:
 
 
 def check_text(text: str) -> None:
-    """``grammar.check_text``, for both kinds of prompt."""
+    """``grammar.check_text`` for the other models, which know both kinds of prompt and finer time words."""
     prompt, *_ = text.split(", ")
     if text:
         parse(prompt)
-    grammar.check_words(text)
+    grammar.check_words(text, grammar.MOMENTS)
 
 
 def is_held_out(prompt: Prompt) -> bool:

@@ -126,10 +126,10 @@ def _entries(
 
 @dataclass(frozen=True)
 class _LocalRays:
-    """Rays in the axes of every part."""
+    """Rays in the axes of every part; x, y and z apart, since sums over three neighbours are slow."""
 
-    origins: Float[Tensor, "N P 3"]
-    directions: Float[Tensor, "N P 3"]
+    origins: Float[Tensor, "3 N P"]
+    directions: Float[Tensor, "3 N P"]
 
     @classmethod
     def of(
@@ -139,45 +139,58 @@ class _LocalRays:
         directions: Float[Tensor, "N 3"],
         frame: Int[Tensor, "N"],
     ) -> _LocalRays:
-        starts = torch.einsum("fpji,fpj->fpi", bodies.axes, origins[:, None] - bodies.centres)
-        return cls(starts[frame], torch.einsum("npji,nj->npi", bodies.axes[frame], directions))
+        starts = torch.einsum("fpji,fpj->ifp", bodies.axes, origins[:, None] - bodies.centres)
+        return cls(starts[:, frame], _local(bodies, directions, frame))
 
     def __getitem__(self, rays: Int[Tensor, "M"]) -> _LocalRays:
-        return _LocalRays(self.origins[rays], self.directions[rays])
+        return _LocalRays(self.origins[:, rays], self.directions[:, rays])
 
-    def at(self, t: Float[Tensor, "N"]) -> Float[Tensor, "N P 3"]:
-        return torch.addcmul(self.origins, t[:, None, None], self.directions)
+    def at(self, t: Float[Tensor, "N"]) -> Float[Tensor, "3 N P"]:
+        return torch.addcmul(self.origins, t[:, None], self.directions)
 
 
-def _distances(bodies: Bodies, points: Float[Tensor, "N P 3"]) -> Float[Tensor, "N P"]:
+def _local(bodies: Bodies, vectors: Float[Tensor, "N 3"], frame: Int[Tensor, "N"]) -> Float[Tensor, "3 N P"]:
+    """The world's vectors in the axes of every part."""
+    x, y, z = (bodies.axes[:, :, k].movedim(-1, 0)[:, frame] for k in range(3))
+    return torch.addcmul(torch.addcmul(x * vectors[:, :1], y, vectors[:, 1:2]), z, vectors[:, 2:])
+
+
+def _length(vectors: Float[Tensor, "3 N P"]) -> Float[Tensor, "N P"]:
+    x, y, z = vectors
+    return torch.addcmul(torch.addcmul(x * x, y, y), z, z).sqrt()
+
+
+def _distances(bodies: Bodies, points: Float[Tensor, "3 N P"]) -> Float[Tensor, "N P"]:
     """Signed distance to each part; to ellipsoids, a first-order one."""
-    number = bodies.ellipsoids
-    scaled = points[:, :number] / bodies.sizes[:number]
-    length = scaled.norm(dim=-1)
-    ellipsoids = length * (length - 1) / (scaled / bodies.sizes[:number]).norm(dim=-1).clamp_min(1e-6)
-    outside = points[:, number:].abs() - bodies.sizes[number:]
-    boxes = outside.clamp_min(0).norm(dim=-1) + outside.amax(dim=-1).clamp_max(0) - bodies.rounding[number:]
+    number, sizes = bodies.ellipsoids, bodies.sizes.T[:, None]
+    scaled = points[..., :number] / sizes[..., :number]
+    length = _length(scaled)
+    ellipsoids = length * (length - 1) / _length(scaled / sizes[..., :number]).clamp_min(1e-6)
+    outside = points[..., number:].abs() - sizes[..., number:]
+    x, y, z = outside
+    inside = torch.maximum(torch.maximum(x, y), z).clamp_max(0)
+    boxes = _length(outside.clamp_min(0)) + inside - bodies.rounding[number:]
     return torch.cat([ellipsoids, boxes], dim=-1)
 
 
-def _union(bodies: Bodies, points: Float[Tensor, "N P 3"]) -> Float[Tensor, "N"]:
+def _union(bodies: Bodies, points: Float[Tensor, "3 N P"]) -> Float[Tensor, "N"]:
     return -BLEND * torch.logsumexp(_distances(bodies, points) / -BLEND, dim=-1)
 
 
 def _shade(
-    bodies: Bodies, points: Float[Tensor, "N P 3"], frame: Int[Tensor, "N"]
+    bodies: Bodies, points: Float[Tensor, "3 N P"], frame: Int[Tensor, "N"]
 ) -> tuple[Float[Tensor, "N 3"], Int[Tensor, "N"]]:
     """Colour and nearest part of points on the surface."""
     distances = _distances(bodies, points)
     colour = (distances / -COLOUR_BLEND).softmax(dim=-1)[:, None] @ bodies.colours[frame]
-    axes = bodies.axes[frame]
     corners = points.new_tensor([[1, -1, -1], [-1, -1, 1], [-1, 1, -1], [1, 1, 1]])
     normal = sum(  # four distances around a point give its gradient
-        (corner * _union(bodies, points + SURFACE * torch.einsum("npji,j->npi", axes, corner))[:, None])
+        corner
+        * _union(bodies, points + SURFACE * _local(bodies, corner.expand(len(frame), 3), frame))[:, None]
         for corner in corners
     )
     normal = torch.nn.functional.normalize(normal, dim=-1)
-    above = points + CREASE * torch.einsum("npji,nj->npi", axes, normal)
+    above = points + CREASE * _local(bodies, normal, frame)
     open_sky = (_union(bodies, above) / CREASE).clamp(0, 1)
     light = 0.58 + 0.42 * (0.5 + 0.5 * normal[:, 2:])
     shaded = colour[:, 0] * light * (0.72 + 0.28 * open_sky[:, None])

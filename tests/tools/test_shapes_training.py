@@ -10,14 +10,16 @@ from transformers import CLIPTokenizer
 
 from fourdfy.priors.wan import Wan
 from fourdfy.prompts.wan import WanPromptProcessor
+from fourdfy.shapes.creature_prompts import CreaturePrompt
 from fourdfy.shapes.grammar import MOMENTS, VIEWS, ShapePrompt
+from fourdfy.shapes.prompts import encode as encode_prompts
 from fourdfy.shapes.prompts import every_prompt, is_held_out
 from tools.shapes_training import __main__ as command
 from tools.shapes_training import quality, store, training
 from tools.shapes_training.data import (
-    NUM_TEXTS,
     draw_scenes,
     full_text,
+    moments_of,
     render_scenes,
     table_texts,
     text_row,
@@ -124,7 +126,7 @@ def test_the_flow_model_is_trained_on_what_the_prior_computes(run):
     assert prior.denoiser.schedule == noise_schedule("wan", CPU)
     encode_texts = object.__new__(WanPromptProcessor).load_encoder(folder, CPU)
     shapes = ["", "a red ball standing still", "an orange diamond pulsing, overhead view"]
-    rows = [list(table_texts()).index(text) for text in shapes]
+    rows = [list(table_texts("wan_text")).index(text) for text in shapes]
     table = text_table(run, "wan_text", CPU)[rows]
     texts = encode_texts(shapes)
     torch.testing.assert_close(texts[:, : table.shape[1]], table, atol=2e-3, rtol=0)  # stored in 16 bits
@@ -154,9 +156,9 @@ def test_a_four_view_model_sees_the_other_views(run):
 @pytest.mark.parametrize("part", DENOISERS)
 def test_drawn_scenes_say_what_their_texts_say(part):
     scenes = draw_scenes(part, 400, torch.Generator().manual_seed(1))
-    texts = list(table_texts())
+    texts = list(table_texts(part))
     said = [texts[row] for row in scenes.text]
-    prompts = [every_prompt()[row // 30] for row in scenes.text]
+    prompts = [every_prompt()[row // (5 * (1 + len(moments_of(part))))] for row in scenes.text]
     assert not any(map(is_held_out, prompts))
     assert scenes.times.shape == (400, FRAMES[part])
     assert scenes.times.min() >= 0 and scenes.times.max() < 1
@@ -167,11 +169,14 @@ def test_drawn_scenes_say_what_their_texts_say(part):
             assert scenes.times[n].max() == 0
         if "third quarter" in text:
             assert 0.5 <= scenes.times[n, 0] < 0.75
+        if "third sixteenth" in text:
+            assert 2 / 16 <= scenes.times[n, 0] < 3 / 16
         if "front view" in text:
             assert azimuth[n].abs() < (45 if part in CLIPS else 30)
     assert any("view" in text for text in said) == (part != "multi_view")
     assert any("at the start" in text for text in said) == (part not in CLIPS)
-    assert any("quarter" in text for text in said) == (part != "video")
+    assert any("quarter" in text for text in said) == (part == "wan")
+    assert any("sixteenth" in text for text in said) == (part in ("image", "multi_view"))
     if part in CLIPS:
         gaps = (scenes.times.roll(-1, 1) - scenes.times) % 1
         torch.testing.assert_close(gaps, torch.full_like(gaps, 1 / FRAMES[part]))
@@ -179,14 +184,19 @@ def test_drawn_scenes_say_what_their_texts_say(part):
         assert scenes.times[plain, 0].max() < 1 / FRAMES[part]
 
 
-@pytest.mark.parametrize("part", DENOISERS)
-def test_the_quality_checks_accept_the_ground_truth_and_refuse_other_prompts(part):
-    prompts = quality.choose_prompts(5)
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [*((part, ShapePrompt) for part in DENOISERS), ("image", CreaturePrompt), ("video", CreaturePrompt)],
+)
+def test_the_quality_checks_accept_the_ground_truth_and_refuse_other_prompts(part, kind):
+    prompts = quality.choose_prompts(kind, 5)
     scenes = quality.ask(part, prompts, seed=0)
     images = render_scenes(scenes, CPU) / 2 + 0.5
     others = [prompts[-1], *prompts[:-1]]
     right = quality.check(part, images, scenes, prompts, num_azimuths=8)
-    wrong = quality.check(part, images, scenes, others, num_azimuths=8)
+    # The scenes are those of the other prompts, but for what is seen.
+    asked = replace(scenes, codes=encode_prompts(others))
+    wrong = quality.check(part, images, asked, others, num_azimuths=8)
     assert right.keys() == {"colour", "shape", "motion" if part in CLIPS else "view", "right"}
     assert all(passed.all() for passed in right.values())
     assert not any(wrong[name].all() for name in wrong if name != "view")  # the view is the scenes'
@@ -194,7 +204,7 @@ def test_the_quality_checks_accept_the_ground_truth_and_refuse_other_prompts(par
 
 @pytest.mark.parametrize("part", ["image", "multi_view"])
 def test_a_view_from_another_side_is_no_right_view(part):
-    prompts = quality.choose_prompts(5)
+    prompts = quality.choose_prompts(ShapePrompt, 5)
     scenes = quality.ask(part, prompts, seed=0)
     turned = replace(scenes, azimuth_deg=scenes.azimuth_deg + 90)
     images = render_scenes(turned, CPU) / 2 + 0.5
@@ -219,17 +229,17 @@ def test_full_text_has_time_before_view():
 
 
 def test_a_row_of_the_text_table_is_the_text_of_its_indices():
-    texts = list(table_texts())
-    assert len(texts) == NUM_TEXTS
-    row = text_row(torch.tensor(37), torch.tensor(1 + 2), torch.tensor(1 + 3))
+    texts = list(table_texts("text"))
+    assert len(texts) == 346 * 18 * 5 + 1
+    row = text_row("image", torch.tensor(37), torch.tensor(1 + 2), torch.tensor(1 + 3))
     assert texts[int(row)] == full_text(every_prompt()[37], MOMENTS[2], VIEWS[3])
 
 
 def test_each_word_is_one_token_and_files_mean_the_same_tokenizer(tmp_path):
     write_tokenizer(tmp_path / "tokenizer")
     tokenizer = CLIPTokenizer.from_pretrained(tmp_path, subfolder="tokenizer", local_files_only=True)
-    assert all(len(tokenizer(word).input_ids) == 3 for word in grammar_words())
-    text = "an orange diamond standing still, in the last quarter, overhead view"
+    assert all(len(tokenizer(word).input_ids) == 3 for word in grammar_words("text"))
+    text = "an orange diamond standing still, in the thirteenth sixteenth, overhead view"
     padded = tokenizer(text, padding="max_length", truncation=True).input_ids
     assert len(padded) == NUM_TOKENS
     assert padded == build_tokenizer("text")(text, padding="max_length", truncation=True).input_ids

@@ -62,6 +62,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--pool", type=int, help="scenes kept on the device")
     parser.add_argument("--lr", type=float)
+    parser.add_argument(
+        "--phase",
+        type=float,
+        nargs=2,
+        default=(0.0, 1.0),
+        metavar=("FROM", "TO"),
+        help="of a fall of the learning rate over several calls, this call's part",
+    )
     parser.add_argument("--models", nargs="+", choices=DENOISERS, default=DENOISERS, help="for samples")
     parser.add_argument("--num-prompts", type=int, default=96, help="for samples")
     parser.add_argument("--sample-steps", type=int, default=30, help="for samples")

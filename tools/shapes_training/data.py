@@ -6,9 +6,11 @@ A scene's text is a row of the table of all texts: prompt, moment words, view wo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,14 +18,14 @@ from torch import Tensor
 
 from fourdfy.priors.mvdream import camera_vectors
 from fourdfy.prompts.views import direction_indices
-from fourdfy.shapes.grammar import MOMENTS, VIEWS
+from fourdfy.shapes.grammar import VIEWS, ShapePrompt
 from fourdfy.shapes.prompts import Prompt, every_prompt, is_held_out, render_codes
 from fourdfy.shapes.prompts import encode as encode_prompts
 from fourdfy.shapes.world import BACKGROUNDS, orbit
 from fourdfy.types import Cameras, TensorRecord
 from tools.shapes_training import store
-from tools.shapes_training.models import CLIPS, FRAMES, NUM_VIEWS, encode, latent_shape
-from tools.shapes_training.text import build_tokenizer, embed, tokenize
+from tools.shapes_training.models import CLIPS, FRAMES, NUM_VIEWS, encode, needs
+from tools.shapes_training.text import SOLIDS_ONLY, build_tokenizer, embed, text_words, tokenize
 
 VIEW_THRESHOLDS_DEG = {
     "image": (30.0, 30.0, 60.0),
@@ -34,14 +36,18 @@ VIEW_THRESHOLDS_DEG = {
 
 ELEVATION_RANGE_DEG = (0.0, 30.0)
 VIEW_PROBABILITY = 0.7
-MOMENT_PROBABILITIES = (0.45, 0.30, 0.25)
-"""No time words, "at the start", a quarter."""
+MOMENT_PROBABILITIES = (0.10, 0.25, 0.65)
+"""No time words, "at the start", a sixteenth."""
 
-TRAINING_PROMPTS = tuple(prompt for prompt in every_prompt() if not is_held_out(prompt))
-HELD_OUT_PROMPTS = tuple(prompt for prompt in every_prompt() if is_held_out(prompt))
+EMPTY_TEXT = -1
+"""The last row of every table of texts."""
 
-NUM_TEXTS = len(every_prompt()) * (len(MOMENTS) + 1) * (len(VIEWS) + 1) + 1
-EMPTY_TEXT = NUM_TEXTS - 1
+
+@lru_cache
+def prompts_of(part: str, *, held_out: bool | None = None) -> tuple[Prompt, ...]:
+    """The prompts that a part knows, or those of them that are held out from training, or are not."""
+    known = (p for p in every_prompt() if isinstance(p, ShapePrompt) or part not in SOLIDS_ONLY)
+    return tuple(prompt for prompt in known if held_out in (None, is_held_out(prompt)))
 
 
 def full_text(prompt: Prompt, moment: str | None = None, view: str | None = None) -> str:
@@ -49,27 +55,32 @@ def full_text(prompt: Prompt, moment: str | None = None, view: str | None = None
     return ", ".join(part for part in (prompt.text, moment, view) if part)
 
 
+def moments_of(part: str) -> tuple[str, ...]:
+    """The time words that a part knows."""
+    return text_words(part)[3]
+
+
 def text_row(
-    prompt: Int[Tensor, "*G"], moment: Int[Tensor, "*G"], view: Int[Tensor, "*G"]
+    part: str, prompt: Int[Tensor, "*G"], moment: Int[Tensor, "*G"], view: Int[Tensor, "*G"]
 ) -> Int[Tensor, "*G"]:
     """Row in the table of texts; ``moment`` and ``view`` are 0 for none, else 1 + the word's index."""
-    return (prompt * (len(MOMENTS) + 1) + moment) * (len(VIEWS) + 1) + view
+    return (prompt * (len(moments_of(part)) + 1) + moment) * (len(VIEWS) + 1) + view
 
 
-def table_texts() -> Iterator[str]:
-    """The NUM_TEXTS texts, the empty prompt last."""
-    for prompt in every_prompt():
-        for moment in (None, *MOMENTS):
+def table_texts(part: str) -> Iterator[str]:
+    """All texts that a part knows, the empty prompt last."""
+    for prompt in prompts_of(part):
+        for moment in (None, *moments_of(part)):
             for view in (None, *VIEWS):
                 yield full_text(prompt, moment, view)
     yield ""
 
 
 @torch.no_grad()
-def text_table(out: Path, part: str, device: torch.device) -> Float[Tensor, "NUM_TEXTS L C"]:
-    """What the text encoder ``part`` makes of every text of the world, the empty prompt last."""
+def text_table(out: Path, part: str, device: torch.device) -> Float[Tensor, "T L C"]:
+    """What the text encoder ``part`` makes of ``table_texts``."""
     encoder = store.load_part(out, part, device)
-    pairs = (tokens.to(device).split(512) for tokens in tokenize(build_tokenizer(part), table_texts()))
+    pairs = (tokens.to(device).split(512) for tokens in tokenize(build_tokenizer(part), table_texts(part)))
     return torch.cat([embed(encoder, ids, attended) for ids, attended in zip(*pairs, strict=True)])
 
 
@@ -107,7 +118,7 @@ def draw_scenes(part: str, count: int, generator: torch.Generator) -> Scenes:
         return torch.rand(*size, generator=generator)
 
     frames = FRAMES[part]
-    allowed = torch.tensor([every_prompt().index(prompt) for prompt in TRAINING_PROMPTS])
+    allowed = torch.tensor([every_prompt().index(prompt) for prompt in prompts_of(part, held_out=False)])
     prompt = allowed[torch.randint(len(allowed), (count,), generator=generator)]
     azimuth = 360 * uniform(count, 1).expand(-1, frames)
     if part == "multi_view":
@@ -124,7 +135,7 @@ def draw_scenes(part: str, count: int, generator: torch.Generator) -> Scenes:
     else:
         none, start, _ = MOMENT_PROBABILITIES
         coin, fraction = uniform(count), uniform(count)
-        moment = torch.where(coin < none, 0, torch.where(coin < none + start, 1, 2 + (4 * fraction).long()))
+        moment = torch.where(coin < none, 0, torch.where(coin < none + start, 1, 2 + (16 * fraction).long()))
         times = torch.where(moment == 1, 0.0, fraction)[:, None].expand(-1, frames)
 
     elevation = _draw_elevation(uniform(count), uniform(count))
@@ -138,7 +149,7 @@ def draw_scenes(part: str, count: int, generator: torch.Generator) -> Scenes:
         azimuth_deg=azimuth,
         elevation_deg=elevation[:, None].expand(-1, frames),
         background=torch.tensor(BACKGROUNDS)[torch.randint(2, (count,), generator=generator)],
-        text=text_row(prompt, moment, view),
+        text=text_row(part, prompt, moment, view),
     )
 
 
@@ -160,43 +171,80 @@ def render_scenes(scenes: Scenes, device: torch.device) -> Float[Tensor, "G F 3 
     return rgb.movedim(-1, 1).unflatten(0, (-1, frames)) * 2 - 1
 
 
-class LatentPool:
-    """A ring of encoded scenes on the device, from which batches are drawn with replacement."""
+class Pool:
+    """A ring of scenes on the device, from which batches are drawn with replacement.
 
-    def __init__(self, part: str, size: int, vae: torch.nn.Module, seed: int, device: torch.device) -> None:
-        self.part, self.vae, self.device = part, vae, device
+    Args:
+        prepare: what is kept of scenes, tensors whose first axis is G.
+        made_by: what the tensors depend on; a saved pool of another one is not taken up.
+    """
+
+    def __init__(
+        self,
+        part: str,
+        size: int,
+        prepare: Callable[[Scenes], dict[str, Tensor]],
+        seed: int,
+        made_by: Any = None,
+    ) -> None:
+        self.part, self.size, self.prepare, self.made_by = part, size, prepare, made_by
         self.generator = torch.Generator().manual_seed(seed)
-        self.latents = torch.empty(size, *latent_shape(part), dtype=torch.float16, device=device)
-        self.text = torch.empty(size, dtype=torch.long, device=device)
-        self.cameras = torch.empty(size, NUM_VIEWS, 16, device=device) if part == "multi_view" else None
+        self.rows: dict[str, Tensor] = {}
         self.filled = 0
         self._next = 0
 
-    def __len__(self) -> int:
-        return len(self.text)
+    @property
+    def full(self) -> bool:
+        return self.filled == self.size
 
     @torch.no_grad()
     def refresh(self, count: int) -> None:
-        """Render and encode ``count`` new scenes over the oldest ones."""
-        count = min(count, len(self) - self._next)
-        scenes = draw_scenes(self.part, count, self.generator)
-        images = render_scenes(scenes, self.device)
-        rows = slice(self._next, self._next + count)
-        self.latents[rows] = encode(self.vae, images).half()
-        self.text[rows] = scenes.text.to(self.device)
-        if self.cameras is not None:
-            vectors = camera_vectors(scenes.cameras(self.device).c2w)
-            self.cameras[rows] = vectors.unflatten(0, images.shape[:2])
-        self.filled = max(self.filled, rows.stop)
-        self._next = rows.stop % len(self)
+        """Prepare ``count`` new scenes over the oldest ones."""
+        count = min(count, self.size - self._next)
+        made = self.prepare(draw_scenes(self.part, count, self.generator))
+        if not self.rows:
+            self.rows = {key: value.new_empty(self.size, *value.shape[1:]) for key, value in made.items()}
+        for key, value in made.items():
+            self.rows[key][self._next : self._next + count] = value
+        self._next += count
+        self.filled = max(self.filled, self._next)
+        self._next %= self.size
 
-    def batch(
-        self, size: int, generator: torch.Generator
-    ) -> tuple[Float[Tensor, "B *S"], Int[Tensor, "B"], Float[Tensor, "B F 16"] | None]:
-        """Scaled latents, text rows and cameras of ``size`` scenes."""
-        rows = torch.randint(self.filled, (size,), generator=generator, device=self.device)
-        cameras = None if self.cameras is None else self.cameras[rows]
-        return self.latents[rows].float(), self.text[rows], cameras
+    def batch(self, size: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """What was kept of ``size`` scenes."""
+        device = next(iter(self.rows.values())).device
+        rows = torch.randint(self.filled, (size,), generator=generator, device=device)
+        return {key: value[rows] for key, value in self.rows.items()}
+
+    def save(self, out: Path) -> None:
+        """Keep a full pool for the next call."""
+        if self.full:
+            store.save_pool(out, self.part, {"rows": self.rows, "made_by": self.made_by})
+
+    def restore(self, out: Path, device: torch.device) -> None:
+        """Take up what ``save`` kept, if it was of the same size and made by the same."""
+        kept = store.load_pool(out, self.part)
+        if kept is None or kept["made_by"] != self.made_by:
+            return
+        if len(next(iter(kept["rows"].values()))) == self.size:
+            self.rows = {key: value.to(device) for key, value in kept["rows"].items()}
+            self.filled = self.size
+
+
+def latent_pool(part: str, size: int, out: Path, seed: int, device: torch.device) -> Pool:
+    """Scaled latents (in half precision), text rows and cameras, for a denoiser."""
+    _, vae_part = needs(part)
+    vae = store.load_part(out, vae_part, device)
+
+    def prepare(scenes: Scenes) -> dict[str, Tensor]:
+        images = render_scenes(scenes, device)
+        made = {"latents": encode(vae, images).half(), "text": scenes.text.to(device)}
+        if part == "multi_view":
+            vectors = camera_vectors(scenes.cameras(device).c2w)
+            made["cameras"] = vectors.unflatten(0, images.shape[:2])
+        return made
+
+    return Pool(part, size, prepare, seed, made_by=store.read_record(out, vae_part).get("steps"))
 
 
 def _draw_elevation(coin: Float[Tensor, "G"], u: Float[Tensor, "G"]) -> Float[Tensor, "G"]:

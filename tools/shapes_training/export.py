@@ -27,7 +27,7 @@ _TITLES = {
 }
 _USES = {
     "image": "A Stable Diffusion layout (`UNet2DConditionModel`, velocity prediction). Prompts may end in "
-    'time words ("at the start": t = 0; "in the first quarter", ...) and view words ("front view", ...).',
+    'time words ("at the start": t = 0; "in the first sixteenth", ...) and view words ("front view", ...).',
     "multi_view": "MVDream's layout: a `UNet2DConditionModel` whose class embedding takes the flattened "
     "camera and whose self-attention must be spread over the four views of a group with "
     "`fourdfy.priors.mvdream.enable_multi_view_attention`. Prompts may end in time words.",

@@ -21,6 +21,9 @@ from torch.nn.functional import avg_pool2d
 from fourdfy.ops.diffusion import add_noise, classifier_free_guidance, x0_from_prediction
 from fourdfy.priors.mvdream import camera_vectors
 from fourdfy.seeds import step_generator
+from fourdfy.shapes.creature_prompts import CreaturePrompt
+from fourdfy.shapes.creatures import CREATURES
+from fourdfy.shapes.gestures import allowed
 from fourdfy.shapes.grammar import (
     COLOURS,
     MOMENTS,
@@ -29,15 +32,14 @@ from fourdfy.shapes.grammar import (
     START,
     ShapePrompt,
 )
+from fourdfy.shapes.prompts import Prompt, every_prompt, is_held_out, render_codes
 from fourdfy.shapes.prompts import encode as encode_prompts
-from fourdfy.shapes.prompts import every_prompt, is_held_out, render_codes
 from fourdfy.shapes.world import BACKGROUNDS, COLOUR_RGB, orbit
 from tools.shapes_training import store
 from tools.shapes_training.data import (
     EMPTY_TEXT,
-    HELD_OUT_PROMPTS,
-    TRAINING_PROMPTS,
     Scenes,
+    prompts_of,
     render_scenes,
     text_row,
     text_table,
@@ -52,6 +54,7 @@ from tools.shapes_training.models import (
     noise_schedule,
     predict_velocity,
 )
+from tools.shapes_training.text import SOLIDS_ONLY
 
 logger = logging.getLogger(__name__)
 
@@ -74,16 +77,21 @@ def measure(
 ) -> None:
     """Sample, check, write ``OUT/PART.png`` and record the shares of samples that are right.
 
-    The shares are over all prompts and over the held-out ones alone.
+    The shares are over ``num_prompts`` prompts of solids, over as many of creatures if the model knows any,
+    and over the held-out ones of each.
     """
-    prompts = choose_prompts(num_prompts)
+    kinds = (ShapePrompt,) if part in SOLIDS_ONLY else (ShapePrompt, CreaturePrompt)
+    prompts = [prompt for kind in kinds for prompt in choose_prompts(kind, num_prompts)]
     scenes = ask(part, prompts, seed)
     images = sample(part, out, scenes, device=device, seed=seed, steps=steps, guidance_scale=guidance_scale)
     checks = check(part, images, scenes, prompts)
     held_out = torch.tensor([is_held_out(prompt) for prompt in prompts])
+    solid = torch.tensor([isinstance(prompt, ShapePrompt) for prompt in prompts])
+    groups = {"all": solid, "held_out": solid & held_out}
+    groups |= {"creatures": ~solid, "creatures_held_out": ~solid & held_out}
     shares = {
         which: {name: round(float(right[rows].float().mean()), 4) for name, right in checks.items()}
-        for which, rows in (("all", torch.ones_like(held_out)), ("held_out", held_out))
+        for which, rows in groups.items()
         if rows.any()
     }
     quality: dict[str, Any] = {
@@ -101,15 +109,18 @@ def measure(
     if part == "multi_view":
         quality["psnr"] = round(_psnr_over_backgrounds(images, scenes), 2)
     store.update_record(out, part, quality=quality)
-    _save_grid(images[:GRID_SCENES, :: 1 + FRAMES[part] // 9], out / f"{part}.png")
-    logger.info("%s: right shares %s", part, shares)
+    shown = (
+        [k * len(prompts) // GRID_SCENES for k in range(GRID_SCENES)] if len(prompts) > GRID_SCENES else ...
+    )
+    _save_grid(images[shown, :: 1 + FRAMES[part] // 9], out / f"{part}.png")
+    logger.info("%s: right shares %s; wrong: %s", part, shares, "; ".join(quality["wrong"]))
 
 
-def choose_prompts(count: int) -> list[ShapePrompt]:
-    """Prompts of solids, spread evenly over the grammar, a third of them held out if there are enough."""
+def choose_prompts(kind: type[Prompt], count: int) -> list[Prompt]:
+    """Prompts of one kind, spread evenly over the grammar, a third of them held out if there are enough."""
     held_out, known = (
-        [prompt for prompt in prompts if isinstance(prompt, ShapePrompt)]
-        for prompts in (HELD_OUT_PROMPTS, TRAINING_PROMPTS)
+        [prompt for prompt in prompts_of("text", held_out=apart) if isinstance(prompt, kind)]
+        for apart in (True, False)
     )
     num_held_out = min(len(held_out), max(1, count // 3))
     picked = [held_out[k * len(held_out) // num_held_out] for k in range(num_held_out)]
@@ -117,7 +128,7 @@ def choose_prompts(count: int) -> list[ShapePrompt]:
     return picked + [known[k * len(known) // rest % len(known)] for k in range(rest)]
 
 
-def ask(part: str, prompts: Sequence[ShapePrompt], seed: int) -> Scenes:
+def ask(part: str, prompts: Sequence[Prompt], seed: int) -> Scenes:
     """The samples to draw from the model: views in turn; images and groups at the start of the clip."""
     count, frames = len(prompts), FRAMES[part]
     index = torch.tensor([every_prompt().index(prompt) for prompt in prompts])
@@ -139,7 +150,7 @@ def ask(part: str, prompts: Sequence[ShapePrompt], seed: int) -> Scenes:
         azimuth_deg=azimuth.expand(-1, frames),
         elevation_deg=elevation,
         background=torch.tensor(BACKGROUNDS[:1]).expand(count, -1),
-        text=text_row(index, moment, view),
+        text=text_row(part, index, moment, view),
     )
 
 
@@ -193,26 +204,73 @@ def check(
     part: str,
     images: Float[Tensor, "N F 3 H W"],
     scenes: Scenes,
-    prompts: Sequence[ShapePrompt],
+    prompts: Sequence[Prompt],
     num_azimuths: int = 24,
 ) -> dict[str, Bool[Tensor, "N"]]:
     """Which samples pass each check, by name.
 
-    Colour and shape are always checked; view for images and groups (which are asked for the start of the
-    clip, where the front is known); motion for clips. Under "right" are the samples that pass all of them.
+    Colour and shape (of creatures: which one) are always checked; view for images and groups (which are
+    asked for the start of the clip, where the front is known); motion for clips. Under "right" are the
+    samples that pass all of them.
     """
     small = avg_pool2d(images.flatten(0, 1), images.shape[-1] // CHECK_SIZE).unflatten(0, images.shape[:2])
     background = _nearest_background(small)
     azimuths = torch.arange(num_azimuths) * (360 / num_azimuths)
+    third = "motion" if part in CLIPS else "view"
+    checks = {name: torch.zeros(len(prompts), dtype=torch.bool) for name in ("colour", "shape", third)}
+    for kind, check_kind in ((ShapePrompt, _check_solids), (CreaturePrompt, _check_creatures)):
+        rows = [n for n, prompt in enumerate(prompts) if isinstance(prompt, kind)]
+        if rows:
+            these = [prompts[n] for n in rows]
+            at = scenes.mapped(lambda value, rows=rows: value[rows])
+            found = check_kind(part, small[rows], background[rows], at, these, azimuths)
+            for name, right in found.items():
+                checks[name][rows] = right
+    return checks | {"right": torch.stack([*checks.values()]).all(0)}
+
+
+def _check_solids(
+    part: str,
+    images: Float[Tensor, "N F 3 h w"],
+    background: Int[Tensor, "N"],
+    scenes: Scenes,
+    prompts: Sequence[ShapePrompt],
+    azimuths: Float[Tensor, "K"],
+) -> dict[str, Bool[Tensor, "N"]]:
     checks = {
-        "colour": _check_colour(small, background, prompts),
-        "shape": _check_shape(small, background, prompts),
+        "colour": _check_colour(images, background, prompts),
+        "shape": _check_shape(images, background, prompts),
     }
     if part in CLIPS:
-        checks["motion"] = _check_motion(small, background, prompts, azimuths)
-    else:
-        checks["view"] = _check_view(part, small, background, scenes, azimuths)
-    return checks | {"right": torch.stack([*checks.values()]).all(0)}
+        motions = [[replace(prompt, motion=motion) for motion in MOTIONS] for prompt in prompts]
+        return checks | {"motion": _check_nearest(part, images, background, scenes, motions, azimuths)}
+    return checks | {"view": _check_view(part, images, background, scenes, azimuths)}
+
+
+def _check_creatures(
+    part: str,
+    images: Float[Tensor, "N F 3 h w"],
+    background: Int[Tensor, "N"],
+    scenes: Scenes,
+    prompts: Sequence[CreaturePrompt],
+    azimuths: Float[Tensor, "K"],
+) -> dict[str, Bool[Tensor, "N"]]:
+    """Whether the nearest ground truth that differs in one word only has the prompt's own."""
+    others = {
+        "colour": [[replace(p, colour=colour) for colour in (None, *COLOURS)] for p in prompts],
+        "shape": [
+            [replace(p, creature=name) for name in CREATURES if p.gesture in allowed(name)] for p in prompts
+        ],
+    }
+    if part in CLIPS:
+        others["motion"] = [[replace(p, gesture=name) for name in allowed(p.creature)] for p in prompts]
+    checks = {
+        name: _check_nearest(part, images, background, scenes, candidates, azimuths)
+        for name, candidates in others.items()
+    }
+    if part in CLIPS:
+        return checks
+    return checks | {"view": _check_view(part, images, background, scenes, azimuths)}
 
 
 def _nearest_background(images: Float[Tensor, "N F 3 h w"]) -> Int[Tensor, "N"]:
@@ -306,22 +364,29 @@ def _check_view(
     return (nearest <= 1.1 * distance.amin(-1) + 2e-4).cpu()
 
 
-def _check_motion(
+def _check_nearest(
+    part: str,
     images: Float[Tensor, "N F 3 h w"],
     background: Int[Tensor, "N"],
-    prompts: Sequence[ShapePrompt],
+    scenes: Scenes,
+    candidates: Sequence[Sequence[Prompt]],
     azimuths: Float[Tensor, "K"],
 ) -> Bool[Tensor, "N"]:
-    """Whether the nearest clip, over all motions and azimuths, has the prompt's motion."""
-    frames = images.shape[1]
-    times = ((torch.arange(frames) + 0.5) / frames).expand(len(prompts), -1)
-    turned = azimuths[:, None].expand(len(prompts), -1, frames)
-    best = []
-    for motion in MOTIONS:
-        codes = encode_prompts([replace(prompt, motion=motion) for prompt in prompts])
-        best.append(_distances(images, background, codes, times, turned, None).amin(-1))
-    nearest = torch.stack(best, dim=-1).argmin(-1).cpu()
-    return nearest == torch.tensor([MOTIONS.index(prompt.motion) for prompt in prompts])
+    """Whether the nearest of the candidates of each sample is the prompt itself (``scenes.codes``).
+
+    Groups are compared from the given cameras; others from all azimuths.
+    """
+    rows = torch.tensor([n for n, prompts in enumerate(candidates) for _ in prompts])
+    codes = encode_prompts([prompt for prompts in candidates for prompt in prompts])
+    turned, elevations = azimuths[:, None].expand(len(rows), -1, images.shape[1]), None
+    if part == "multi_view":
+        turned, elevations = scenes.azimuth_deg[rows, None], scenes.elevation_deg[rows]
+    distances = _distances(images[rows], background[rows], codes, scenes.times[rows], turned, elevations)
+    distances, own = distances.amin(-1).cpu(), (codes == scenes.codes[rows]).all(-1)
+    least = torch.full((2, len(images)), torch.inf)
+    for kind, mine in enumerate((own, ~own)):
+        least[kind].scatter_reduce_(0, rows[mine], distances[mine], "amin")
+    return least[0] <= least[1]
 
 
 def _distances(

@@ -1,7 +1,8 @@
 """The files of a training run: weights, measurements, and the state to continue from.
 
 OUT/PART.safetensors holds the averaged weights in half precision, OUT/PART.json the record,
-OUT/PART.state.pt everything that training needs to continue. All appear when they are whole.
+OUT/PART.state.pt everything that training needs to continue, OUT/PART.pool.pt the scenes that it draws from.
+All appear when they are whole.
 """
 
 from __future__ import annotations
@@ -73,6 +74,18 @@ def save_state(out: Path, part: str, state: dict[str, Any]) -> None:
 def load_state(out: Path, part: str) -> dict[str, Any] | None:
     """The training state, or None before the first call."""
     path = out / f"{part}.state.pt"
+    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
+
+
+def save_pool(out: Path, part: str, pool: dict[str, Any]) -> None:
+    """Store the scenes that a part is trained on."""
+    with whole_file(out / f"{part}.pool.pt") as path:
+        torch.save(pool, path)
+
+
+def load_pool(out: Path, part: str) -> dict[str, Any] | None:
+    """The scenes that a part was trained on, on the CPU, or None."""
+    path = out / f"{part}.pool.pt"
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from string import printable
 
@@ -25,8 +26,11 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from fourdfy.shapes.grammar import COLOURS, MOMENTS, VIEWS
+from fourdfy.shapes.grammar import COLOURS, FLOW_MOMENTS, MOMENTS, MOTIONS, SHAPES, VIEWS
 from fourdfy.shapes.prompts import MOVES, THINGS
+
+SOLIDS_ONLY = ("wan_text", "wan_vae", "wan")
+"""What knows no creatures, and quarters of the period instead of sixteenths."""
 
 TEXT_WIDTH = 64
 NUM_TOKENS = 32
@@ -35,9 +39,16 @@ SPECIAL_PIECES = ("<pad>", "</s>", "<unk>")
 START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
 
 
-def grammar_words() -> tuple[str, ...]:
-    """Every word that a text of the world is made of, each once, in order of appearance."""
-    texts = ("a", "an", *COLOURS, *THINGS, *MOVES, *MOMENTS, *VIEWS)
+def text_words(part: str) -> tuple[tuple[str, ...], ...]:
+    """Colours, things, moves, moments and views that a part knows."""
+    if part in SOLIDS_ONLY:
+        return COLOURS, SHAPES, MOTIONS, FLOW_MOMENTS, VIEWS
+    return COLOURS, THINGS, MOVES, MOMENTS, VIEWS
+
+
+def grammar_words(part: str) -> tuple[str, ...]:
+    """Every word that a text is made of, each once, in order of appearance."""
+    texts = ("a", "an", *chain(*text_words(part)))
     return tuple(dict.fromkeys(word for text in texts for word in text.split()))
 
 
@@ -49,7 +60,7 @@ def byte_pair_files() -> tuple[dict[str, int], list[tuple[str, str]]]:
     letters = [bytes_to_unicode()[byte] for byte in range(256)]
     vocabulary = [*letters, *(letter + "</w>" for letter in letters)]
     merges: list[tuple[str, str]] = []
-    for word in grammar_words():
+    for word in grammar_words("text"):
         # Merges of earlier words come first and have precedence, so the ones a word adds are those
         # that its own leftovers need: earlier words stay whole.
         known = BPE(vocab=_numbered(vocabulary), merges=merges, end_of_word_suffix="</w>")
@@ -88,7 +99,7 @@ def word_pieces() -> list[tuple[str, float]]:
     Any other text falls apart into letters and pieces of these words.
     """
     letters = [("▁", -10.0), *((letter, -10.0) for letter in printable.strip() if letter != ",")]
-    words = [*(f"▁{word}" for word in grammar_words()), ","]
+    words = [*(f"▁{word}" for word in grammar_words("wan_text")), ","]
     return [*((special, 0.0) for special in SPECIAL_PIECES), *((word, -1.0) for word in words), *letters]
 
 

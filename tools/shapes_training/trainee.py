@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tools.shapes_training.models import DENOISERS, TEXTS, VAES, build
 
 logger = logging.getLogger(__name__)
 
-BATCH = {"vae": 192, "image": 512, "multi_view": 128, "video": 64, "wan_vae": 8, "wan": 128}
+BATCH = {"vae": 192, "image": 256, "multi_view": 128, "video": 64, "wan_vae": 8, "wan": 128}
 BATCH |= dict.fromkeys(TEXTS, 256)
 LEARNING_RATE = dict.fromkeys(TEXTS, 2e-3) | dict.fromkeys(VAES, 1.5e-3) | dict.fromkeys(DENOISERS, 6e-4)
 EMA_DECAY = 0.999
@@ -45,6 +46,8 @@ class Options:
     pool: int | None = None
     """Scenes kept on the device; None takes the part's own (POOL)."""
     lr: float | None = None
+    phase: tuple[float, float] = (0.0, 1.0)
+    """From where to where the learning rate falls in this call, if several calls share one fall."""
 
     @property
     def on_gpu(self) -> bool:
@@ -78,14 +81,23 @@ class Trainee:
             self.model.load_state_dict(store.load_part(out, part).state_dict())
             record = store.read_record(out, part)
         self.step, self._earlier_seconds = record["steps"], record["seconds"]
+        on_gpu = self.options.on_gpu
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), self.peak_lr, (0.9, 0.99), weight_decay=0.01, fused=self.options.on_gpu
+            self.model.parameters(),
+            # Read on the device, where a recorded step finds its new value.
+            torch.tensor(self.peak_lr, device=self.options.device) if on_gpu else self.peak_lr,
+            (0.9, 0.99),
+            weight_decay=0.01,
+            fused=on_gpu,
+            capturable=on_gpu,
         )
         self.ema = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         if state is not None:
             self.model.load_state_dict(state["model"])
             self.ema = {name: value.to(self.options.device) for name, value in state["ema"].items()}
-            self.optimizer.load_state_dict(state["optimizer"])
+            # Its settings stay as they are: a learning rate on the device would come back as another one.
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
             self.step, self._earlier_seconds = state["step"], state["seconds"]
         current = self.model.state_dict()
         names = [name for name, value in current.items() if value.is_floating_point()]
@@ -109,10 +121,15 @@ class Trainee:
         return step_seed(self.options.seed, self.step, stream)
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 on an accelerator, but for convolutions in 3D, whose kernels may be slow in it."""
+        """bfloat16 on an accelerator, but for the causal VAE, whose convolutions may be slow in it.
+
+        Without a cache of cast weights: what is recorded or compiled must not depend on one.
+        """
         on_gpu = self.options.on_gpu
         enabled = on_gpu and self.options.part != "wan_vae"
-        return torch.autocast("cuda" if on_gpu else "cpu", torch.bfloat16, enabled=enabled)
+        return torch.autocast(
+            "cuda" if on_gpu else "cpu", torch.bfloat16, enabled=enabled, cache_enabled=False
+        )
 
     def goes_on(self) -> bool:
         """Whether there is time for another step; sets its learning rate, and sometimes logs and saves."""
@@ -135,12 +152,24 @@ class Trainee:
         """One optimizer step on the sum of ``losses``, which must be weighted."""
         self.optimizer.zero_grad(set_to_none=True)
         torch.stack([*losses.values()]).sum().backward()
-        self.step_optimizer(losses)
+        self._update()
+        self.count_step(losses)
 
-    def step_optimizer(self, losses: dict[str, Tensor]) -> None:
-        """One optimizer step by the parameters' gradients, which are those of the sum of ``losses``."""
+    def descend(self, losses: Sequence[Tensor]) -> None:
+        """Change the weights by the gradients of the sum of ``losses``, as a recording of a step can."""
+        parameters = [*self.model.parameters()]
+        gradients = torch.autograd.grad(torch.stack([*losses]).sum(), parameters)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            # In the parameter's own layout, which a convolution's gradient need not have.
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)
+        self._update()
+
+    def _update(self) -> None:
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
+
+    def count_step(self, losses: dict[str, Tensor]) -> None:
+        """What follows each step: the average of the weights, and what is logged."""
         self.step += 1
         decay = min(EMA_DECAY, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(self._averages, self._currents, 1 - decay)
@@ -168,11 +197,16 @@ class Trainee:
         )
 
     def _set_lr(self, fraction: float) -> None:
-        """Warm-up in steps, then a cosine over ``fraction`` (0..1) of this call's time."""
+        """Warm-up in steps, then this call's phase of a cosine over ``fraction`` (0..1) of its time."""
         warmup = min(1.0, (self.step - self.first_step + 1) / WARMUP_STEPS)
-        cosine = 0.5 + 0.5 * math.cos(math.pi * min(1.0, fraction))
+        start, end = self.options.phase
+        cosine = 0.5 + 0.5 * math.cos(math.pi * (start + (end - start) * min(1.0, fraction)))
+        lr = self.peak_lr * warmup * (LAST_LR_FRACTION + (1 - LAST_LR_FRACTION) * cosine)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.peak_lr * warmup * (LAST_LR_FRACTION + (1 - LAST_LR_FRACTION) * cosine)
+            if self.options.on_gpu:
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
 
     def _mean_losses(self) -> dict[str, float]:
         """Means since the last call that had any; waits for the device."""

@@ -10,7 +10,6 @@ import math
 import multiprocessing
 import random
 import time
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -27,16 +26,17 @@ from fourdfy.ops.replay import Replay
 from fourdfy.priors.acceleration import Compiled
 from fourdfy.priors.causal_vae import STRIDE
 from fourdfy.seeds import step_generator, step_seed
-from fourdfy.shapes.grammar import COLOURS, MOMENTS, VIEWS
-from fourdfy.shapes.prompts import MOVES, THINGS
+from fourdfy.shapes.grammar import VIEWS
 from fourdfy.shapes.prompts import words as prompt_words
 from tools.shapes_training import store
 from tools.shapes_training.data import (
     EMPTY_TEXT,
-    TRAINING_PROMPTS,
-    LatentPool,
+    Pool,
+    Scenes,
     draw_scenes,
     full_text,
+    latent_pool,
+    prompts_of,
     render_scenes,
     text_table,
 )
@@ -55,21 +55,23 @@ from tools.shapes_training.models import (
     predict_velocity,
 )
 from tools.shapes_training.quality import measure
-from tools.shapes_training.text import build_tokenizer, embed, tokenize
+from tools.shapes_training.text import build_tokenizer, embed, text_words, tokenize
 from tools.shapes_training.trainee import Options, Trainee
 
 logger = logging.getLogger(__name__)
 
 POOL = {"image": 200_000, "multi_view": 50_000, "video": 25_000, "wan": 40_000}
+POOL |= {"vae": 60_000, "wan_vae": 4_000}
 SHARES = {"text": (1.0, 0.1), "vae": (1.7, 0.2), "wan_text": (0.5, 0.05), "wan_vae": (5.0, 0.3)}
 """Minutes that each of these has in a call for all, at most, and share of the call."""
 TEXT_DROPOUT = 0.1
-REFRESH_EVERY = 50
-"""Steps between two renewals of a part of the pool."""
-RENDER_AT_ONCE = 2048
+FILL_SHARE = 0.1
+"""Of a call's time, in which the pool is filled at most before the first step."""
+FILL_EVERY, REFRESH_EVERY = 30, 200
+"""Steps between two renewals of a part of the pool: until it is full, and from then on."""
+RENDER_AT_ONCE = 1024
 """Images rendered at once on an accelerator; the CPU renders 32."""
 VAE_LOSSES = ("l1", "l2", "edges", "kl")
-TEXT_WORDS = (COLOURS, THINGS, MOVES, MOMENTS, VIEWS)
 
 
 def set_up() -> None:
@@ -131,15 +133,15 @@ def train_text(trainee: Trainee) -> dict[str, float]:
     """
     encoder, device = trainee.model, trainee.options.device
     tokenizer = build_tokenizer(trainee.options.part)
-    width = encoder.config.hidden_size
+    width, words_known = encoder.config.hidden_size, text_words(trainee.options.part)
     torch.manual_seed(step_seed(trainee.options.seed, 0, "heads"))
-    heads = nn.ModuleList(nn.Linear(width, len(words) + 1) for words in TEXT_WORDS).to(device)
+    heads = nn.ModuleList(nn.Linear(width, len(words) + 1) for words in words_known).to(device)
     namer = nn.Linear(width, encoder.config.vocab_size).to(device)
     head_optimizer = torch.optim.AdamW([*heads.parameters(), *namer.parameters()], lr=trainee.peak_lr)
     coin = random.Random(trainee.seed("text"))
     right = torch.zeros(())
     while trainee.goes_on():
-        texts, labels = _draw_texts(coin, trainee.batch)
+        texts, labels = _draw_texts(trainee.options.part, coin, trainee.batch)
         ids, attended = (tokens.to(device) for tokens in tokenize(tokenizer, texts))
         target = torch.tensor(labels, device=device)
         embeddings = embed(encoder, ids, attended)
@@ -159,10 +161,9 @@ def train_text(trainee: Trainee) -> dict[str, float]:
 def train_vae(trainee: Trainee) -> dict[str, Any]:
     """Train an autoencoder on renderings, clean and half-made, and measure its latents' scale."""
     vae, options = trainee.model, trainee.options
-    parameters = [*vae.parameters()]
 
-    def losses(images: Float[Tensor, "B F 3 H W"], noise: Float[Tensor, "B *S"]) -> tuple[Tensor, ...]:
-        """That of each of VAE_LOSSES, then the gradients of their sum."""
+    def learn(images: Float[Tensor, "B F 3 H W"], noise: Float[Tensor, "B *S"]) -> tuple[Tensor, ...]:
+        """Learn from a batch; that of each of VAE_LOSSES."""
         with trainee.autocast():
             latent = posterior(vae, images)
             drawn = latent.mean + latent.std * noise.view_as(latent.mean)
@@ -179,86 +180,94 @@ def train_vae(trainee: Trainee) -> dict[str, Any]:
         edges = sum(l1_loss(decoded.diff(dim=axis), images.diff(dim=axis)) for axis in (-1, -2))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         found = l1_loss(decoded, images), 2 * mse_loss(decoded, images), 0.5 * edges, 1e-4 * kl
-        gradients = torch.autograd.grad(torch.stack(found).sum(), parameters)
-        return (*(loss.detach() for loss in found), *gradients)
+        trainee.descend(found)
+        return tuple(loss.detach() for loss in found)
 
-    # A clip is taken in pieces by thousands of small kernels.
-    step = Replay(losses, "the VAE's training step")
+    def prepare(scenes: Scenes) -> dict[str, Tensor]:
+        return {"images": ((render_scenes(scenes, options.device) + 1) * 127.5).round().byte()}
+
+    step = Replay(learn, f"the training step of {options.part}")
     generator = torch.Generator().manual_seed(trainee.seed(options.part))
-    batches = _rendered(options, trainee.batch, generator)
     noises = step_generator(options.seed, trainee.step, "noise", options.device)
+    pool = Pool(options.part, options.pool or POOL[options.part], prepare, trainee.seed("pool"))
+    _fill(pool, trainee)
     while trainee.goes_on():
+        images = pool.batch(trainee.batch, noises)["images"] / 127.5 - 1
         noise = sample_noise((trainee.batch, *latent_shape(options.part)), noises, options.device)
-        found = step(next(batches), noise)
-        for parameter, gradient in zip(parameters, found[len(VAE_LOSSES) :], strict=True):
-            # In the parameter's own layout, which a convolution's gradient need not have.
-            parameter.grad = torch.empty_like(parameter).copy_(gradient)
-        trainee.step_optimizer(dict(zip(VAE_LOSSES, found, strict=False)))
+        found = step(_spoil(images, generator), noise)
+        trainee.count_step(dict(zip(VAE_LOSSES, found, strict=True)))
+        _renew(pool, trainee)
     return _measure_vae(trainee, generator)
-
-
-def _rendered(
-    options: Options, batch: int, generator: torch.Generator
-) -> Iterator[Float[Tensor, "{batch} F 3 H W"]]:
-    """Scenes without end, clean and half-made; as many are rendered at once as pay."""
-    while True:
-        scenes = draw_scenes(options.part, batch * max(1, _scenes_at_once(options) // batch), generator)
-        yield from _spoil(render_scenes(scenes, options.device), generator).split(batch)
-
-
-def _scenes_at_once(options: Options) -> int:
-    return (RENDER_AT_ONCE if options.on_gpu else 32) // FRAMES[options.part]
 
 
 def train_denoiser(trainee: Trainee) -> dict[str, float]:
     """Train a diffusion model on a pool of encoded scenes that is slowly renewed."""
     options, part, device = trainee.options, trainee.options.part, trainee.options.device
-    text_part, vae_part = needs(part)
-    vae = store.load_part(options.out, vae_part, device)
+    text_part, _ = needs(part)
     texts, schedule = text_table(options.out, text_part, device), noise_schedule(part, device)
     predict = partial(predict_velocity, part, trainee.model)
-    if part == "wan" and options.on_gpu:
-        predict = Compiled(predict, trainee.model, "the transformer")
-    pool = LatentPool(part, options.pool or POOL[part], vae, trainee.seed("pool"), device)
-    chunk = _scenes_at_once(options)
-    while pool.filled < len(pool) and (pool.filled == 0 or trainee.fraction < 0.2):
-        pool.refresh(chunk)
-    logger.info("%s: %d scenes ready after %.0f s", part, pool.filled, trainee.elapsed)
+    if options.on_gpu:
+        predict = Compiled(predict, trainee.model, part)
+
+    def learn(latents: Tensor, noise: Tensor, timesteps: Tensor, text: Tensor, cameras: Tensor) -> Tensor:
+        """Learn from a batch; the loss."""
+        scales = schedule.scales(timesteps, latents.ndim)
+        with trainee.autocast():
+            velocity = predict(add_noise(latents, noise, scales), timesteps, texts[text], cameras)
+        target = prediction_target(latents, noise, scales, schedule.prediction)
+        loss = mse_loss(velocity.float(), target)
+        trainee.descend([loss])
+        return loss.detach()
+
+    step = Replay(learn, f"the training step of {part}")
+    pool = latent_pool(part, options.pool or POOL[part], options.out, trainee.seed("pool"), device)
+    pool.restore(options.out, device)
+    _fill(pool, trainee)
     generator = step_generator(options.seed, trainee.step, "noise", device)
     while trainee.goes_on():
-        latents, text, cameras = pool.batch(trainee.batch, generator)
-        dropped = torch.rand(len(text), generator=generator, device=device) < TEXT_DROPOUT
-        text = torch.where(dropped, EMPTY_TEXT, text)
+        scenes = pool.batch(trainee.batch, generator)
+        latents = scenes["latents"].float()
+        dropped = torch.rand(len(latents), generator=generator, device=device) < TEXT_DROPOUT
+        text = torch.where(dropped, EMPTY_TEXT, scenes["text"])
         timesteps = schedule.draw(0, 1, len(text), generator)
         noise = sample_noise(latents.shape, generator, device)
-        scales = schedule.scales(timesteps, latents.ndim)
-        noisy = add_noise(latents, noise, scales)
-        with trainee.autocast():
-            velocity = predict(noisy, timesteps, texts[text], cameras)
-        target = prediction_target(latents, noise, scales, schedule.prediction)
-        trainee.learn({"velocity": mse_loss(velocity.float(), target)})
-        if pool.filled == len(pool) and trainee.step % REFRESH_EVERY == 0:
-            pool.refresh(chunk)
+        trainee.count_step({"velocity": step(latents, noise, timesteps, text, scenes.get("cameras"))})
+        _renew(pool, trainee)
+    pool.save(options.out)
     return {}
 
 
-def _draw_texts(coin: random.Random, count: int) -> tuple[list[str], list[list[int]]]:
-    """Texts and, for each of TEXT_WORDS, 0 where it is missing or 1 + its index."""
+def _fill(pool: Pool, trainee: Trainee) -> None:
+    """As much of the pool as a share of the call's time allows."""
+    while not pool.full and (pool.filled == 0 or trainee.fraction < FILL_SHARE):
+        pool.refresh(_scenes_at_once(trainee.options))
+    logger.info("%s: %d scenes ready after %.0f s", pool.part, pool.filled, trainee.elapsed)
+
+
+def _renew(pool: Pool, trainee: Trainee) -> None:
+    """A part of the pool, sometimes."""
+    if trainee.step % (REFRESH_EVERY if pool.full else FILL_EVERY) == 0:
+        pool.refresh(_scenes_at_once(trainee.options))
+
+
+def _scenes_at_once(options: Options) -> int:
+    return max(1, (RENDER_AT_ONCE if options.on_gpu else 32) // FRAMES[options.part])
+
+
+def _draw_texts(part: str, coin: random.Random, count: int) -> tuple[list[str], list[list[int]]]:
+    """Texts and, for each of ``text_words``, 0 where it is missing or 1 + its index."""
     texts, labels = [], []
+    prompts, known = prompts_of(part, held_out=False), text_words(part)
     for _ in range(count):
-        prompt = coin.choice(TRAINING_PROMPTS)
-        moment = coin.choice((None, *MOMENTS)) if coin.random() < 0.8 else None
+        prompt = coin.choice(prompts)
+        moment = coin.choice((None, *known[3])) if coin.random() < 0.9 else None
         view = coin.choice((None, *VIEWS)) if coin.random() < 0.8 else None
         empty = coin.random() < 0.1
         words = (*prompt_words(prompt), moment, view)
         texts.append("" if empty else full_text(prompt, moment, view))
-        labels.append(_indices([None] * len(words) if empty else words))
+        pairs = zip(known, [None] * len(words) if empty else words, strict=True)
+        labels.append([0 if word is None else 1 + those.index(word) for those, word in pairs])
     return texts, labels
-
-
-def _indices(words: Sequence[str | None]) -> list[int]:
-    pairs = zip(TEXT_WORDS, words, strict=True)
-    return [0 if word is None else 1 + known.index(word) for known, word in pairs]
 
 
 def _spoil(images: Float[Tensor, "B F 3 H W"], generator: torch.Generator) -> Float[Tensor, "B F 3 H W"]:
@@ -276,16 +285,20 @@ def _spoil(images: Float[Tensor, "B F 3 H W"], generator: torch.Generator) -> Fl
 
 @torch.no_grad()
 def _measure_vae(trainee: Trainee, generator: torch.Generator) -> dict[str, Any]:
-    """The scale of the average model's latents on clean renderings, and its PSNR in dB."""
+    """The scale of the average model's latents on clean renderings, and its PSNR in dB on each world."""
     options, part = trainee.options, trainee.options.part
     vae = build(part).to(options.device)
     vae.load_state_dict(trainee.ema)
-    scenes = draw_scenes(part, max(1, (4096 if options.on_gpu else 64) // FRAMES[part]), generator)
+    scenes = draw_scenes(part, 2 * _scenes_at_once(options), generator)
     images = render_scenes(scenes, options.device)
     latents = encode(vae, images)
-    error = (decode(vae, latents) - images).square().mean() / 4
-    psnr = -10 * math.log10(float(error))
+    error = (decode(vae, latents) - images).square().flatten(1).mean(1).cpu() / 4
+    psnr = {
+        key: -10 * math.log10(float(error[rows].mean()))
+        for key, rows in {"psnr": scenes.codes[:, 0] == 0, "psnr_creatures": scenes.codes[:, 0] == 1}.items()
+        if rows.any()
+    }
     if part == "vae":
-        return {"scaling_factor": 1 / float(latents.std()), "psnr": psnr}
+        return {"scaling_factor": 1 / float(latents.std()), **psnr}
     channels = latents.transpose(0, 1).flatten(1)
-    return {"latents_mean": channels.mean(1).tolist(), "latents_std": channels.std(1).tolist(), "psnr": psnr}
+    return {"latents_mean": channels.mean(1).tolist(), "latents_std": channels.std(1).tolist(), **psnr}
