@@ -1,8 +1,11 @@
 """Run twelve prompts with all priors and with each left out, and print the tables of docs/benchmarks.md.
 
+The first 24 prompts are of solids, the other 24 of creatures.
+
     python benchmarks/shapes.py --out outputs/benchmark --per-gpu 12       # all 48 runs side by side
     python benchmarks/shapes.py --out outputs/benchmark --drop none --prompts 2 trainer.max_steps=2
     python benchmarks/shapes.py --out outputs/further --drop none --skip 12 --seed 1
+    python benchmarks/shapes.py --out outputs/creatures --drop none --skip 24 --prompts 24 --seed 0 --seed 1
 
 Or run the third stage alone, in several variants, from the second stages of such runs:
 
@@ -26,7 +29,8 @@ import yaml
 
 from fourdfy.files.names import sanitize_tag
 from fourdfy.launching.sweeps.runners import LocalRunner, Task, run_all
-from fourdfy.shapes.grammar import parse_prompt
+from fourdfy.shapes.grammar import ShapePrompt
+from fourdfy.shapes.prompts import parse
 
 PROMPTS = (
     "a red cube bouncing",
@@ -54,6 +58,31 @@ PROMPTS = (
     "a purple cone spinning",
     "a blue cube standing still",
     "a yellow cone standing still",
+    # Twelve of creatures that were in training, and twelve that were held out.
+    "a panda dancing",
+    "a panda waving",
+    "a dog walking",
+    "a dog jumping",
+    "a bird dancing",
+    "a bird waving",
+    "a fish dancing",
+    "a fish jumping",
+    "a robot walking",
+    "a red robot waving",
+    "a yellow panda spinning",
+    "an orange bird standing still",
+    "a panda walking",
+    "a green panda dancing",
+    "a red panda waving",
+    "a dog dancing",
+    "a red dog spinning",
+    "a green dog jumping",
+    "a bird jumping",
+    "a red bird walking",
+    "a red fish dancing",
+    "a green fish spinning",
+    "a blue robot waving",
+    "a yellow robot dancing",
 )
 DROPS = ("none", "multi_view", "video", "single_view")
 
@@ -84,7 +113,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_all([task(*job, ways[job[1]], args) for job in new], LocalRunner.Config(per_gpu=args.per_gpu).build())
     rows = [row_of(job, args.out) for job in jobs if result(job, args.out).exists()]  # the logs say why not
     (args.out / "all.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
-    print(table(rows, "variant" if args.variants else "left out"))
+    heading = "variant" if args.variants else "left out"
+    for tabulate, some in (
+        (table, [row for row in rows if "faces" not in row]),
+        (creatures_table, [row for row in rows if "faces" in row]),
+    ):
+        if some:
+            print(tabulate(some, heading))
 
 
 def result(job: tuple[str, str, int], out: Path) -> Path:
@@ -109,7 +144,9 @@ def task(prompt: str, way: str, seed: int, options: list[str], args: argparse.Na
     if args.after:
         stage = trials(args.after, "none", seed) / "shapes_stage_2" / sanitize_tag(prompt)
         words += [f"system.weights={stage / 'ckpts' / 'last.ckpt'}"]
-    still = replace(parse_prompt(prompt), motion="standing still").text
+    moving = parse(prompt)
+    key = "motion" if isinstance(moving, ShapePrompt) else "gesture"
+    still = replace(moving, **{key: "standing still"}).text
     words += [*args.overrides, *(option.replace("{still}", still) for option in options)]
     log = written.with_suffix(".log")
     return Task(tuple(words), log, written.stem, ("-m", "fourdfy.evaluation.shapes"))
@@ -151,6 +188,31 @@ def table(rows: list[dict], heading: str) -> str:
             f"| {number(mean_of(some, 'ghosts'), 1)} "
             f"| {sum(r['fronts'] == 1 for r in some)}/{len(some)} "
             f"| {mean(r.get('saturation_error', math.nan) for r in some):+.3f} "
+            f"| {mean(r.get('steps_per_second', math.nan) for r in some):.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def creatures_table(rows: list[dict], heading: str) -> str:
+    """Return Markdown as ``table`` does, with the columns of creatures."""
+    columns = ("IoU", "PSNR", "colours right", "part motion", "parts right", "faces", "s")
+    lines = [f"| prompt | {heading} | {' | '.join(columns)} |", "|" + " --- |" * (2 + len(columns))]
+    for row in rows:
+        lines.append(
+            f"| {row['prompt']}{' *' if row['held_out'] else ''} | {label(row)} | {row['iou']:.2f} "
+            f"| {row['psnr']:.1f} | {row['colours_right']:.2f} | {number(row['motion_corr'])} "
+            f"| {number(row['parts_right'])} | {row['faces']} | {row['seconds']:.0f} |"
+        )
+    columns = ("IoU", "PSNR", "colours right", "part motion", "at least 0.8", "one face", "steps/s")
+    lines += ["", f"| {heading} | {' | '.join(columns)} |", "|" + " --- |" * (1 + len(columns))]
+    for way in dict.fromkeys(row["way"] for row in rows):
+        some = [row for row in rows if row["way"] == way]
+        moving = [row["motion_corr"] for row in some if row["motion_corr"] is not None]
+        lines.append(
+            f"| {label(some[0])} | {mean(r['iou'] for r in some):.3f} | {mean(r['psnr'] for r in some):.1f} "
+            f"| {mean(r['colours_right'] for r in some):.2f} | {number(mean_of(some, 'motion_corr'), 3)} "
+            f"| {sum(corr >= 0.8 for corr in moving)}/{len(moving)} "
+            f"| {sum(r['faces'] == 1 for r in some)}/{len(some)} "
             f"| {mean(r.get('steps_per_second', math.nan) for r in some):.1f} |"
         )
     return "\n".join(lines)

@@ -5,7 +5,8 @@ T moments, A azimuths, F = T * A frames (times slowest), H x W pixels, G groups 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -14,8 +15,9 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, max_pool2d
 
 from fourdfy.evaluation import marks, metrics
-from fourdfy.evaluation.frames import BACKGROUND, Frames, Render, look, orbit
-from fourdfy.shapes.creature_prompts import CreaturePrompt
+from fourdfy.evaluation.frames import BACKGROUND, Frames, Render, drift, look, orbit
+from fourdfy.evaluation.report import CreatureMoment, CreatureReport
+from fourdfy.shapes.creature_prompts import CreaturePrompt, is_held_out
 from fourdfy.shapes.creatures import CREATURES, Creature
 from fourdfy.shapes.gestures import bodies, groups
 from fourdfy.shapes.tracing import render_bodies
@@ -38,27 +40,6 @@ RIGHT_COLOUR = 0.15
 RIGHT_MOTION = 0.8
 
 
-@dataclass(frozen=True, kw_only=True)
-class CreatureReport:
-    """A scene against the ground truth of its creature."""
-
-    prompt: str
-    iou: float
-    """Mean silhouette intersection over union."""
-    psnr: float
-    """Mean of the frames' PSNR, dB."""
-    colour_errors: dict[str, float]
-    """Group of parts -> root mean square difference of its median colour, 0..1."""
-    colours_right: float
-    """Share of the groups with an error below ``RIGHT_COLOUR``."""
-    part_motion: dict[str, float]
-    """Group of parts that moves -> correlation of its centroid's track with the true one."""
-    motion_right: float | None
-    """Share of them with at least ``RIGHT_MOTION``; None if nothing should move."""
-    faces: int
-    """Faces seen around the creature at t = 0; 1 is right, 2 or more is the Janus problem."""
-
-
 @torch.no_grad()
 def evaluate_creature(
     prompt: CreaturePrompt, render: Render, *, device: str | torch.device = "cpu", supersample: int = 2
@@ -75,16 +56,31 @@ def evaluate_creature(
     errors = {name: colours[n] for n, name in enumerate(_names(creature)) if n in colours}
     motion = part_motion(ours, theirs, group, _centroids(prompt, creature))
     moving = {name: motion[n] for n, name in enumerate(_names(creature)) if n in motion}
+    scores = face_scores(prompt, look(render, TIMES[:1], AROUND_DEG, device), supersample)
+    ious, psnrs = (
+        measure(mine, true).view(len(TIMES), -1).mean(dim=1).tolist()
+        for measure, mine, true in (
+            (metrics.silhouette_iou, ours.opacity, theirs.opacity),
+            (metrics.psnr, ours.rgb, theirs.rgb),
+        )
+    )
     return CreatureReport(
         prompt=prompt.text,
-        iou=float(metrics.silhouette_iou(ours.opacity, theirs.opacity).mean()),
-        psnr=float(metrics.psnr(ours.rgb, theirs.rgb).mean()),
+        held_out=is_held_out(prompt),
+        iou=_mean(ious),
+        psnr=_mean(psnrs),
+        colour_error=_mean(errors.values()),
         colour_errors=errors,
-        colours_right=_share([error < RIGHT_COLOUR for error in errors.values()]) or 0.0,
+        colours_right=_mean(error < RIGHT_COLOUR for error in errors.values()),
+        motion_corr=_mean(moving.values()) if moving else None,
         part_motion=moving,
-        motion_right=_share([corr >= RIGHT_MOTION for corr in moving.values()]),
-        faces=len(
-            marks.fronts(face_scores(prompt, look(render, TIMES[:1], AROUND_DEG, device), supersample))
+        parts_right=_mean(corr >= RIGHT_MOTION for corr in moving.values()) if moving else None,
+        still_drift=None if moving else drift(ours, len(TIMES)),
+        faces=len(marks.fronts(scores)),
+        face_scores=tuple(scores.tolist()),
+        over_time=tuple(
+            CreatureMoment(time=time, iou=iou, psnr=psnr)
+            for time, iou, psnr in zip(TIMES, ious, psnrs, strict=True)
         ),
     )
 
@@ -197,5 +193,6 @@ def _wide(mask: Bool[Tensor, "A H W"], pixels: int = 2) -> Bool[Tensor, "A H W"]
     return max_pool2d(mask.float(), size, stride=1, padding=pixels) > 0
 
 
-def _share(right: list[bool]) -> float | None:
-    return sum(right) / len(right) if right else None
+def _mean(values: Iterable[float]) -> float:
+    known = [*values]
+    return sum(known) / len(known)

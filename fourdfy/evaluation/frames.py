@@ -80,6 +80,14 @@ def orbit(times: Sequence[float], azimuths_deg: Sequence[float], device: str | t
     return world.orbit(torch.full_like(azimuth_deg, ELEVATION_DEG), azimuth_deg, all_times)
 
 
+def drift(frames: Frames, moments: int) -> float:
+    """Largest over the moments: mean colour change since the first, where the object is or was."""
+    inside, rgb = (values.unflatten(0, (moments, -1)) for values in (frames.inside, frames.rgb))
+    either = inside | inside[:1]
+    change = (rgb - rgb[:1]).abs().mean(dim=-1) * either
+    return float((change.flatten(1).sum(dim=1) / either.flatten(1).sum(dim=1).clamp_min(1)).max())
+
+
 def look_from(render: Render, cameras: Cameras) -> Frames:
     """Render so many frames at a time; values that are not finite become 0.
 

@@ -23,7 +23,7 @@ from fourdfy.config_files import find_config
 from fourdfy.evaluation.networks import Judge, revision_of
 from fourdfy.evaluation.protocol import EvaluationConfig, has_truth
 from fourdfy.evaluation.registry import METRICS
-from fourdfy.evaluation.report import ShapesReport, print_report, write_json
+from fourdfy.evaluation.report import Report, print_report, write_json
 from fourdfy.evaluation.scenes import evaluate_scene, scene_renderer
 from fourdfy.evaluation.views import CLIP_AZIMUTHS_DEG, Views
 from fourdfy.files.prompt_lists import read_prompts
@@ -43,7 +43,7 @@ class Judgement:
     """The numbers of a scene."""
 
     prompt: str
-    truth: ShapesReport | None
+    truth: Report | None
     """Its comparison with the ground truth; None if there is none."""
     numbers: Mapping[str, float | None]
     """Metric -> value; None for what is not defined for such a scene."""

@@ -10,7 +10,7 @@ from fourdfy.config import file_path
 from fourdfy.evaluation import consistency, likeness, motion  # noqa: F401
 from fourdfy.evaluation.registry import METRICS, Metric
 from fourdfy.evaluation.views import Protocol
-from fourdfy.shapes.grammar import parse_prompt
+from fourdfy.shapes.prompts import parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +58,7 @@ class EvaluationConfig(Protocol):
 def has_truth(prompt: str) -> bool:
     """Whether a prompt is of the shapes world."""
     try:
-        parse_prompt(prompt)
+        parse(prompt)
     except ValueError:
         return False
     return True

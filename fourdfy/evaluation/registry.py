@@ -46,6 +46,10 @@ METRICS = {
         Metric("fronts", "lowest"),
         Metric("mark_seen", "highest"),
         Metric("ghosts", "lowest"),
+        # Of creatures alone; see ``report.CreatureReport``.
+        Metric("colours_right", "highest"),
+        Metric("parts_right", "highest"),
+        Metric("faces", "lowest"),
     )
 }
 """Name -> metric, of this package and of the plugins that were imported."""

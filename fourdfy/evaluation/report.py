@@ -72,43 +72,95 @@ class ShapesReport:
     over_time: tuple[Moment, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class CreatureMoment:
+    """The measurements at one scene time."""
+
+    time: float
+    iou: float
+    psnr: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CreatureReport:
+    """A scene against the ground truth of its creature; of groups of parts such as ``left_arm``."""
+
+    prompt: str
+    held_out: bool
+    """Whether the diffusion models never saw this combination in training."""
+    iou: float
+    """Mean silhouette intersection over union."""
+    psnr: float
+    """Mean of the frames' PSNR, dB."""
+    colour_error: float
+    """Mean of ``colour_errors``."""
+    colour_errors: dict[str, float]
+    """Group -> root mean square difference of its median colour, 0..1."""
+    colours_right: float
+    """Share of the groups whose error is below ``creatures.RIGHT_COLOUR``."""
+    motion_corr: float | None
+    """Mean of ``part_motion``; None if nothing should move."""
+    part_motion: dict[str, float]
+    """Group that moves -> correlation of its centroid's track with the true one."""
+    parts_right: float | None
+    """Share of them with at least ``creatures.RIGHT_MOTION``; None if nothing should move."""
+    still_drift: float | None
+    """Largest mean colour change of the creature since t = 0, 0..1; only if nothing should move."""
+    faces: int
+    """Faces seen around the creature at t = 0; 1 is right, 2 or more is the Janus problem."""
+    face_scores: tuple[float, ...]
+    """How much of the face is seen from each azimuth of ``AROUND_DEG`` at t = 0, 0..1."""
+    over_time: tuple[CreatureMoment, ...]
+
+
+Report = ShapesReport | CreatureReport
+
+
 def write_json(path: Path, values: Any) -> None:
     """Reports as JSON: the old file or the new one, never half of it."""
     write_whole(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
 
-def read_report(path: Path) -> ShapesReport:
+def read_report(path: Path) -> Report:
     """The comparison with the ground truth in a file of ``write_json``, whatever else it holds."""
     content = json.loads(path.read_text(encoding="utf-8"))
-    values = {entry.name: content[entry.name] for entry in fields(ShapesReport)}
-    values["front_scores"] = tuple(values["front_scores"])
-    values["over_time"] = tuple(Moment(**moment) for moment in values["over_time"])
-    return ShapesReport(**values)
+    kind, moment = (CreatureReport, CreatureMoment) if "faces" in content else (ShapesReport, Moment)
+    values = {entry.name: content[entry.name] for entry in fields(kind)}
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    values["over_time"] = tuple(moment(**at) for at in values["over_time"])
+    return kind(**values)
 
 
-def print_report(report: ShapesReport, console: Console | None = None) -> None:
+def print_report(report: Report, console: Console | None = None) -> None:
     """One scene's numbers, and what was measured over time, on the terminal or ``console``."""
-    (console or Console()).print(*_report_tables(report))
+    tables = _creature_tables if isinstance(report, CreatureReport) else _report_tables
+    (console or Console()).print(*tables(report))
 
 
-def brief(report: ShapesReport) -> str:
+def brief(report: Report) -> str:
     """One scene's numbers in one line."""
-    return ", ".join(
-        [
-            f"IoU {_number(report.iou)}",
-            f"PSNR {report.psnr:.1f} dB",
-            f"colour {_yes(report.colour_ok)}",
-            f"motion {_motion(report)}",
-            f"{report.fronts} front{'' if report.fronts == 1 else 's'}",
-        ]
-    )
+    if isinstance(report, CreatureReport):
+        colour, motion = f"colours {_colours(report)}", _parts(report)
+        fronts = _counted(report.faces, "face")
+    else:
+        colour, motion = f"colour {_yes(report.colour_ok)}", _motion(report)
+        fronts = _counted(report.fronts, "front")
+    likeness = f"IoU {_number(report.iou)}, PSNR {report.psnr:.1f} dB"
+    return f"{likeness}, {colour}, motion {motion}, {fronts}"
 
 
-def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """One line for each prompt (a row of the command's JSON; * is held out), then means and counts.
+def summary_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+    """That of the solids and that of the creatures, if there are any.
 
-    What was left out has a column if something was. It fits into 80 columns.
+    One line for each prompt (a row of the command's JSON; * is held out), then means and counts. What was
+    left out has a column if something was. They fit into 80 columns.
     """
+    kinds = ([row for row in rows if ("faces" in row) == creatures] for creatures in (False, True))
+    tables = zip((_solids_table, _creatures_table), kinds, strict=True)
+    return [table(some) for table, some in tables if some]
+
+
+def _solids_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     dropped = any(row["drop"] for row in rows)
     headings = ["prompt", *(["without"] if dropped else []), "IoU", "PSNR", "colour"]
     headings += ["motion", "gain", "untracked", "mark", "ghosts", "fronts", "s"]
@@ -128,29 +180,64 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             str(row["fronts"]),
             f"{row['seconds']:.0f}",
         )
-    if rows:
-        count = len(rows)
-        moving = [row for row in rows if row["motion_right"] is not None]
-        table.add_section()
-        table.add_row(
-            f"{count} in all, {sum(row['held_out'] for row in rows)} held out",
-            *([""] if dropped else []),
-            _number(sum(row["iou"] for row in rows) / count),
-            f"{sum(row['psnr'] for row in rows) / count:.1f}",
-            f"{sum(row['colour_ok'] for row in rows)}/{count}",
-            f"{sum(row['motion_right'] for row in moving)}/{len(moving)} right",
-            "",
-            str(sum(row["untracked"] for row in moving)),
-            f"{sum(row['mark_seen'] for row in rows) / count:.1f}",
-            f"{sum(row['ghosts'] for row in rows) / count:.1f}",
-            f"{sum(row['fronts'] == 1 for row in rows)}/{count} one",
-            f"{sum(row['seconds'] for row in rows):.0f}",
-        )
+    count = len(rows)
+    moving = [row for row in rows if row["motion_right"] is not None]
+    table.add_section()
+    table.add_row(
+        f"{count} in all, {sum(row['held_out'] for row in rows)} held out",
+        *([""] if dropped else []),
+        _number(_mean(rows, "iou")),
+        f"{_mean(rows, 'psnr'):.1f}",
+        f"{sum(row['colour_ok'] for row in rows)}/{count}",
+        f"{sum(row['motion_right'] for row in moving)}/{len(moving)} right",
+        "",
+        str(sum(row["untracked"] for row in moving)),
+        f"{_mean(rows, 'mark_seen'):.1f}",
+        f"{_mean(rows, 'ghosts'):.1f}",
+        f"{sum(row['fronts'] == 1 for row in rows)}/{count} one",
+        f"{sum(row['seconds'] for row in rows):.0f}",
+    )
     return table
 
 
+def _creatures_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    dropped = any(row["drop"] for row in rows)
+    headings = ["prompt", *(["without"] if dropped else []), "IoU", "PSNR", "colours", "motion", "parts"]
+    table = Table(*headings, "faces", "s", box=SIMPLE, padding=0)
+    for row in rows:
+        table.add_row(
+            row["prompt"] + (" *" if row["held_out"] else ""),
+            *([row["drop"] or ""] if dropped else []),
+            _number(row["iou"]),
+            f"{row['psnr']:.1f}",
+            _percent(row["colours_right"]),
+            _number(row["motion_corr"]),
+            _percent(row["parts_right"]),
+            str(row["faces"]),
+            f"{row['seconds']:.0f}",
+        )
+    moving = [row for row in rows if row["parts_right"] is not None]
+    table.add_section()
+    table.add_row(
+        f"{len(rows)} in all, {sum(row['held_out'] for row in rows)} held out",
+        *([""] if dropped else []),
+        _number(_mean(rows, "iou")),
+        f"{_mean(rows, 'psnr'):.1f}",
+        _percent(_mean(rows, "colours_right")),
+        _number(_mean(moving, "motion_corr") if moving else None),
+        _percent(_mean(moving, "parts_right") if moving else None),
+        f"{sum(row['faces'] == 1 for row in rows)}/{len(rows)} one",
+        f"{sum(row['seconds'] for row in rows):.0f}",
+    )
+    return table
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
+    return sum(row[key] for row in rows) / len(rows)
+
+
 def _report_tables(report: ShapesReport) -> tuple[Table, Table]:
-    numbers = Table(title=report.prompt + (" (held out)" if report.held_out else ""), show_header=False)
+    numbers = Table(title=_title(report), show_header=False)
     for name, value in (
         ("silhouette IoU", _number(report.iou)),
         ("PSNR", f"{report.psnr:.1f} dB"),
@@ -178,6 +265,46 @@ def _report_tables(report: ShapesReport) -> tuple[Table, Table]:
     return numbers, over_time
 
 
+def _creature_tables(report: CreatureReport) -> tuple[Table, Table, Table]:
+    numbers = Table(title=_title(report), show_header=False)
+    for name, value in (
+        ("silhouette IoU", _number(report.iou)),
+        ("PSNR", f"{report.psnr:.1f} dB"),
+        ("colours", f"{_colours(report)}, mean error {_number(report.colour_error)}"),
+        (
+            "motion",
+            f"{_parts(report)}"
+            + (f", correlation {_number(report.motion_corr)}" if report.part_motion else ""),
+        ),
+        ("faces", str(report.faces)),
+    ):
+        numbers.add_row(name, value)
+    parts = Table("part", "colour error", "motion")
+    for name in dict.fromkeys((*report.colour_errors, *report.part_motion)):
+        error, corr = report.colour_errors.get(name), report.part_motion.get(name)
+        parts.add_row(name.replace("_", " "), _number(error), _number(corr))
+    over_time = Table("time", "IoU", "PSNR")
+    for moment in report.over_time:
+        over_time.add_row(_number(moment.time), _number(moment.iou), f"{moment.psnr:.1f}")
+    return numbers, parts, over_time
+
+
+def _title(report: Report) -> str:
+    return report.prompt + (" (held out)" if report.held_out else "")
+
+
+def _colours(report: CreatureReport) -> str:
+    count = len(report.colour_errors)
+    return f"{round(report.colours_right * count)} of {count}"
+
+
+def _parts(report: CreatureReport) -> str:
+    if report.parts_right is None:
+        return f"still, drift {_number(report.still_drift)}"
+    count = len(report.part_motion)
+    return f"{round(report.parts_right * count)} of {count} parts"
+
+
 def _motion(report: ShapesReport) -> str:
     if report.motion_right is None:
         return f"still, drift {_number(report.still_drift)}"
@@ -193,6 +320,14 @@ def _motion_numbers(report: ShapesReport) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _yes(right: bool) -> str:

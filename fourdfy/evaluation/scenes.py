@@ -19,11 +19,13 @@ from torch import Tensor
 
 from fourdfy.callbacks.scene_watch import filling
 from fourdfy.config import ConfigError
-from fourdfy.evaluation import marks, metrics, tracking
-from fourdfy.evaluation.frames import BACKGROUND, Frames, Render, look, orbit
-from fourdfy.evaluation.report import Moment, ShapesReport, write_json
+from fourdfy.evaluation import creatures, marks, metrics, tracking
+from fourdfy.evaluation.frames import BACKGROUND, Frames, Render, drift, look, orbit
+from fourdfy.evaluation.report import Moment, Report, ShapesReport, write_json
 from fourdfy.shapes import world
-from fourdfy.shapes.grammar import COLOURS, ShapePrompt, is_held_out, parse_prompt
+from fourdfy.shapes.creature_prompts import CreaturePrompt
+from fourdfy.shapes.grammar import COLOURS, ShapePrompt, is_held_out
+from fourdfy.shapes.prompts import Prompt, encode, parse, render_codes
 from fourdfy.systems.base import System
 from fourdfy.types import Cameras
 
@@ -42,10 +44,8 @@ RIGHT_GAIN = (2 / 3, 3 / 2)
 
 
 @torch.no_grad()
-def evaluate_scene(
-    prompt: str | ShapePrompt, render: Render, *, device: str | torch.device = "cpu"
-) -> ShapesReport:
-    """Compare what ``render`` shows with the ground truth of ``prompt``.
+def evaluate_scene(prompt: str | Prompt, render: Render, *, device: str | torch.device = "cpu") -> Report:
+    """Compare what ``render`` shows with the ground truth of ``prompt``, a solid's or a creature's.
 
     Args:
         render: the scene; given 64 x 64 cameras at elevation 15 on ``device``, at most
@@ -54,7 +54,9 @@ def evaluate_scene(
     Raises:
         ValueError: ``prompt`` is not of the grammar, or ``render`` returns other shapes.
     """
-    prompt = parse_prompt(prompt) if isinstance(prompt, str) else prompt
+    prompt = parse(prompt) if isinstance(prompt, str) else prompt
+    if isinstance(prompt, CreaturePrompt):
+        return creatures.evaluate_creature(prompt, render, device=device)
     ours = look(render, TIMES, VIEWS_DEG, device)
     theirs = _truth(prompt)
     if problem := filling(ours.opacity):
@@ -81,7 +83,7 @@ def evaluate_scene(
         motion_gain=gain,
         motion_right=None if still else _is_right(corr, gain),
         untracked=None if still else int(track.isnan().sum()),
-        still_drift=_drift(ours) if still else None,
+        still_drift=drift(ours, len(TIMES)) if still else None,
         mark_seen=sum(moment.mark >= marks.MARK_SEEN for moment in over_time),
         ghosts=sum(moment.ghost >= marks.GHOST_SEEN for moment in over_time),
         fronts=len(marks.fronts(scores)),
@@ -90,7 +92,7 @@ def evaluate_scene(
     )
 
 
-def evaluate_system(system: System, prompt: str, folder: Path) -> ShapesReport:
+def evaluate_system(system: System, prompt: str, folder: Path) -> Report:
     """A trained scene against the ground truth; the report is also ``it{step}-evaluation.json`` in a folder.
 
     Raises:
@@ -115,11 +117,12 @@ def scene_renderer(system: System) -> Render:
     return render
 
 
-def ground_truth(prompt: ShapePrompt, background: Sequence[float] = BACKGROUND) -> Render:
+def ground_truth(prompt: Prompt, background: Sequence[float] = BACKGROUND) -> Render:
     """The true scene of a prompt as a renderer."""
+    codes = encode([prompt])
 
     def render(cameras: Cameras) -> tuple[Tensor, Tensor]:
-        return world.render([prompt] * len(cameras), cameras, torch.tensor(background))
+        return render_codes(codes.expand(len(cameras), -1), cameras, torch.tensor(background))
 
     return render
 
@@ -185,14 +188,6 @@ def _nearest_colour(prompt: ShapePrompt, colour: Float[Tensor, "3"], truth: Floa
     shade = truth.norm() / palette[COLOURS.index(prompt.colour)].norm()
     nearest = COLOURS[int((colour - shade * palette).norm(dim=-1).argmin())]
     return nearest if marks.chroma(colour) > marks.MIN_CHROMA else None
-
-
-def _drift(frames: Frames) -> float:
-    """Largest over the moments: mean colour change since the first, where the object is or was."""
-    inside, rgb = (values.unflatten(0, (len(TIMES), -1)) for values in (frames.inside, frames.rgb))
-    either = inside | inside[:1]
-    change = (rgb - rgb[:1]).abs().mean(dim=-1) * either
-    return float((change.flatten(1).sum(dim=1) / either.flatten(1).sum(dim=1).clamp_min(1)).max())
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -22,9 +22,9 @@ from fourdfy.callbacks.signals import FinishStep
 from fourdfy.config import ConfigError
 from fourdfy.config_files import CONFIGS
 from fourdfy.devices import keep_freed_memory, on_device, select_device
-from fourdfy.evaluation.report import ShapesReport, summary_table, write_json
+from fourdfy.evaluation.report import Report, summary_tables, write_json
 from fourdfy.evaluation.scenes import Render, evaluate_scene, scene_renderer
-from fourdfy.shapes.grammar import ShapePrompt, parse_prompt
+from fourdfy.shapes.prompts import Prompt, parse
 from fourdfy.signals import StopSignals
 from fourdfy.terminal import log_to_stderr
 
@@ -48,7 +48,7 @@ DROP_OVERRIDES: dict[str, tuple[str, ...]] = {
 
 
 def train_prompt(
-    prompt: ShapePrompt,
+    prompt: Prompt,
     device: str,
     drop: str | None,
     overrides: Sequence[str],
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_intermixed_args(argv)
     try:
-        prompts = [parse_prompt(text) for text in args.prompt]
+        prompts = [parse(text) for text in args.prompt]
         results = Results(args.json, config=args.config.stem, drop=args.drop, overrides=args.overrides)
     except ValueError as error:
         parser.error(str(error))
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for prompt in prompts:
             render, pace = train_prompt(prompt, device, args.drop, args.overrides, args.config, stop)
             rows.append(results.add(evaluate_scene(prompt, render), pace))
-    Console().print(summary_table(rows))
+    Console().print(*summary_tables(rows))
     return 0
 
 
@@ -127,7 +127,7 @@ class Results:
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} holds no results of this command; name another file") from error
 
-    def add(self, report: ShapesReport, pace: dict[str, float]) -> dict[str, Any]:
+    def add(self, report: Report, pace: dict[str, float]) -> dict[str, Any]:
         """Add the row of a prompt, write the file, and return the row."""
         row = asdict(report) | pace | self._settings
         self._rows = [other for other in self._rows if self._key(other) != self._key(row)] + [row]

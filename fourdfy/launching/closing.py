@@ -103,6 +103,6 @@ def ground_truth_of(experiment: Experiment) -> Render | None:
     if prompt is None:
         return None
     from fourdfy.evaluation.scenes import ground_truth
-    from fourdfy.shapes.grammar import parse_prompt
+    from fourdfy.shapes.prompts import parse
 
-    return ground_truth(parse_prompt(prompt))
+    return ground_truth(parse(prompt))

@@ -59,13 +59,13 @@ class Source:
         return self.asset or (f"{self.repo}/{self.file}" if self.file else self.repo)
 
 
-GRAMMAR = "fourdfy.shapes.grammar"
+PROMPTS, SOLIDS = "fourdfy.shapes.prompts", "fourdfy.shapes.grammar"
 
 MODELS = {
-    "fourdfy/shapes-image": (Source(asset="shapes-image", grammar=GRAMMAR),),
-    "fourdfy/shapes-4view": (Source(asset="shapes-4view", grammar=GRAMMAR),),
-    "fourdfy/shapes-video": (Source(asset="shapes-video", grammar=GRAMMAR),),
-    "fourdfy/shapes-wan": (Source(asset="shapes-wan", grammar=GRAMMAR),),
+    "fourdfy/shapes-image": (Source(asset="shapes-image", grammar=PROMPTS),),
+    "fourdfy/shapes-4view": (Source(asset="shapes-4view", grammar=PROMPTS),),
+    "fourdfy/shapes-video": (Source(asset="shapes-video", grammar=PROMPTS),),
+    "fourdfy/shapes-wan": (Source(asset="shapes-wan", grammar=SOLIDS),),
     # No longer served under their own names since 2025; old caches still hold them.
     "stabilityai/stable-diffusion-2-1-base": (
         Source(repo="stabilityai/stable-diffusion-2-1-base"),

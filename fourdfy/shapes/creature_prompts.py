@@ -67,7 +67,7 @@ def parse_creature(text: str) -> CreaturePrompt:
     coloured = words[:1] and (words[0] in COLOURS or (words[1:2] and words[1] in CREATURES))
     colour = words.pop(0) if coloured else None
     if len(words) < 2:
-        raise ValueError(f"prompt {text!r} is too short; the creatures are {GRAMMAR}")
+        raise ValueError(f"prompt {text!r} is too short; the shapes world knows {GRAMMAR}")
     return CreaturePrompt(words[0], " ".join(words[1:]), colour)
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
+from fourdfy.shapes.creatures import CREATURES
+
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
 SHAPES = ("ball", "cube", "cone", "cylinder", "diamond")
 MOTIONS = ("standing still", "spinning", "bouncing", "sliding", "pulsing")
@@ -82,6 +84,10 @@ def check_text(text: str) -> None:
         ValueError: names the word that is not of the grammar, and the nearest right one.
     """
     prompt, *_ = text.split(", ")
+    if creature := next((word for word in prompt.lower().split() if word in CREATURES), None):
+        raise ValueError(
+            f"{creature!r} is no solid, and the flow transformer knows no creatures, only {GRAMMAR}"
+        )
     if text:
         parse_prompt(prompt)
     check_words(text, FLOW_MOMENTS)

@@ -6,6 +6,7 @@ for a creature.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -33,9 +34,28 @@ def every_prompt() -> tuple[Prompt, ...]:
 
 
 def parse(text: str) -> Prompt:
-    """The prompt that ``text`` means; see ``grammar.parse_prompt`` and ``parse_creature``, which raise."""
-    known = set(CREATURES) & set(text.lower().split())
-    return parse_creature(text) if known else grammar.parse_prompt(text)
+    """The prompt that ``text`` means; case and spacing do not matter.
+
+    Raises:
+        ValueError: a word is of neither grammar; names it, the nearest right one and both grammars.
+    """
+    as_creature = _means_a_creature(text.lower())
+    try:
+        return parse_creature(text) if as_creature else grammar.parse_prompt(text)
+    except ValueError as error:
+        known, other = grammar.GRAMMAR, creature_prompts.GRAMMAR
+        if as_creature:
+            known, other = other, known
+        raise ValueError(str(error).replace(known, f"{known}, and {other}")) from error
+
+
+def _means_a_creature(text: str) -> bool:
+    """Whether it names a creature or, without naming a shape, a gesture or something like a creature."""
+    named = set(text.split())
+    if named & set(CREATURES) or named & set(SHAPES):
+        return bool(named & set(CREATURES))
+    gesture = text.endswith(tuple(set(GESTURES) - set(MOTIONS)))
+    return gesture or any(difflib.get_close_matches(word, CREATURES) for word in named)
 
 
 def check_text(text: str) -> None:

@@ -1,15 +1,21 @@
 """The evaluation of creatures knows the truth, and every planted defect by its number."""
 
-from dataclasses import replace
+import io
+from dataclasses import asdict, replace
 from functools import cache
 
 import pytest
 import torch
+from rich.console import Console
 
 from fourdfy.evaluation import creatures
 from fourdfy.evaluation.creatures import evaluate_creature, ground_truth
+from fourdfy.evaluation.report import CreatureReport, ShapesReport, brief, print_report, summary_tables
+from fourdfy.evaluation.scenes import evaluate_scene
+from fourdfy.evaluation.scenes import ground_truth as any_truth
 from fourdfy.ops.cameras import orbit_cameras
 from fourdfy.shapes.creature_prompts import parse_creature
+from fourdfy.shapes.prompts import parse
 
 torch.set_num_threads(1)
 DANCING = "a panda dancing"
@@ -73,9 +79,11 @@ def test_the_truth_is_right_in_everything(text):
     assert found.colours_right == 1 and max(found.colour_errors.values()) == 0
     assert found.faces == 1
     if "still" in text:
-        assert found.motion_right is None and not found.part_motion
+        assert found.parts_right is None and found.motion_corr is None and not found.part_motion
+        assert found.still_drift == 0
     else:
-        assert found.motion_right == 1 and min(found.part_motion.values()) > 0.999
+        assert found.parts_right == 1 and min(found.part_motion.values()) > 0.999
+        assert found.motion_corr > 0.999 and found.still_drift is None
 
 
 def test_limbs_are_among_the_parts_that_move():
@@ -84,7 +92,7 @@ def test_limbs_are_among_the_parts_that_move():
 
 def test_a_still_copy_has_no_motion():
     found = report(DANCING, frozen)
-    assert found.motion_right == 0 and set(found.part_motion.values()) == {0.0}
+    assert found.parts_right == 0 and set(found.part_motion.values()) == {0.0}
     assert found.faces == 1 and found.iou < 0.95
 
 
@@ -95,9 +103,42 @@ def test_a_face_on_either_side_is_two_faces():
 def test_colours_are_judged_by_parts_and_not_by_the_motion():
     found = report("a dog walking", greyed)
     assert 0 < found.colours_right < 1
-    assert found.colour_errors["torso"] > creatures.RIGHT_COLOUR and found.motion_right > 0.9
+    assert found.colour_errors["torso"] > creatures.RIGHT_COLOUR and found.parts_right > 0.9
 
 
 def test_an_empty_scene_is_wrong_in_everything():
     found = report("a dog walking", empty)
-    assert found.iou == 0 and found.faces == 0 and found.motion_right == 0
+    assert found.iou == 0 and found.faces == 0 and found.parts_right == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"), [("a fish spinning", CreatureReport), ("a red cube spinning", ShapesReport)]
+)
+def test_a_scene_is_measured_as_what_its_prompt_names(text, kind, monkeypatch):
+    monkeypatch.setattr(creatures, "TIMES", (0.0, 0.5))
+    found = evaluate_scene(text, any_truth(parse(text)))
+    assert isinstance(found, kind) and found.iou == 1 and found.psnr == pytest.approx(100)
+
+
+def test_the_tables_say_what_was_measured_of_a_creature():
+    found = report("a dog walking", greyed)
+    console = Console(record=True, width=80, file=io.StringIO())
+    print_report(found, console)
+    row = asdict(found) | {"seconds": 61.0, "drop": "video"}
+    console.print(*summary_tables([row | {"faces": 1}, row]))
+    text = console.export_text()
+    count = len(found.part_motion)
+    for said in (
+        "a dog walking",
+        "left arm",
+        f"{count} of {count} parts",
+        "2 in all, 0 held out",
+        "1/2 one",
+        "122",
+    ):
+        assert said in text
+    line = brief(found)
+    assert f"PSNR {found.psnr:.1f} dB, colours " in line and line.endswith(
+        f"motion {count} of {count} parts, 0 faces"
+    )
+    assert "motion still, drift 0.00" in brief(report("a robot standing still"))

@@ -14,7 +14,7 @@ from torch.nn.functional import conv2d, pad
 
 from fourdfy.config import ConfigError
 from fourdfy.evaluation import marks, scenes, shapes
-from fourdfy.evaluation.report import brief, print_report, summary_table
+from fourdfy.evaluation.report import brief, print_report, summary_tables
 from fourdfy.evaluation.scenes import BACKGROUND, evaluate_scene, evaluate_system
 from fourdfy.evaluation.shapes import main
 from fourdfy.ops.cameras import orbit_cameras
@@ -415,7 +415,7 @@ def test_the_tables_say_what_was_measured():
     console = Console(record=True, width=160, file=io.StringIO())
     print_report(report, console)
     row = asdict(report) | {"seconds": 61.0, "drop": "video"}
-    console.print(summary_table([row, row | {"colour_ok": False, "fronts": 2}]))
+    console.print(*summary_tables([row, row | {"colour_ok": False, "fronts": 2}]))
     text = console.export_text()
     for said in ("a red ball bouncing", "100.0 dB", "correlation 1.00", "1/2", "2/2 right", "video", "122"):
         assert said in text

@@ -7,6 +7,7 @@ from fourdfy.shapes.grammar import (
     MOTIONS,
     SHAPES,
     all_prompts,
+    check_text,
     is_held_out,
     parse_prompt,
 )
@@ -38,3 +39,11 @@ def test_a_fifth_is_held_out_and_every_pair_occurs_in_training():
     assert {(p.colour, p.shape) for p in known} == {(c, s) for c in COLOURS for s in SHAPES}
     assert {(p.colour, p.motion) for p in known} == {(c, m) for c in COLOURS for m in MOTIONS}
     assert {(p.shape, p.motion) for p in known} == {(s, m) for s in SHAPES for m in MOTIONS}
+
+
+def test_the_flow_transformer_says_that_it_knows_no_creatures():
+    check_text("a red cube spinning, in the last quarter, front view")
+    with pytest.raises(ValueError, match="'panda' is no solid, and the flow transformer knows no creatures"):
+        check_text("a panda dancing")
+    with pytest.raises(ValueError, match="did you mean 'in the first quarter'"):
+        check_text("a red cube spinning, in the first sixteenth")

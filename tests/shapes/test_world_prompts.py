@@ -18,13 +18,36 @@ def test_every_prompt_has_its_text_and_its_own_code():
 
 
 @pytest.mark.parametrize(
-    "text", ["a red cube spinning, at the start, front view", "a panda dancing, side view", ""]
+    "text", ["a red cube spinning, in the last sixteenth, front view", "a panda dancing, side view", ""]
 )
 def test_texts_of_both_kinds_are_known(text):
     prompts.check_text(text)
 
 
-@pytest.mark.parametrize("text", ["a red cube dancing", "a panda pulsing", "a panda dancing, at noon"])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a cat dancing", "'cat' is no creature"),
+        ("a pandda spinning", "'pandda' is no creature"),
+        ("a red zebra spinning", "'zebra' is no shape"),
+        ("a red cube", "too short"),
+    ],
+)
+def test_a_word_of_no_grammar_is_answered_with_both(text, said):
+    with pytest.raises(ValueError, match=said) as error:
+        prompts.parse(text)
+    assert "CREATURE GESTURE" in str(error.value) and "SHAPE MOTION" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a red cube dancing",
+        "a panda pulsing",
+        "a panda dancing, at noon",
+        "a panda dancing, in the first quarter",
+    ],
+)
 def test_motions_of_one_kind_are_not_the_others(text):
     with pytest.raises(ValueError, match="did you mean"):
         prompts.check_text(text)
