@@ -4,7 +4,7 @@
 # All can be repeated. PYTHON chooses the interpreter, PROMPT the prompt, ARGS adds key=value overrides.
 PYTHON ?= python3
 VENV ?= .venv
-PROMPT ?= a red cube bouncing
+PROMPT ?= a panda dancing
 ARGS ?=
 
 .PHONY: demo test docs lint install lock clean

@@ -1,6 +1,6 @@
-"""Make the README's picture: frames of a finished shapes trial above the ground truth of the same views.
+"""Make the README's animated picture: the test views of finished shapes trials above the ground truth.
 
-python benchmarks/demo_picture.py outputs/shapes_stage_3/a_red_cube_bouncing docs/images/demo.png
+python benchmarks/demo_picture.py docs/images/demo.webp outputs/shapes_stage_3/*
 """
 
 from __future__ import annotations
@@ -8,28 +8,44 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import imageio.v2 as imageio
 import numpy as np
 import torch
+from PIL import Image
 
-from fourdfy.files.images import save_image, side_by_side, to_pixels
+from fourdfy.evaluation.scenes import ground_truth
+from fourdfy.files.images import to_pixels
 from fourdfy.launching.experiment import load_experiment
-from fourdfy.shapes.grammar import parse_prompt
-from fourdfy.shapes.world import BACKGROUNDS, render
+from fourdfy.shapes.prompts import parse
 
-COLUMNS = 8
+SIZE, COLUMNS = 192, 4
+SECONDS = 4.0
 
 
-def main(trial: Path, picture: Path) -> None:
+def main(picture: Path, trials: list[Path]) -> None:
+    pairs = [pair(trial) for trial in trials]
+    blank = np.full_like(pairs[0], 255)
+    pairs += [blank] * (-len(pairs) % COLUMNS)
+    rows = [np.concatenate(pairs[k : k + COLUMNS], axis=2) for k in range(0, len(pairs), COLUMNS)]
+    first, *others = map(Image.fromarray, np.concatenate(rows, axis=1))
+    milliseconds = round(1000 * SECONDS / (1 + len(others)))
+    first.save(
+        picture, save_all=True, append_images=others, duration=milliseconds, loop=0, quality=75, method=6
+    )
+
+
+def pair(trial: Path) -> np.ndarray:
+    """All frames of a trial, [frames, 2 SIZE, SIZE, 3]: the scene above the truth."""
     experiment = load_experiment([trial / "configs" / "parsed.yaml"])
     cameras = experiment.build_data().test_cameras(dynamic=True)["test"]
-    picked = torch.linspace(0, len(cameras) // 2 - 1, COLUMNS).long()
-    prompt = parse_prompt(experiment.cfg.system.prompt_processor.prompt)
-    truth, _ = render([prompt] * COLUMNS, cameras[picked], torch.tensor(BACKGROUNDS[0]))
+    truth, _ = ground_truth(parse(experiment.cfg.system.prompt_processor.prompt))(cameras)
     (folder,) = trial.glob("save/it*-test")
-    ours = [imageio.imread(folder / f"{int(index)}.png") for index in picked]
-    save_image(picture, np.concatenate([side_by_side(ours), side_by_side([*to_pixels(truth)])]))
+    ours = [Image.open(folder / f"{index}.png").convert("RGB") for index in range(len(cameras))]
+    both = zip(ours, map(Image.fromarray, to_pixels(truth)), strict=True)
+    return np.stack(
+        [np.concatenate([np.asarray(image.resize((SIZE, SIZE))) for image in two]) for two in both]
+    )
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    with torch.no_grad():
+        main(Path(sys.argv[1]), [Path(name) for name in sys.argv[2:]])

@@ -176,7 +176,7 @@ def test_a_recipe_says_which_prompt_it_takes_unless_one_is_given(mode, tmp_path,
         with caplog.at_level("INFO"):
             assert main([*given, f"exp_root_dir={tmp_path}", *prompt]) == 0
         said = capsys.readouterr().out + caplog.text
-        own = f"prompt: 'a red cube bouncing', from {CONFIGS / 'shapes.yaml'}; to change it: --prompt TEXT"
+        own = f"prompt: 'a panda dancing', from {CONFIGS / 'shapes.yaml'}; to change it: --prompt TEXT"
         assert (own in said) == (not prompt)
         assert ("--prompt TEXT" in said) == (not prompt)
 

@@ -15,7 +15,7 @@ import diffusers
 
 from tools.shapes_training import store
 from tools.shapes_training.models import CLASSES, DENOISERS, FOLDERS, build_scheduler, latent_shape, needs
-from tools.shapes_training.text import build_tokenizer, write_tokenizer
+from tools.shapes_training.text import SOLIDS_ONLY, build_tokenizer, write_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -47,12 +47,12 @@ license: apache-2.0
 {use}
 
 64 x 64 images, VAE latents {latents}; {prediction_type}.
-Made for tests and demonstrations of fourdfy: it knows only the objects of
-`fourdfy/shapes/grammar.py`. A fifth of the prompts was held out from training.
+Made for tests and demonstrations of fourdfy: it knows only {knows}.
+A fifth of the prompts was held out from training.
 
 ## Training
 
-Data: renderings of `fourdfy/shapes/world.py`, drawn by `tools/shapes_training/data.py`; nothing else.
+Data: renderings of `fourdfy/shapes/`, drawn by `tools/shapes_training/data.py`; nothing else.
 Command: `python -m tools.shapes_training all --out DIR --seed {seed}`, or part by part:
 
 | part | parameters | steps | batch | seconds | device | seed | final losses |
@@ -79,6 +79,9 @@ def model_card(part: str, records: dict[str, dict[str, Any]]) -> str:
     head = _CARD.format(
         title=_TITLES[part],
         use=_USES[part],
+        knows="the solids of\n`fourdfy/shapes/grammar.py`"
+        if part in SOLIDS_ONLY
+        else "the solids and creatures of\n`fourdfy/shapes/prompts.py`",
         latents=" x ".join(map(str, latent_shape(part))),
         prediction_type=build_scheduler(part).config.prediction_type,
         seed=records[part].get("seed", 0),
@@ -90,7 +93,10 @@ def model_card(part: str, records: dict[str, dict[str, Any]]) -> str:
     vae = records[needs(part)[1]]
     if "psnr" in vae:
         scale = f", scaling factor {vae['scaling_factor']:.4f}" if "scaling_factor" in vae else ""
-        lines += ["", f"VAE: PSNR {vae['psnr']:.1f} dB{scale}."]
+        creatures = (
+            f" on solids, {vae['psnr_creatures']:.1f} dB on creatures" if "psnr_creatures" in vae else ""
+        )
+        lines += ["", f"VAE: PSNR {vae['psnr']:.1f} dB{creatures}{scale}."]
     if "quality" in records[part]:
         lines += _samples(records[part]["quality"])
     return head + "\n".join(lines) + "\n"
@@ -98,19 +104,21 @@ def model_card(part: str, records: dict[str, dict[str, Any]]) -> str:
 
 def _samples(quality: dict[str, Any]) -> list[str]:
     names = list(quality["shares"]["all"])
+    of = {"all": "solids", "held_out": "solids, held out", "creatures_held_out": "creatures, held out"}
     lines = [
         "",
         "## Samples",
         "",
         f"{quality['num_prompts']} prompts, {quality['num_held_out']} of them held out; DDIM, "
         f"{quality['steps']} steps, guidance {quality['guidance_scale']}. Shares of the samples whose",
-        "nearest ground truth agrees with the prompt (`tools/shapes_training/quality.py`). Right: all.",
+        "nearest ground truth agrees with the prompt (`tools/shapes_training/quality.py`). Shape: of a",
+        "creature, which one it is. Right: all.",
         "",
         f"| prompts | {' | '.join(names)} |",
         f"| --- |{' --- |' * len(names)}",
     ]
     for which, shares in quality["shares"].items():
-        lines.append(f"| {which.replace('_', ' ')} | {' | '.join(f'{shares[n]:.3f}' for n in names)} |")
+        lines.append(f"| {of.get(which, which)} | {' | '.join(f'{shares[n]:.3f}' for n in names)} |")
     if "psnr" in quality:
         lines += ["", f"Mean PSNR against ground truth from the given cameras: {quality['psnr']} dB."]
     return [*lines, "", "![samples](samples.png)"]

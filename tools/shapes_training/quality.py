@@ -7,6 +7,7 @@ the nearest: is it one of the prompt's own shape, motion, view? N samples of F f
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -257,7 +258,7 @@ def _check_creatures(
 ) -> dict[str, Bool[Tensor, "N"]]:
     """Whether the nearest ground truth that differs in one word only has the prompt's own."""
     others = {
-        "colour": [[replace(p, colour=colour) for colour in (None, *COLOURS)] for p in prompts],
+        "colour": [[p, *(replace(p, colour=colour) for colour in _other_colours(p))] for p in prompts],
         "shape": [
             [replace(p, creature=name) for name in CREATURES if p.gesture in allowed(name)] for p in prompts
         ],
@@ -271,6 +272,12 @@ def _check_creatures(
     if part in CLIPS:
         return checks
     return checks | {"view": _check_view(part, images, background, scenes, azimuths)}
+
+
+def _other_colours(prompt: CreaturePrompt) -> list[str | None]:
+    """Those that are not nearly the prompt's own, as the fish's is nearly orange."""
+    shades = {None: CREATURES[prompt.creature].colour, **COLOUR_RGB}
+    return [name for name, shade in shades.items() if math.dist(shade, shades[prompt.colour]) > 0.25]
 
 
 def _nearest_background(images: Float[Tensor, "N F 3 h w"]) -> Int[Tensor, "N"]:
