@@ -133,8 +133,8 @@ def read_report(path: Path) -> Report:
 
 def print_report(report: Report, console: Console | None = None) -> None:
     """One scene's numbers, and what was measured over time, on the terminal or ``console``."""
-    tables = _creature_tables if isinstance(report, CreatureReport) else _report_tables
-    (console or Console()).print(*tables(report))
+    tables = _creature_tables(report) if isinstance(report, CreatureReport) else _solid_tables(report)
+    (console or Console()).print(*tables)
 
 
 def brief(report: Report) -> str:
@@ -236,7 +236,7 @@ def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
     return sum(row[key] for row in rows) / len(rows)
 
 
-def _report_tables(report: ShapesReport) -> tuple[Table, Table]:
+def _solid_tables(report: ShapesReport) -> tuple[Table, Table]:
     numbers = Table(title=_title(report), show_header=False)
     for name, value in (
         ("silhouette IoU", _number(report.iou)),

@@ -13,6 +13,7 @@ from fourdfy.launching.experiment import Experiment, TrainerConfig, load_experim
 from fourdfy.launching.plan import memory_line
 from fourdfy.launching.recipe import load_recipe
 from fourdfy.prompts import base
+from fourdfy.shapes.creature_prompts import GRAMMAR as CREATURES
 from fourdfy.shapes.grammar import GRAMMAR
 from tests.commands import CONFIGS, launch
 from tests.tiny_models import save_zeroscope
@@ -110,7 +111,7 @@ def test_a_prompt_outside_the_grammar_is_warned_of(tmp_path, caplog):
     assert launch("shapes.yaml", "check", tmp_path, prompt) == 0
     assert [r.getMessage() for r in caplog.records if "crimson" in r.getMessage()] == [
         f"the models were not trained on such a prompt: 'crimson' is no colour of the shapes world; "
-        f"did you mean 'green'? It knows {GRAMMAR}"
+        f"did you mean 'green'? It knows {GRAMMAR}, and {CREATURES}"
     ]
 
 
