@@ -234,7 +234,7 @@ def test_all_trains_the_denoisers_side_by_side_measures_and_exports(run, tmp_pat
         shutil.copyfile(run / name, tmp_path / name)
     few = ["--num-prompts", "2", "--sample-steps", "1"]
     main(["all", "--out", str(tmp_path), "--assets", str(tmp_path / "assets"), *TINY, *few])
-    assert store.read_record(tmp_path, "image")["quality"]["num_prompts"] == 2
+    assert store.read_record(tmp_path, "image")["quality"]["num_prompts"] == 2 + 2  # creatures too
     assert (tmp_path / "assets" / FOLDERS["image"] / "unet" / "config.json").exists()
 
 

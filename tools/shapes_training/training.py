@@ -62,7 +62,7 @@ logger = logging.getLogger(__name__)
 
 POOL = {"image": 200_000, "multi_view": 50_000, "video": 25_000, "wan": 40_000}
 POOL |= {"vae": 60_000, "wan_vae": 4_000}
-SHARES = {"text": (1.0, 0.1), "vae": (1.7, 0.2), "wan_text": (0.5, 0.05), "wan_vae": (5.0, 0.3)}
+SHARES = {"text": (1.0, 0.1), "vae": (4.0, 0.2), "wan_text": (0.5, 0.05), "wan_vae": (5.0, 0.3)}
 """Minutes that each of these has in a call for all, at most, and share of the call."""
 TEXT_DROPOUT = 0.1
 FILL_SHARE = 0.1
