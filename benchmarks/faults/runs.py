@@ -31,7 +31,7 @@ from tests.commands import TINY
 EVERY_N_STEPS = 2
 SETTINGS = (
     *TINY,
-    "system.prompt_processor.prompt=a panda dancing",  # not of the shapes world, so it has no scores
+    "system.prompt_processor.prompt=a zebra dancing",  # not of the shapes world, so it has no scores
     f"checkpoint.every_n_train_steps={EVERY_N_STEPS}",
     "trainer.max_steps=4",
     "trainer.val_check_interval=2",

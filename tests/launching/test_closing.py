@@ -35,7 +35,7 @@ def closing(caplog, root, config, prompt, *views):
     ("config", "prompt"),
     [
         ("fourdfy_stage_3", "a panda dancing"),
-        ("shapes", "a panda dancing"),
+        ("shapes", "a zebra dancing"),
         ("shapes_stage_1", "a red cube spinning"),
     ],
     ids=["real models", "no prompt of the world", "a stage without motion"],

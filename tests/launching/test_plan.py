@@ -115,6 +115,13 @@ def test_a_prompt_outside_the_grammar_is_warned_of(tmp_path, caplog):
     ]
 
 
+def test_a_creature_is_nothing_that_the_flow_prior_knows(tmp_path, caplog):
+    base._warn_once.cache_clear()
+    assert launch("shapes_wan.yaml", "check", tmp_path, "system.prompt_processor.prompt=a panda dancing") == 0
+    (said,) = {r.getMessage() for r in caplog.records if "trained on such a prompt" in r.getMessage()}
+    assert "'panda' is no solid, and the flow transformer knows no creatures, only 'a COLOUR" in said
+
+
 @pytest.fixture(scope="module")
 def zeroscope(tmp_path_factory) -> Path:
     return save_zeroscope(tmp_path_factory.mktemp("models") / "zeroscope")
