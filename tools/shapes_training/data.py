@@ -217,9 +217,9 @@ class Pool:
         return {key: value[rows] for key, value in self.rows.items()}
 
     def save(self, out: Path) -> None:
-        """Keep a full pool for the next call."""
-        if self.full:
-            store.save_pool(out, self.part, {"rows": self.rows, "made_by": self.made_by})
+        """Keep the scenes for the next call."""
+        place = {"filled": self.filled, "next": self._next, "made_by": self.made_by}
+        store.save_pool(out, self.part, {"rows": self.rows, **place})
 
     def restore(self, out: Path, device: torch.device) -> None:
         """Take up what ``save`` kept, if it was of the same size and made by the same."""
@@ -228,7 +228,7 @@ class Pool:
             return
         if len(next(iter(kept["rows"].values()))) == self.size:
             self.rows = {key: value.to(device) for key, value in kept["rows"].items()}
-            self.filled = self.size
+            self.filled, self._next = kept["filled"], kept["next"]
 
 
 def latent_pool(part: str, size: int, out: Path, seed: int, device: torch.device) -> Pool:
