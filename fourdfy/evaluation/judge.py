@@ -7,7 +7,7 @@ there is one, and under ``protocol`` the cameras, networks with their commits, s
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.metadata import version
@@ -21,8 +21,8 @@ from fourdfy import __version__
 from fourdfy.callbacks.base import Callback, Run
 from fourdfy.config_files import find_config
 from fourdfy.evaluation.networks import Judge, revision_of
-from fourdfy.evaluation.protocol import EvaluationConfig, has_truth
-from fourdfy.evaluation.registry import METRICS
+from fourdfy.evaluation.protocol import EvaluationConfig
+from fourdfy.evaluation.registry import METRICS, Metric
 from fourdfy.evaluation.report import Report, print_report, write_json
 from fourdfy.evaluation.scenes import evaluate_scene, scene_renderer
 from fourdfy.evaluation.views import CLIP_AZIMUTHS_DEG, Views
@@ -52,25 +52,33 @@ class Judgement:
 
 
 def evaluate(
-    system: System, camera: Cameras, cfg: EvaluationConfig, *, prompt: str, dynamic: bool, seed: int
+    system: System,
+    camera: Cameras,
+    cfg: EvaluationConfig,
+    *,
+    prompt: str,
+    learned: bool,
+    dynamic: bool,
+    seed: int,
 ) -> Judgement:
     """Judge a scene.
 
     Args:
+        learned: whether there is a ground truth; see ``Experiment.learned``.
         camera: one of its test views, whose distance and field of view those of the protocol have.
 
     Raises:
         ModelNotFound: a network of the metrics was not found; nothing was computed. Says what to type.
         ConfigError: the list of captions can't be read.
     """
-    folders = find_networks(cfg, prompt)
-    needs_captions = any(entry.name == "clip_r_precision" for entry in cfg.chosen(prompt))
+    folders = find_networks(cfg, learned)
+    needs_captions = any(entry.name == "clip_r_precision" for entry in cfg.chosen(learned))
     file = find_config(cfg.captions)
     captions = read_prompts(file, "evaluation.captions") if needs_captions else []
     views = views_of(system, camera, cfg, prompt=prompt, dynamic=dynamic, captions=captions)
     render = scene_renderer(system)
-    report = evaluate_scene(prompt, render, device=system.device) if has_truth(prompt) else None
-    numbers = measured(views, cfg)
+    report = evaluate_scene(prompt, render, device=system.device) if learned else None
+    numbers = measured(views, cfg.chosen(learned))
     protocol = {
         "elevation_deg": cfg.elevation,
         "azimuths_deg": f"{cfg.views}, evenly from 0",
@@ -91,14 +99,14 @@ def evaluate(
     return Judgement(prompt=prompt, truth=report, numbers=numbers, protocol=protocol)
 
 
-def find_networks(cfg: EvaluationConfig, prompt: str) -> dict[str, Path]:
+def find_networks(cfg: EvaluationConfig, learned: bool) -> dict[str, Path]:
     """Part -> folder of every network that the metrics need, fetched if necessary.
 
     Raises:
         ModelNotFound: one can't be found; says what to type.
     """
     try:
-        return {part: resolve_model(name, (part,)) for part, name in cfg.models(prompt).items()}
+        return {part: resolve_model(name, (part,)) for part, name in cfg.models(learned).items()}
     except ModelNotFound as error:
         others = ",".join(entry.name for entry in cfg.measurable().values() if not entry.needs)
         raise ModelNotFound(
@@ -137,10 +145,10 @@ def views_of(
     )
 
 
-def measured(views: Views, cfg: EvaluationConfig) -> dict[str, float | None]:
+def measured(views: Views, metrics: Iterable[Metric]) -> dict[str, float | None]:
     """Metric -> value; None for what is not defined for such a scene."""
     found = {}
-    for entry in cfg.chosen(views.prompt):
+    for entry in metrics:
         assert entry.measure
         logger.info("%s ...", entry.name)
         found[entry.name] = entry.measure(views)

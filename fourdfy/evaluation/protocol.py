@@ -10,7 +10,6 @@ from fourdfy.config import file_path
 from fourdfy.evaluation import consistency, likeness, motion  # noqa: F401
 from fourdfy.evaluation.registry import METRICS, Metric
 from fourdfy.evaluation.views import Protocol
-from fourdfy.shapes.prompts import parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,23 +41,14 @@ class EvaluationConfig(Protocol):
         """The metrics that need nothing but a scene."""
         return {name: entry for name, entry in METRICS.items() if entry.measure}
 
-    def chosen(self, prompt: str) -> list[Metric]:
-        """The metrics of a scene with this prompt."""
+    def chosen(self, learned: bool) -> list[Metric]:
+        """The metrics of a scene whose prompt has a ground truth, or none."""
         known = self.measurable()
         if self.metrics is not None:
             return [known[name] for name in self.metrics]
-        return [entry for entry in known.values() if not (entry.needs and has_truth(prompt))]
+        return [entry for entry in known.values() if not (entry.needs and learned)]
 
-    def models(self, prompt: str) -> dict[str, str]:
+    def models(self, learned: bool) -> dict[str, str]:
         """Part -> name of each network that these metrics need."""
-        needed = {part for entry in self.chosen(prompt) for part in entry.needs}
+        needed = {part for entry in self.chosen(learned) for part in entry.needs}
         return {part: getattr(self, part) for part in sorted(needed)}
-
-
-def has_truth(prompt: str) -> bool:
-    """Whether a prompt is of the shapes world."""
-    try:
-        parse(prompt)
-    except ValueError:
-        return False
-    return True

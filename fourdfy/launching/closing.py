@@ -14,7 +14,6 @@ from fourdfy.launching.experiment import Experiment
 from fourdfy.launching.recipe import Stage
 from fourdfy.launching.reports import write_report
 from fourdfy.launching.trial import command_for
-from fourdfy.priors.hub import knows_text
 from fourdfy.systems.checkpoint import step_of
 
 if TYPE_CHECKING:
@@ -70,8 +69,7 @@ def _copy(video: Path, target: Path) -> Path:
 def _scores(stage: Stage, device: str) -> str | None:
     """One line that compares a moving scene with the ground truth; None if there is no ground truth."""
     experiment = stage.experiment
-    prompt = learned_prompt(experiment) if experiment.plan.dynamic else None
-    if prompt is None:
+    if not (experiment.learned and experiment.plan.dynamic):
         return None
     from fourdfy.evaluation.report import brief, read_report
     from fourdfy.evaluation.scenes import evaluate_system
@@ -81,28 +79,16 @@ def _scores(stage: Stage, device: str) -> str | None:
     if experiment.cfg.evaluation.after_training and file.is_file():  # it says more
         return brief(read_report(file))
     system = experiment.load_system(device, checkpoint)
-    found = evaluate_system(system, prompt, save)
+    found = evaluate_system(system, experiment.cfg.system.prompt, save)
     write_report(experiment, system)  # again, with the scores
     return brief(found)
 
 
-def learned_prompt(experiment: Experiment) -> str | None:
-    """The prompt, if its models have learned it from a world whose ground truth is known."""
-    prompts = getattr(experiment.cfg.system, "prompt_processor", None)
-    try:
-        if prompts and knows_text(prompts.pretrained_model_name_or_path, prompts.prompt):
-            return prompts.prompt
-    except ValueError:  # a prompt that its models haven't learned
-        pass
-    return None
-
-
 def ground_truth_of(experiment: Experiment) -> Render | None:
     """The true scene of the prompt as a renderer; None if nobody knows it."""
-    prompt = learned_prompt(experiment)
-    if prompt is None:
+    if not experiment.learned:
         return None
     from fourdfy.evaluation.scenes import ground_truth
     from fourdfy.shapes.prompts import parse
 
-    return ground_truth(parse(prompt))
+    return ground_truth(parse(experiment.cfg.system.prompt))

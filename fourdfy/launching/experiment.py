@@ -27,6 +27,7 @@ from fourdfy.data.base import DataModule
 from fourdfy.evaluation.protocol import EvaluationConfig
 from fourdfy.files.names import sanitize_tag
 from fourdfy.original.keys import without_effect_dropped
+from fourdfy.priors.hub import knows_text
 from fourdfy.systems.agreement import check_agreement
 from fourdfy.systems.base import System
 from fourdfy.systems.checkpoint import LAST, has_checkpoint, read_checkpoint
@@ -228,7 +229,22 @@ class Experiment:
     @property
     def judged(self) -> dict[str, Any]:
         """What an evaluation says of the scene besides its numbers."""
-        return {"prompt": self.cfg.system.prompt, "dynamic": self.plan.dynamic, "seed": self.cfg.seed}
+        system = self.cfg.system
+        return {
+            "prompt": system.prompt,
+            "learned": self.learned,
+            "dynamic": self.plan.dynamic,
+            "seed": self.cfg.seed,
+        }
+
+    @property
+    def learned(self) -> bool:
+        """Whether the models have learned the prompt from a world whose ground truth is known."""
+        prompts = getattr(self.cfg.system, "prompt_processor", None)
+        try:
+            return bool(prompts) and knows_text(prompts.pretrained_model_name_or_path, prompts.prompt)
+        except ValueError:  # a prompt that its models haven't learned
+            return False
 
     def starting_from(self, weights: str | None) -> Experiment:
         """The same with other ``system.weights``."""

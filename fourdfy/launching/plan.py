@@ -231,9 +231,9 @@ def find_models(experiments: Sequence[Experiment]) -> dict[str, Path]:
 def judging_models(experiments: Sequence[Experiment]) -> dict[str, tuple[str, ...]]:
     """Model name -> its part, of those that judge the stages after training."""
     found: dict[str, tuple[str, ...]] = {}
-    for each in (experiment.cfg for experiment in experiments):
-        if each.evaluation.after_training:
-            found |= {name: (part,) for part, name in each.evaluation.models(each.system.prompt).items()}
+    for each in experiments:
+        if each.cfg.evaluation.after_training:
+            found |= {name: (part,) for part, name in each.cfg.evaluation.models(each.learned).items()}
     return found
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from fourdfy.evaluation.report import brief, read_report
 from fourdfy.files import atomic
-from fourdfy.launching.closing import log_closing
+from fourdfy.launching.closing import ground_truth_of, log_closing
 from fourdfy.launching.recipe import load_recipe
 from tests.commands import launch, trial
 
@@ -83,7 +83,7 @@ def test_a_result_that_cannot_be_copied_is_found_where_it_was_made(tmp_path, cap
     stages_video = tmp_path / "shapes_stage_3" / "mine" / "save" / "it2-test.mp4"
     stages_video.parent.mkdir(parents=True)
     stages_video.write_bytes(b"video")
-    said, _ = closing(caplog, tmp_path, "shapes", "a panda dancing")
+    said, _ = closing(caplog, tmp_path, "shapes", "a zebra dancing")
     assert f"video   {stages_video}" in said
     assert (
         "result.mp4 could not be written" in caplog.text
@@ -115,3 +115,21 @@ def test_scores_that_can_not_be_told_cost_a_warning(tmp_path, caplog, monkeypatc
     said, _ = closing(caplog, tmp_path, "shapes_stage_1", "a red cube spinning", "it2-test")
     assert said.startswith("done in 61 min 12 s")
     assert "scores could not be written; the run continues (OSError: disk full)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "prompt", "learned"),
+    [
+        ("fourdfy_stage_3", "a panda dancing", False),
+        ("shapes_stage_3", "a panda dancing", True),
+        ("shapes_stage_3", "a red cube spinning", True),
+        ("shapes_stage_3", "a zebra dancing", False),
+    ],
+)
+def test_a_scene_is_compared_with_the_truth_only_of_what_its_models_learned(
+    config, prompt, learned, tmp_path
+):
+    """The paper's first prompt is of the shapes world too."""
+    (stage,) = load_recipe([Path(config)], [f"system.prompt_processor.prompt={prompt}"])
+    assert stage.experiment.judged["learned"] == learned
+    assert (ground_truth_of(stage.experiment) is not None) == learned
