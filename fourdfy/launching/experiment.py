@@ -240,9 +240,9 @@ class Experiment:
     @property
     def learned(self) -> bool:
         """Whether the models have learned the prompt from a world whose ground truth is known."""
-        prompts = getattr(self.cfg.system, "prompt_processor", None)
+        prompts: Any = getattr(self.cfg.system, "prompt_processor", None)
         try:
-            return bool(prompts) and knows_text(prompts.pretrained_model_name_or_path, prompts.prompt)
+            return prompts is not None and knows_text(prompts.pretrained_model_name_or_path, prompts.prompt)
         except ValueError:  # a prompt that its models haven't learned
             return False
 
