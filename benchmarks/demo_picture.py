@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fourdfy.evaluation.scenes import ground_truth
 from fourdfy.files.images import to_pixels
 from fourdfy.launching.experiment import load_experiment
-from fourdfy.shapes.prompts import parse
+from fourdfy.shapes.prompts import encode, parse, render_codes
+from fourdfy.shapes.world import BACKGROUNDS
 
 SIZE, COLUMNS = 192, 4
 SECONDS = 4.0
@@ -23,9 +23,9 @@ SECONDS = 4.0
 
 def main(picture: Path, trials: list[Path]) -> None:
     pairs = [pair(trial) for trial in trials]
-    blank = np.full_like(pairs[0], 255)
-    pairs += [blank] * (-len(pairs) % COLUMNS)
-    rows = [np.concatenate(pairs[k : k + COLUMNS], axis=2) for k in range(0, len(pairs), COLUMNS)]
+    columns = min(COLUMNS, len(pairs))
+    pairs += [np.full_like(pairs[0], 255)] * (-len(pairs) % columns)
+    rows = [np.concatenate(pairs[k : k + columns], axis=2) for k in range(0, len(pairs), columns)]
     first, *others = map(Image.fromarray, np.concatenate(rows, axis=1))
     milliseconds = round(1000 * SECONDS / (1 + len(others)))
     first.save(
@@ -37,7 +37,8 @@ def pair(trial: Path) -> np.ndarray:
     """All frames of a trial, [frames, 2 SIZE, SIZE, 3]: the scene above the truth."""
     experiment = load_experiment([trial / "configs" / "parsed.yaml"])
     cameras = experiment.build_data().test_cameras(dynamic=True)["test"]
-    truth, _ = ground_truth(parse(experiment.cfg.system.prompt_processor.prompt))(cameras)
+    codes = encode([parse(experiment.cfg.system.prompt_processor.prompt)]).expand(len(cameras), -1)
+    truth, _ = render_codes(codes, cameras, torch.tensor(BACKGROUNDS[0]), supersample=1)
     (folder,) = trial.glob("save/it*-test")
     ours = [Image.open(folder / f"{index}.png").convert("RGB") for index in range(len(cameras))]
     both = zip(ours, map(Image.fromarray, to_pixels(truth)), strict=True)

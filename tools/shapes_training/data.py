@@ -6,7 +6,7 @@ A scene's text is a row of the table of all texts: prompt, moment words, view wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -77,10 +77,13 @@ def table_texts(part: str) -> Iterator[str]:
 
 
 @torch.no_grad()
-def text_table(out: Path, part: str, device: torch.device) -> Float[Tensor, "T L C"]:
-    """What the text encoder ``part`` makes of ``table_texts``."""
-    encoder = store.load_part(out, part, device)
-    pairs = (tokens.to(device).split(512) for tokens in tokenize(build_tokenizer(part), table_texts(part)))
+def text_table(
+    out: Path, part: str, device: torch.device, rows: Sequence[int] | None = None
+) -> Float[Tensor, "T L C"]:
+    """What the text encoder ``part`` makes of ``table_texts``, or of these rows of it."""
+    encoder, texts = store.load_part(out, part, device), [*table_texts(part)]
+    chosen = texts if rows is None else [texts[row] for row in rows]
+    pairs = (tokens.to(device).split(512) for tokens in tokenize(build_tokenizer(part), chosen))
     return torch.cat([embed(encoder, ids, attended) for ids, attended in zip(*pairs, strict=True)])
 
 
