@@ -10,7 +10,15 @@ from rich.console import Console
 
 from fourdfy.evaluation import creatures
 from fourdfy.evaluation.creatures import evaluate_creature, ground_truth
-from fourdfy.evaluation.report import CreatureReport, ShapesReport, brief, print_report, summary_tables
+from fourdfy.evaluation.report import (
+    CreatureReport,
+    ShapesReport,
+    brief,
+    print_report,
+    read_report,
+    summary_tables,
+    write_json,
+)
 from fourdfy.evaluation.scenes import evaluate_scene
 from fourdfy.evaluation.scenes import ground_truth as any_truth
 from fourdfy.ops.cameras import orbit_cameras
@@ -142,3 +150,9 @@ def test_the_tables_say_what_was_measured_of_a_creature():
         f"motion {count} of {count} parts, 0 faces"
     )
     assert "motion still, drift 0.00" in brief(report("a robot standing still"))
+
+
+def test_a_report_is_read_as_it_was_written(tmp_path):
+    found = report("a robot standing still")
+    write_json(tmp_path / "report.json", asdict(found) | {"protocol": {}})
+    assert read_report(tmp_path / "report.json") == found

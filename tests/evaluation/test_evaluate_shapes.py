@@ -444,7 +444,7 @@ def test_a_system_is_evaluated_over_the_light_background(tmp_path):
 def test_a_prompt_outside_the_grammar_has_no_ground_truth(tmp_path):
     system = TrueSystem(ShapePrompt("blue", "cube", "standing still"))
     with pytest.raises(ConfigError, match=r"system\.prompt_processor\.prompt.*COLOUR"):
-        evaluate_system(system, "a panda dancing", tmp_path)
+        evaluate_system(system, "a zebra dancing", tmp_path)
 
 
 # -- the command ---------------------------------------------------------------------------------
