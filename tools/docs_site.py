@@ -67,7 +67,7 @@ def _page_of(source: Path) -> str:
     uri = (
         source.relative_to(DOCS).as_posix() if inside else f"repository/{source.relative_to(ROOT).as_posix()}"
     )
-    is_shown = source.suffix not in {".md", ".png", ".glb"}
+    is_shown = source.suffix not in {".md", ".png", ".webp", ".glb"}
     return f"{uri}.md" if is_shown else uri
 
 
