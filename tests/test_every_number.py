@@ -28,17 +28,17 @@ ACCEPTED = (
     (0, "data.*.elevation_range.*"),
     (0, "system.geometry.density_blob_scale system.background.* system.renderer.alpha_thre"),
     (0, "system.renderer.occ_dilation"),
-    (0, "system.prompt_processor.*_threshold system.guidance*.guidance_scale"),
+    (0, "system.prompt_processor.*_threshold system.guidance*.guidance_scale*"),
     (0, "system.guidance*.min_step_percent* system.guidance*.recon_std_rescale"),
     (0, "system.loss.lambda_* system.optimizer.params.*.lr"),
     # A schedule may begin at any step, also before the first one.
     (0, "system.guidance*.m??_step_percent.0"),
-    (-1, "system.guidance*.m??_step_percent.0"),
+    (-1, "system.guidance*.m??_step_percent.0 system.guidance*.guidance_scale.0 system.loss.lambda_*.0"),
     # A camera below the ground.
     (-1, "data.*.elevation_range.0"),
     # A billion steps: a long run, a slow schedule, or an event that doesn't come; any seed is as good.
     (HUGE, "seed trainer.*_step* trainer.val_check_interval checkpoint.every_n_train_steps"),
-    (HUGE, "system.guidance*.m??_step_percent.3"),
+    (HUGE, "system.guidance*.m??_step_percent.3 system.guidance*.guidance_scale.3 system.loss.lambda_*.3"),
     # Null says: as elsewhere (no multi-view steps, one moment, the model's own size).
     (None, "data.prob_multi_view data.multi_view.num_frames system.guidance_video.height"),
     (None, "system.guidance_video.width"),

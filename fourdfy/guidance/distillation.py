@@ -45,6 +45,8 @@ class NoisyLatents:
     text: TextEmbeddings
     cameras: Cameras
     """Cameras of the latents' first frames."""
+    rgb: Float[Tensor, "N H W 3"]
+    """The rendered frames."""
     still: NoisyLatents | None = None
     """The same clips held still, with the same noise and the text for it; only with ``still_source``."""
 
@@ -163,7 +165,8 @@ class Distillation(Component, nn.Module, ABC):
         low, high = self.cfg.noise_range(context.step)
         prior, generator = self.prior, context.random
         same_draws = generator.clone_state()
-        latents = prior.encode(frames.comp_rgb, cameras.group_size, generator)
+        with torch.set_grad_enabled(not self.compares_frames):
+            latents = prior.encode(frames.comp_rgb, cameras.group_size, generator)
         schedule = prior.levels(prior.denoiser.schedule, latents)
         timesteps = prior.draw_timesteps(schedule, low, high, len(latents), generator)
         noise = sample_noise(latents.shape, generator, self.device)
@@ -177,6 +180,7 @@ class Distillation(Component, nn.Module, ABC):
             conditions=prior.condition(for_views(text, first, prior.view_dependent), first),
             text=text,
             cameras=first,
+            rgb=frames.comp_rgb,
         )
         if self.cfg.correct_noise:
             step = replace(step, noise=noise_from_x0(self.text_x0(step), step.noisy, step.scales))
@@ -188,6 +192,11 @@ class Distillation(Component, nn.Module, ABC):
             losses=losses,
             metrics={"grad_norm": grad.norm(), "min_step": float(least), "max_step": float(most)},
         )
+
+    @property
+    def compares_frames(self) -> bool:
+        """Whether the loss is of the frames, so that the latents need no graph."""
+        return False
 
     @abstractmethod
     def distil(

@@ -8,10 +8,11 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
-from fourdfy.bounds import number
+from fourdfy.bounds import scheduled
 from fourdfy.guidance.distillation import Distillation, NoisyLatents
 from fourdfy.ops.distillation import Weighting, score_loss, sds_gradient, sjc_gradient
 from fourdfy.registry import register
+from fourdfy.schedules import Schedule
 from fourdfy.types import StepContext
 
 
@@ -21,7 +22,7 @@ class ScoreDistillation(Distillation):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Distillation.Config):
-        guidance_scale: float = number(100.0, 0, 10_000)
+        guidance_scale: Schedule = scheduled(100.0, 0, 10_000)
         """Counted from the prediction with the text: text + scale (text - uncond), one less than usual."""
         weighting_strategy: Weighting = "sds"
         """w(t): sds 1 - abar, uniform 1, fantasia3d sqrt(abar) (1 - abar), flow 1 / sqrt(abar): the
@@ -37,7 +38,7 @@ class ScoreDistillation(Distillation):
         self, x: NoisyLatents, context: StepContext
     ) -> tuple[dict[str, Float[Tensor, ""]], Float[Tensor, "B C *S"]]:
         # + 1: this config's scale is counted from the text prediction, the prior's from the uncond.
-        x0, _ = self.guided_x0(x, self.cfg.guidance_scale + 1)
+        x0, _ = self.guided_x0(x, context.at_step(self.cfg.guidance_scale) + 1)
         x0 = self.less_still(x0, x)
         if self.cfg.use_sjc:
             score = sjc_gradient(x.clean, x.noise, x0, x.scales, self.cfg.var_red)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Real
 from torch import Tensor, nn
 
-from fourdfy.bounds import number
+from fourdfy.bounds import number, scheduled
 from fourdfy.config import file_path
 from fourdfy.guidance.distillation import Distillation, NoisyLatents
 from fourdfy.ops.cameras import projection_matrix
@@ -35,6 +35,7 @@ from fourdfy.priors.frozen import to_channels_last
 from fourdfy.priors.lora import LoRA
 from fourdfy.prompts.views import for_views
 from fourdfy.registry import register
+from fourdfy.schedules import Schedule
 from fourdfy.types import Cameras, Conditions, StepContext
 
 CAMERA_DROP = 0.1
@@ -56,7 +57,7 @@ class VariationalScoreDistillation(Distillation):
     class Config(Distillation.Config):
         pretrained_model_name_or_path_lora: str | None = file_path()
         """The model that the adapter sits on: ``unet`` and ``scheduler``; null: the prior's own."""
-        guidance_scale: float = number(7.5, 0, 10_000)
+        guidance_scale: Schedule = scheduled(7.5, 0, 10_000)
         """Counted from the unconditional prediction: uncond + scale (text - uncond)."""
         guidance_scale_lora: float = number(1.0, 0, 10_000)
         """Scale of the LoRA, counted from its prediction without text and camera; 1 is no guidance."""
@@ -131,7 +132,7 @@ class VariationalScoreDistillation(Distillation):
         learning = (
             self.start_learning(source.clean, texts, camera, context.random) if self._learning() else None
         )
-        guided, _ = self.guided_x0(x, self.cfg.guidance_scale)
+        guided, _ = self.guided_x0(x, context.at_step(self.cfg.guidance_scale))
         renderings = self.predict_x0_of_renderings(source.noisy, x.timesteps, texts, camera)
         if x.still:  # not always: the sum rounds
             renderings = renderings + (x.clean - source.clean)

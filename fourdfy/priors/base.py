@@ -152,6 +152,8 @@ class Prior(Component, ABC):
         """``Prior.is_video``."""
         is_flow: ClassVar[bool] = False
         """Whether it predicts a rectified flow: its least noise may be none, and losses divide by it."""
+        decodes_all: ClassVar[bool] = False
+        """Whether ``decode`` gives every frame of an image's or a clip's latents, if asked for so many."""
         reads_text = True
         """Whether a step needs a prompt processor."""
         view_dependent_prompting = True
@@ -315,9 +317,13 @@ class Prior(Component, ABC):
         """The prior's x_0 from one network call: (guided by ``scale``, predicted from the text alone).
 
         Args:
-            scale: counted from the unconditional prediction: uncond + scale (text - uncond).
+            scale: counted from the unconditional prediction: uncond + scale (text - uncond). At 1 nothing is
+                predicted but the text's, unless there are negatives or another mode.
             norm_bound: see ``ops.diffusion.projected_guidance``.
         """
+        if scale == 1 and mode == "cfg" and not conditions.negatives:
+            (with_text,) = self.x0(noisy, timesteps, [conditions.text], conditions.cameras)
+            return with_text, with_text
         texts = (conditions.text, conditions.uncond, *conditions.negatives)
         with_text, without, *with_negatives = self.x0(noisy, timesteps, texts, conditions.cameras)
         led = lead_away(with_text, without, with_negatives, conditions.weights)

@@ -27,6 +27,7 @@ class CausalVideoPrior(VideoPrior):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(VideoPrior.Config):
+        decodes_all: ClassVar[bool] = False
         stride: ClassVar[int] = STRIDE
         """Frames that each latent but the first one holds."""
         frames_in_chunk: ClassVar[int] = STRIDE

@@ -65,6 +65,7 @@ class LatentPrior(Prior):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(MemoryOptions, Prior.Config):
+        decodes_all: ClassVar[bool] = True
         networks: ClassVar[dict[str, str]] = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
         """Parts of the model, the one that denoises first, with their classes in diffusers."""
         parts: ClassVar[tuple[str, ...]] = ("unet", "vae", "scheduler")
@@ -260,7 +261,9 @@ class LatentPrior(Prior):
     def decode(self, latents: Float[Tensor, "B C *S"], most: int) -> Float[Tensor, "N H W 3"]:
         """Of the first images."""
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        return self._images(latents[:most] / self.vae.config.scaling_factor + shift).movedim(1, -1)
+        some = latents[:most] / self.vae.config.scaling_factor + shift
+        parts = some.split(self.cfg.frames_at_once(len(some)))
+        return torch.cat([self._images(part) for part in parts]).movedim(1, -1)
 
     def _images(self, latents: Float[Tensor, "B C *S"]) -> Float[Tensor, "B 3 *S2"]:
         """What the VAE decodes, in 0..1."""

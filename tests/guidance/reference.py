@@ -98,6 +98,7 @@ def distil(
         conditions=guidance.prior.condition(texts, views),
         text=embeddings(),
         cameras=views,
+        rgb=torch.empty(0, 1, 1, 3),
     )
     return guidance.distil(step, StepContext(0, torch.Generator().manual_seed(0)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from fourdfy.ops.diffusion import (
 from fourdfy.priors.base import DDPMSchedule, Denoiser, FlowSchedule, Prior
 from fourdfy.registry import find, register
 from fourdfy.types import TextEmbeddings
-from tests.guidance.networks import context, images, make
+from tests.guidance.networks import ALL, context, images, make, make_any, run
 from tests.guidance.reference import CPU, cameras, embeddings, filled
 from tests.renders import images_of
 
@@ -42,6 +42,10 @@ class MovingGrey(Prior):
     is_video = True
     view_dependent = False
 
+    @dataclass(frozen=True, kw_only=True)
+    class Config(Prior.Config):
+        decodes_all = True
+
     def __init__(self, cfg, *, device):
         super().__init__(cfg, device=device)
         self.denoiser = Denoiser(nn.Identity(), DDPMSchedule(alphas_cumprod=LEVELS, prediction="epsilon"))
@@ -49,6 +53,9 @@ class MovingGrey(Prior):
 
     def encode(self, rgb, group_size, generator):
         return rgb.movedim(-1, 1).unflatten(0, (-1, group_size)).movedim(1, 2)
+
+    def decode(self, latents, most):
+        return latents.movedim(2, 1).flatten(0, 1).movedim(1, -1)[:most]
 
     def predict(self, network, noisy, timesteps, text_embeddings, cameras=None):
         self.calls.append(noisy)
@@ -86,9 +93,9 @@ def frames(moving: bool = True) -> torch.Tensor:
     return rgb if moving else rgb[::FRAMES].repeat_interleave(FRAMES, 0)
 
 
-def gradient(guidance: Guidance, rgb: torch.Tensor, texts: TextEmbeddings) -> torch.Tensor:
+def gradient(guidance: Guidance, rgb: torch.Tensor, texts: TextEmbeddings, step: int = 0) -> torch.Tensor:
     rgb = rgb.clone().requires_grad_()
-    out = guidance(images_of(rgb), texts, cameras([0.0] * len(rgb), group_size=FRAMES), context())
+    out = guidance(images_of(rgb), texts, cameras([0.0] * len(rgb), group_size=FRAMES), context(step))
     return torch.autograd.grad(out.losses["sds_video"], rgb)[0]
 
 
@@ -145,6 +152,48 @@ def test_the_halves_are_combined_as_the_config_says(distillation, scale, mode):
     factor = scales.alphas * scales.sigmas if distillation == "sds" else 1
     wanted = (factor * (x - x0) / 2).movedim(2, 1).flatten(0, 1).movedim(1, -1)
     torch.testing.assert_close(given, wanted, rtol=0, atol=1e-6)  # draws are float32
+
+
+@pytest.mark.parametrize("kind", ["sds", "vsd", "multi_view"])
+def test_a_guidance_scale_may_be_a_schedule(tiny, kind):
+    learned = []
+    for scale in ([0, 6.0, 2.0, 20], 4.0):  # at step 10
+        torch.manual_seed(0)  # the LoRA
+        rgb, out = run(make_any(tiny, kind, guidance_scale=scale))
+        sum(loss for name, loss in out.losses.items() if name != "lora").backward()
+        learned.append(rgb.grad)
+    assert torch.equal(*learned)
+
+
+def test_at_a_scale_of_1_the_text_alone_is_asked():
+    guidances = [
+        analytic("reconstruction", guidance_scale=scale, recon_std_rescale=0) for scale in (1.0, 1.0 + 1e-9)
+    ]
+    learned = [gradient(guidance, frames(), text(0.4)) for guidance in guidances]
+    torch.testing.assert_close(*learned)
+    assert [len(noisy) for guidance in guidances for noisy in guidance.prior.calls] == [2, 4]
+
+
+def test_pixels_that_are_their_own_latents_learn_the_same_from_either():
+    pixels, latents = (
+        gradient(analytic("reconstruction", recon_pixels=given, recon_std_rescale=0), frames(), text(0.4))
+        for given in (True, False)
+    )
+    torch.testing.assert_close(pixels, latents)
+
+
+@pytest.mark.parametrize("kind", ["multi_view", "zeroscope+reconstruction"])
+def test_frames_are_compared_with_the_decoded_x0_and_no_encoder_is_between(tiny, kind):
+    name, folder = ALL[kind][:2] if kind in ALL else (kind, "zeroscope")
+    guidance = make(name, tiny[folder], recon_pixels=True, recon_std_rescale=0, height=16, width=16)
+    seen = []
+    guidance.observer = lambda x, x0: seen.append(x0)
+    rgb, out = run(guidance)
+    (loss,) = out.losses.values()
+    loss.backward()
+    decoded = guidance.prior.decode(seen[0], len(rgb)).movedim(-1, 1)
+    target = torch.nn.functional.interpolate(decoded, (24, 24), mode="bilinear").movedim(1, -1)
+    torch.testing.assert_close(rgb.grad, (rgb.detach() - target) / len(seen[0]), rtol=1e-4, atol=1e-5)
 
 
 def test_a_flow_corrects_its_noise_by_one_step_to_pure_noise():
@@ -286,6 +335,17 @@ def test_a_lora_may_see_and_learn_the_clip_held_still(tiny):
             "guidance_mode=cfg has no bound; set guidance_mode=apg",
         ),
         ("stable-diffusion-guidance", {"still_source": True}, "still_source=true needs a prior for clips"),
+        (
+            "multiview-diffusion-guidance",
+            {"recon_pixels": True, "recon_loss": False},
+            "recon_pixels=true needs recon_loss=true",
+        ),
+        ("wan+reconstruction", {"recon_pixels": True}, "this prior decodes no whole clips"),
+        (
+            "zeroscope+reconstruction",
+            {"recon_pixels": True, "gradient": "subset", "low_ram_vae": 2},
+            "recon_pixels=true learns from all frames; set gradient=exact",
+        ),
         ("wan-guidance", {"still_guidance_scale": 2.0}, "nothing is held still; set still_source=true"),
         (
             "zeroscope+vsd",
