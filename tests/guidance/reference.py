@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.configuration_utils import FrozenDict
 from torch import nn
 
 from fourdfy.config import parse_config
@@ -49,7 +50,7 @@ def schedule(prediction: str = "epsilon") -> DDPMSchedule:
 class RecordedUNet(nn.Module):
     """Answers every call with one prediction, and keeps what it was asked."""
 
-    config = SimpleNamespace(sample_size=8)
+    config = FrozenDict(sample_size=8)
 
     def __init__(self, prediction: torch.Tensor) -> None:
         super().__init__()
@@ -66,7 +67,7 @@ def recorded(name: str, prediction: torch.Tensor, **config: Any):
     guidance_class = find(name, Guidance)
     unet = RecordedUNet(prediction)
     vae = nn.Module()
-    vae.config = SimpleNamespace(block_out_channels=(1, 1, 1, 1))
+    vae.config = FrozenDict(block_out_channels=(1, 1, 1, 1))
 
     class RecordedPrior(guidance_class.prior_class):
         def load(self):
