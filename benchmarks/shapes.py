@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
@@ -114,12 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [row_of(job, args.out) for job in jobs if result(job, args.out).exists()]  # the logs say why not
     (args.out / "all.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     heading = "variant" if args.variants else "left out"
-    for tabulate, some in (
-        (table, [row for row in rows if "faces" not in row]),
-        (creatures_table, [row for row in rows if "faces" in row]),
-    ):
-        if some:
-            print(tabulate(some, heading))
+    for living in (False, True):
+        if some := [row for row in rows if ("faces" in row) == living]:
+            print(tables(some, heading))
 
 
 def result(job: tuple[str, str, int], out: Path) -> Path:
@@ -158,74 +154,103 @@ def trials(out: Path, way: str, seed: int) -> Path:
     return folder if way in DROPS and not seed else folder / sanitize_tag(f"{way} {seed}")
 
 
-def table(rows: list[dict], heading: str) -> str:
-    """Return Markdown with a line for each run, then the means of each way."""
-    columns = ("IoU", "PSNR", "colour", "motion", "gain", "untracked", "mark", "ghosts", "fronts", "s")
-    lines = [f"| prompt | {heading} | {' | '.join(columns)} |", "|" + " --- |" * (2 + len(columns))]
-    for row in rows:
-        motion = "still" if row["motion_right"] is None else number(row["motion_corr"])
-        lines.append(
-            f"| {row['prompt']}{' *' if row['held_out'] else ''} | {label(row)} | {row['iou']:.2f} "
-            f"| {row['psnr']:.1f} | {'right' if row['colour_ok'] else 'wrong'} | {motion} "
-            f"| {number(row['motion_gain'])} | {number(row.get('untracked'), 0)} "
-            f"| {number(row.get('mark_seen'), 0)} | {number(row.get('ghosts'), 0)} | {row['fronts']} "
-            f"| {row['seconds']:.0f} |"
-        )
-    columns = (
-        *("IoU", "PSNR", "colour right", "motion right", "correlation", "gain", "untracked"),
-        *("mark", "ghosts", "one front", "saturation", "steps/s"),
-    )
-    lines += ["", f"| {heading} | {' | '.join(columns)} |", "|" + " --- |" * (1 + len(columns))]
-    for way in dict.fromkeys(row["way"] for row in rows):
-        some = [row for row in rows if row["way"] == way]
-        moving = [row for row in some if row["motion_right"] is not None]
-        lines.append(
-            f"| {label(some[0])} | {mean(r['iou'] for r in some):.3f} | {mean(r['psnr'] for r in some):.1f} "
-            f"| {sum(r['colour_ok'] for r in some)}/{len(some)} "
-            f"| {sum(r['motion_right'] for r in moving)}/{len(moving)} "
-            f"| {number(mean_of(moving, 'motion_corr'), 3)} | {number(mean_of(moving, 'motion_gain'))} "
-            f"| {number(mean_of(moving, 'untracked'), 1)} | {number(mean_of(some, 'mark_seen'), 1)} "
-            f"| {number(mean_of(some, 'ghosts'), 1)} "
-            f"| {sum(r['fronts'] == 1 for r in some)}/{len(some)} "
-            f"| {mean(r.get('saturation_error', math.nan) for r in some):+.3f} "
-            f"| {mean(r.get('steps_per_second', math.nan) for r in some):.1f} |"
-        )
-    return "\n".join(lines)
+def tables(rows: list[dict], heading: str) -> str:
+    """Return Markdown with a line for each run, then the means of each way; of solids, or of creatures."""
+    of_run, of_way = (creature, creatures) if "faces" in rows[0] else (solid, solids)
+    ways = [[row for row in rows if row["way"] == way] for way in dict.fromkeys(row["way"] for row in rows)]
+    runs = [
+        {
+            "prompt": row["prompt"] + (" *" if row["held_out"] else ""),
+            heading: label(row),
+            "IoU": number(row["iou"]),
+            "PSNR": number(row["psnr"], 1),
+            **of_run(row),
+            "s": number(row["seconds"], 0),
+        }
+        for row in rows
+    ]
+    means = [
+        {
+            heading: label(way[0]),
+            "IoU": average(way, "iou", 3),
+            "PSNR": average(way, "psnr", 1),
+            **of_way(way),
+            "steps/s": average(way, "steps_per_second", 1),
+        }
+        for way in ways
+    ]
+    return f"{tabulate(runs)}\n\n{tabulate(means)}"
 
 
-def creatures_table(rows: list[dict], heading: str) -> str:
-    """Return Markdown as ``table`` does, with the columns of creatures."""
-    columns = ("IoU", "PSNR", "colours right", "part motion", "parts right", "faces", "s")
-    lines = [f"| prompt | {heading} | {' | '.join(columns)} |", "|" + " --- |" * (2 + len(columns))]
-    for row in rows:
-        lines.append(
-            f"| {row['prompt']}{' *' if row['held_out'] else ''} | {label(row)} | {row['iou']:.2f} "
-            f"| {row['psnr']:.1f} | {row['colours_right']:.2f} | {number(row['motion_corr'])} "
-            f"| {number(row['parts_right'])} | {row['faces']} | {row['seconds']:.0f} |"
-        )
-    columns = ("IoU", "PSNR", "colours right", "part motion", "at least 0.8", "one face", "steps/s")
-    lines += ["", f"| {heading} | {' | '.join(columns)} |", "|" + " --- |" * (1 + len(columns))]
-    for way in dict.fromkeys(row["way"] for row in rows):
-        some = [row for row in rows if row["way"] == way]
-        moving = [row["motion_corr"] for row in some if row["motion_corr"] is not None]
-        lines.append(
-            f"| {label(some[0])} | {mean(r['iou'] for r in some):.3f} | {mean(r['psnr'] for r in some):.1f} "
-            f"| {mean(r['colours_right'] for r in some):.2f} | {number(mean_of(some, 'motion_corr'), 3)} "
-            f"| {sum(corr >= 0.8 for corr in moving)}/{len(moving)} "
-            f"| {sum(r['faces'] == 1 for r in some)}/{len(some)} "
-            f"| {mean(r.get('steps_per_second', math.nan) for r in some):.1f} |"
-        )
-    return "\n".join(lines)
+def tabulate(rows: list[dict[str, str]]) -> str:
+    """Return a table in Markdown of rows of heading -> cell."""
+    lines = [[*rows[0]], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def mean_of(rows: list[dict], key: str) -> float | None:
-    """Mean over the rows that have a number there; None if none has, as in rows of an earlier measure."""
+def solid(row: dict) -> dict[str, str]:
+    """Return the own columns of a run of a solid."""
+    return {
+        "colour": "right" if row["colour_ok"] else "wrong",
+        "motion": "still" if row["motion_right"] is None else number(row["motion_corr"]),
+        "gain": number(row["motion_gain"]),
+        "untracked": number(row.get("untracked"), 0),
+        "mark": number(row.get("mark_seen"), 0),
+        "ghosts": number(row.get("ghosts"), 0),
+        "fronts": str(row["fronts"]),
+    }
+
+
+def solids(rows: list[dict]) -> dict[str, str]:
+    """Return those of the means of a way."""
+    return {
+        "colour right": share(row["colour_ok"] for row in rows),
+        "motion right": share(row["motion_right"] for row in rows),
+        "correlation": average(rows, "motion_corr", 3),
+        "gain": average(rows, "motion_gain"),
+        "untracked": average(rows, "untracked", 1),
+        "mark": average(rows, "mark_seen", 1),
+        "ghosts": average(rows, "ghosts", 1),
+        "one front": share(row["fronts"] == 1 for row in rows),
+        "saturation": average(rows, "saturation_error", 3, sign="+"),
+    }
+
+
+def creature(row: dict) -> dict[str, str]:
+    """Return the own columns of a run of a creature."""
+    return {
+        "colours right": number(row["colours_right"]),
+        "part motion": number(row["motion_corr"]),
+        "parts right": number(row["parts_right"]),
+        "faces": str(row["faces"]),
+    }
+
+
+def creatures(rows: list[dict]) -> dict[str, str]:
+    """Return those of the means of a way."""
+    moving = [row["motion_corr"] for row in rows if row["motion_corr"] is not None]
+    return {
+        "colours right": average(rows, "colours_right"),
+        "part motion": average(rows, "motion_corr", 3),
+        "at least 0.8": share(corr >= 0.8 for corr in moving),
+        "one face": share(row["faces"] == 1 for row in rows),
+    }
+
+
+def average(rows: list[dict], key: str, digits: int = 2, sign: str = "") -> str:
+    """Return the mean over the rows that have a number there, as those of an earlier measure have not."""
     values = [row[key] for row in rows if row.get(key) is not None]
-    return mean(values) if values else None
+    return number(mean(values) if values else None, digits, sign)
 
 
-def number(value: float | None, digits: int = 2) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def share(answers: Iterable[bool | None]) -> str:
+    """Return how many are true of those that are not None."""
+    known = [answer for answer in answers if answer is not None]
+    return f"{sum(known)}/{len(known)}"
+
+
+def number(value: float | None, digits: int = 2, sign: str = "") -> str:
+    return "-" if value is None else f"{value:{sign}.{digits}f}"
 
 
 def label(row: dict) -> str:

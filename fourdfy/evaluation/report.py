@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,8 @@ class CreatureReport:
 
 
 Report = ShapesReport | CreatureReport
+Row = Mapping[str, Any]
+"""A report and ``drop`` and ``seconds``, as the command writes them."""
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -149,90 +151,95 @@ def brief(report: Report) -> str:
     return f"{likeness}, {colour}, motion {motion}, {fronts}"
 
 
-def summary_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
+def summary_tables(rows: Sequence[Row]) -> list[Table]:
     """That of the solids and that of the creatures, if there are any.
 
     One line for each prompt (a row of the command's JSON; * is held out), then means and counts. What was
     left out has a column if something was. They fit into 80 columns.
     """
     kinds = ([row for row in rows if ("faces" in row) == creatures] for creatures in (False, True))
-    tables = zip((_solids_table, _creatures_table), kinds, strict=True)
-    return [table(some) for table, some in tables if some]
+    cells = ((_solid_cells, _solid_totals), (_creature_cells, _creature_totals))
+    return [_summary(some, *own) for some, own in zip(kinds, cells, strict=True) if some]
 
 
-def _solids_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def _summary(
+    rows: Sequence[Row],
+    own_cells: Callable[[Row], dict[str, str]],
+    own_totals: Callable[[Sequence[Row]], Sequence[str]],
+) -> Table:
+    """A table of the columns that all have and, before the last, those of ``own_cells`` (heading -> cell)."""
     dropped = any(row["drop"] for row in rows)
-    headings = ["prompt", *(["without"] if dropped else []), "IoU", "PSNR", "colour"]
-    headings += ["motion", "gain", "untracked", "mark", "ghosts", "fronts", "s"]
-    table = Table(*headings, box=SIMPLE, padding=0)
-    for row in rows:
-        table.add_row(
-            row["prompt"] + (" *" if row["held_out"] else ""),
-            *([row["drop"] or ""] if dropped else []),
-            _number(row["iou"]),
-            f"{row['psnr']:.1f}",
-            _yes(row["colour_ok"]),
-            _number(row["motion_corr"]),
-            _number(row["motion_gain"]),
-            "-" if row["untracked"] is None else str(row["untracked"]),
-            f"{row['mark_seen']}/{len(row['over_time'])}",
-            str(row["ghosts"]),
-            str(row["fronts"]),
-            f"{row['seconds']:.0f}",
-        )
-    count = len(rows)
-    moving = [row for row in rows if row["motion_right"] is not None]
-    table.add_section()
-    table.add_row(
-        f"{count} in all, {sum(row['held_out'] for row in rows)} held out",
-        *([""] if dropped else []),
-        _number(_mean(rows, "iou")),
-        f"{_mean(rows, 'psnr'):.1f}",
-        f"{sum(row['colour_ok'] for row in rows)}/{count}",
-        f"{sum(row['motion_right'] for row in moving)}/{len(moving)} right",
-        "",
-        str(sum(row["untracked"] for row in moving)),
-        f"{_mean(rows, 'mark_seen'):.1f}",
-        f"{_mean(rows, 'ghosts'):.1f}",
-        f"{sum(row['fronts'] == 1 for row in rows)}/{count} one",
-        f"{sum(row['seconds'] for row in rows):.0f}",
-    )
-    return table
-
-
-def _creatures_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    dropped = any(row["drop"] for row in rows)
-    headings = ["prompt", *(["without"] if dropped else []), "IoU", "PSNR", "colours", "motion", "parts"]
-    table = Table(*headings, "faces", "s", box=SIMPLE, padding=0)
-    for row in rows:
-        table.add_row(
-            row["prompt"] + (" *" if row["held_out"] else ""),
-            *([row["drop"] or ""] if dropped else []),
-            _number(row["iou"]),
-            f"{row['psnr']:.1f}",
-            _percent(row["colours_right"]),
-            _number(row["motion_corr"]),
-            _percent(row["parts_right"]),
-            str(row["faces"]),
-            f"{row['seconds']:.0f}",
-        )
-    moving = [row for row in rows if row["parts_right"] is not None]
+    lines = [
+        {
+            "prompt": row["prompt"] + (" *" if row["held_out"] else ""),
+            **({"without": row["drop"] or ""} if dropped else {}),
+            "IoU": _number(row["iou"]),
+            "PSNR": f"{row['psnr']:.1f}",
+            **own_cells(row),
+            "s": f"{row['seconds']:.0f}",
+        }
+        for row in rows
+    ]
+    table = Table(*lines[0], box=SIMPLE, padding=0)
+    for line in lines:
+        table.add_row(*line.values())
     table.add_section()
     table.add_row(
         f"{len(rows)} in all, {sum(row['held_out'] for row in rows)} held out",
         *([""] if dropped else []),
         _number(_mean(rows, "iou")),
         f"{_mean(rows, 'psnr'):.1f}",
-        _percent(_mean(rows, "colours_right")),
-        _number(_mean(moving, "motion_corr") if moving else None),
-        _percent(_mean(moving, "parts_right") if moving else None),
-        f"{sum(row['faces'] == 1 for row in rows)}/{len(rows)} one",
+        *own_totals(rows),
         f"{sum(row['seconds'] for row in rows):.0f}",
     )
     return table
 
 
-def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
+def _solid_cells(row: Row) -> dict[str, str]:
+    return {
+        "colour": _yes(row["colour_ok"]),
+        "motion": _number(row["motion_corr"]),
+        "gain": _number(row["motion_gain"]),
+        "untracked": "-" if row["untracked"] is None else str(row["untracked"]),
+        "mark": f"{row['mark_seen']}/{len(row['over_time'])}",
+        "ghosts": str(row["ghosts"]),
+        "fronts": str(row["fronts"]),
+    }
+
+
+def _solid_totals(rows: Sequence[Row]) -> Sequence[str]:
+    moving = [row for row in rows if row["motion_right"] is not None]
+    return (
+        f"{sum(row['colour_ok'] for row in rows)}/{len(rows)}",
+        f"{sum(row['motion_right'] for row in moving)}/{len(moving)} right",
+        "",
+        str(sum(row["untracked"] for row in moving)),
+        f"{_mean(rows, 'mark_seen'):.1f}",
+        f"{_mean(rows, 'ghosts'):.1f}",
+        f"{sum(row['fronts'] == 1 for row in rows)}/{len(rows)} one",
+    )
+
+
+def _creature_cells(row: Row) -> dict[str, str]:
+    return {
+        "colours": _percent(row["colours_right"]),
+        "motion": _number(row["motion_corr"]),
+        "parts": _percent(row["parts_right"]),
+        "faces": str(row["faces"]),
+    }
+
+
+def _creature_totals(rows: Sequence[Row]) -> Sequence[str]:
+    moving = [row for row in rows if row["parts_right"] is not None]
+    return (
+        _percent(_mean(rows, "colours_right")),
+        _number(_mean(moving, "motion_corr") if moving else None),
+        _percent(_mean(moving, "parts_right") if moving else None),
+        f"{sum(row['faces'] == 1 for row in rows)}/{len(rows)} one",
+    )
+
+
+def _mean(rows: Sequence[Row], key: str) -> float:
     return sum(row[key] for row in rows) / len(rows)
 
 
