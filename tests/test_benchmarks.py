@@ -4,13 +4,19 @@ import importlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from PIL import Image, ImageColor
 
+from fourdfy.config_files import PROMPT
+from fourdfy.evaluation.scenes import ground_truth
 from fourdfy.launching.experiment import load_experiment
-from tests.commands import TINY
+from fourdfy.launching.recipe import changed_settings
+from fourdfy.launching.sweeps.jobs import read_sweep
+from fourdfy.shapes.prompts import parse
+from tests.commands import ROOT, TINY
 
 
 @pytest.fixture
@@ -105,6 +111,36 @@ def test_variants_of_the_third_stage_follow_on_second_ones_of_their_prompt_and_s
     with pytest.raises(SystemExit):
         shapes.main(["--out", str(out), "--after", str(base)])
     assert "--variants and --after go together" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_sweeps_of_troubleshooting_can_be_run(stage, tmp_path):
+    sweep = read_sweep(ROOT / f"benchmarks/troubleshooting_stage_{stage}.yaml", {}, ["system.weights=null"])
+    sweep.check()
+    plain, *others = sweep.jobs[:: len({job.seed for job in sweep.jobs})]
+    assert plain.settings == {"settings": "as shipped"}
+    assert all(changed_settings(plain.given[0], job.given[0]) for job in others)
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_the_pictures_of_troubleshooting_have_a_row_for_each_trial_and_the_truth(
+    moves, load, tmp_path, monkeypatch
+):
+    strips, prompt = load("strips"), "a red cube bouncing"
+    experiment = load_experiment(
+        [ROOT / f"configs/shapes_stage_{3 if moves else 1}.yaml"], [f"{PROMPT}={prompt}"]
+    )
+    monkeypatch.setattr(strips, "load_experiment", lambda files: experiment)
+    monkeypatch.setattr(type(experiment), "load_system", lambda self, device, checkpoint: "a system")
+    monkeypatch.setattr(strips, "scene_renderer", lambda system: ground_truth(parse(prompt)))
+    strips.main(tmp_path / "strips.png", {"a": tmp_path, "b": tmp_path})
+    with Image.open(tmp_path / "strips.png") as image:
+        pixels = np.asarray(image)[:, strips.MARGIN :]
+    first, second, truth = np.split(pixels, 3)
+    assert (first == second).all() and (first == truth).all()
+    here, _, there, *_ = np.split(truth, strips.COLUMNS, axis=1)
+    first_row = [(picture != picture[0, 0]).any(axis=(1, 2)).argmax() for picture in (here, there)]
+    assert (first_row[0] > first_row[1]) == moves and (here != there).any()
 
 
 def rows(table):
