@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fourdfy.shapes.creatures import CREATURES
 from fourdfy.shapes.gestures import GESTURES, allowed, bodies
-from fourdfy.shapes.grammar import COLOURS, unknown_word
+from fourdfy.shapes.grammar import COLOURS, unknown_word, with_article, without_article
 from fourdfy.shapes.tracing import joined_bodies, render_bodies
 from fourdfy.shapes.world import COLOUR_RGB
 from fourdfy.types import Cameras
@@ -51,8 +51,7 @@ class CreaturePrompt:
     @property
     def text(self) -> str:
         """The prompt in words, without time or view."""
-        words = [*([self.colour] if self.colour else []), self.creature, self.gesture]
-        return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
+        return with_article(*([self.colour] if self.colour else []), self.creature, self.gesture)
 
 
 def parse_creature(text: str) -> CreaturePrompt:
@@ -61,9 +60,7 @@ def parse_creature(text: str) -> CreaturePrompt:
     Raises:
         ValueError: a word is not of the grammar; names it and the nearest right one.
     """
-    words = text.lower().split()
-    if words and words[0] in ("a", "an"):
-        words = words[1:]
+    words = without_article(text)
     coloured = words[:1] and (words[0] in COLOURS or (words[1:2] and words[1] in CREATURES))
     colour = words.pop(0) if coloured else None
     if len(words) < 2:

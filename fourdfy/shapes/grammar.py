@@ -58,8 +58,7 @@ class ShapePrompt:
     @property
     def text(self) -> str:
         """The prompt in words, without time or view."""
-        article = "an" if self.colour[0] in "aeiou" else "a"
-        return f"{article} {self.colour} {self.shape} {self.motion}"
+        return with_article(self.colour, self.shape, self.motion)
 
 
 def parse_prompt(text: str) -> ShapePrompt:
@@ -68,12 +67,21 @@ def parse_prompt(text: str) -> ShapePrompt:
     Raises:
         ValueError: a word is not of the grammar; names it and the nearest right one.
     """
-    words = text.lower().split()
-    if words and words[0] in ("a", "an"):
-        words = words[1:]
+    words = without_article(text)
     if len(words) < 3:
         raise ValueError(f"prompt {text!r} is too short; the shapes world knows {GRAMMAR}")
     return ShapePrompt(words[0], words[1], " ".join(words[2:]))
+
+
+def with_article(*words: str) -> str:
+    """A prompt of these words."""
+    return " ".join(("an" if words[0][0] in "aeiou" else "a", *words))
+
+
+def without_article(text: str) -> list[str]:
+    """The words of a prompt in lower case, without the article if it has one."""
+    words = text.lower().split()
+    return words[1:] if words[:1] in (["a"], ["an"]) else words
 
 
 def check_text(text: str) -> None:
