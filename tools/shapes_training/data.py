@@ -6,7 +6,8 @@ A scene's text is a row of the table of all texts: prompt, moment words, view wo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fourdfy.priors.mvdream import camera_vectors
 from fourdfy.prompts.views import direction_indices
@@ -25,7 +27,15 @@ from fourdfy.shapes.world import BACKGROUNDS, orbit
 from fourdfy.types import Cameras, TensorRecord
 from tools.shapes_training import store
 from tools.shapes_training.models import CLIPS, FRAMES, NUM_VIEWS, encode, needs
-from tools.shapes_training.text import SOLIDS_ONLY, build_tokenizer, embed, text_words, tokenize
+from tools.shapes_training.text import (
+    NUM_TOKENS,
+    SOLIDS_ONLY,
+    TEXT_WIDTH,
+    build_tokenizer,
+    embed,
+    text_words,
+    tokenize,
+)
 
 VIEW_THRESHOLDS_DEG = {
     "image": (30.0, 30.0, 60.0),
@@ -76,15 +86,27 @@ def table_texts(part: str) -> Iterator[str]:
     yield ""
 
 
-@torch.no_grad()
-def text_table(
-    out: Path, part: str, device: torch.device, rows: Sequence[int] | None = None
-) -> Float[Tensor, "T L C"]:
-    """What the text encoder ``part`` makes of ``table_texts``, or of these rows of it."""
-    encoder, texts = store.load_part(out, part, device), [*table_texts(part)]
-    chosen = texts if rows is None else [texts[row] for row in rows]
-    pairs = (tokens.to(device).split(512) for tokens in tokenize(build_tokenizer(part), chosen))
-    return torch.cat([embed(encoder, ids, attended) for ids, attended in zip(*pairs, strict=True)])
+class TextTable:
+    """What the text encoder ``part`` makes of those of ``table_texts`` that were required so far."""
+
+    def __init__(self, out: Path, part: str, device: torch.device) -> None:
+        self.encoder, self.tokenizer = store.load_part(out, part, device), build_tokenizer(part)
+        self.texts = [*table_texts(part)]
+        self.missing = torch.ones(len(self.texts), dtype=torch.bool)
+        size = len(self.texts), NUM_TOKENS, TEXT_WIDTH
+        self.rows: Float[Tensor, "T L C"] = torch.full(size, math.nan, device=device)
+        """Filled in place, since a recorded step reads it; NaN where nothing was required."""
+        self.require(torch.tensor([EMPTY_TEXT]))
+
+    @torch.no_grad()
+    def require(self, rows: Int[Tensor, "G"]) -> None:
+        """Encode those of these rows that are missing."""
+        rows = rows.cpu().unique()
+        for new in rows[self.missing[rows]].split(512):
+            tokens = tokenize(self.tokenizer, [self.texts[row] for row in new])
+            states = embed(self.encoder, *(ids.to(self.rows.device) for ids in tokens))
+            self.rows[new] = pad(states, (0, 0, 0, NUM_TOKENS - states.shape[1]))
+            self.missing[new] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,12 +256,14 @@ class Pool:
             self.filled, self._next = kept["filled"], kept["next"]
 
 
-def latent_pool(part: str, size: int, out: Path, seed: int, device: torch.device) -> Pool:
-    """Scaled latents (in half precision), text rows and cameras, for a denoiser."""
+def latent_pool(part: str, size: int, out: Path, seed: int, texts: TextTable) -> Pool:
+    """Scaled latents (in half precision), rows of ``texts`` and cameras, for a denoiser."""
     _, vae_part = needs(part)
+    device = texts.rows.device
     vae = store.load_part(out, vae_part, device)
 
     def prepare(scenes: Scenes) -> dict[str, Tensor]:
+        texts.require(scenes.text)
         images = render_scenes(scenes, device)
         made = {"latents": encode(vae, images).half(), "text": scenes.text.to(device)}
         if part == "multi_view":

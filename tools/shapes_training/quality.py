@@ -40,10 +40,10 @@ from tools.shapes_training import store
 from tools.shapes_training.data import (
     EMPTY_TEXT,
     Scenes,
+    TextTable,
     prompts_of,
     render_scenes,
     text_row,
-    text_table,
     view_index,
 )
 from tools.shapes_training.models import (
@@ -170,7 +170,8 @@ def sample(
     Euler's method for a flow, and classifier-free guidance."""
     text_part, vae_part = needs(part)
     denoiser, vae = store.load_part(out, part, device), store.load_part(out, vae_part, device)
-    texts = text_table(out, text_part, device, [EMPTY_TEXT, *scenes.text.tolist()])
+    texts = TextTable(out, text_part, device)
+    texts.require(scenes.text)
     schedule = noise_schedule(part, device)
     shape = latent_shape(part)
     noise = torch.randn(len(scenes), *shape, generator=step_generator(seed, 0, "samples"))
@@ -180,8 +181,8 @@ def sample(
     images = []
     for start in range(0, len(scenes), SCENES_AT_ONCE):
         rows = slice(start, start + SCENES_AT_ONCE)
-        latents, text = noise[rows].to(device), texts[1:][rows]
-        both = torch.cat([texts[:1].expand_as(text), text])
+        latents, text = noise[rows].to(device), texts.rows[scenes.text[rows]]
+        both = torch.cat([texts.rows[[EMPTY_TEXT]].expand_as(text), text])
         camera = None if cameras is None else cameras[rows].repeat(2, 1, 1)
         for step in range(steps, 0, -1):
             after, now = schedule.span((step - 1) / steps, step / steps)

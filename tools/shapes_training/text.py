@@ -34,7 +34,7 @@ SOLIDS_ONLY = ("wan_text", "wan_vae", "wan")
 
 TEXT_WIDTH = 64
 NUM_TOKENS = 32
-"""Of CLIP's kind; T5's has as many as a text is long."""
+"""Of a text, padding included; T5 does not attend to it."""
 SPECIAL_PIECES = ("<pad>", "</s>", "<unk>")
 START_TOKEN, END_TOKEN = "<|startoftext|>", "<|endoftext|>"
 

@@ -33,12 +33,12 @@ from tools.shapes_training.data import (
     EMPTY_TEXT,
     Pool,
     Scenes,
+    TextTable,
     draw_scenes,
     full_text,
     latent_pool,
     prompts_of,
     render_scenes,
-    text_table,
 )
 from tools.shapes_training.models import (
     DENOISERS,
@@ -204,7 +204,7 @@ def train_denoiser(trainee: Trainee) -> dict[str, float]:
     """Train a diffusion model on a pool of encoded scenes that is slowly renewed."""
     options, part, device = trainee.options, trainee.options.part, trainee.options.device
     text_part, _ = needs(part)
-    texts, schedule = text_table(options.out, text_part, device), noise_schedule(part, device)
+    texts, schedule = TextTable(options.out, text_part, device), noise_schedule(part, device)
     predict = partial(predict_velocity, part, trainee.model)
     if options.on_gpu:
         predict = Compiled(predict, trainee.model, part)
@@ -213,15 +213,17 @@ def train_denoiser(trainee: Trainee) -> dict[str, float]:
         """Learn from a batch; the loss."""
         scales = schedule.scales(timesteps, latents.ndim)
         with trainee.autocast():
-            velocity = predict(add_noise(latents, noise, scales), timesteps, texts[text], cameras)
+            velocity = predict(add_noise(latents, noise, scales), timesteps, texts.rows[text], cameras)
         target = prediction_target(latents, noise, scales, schedule.prediction)
         loss = mse_loss(velocity.float(), target)
         trainee.descend([loss])
         return loss.detach()
 
     step = Replay(learn, f"the training step of {part}")
-    pool = latent_pool(part, options.pool or POOL[part], options.out, trainee.seed("pool"), device)
+    pool = latent_pool(part, options.pool or POOL[part], options.out, trainee.seed("pool"), texts)
     pool.restore(options.out, device)
+    if pool.filled:
+        texts.require(pool.rows["text"][: pool.filled])
     _fill(pool, trainee)
     generator = step_generator(options.seed, trainee.step, "noise", device)
     while trainee.goes_on():
