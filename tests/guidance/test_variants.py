@@ -187,13 +187,15 @@ def test_frames_are_compared_with_the_decoded_x0_and_no_encoder_is_between(tiny,
     name, folder = ALL[kind][:2] if kind in ALL else (kind, "zeroscope")
     guidance = make(name, tiny[folder], recon_pixels=True, recon_std_rescale=0, height=16, width=16)
     seen = []
-    guidance.observer = lambda x, x0: seen.append(x0)
+    guidance.observer = lambda x, x0: seen.append((x.latents, x0))
     rgb, out = run(guidance)
     (loss,) = out.losses.values()
     loss.backward()
-    decoded = guidance.prior.decode(seen[0], len(rgb)).movedim(-1, 1)
+    ((latents, x0),) = seen
+    assert not latents.requires_grad, "the encoder keeps nothing"
+    decoded = guidance.prior.decode(x0, len(rgb)).movedim(-1, 1)
     target = torch.nn.functional.interpolate(decoded, (24, 24), mode="bilinear").movedim(1, -1)
-    torch.testing.assert_close(rgb.grad, (rgb.detach() - target) / len(seen[0]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rgb.grad, (rgb.detach() - target) / len(x0), rtol=1e-4, atol=1e-5)
 
 
 def test_a_flow_corrects_its_noise_by_one_step_to_pure_noise():

@@ -1,16 +1,20 @@
 """The prompts of the shapes world."""
 
 import pytest
+import yaml
 
 from fourdfy.shapes.grammar import (
     COLOURS,
     MOTIONS,
+    QUARTERS,
     SHAPES,
+    SIXTEENTHS,
     all_prompts,
     check_text,
     is_held_out,
     parse_prompt,
 )
+from tests.commands import CONFIGS
 
 
 def test_every_prompt_is_parsed_from_its_own_text():
@@ -47,3 +51,12 @@ def test_the_flow_transformer_says_that_it_knows_no_creatures():
         check_text("a panda dancing")
     with pytest.raises(ValueError, match="did you mean 'in the first quarter'"):
         check_text("a red cube spinning, in the first sixteenth")
+
+
+def test_the_recipes_name_every_part_of_the_clip_in_order():
+    for name, prompts, parts, count in (
+        ("shapes_stage_3", "prompt_processor", SIXTEENTHS, 16),
+        ("shapes_stage_3_wan", "prompt_processor_video", QUARTERS, 4),
+    ):
+        config = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+        assert tuple(config["system"][prompts]["moments"]) == parts and len(parts) == count

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fourdfy.shapes import prompts, world
+from fourdfy.shapes import creature_prompts, grammar, prompts, world
+from fourdfy.shapes.creature_prompts import all_creature_prompts
 from fourdfy.shapes.grammar import all_prompts
 from fourdfy.shapes.world import BACKGROUNDS, orbit
 
@@ -15,6 +16,11 @@ def test_every_prompt_has_its_text_and_its_own_code():
     assert [prompts.parse(prompt.text) for prompt in every] == list(every)
     assert len(prompts.encode(every).unique(dim=0)) == len(every) == len({prompt.text for prompt in every})
     assert every[: len(all_prompts())] == all_prompts()
+    held_out = (
+        *map(grammar.is_held_out, all_prompts()),
+        *map(creature_prompts.is_held_out, all_creature_prompts()),
+    )
+    assert tuple(map(prompts.is_held_out, every)) == held_out
 
 
 @pytest.mark.parametrize(
