@@ -7,8 +7,9 @@ The first 24 prompts are of solids, the other 24 of creatures.
     python benchmarks/shapes.py --out outputs/further --drop none --skip 12 --seed 1
     python benchmarks/shapes.py --out outputs/creatures --drop none --skip 24 --prompts 24 --seed 0 --seed 1
 
-Or run the third stage alone, in several variants, from the second stages of such runs:
+Or run variants of the recipe, or of the third stage alone, from the second stages of such runs:
 
+    python benchmarks/shapes.py --variants VARIANTS.yaml --out outputs/v --prompt "a dog walking"
     python benchmarks/shapes.py --after outputs/benchmark --variants benchmarks/variants.yaml --out outputs/v
 
 Each run is a process (``python -m fourdfy.evaluation.shapes``) on one of the GPUs, or on the CPU. A run whose
@@ -91,21 +92,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--per-gpu", type=int, default=1, help="runs at a time on each GPU (or on the CPU)")
     parser.add_argument("--drop", action="append", choices=DROPS)
-    parser.add_argument("--variants", type=Path, metavar="YAML", help="overrides by name; needs --after")
-    parser.add_argument("--after", type=Path, metavar="DIR", help="--out of the runs that these continue")
+    parser.add_argument("--variants", type=Path, metavar="YAML", help="overrides by name")
+    parser.add_argument(
+        "--after", type=Path, metavar="DIR", help="--out of the runs that these continue; needs --variants"
+    )
     parser.add_argument("--config", help="the recipe (configs/shapes.yaml), or the third stage")
+    parser.add_argument("--prompt", action="append", help="these instead of the list's; may be repeated")
     parser.add_argument("--prompts", type=int, default=12, help="so many")
     parser.add_argument("--skip", type=int, default=0, help="but not the first so many; 12: the further ones")
     parser.add_argument("--seed", type=int, action="append", help="may be repeated (0)")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_intermixed_args(argv)
-    if bool(args.variants) != bool(args.after):
-        parser.error("--variants and --after go together: variants of the third stage follow on a second one")
+    if args.after and not args.variants:
+        parser.error("--after needs --variants: those of the third stage that follow on a second one")
     args.config = args.config or f"configs/shapes{'_stage_3' if args.after else ''}.yaml"
     ways = {drop: [] if drop == "none" else ["--drop", drop] for drop in args.drop or DROPS}
     if args.variants:
         ways = yaml.safe_load(args.variants.read_text(encoding="utf-8"))
-    prompts, seeds = PROMPTS[args.skip :][: args.prompts], args.seed or [0]
+    prompts, seeds = args.prompt or PROMPTS[args.skip :][: args.prompts], args.seed or [0]
     jobs = [(prompt, way, seed) for way in ways for seed in seeds for prompt in prompts]
     args.out.mkdir(parents=True, exist_ok=True)
     new = [job for job in jobs if not result(job, args.out).exists()]

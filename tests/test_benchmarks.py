@@ -110,7 +110,19 @@ def test_variants_of_the_third_stage_follow_on_second_ones_of_their_prompt_and_s
         assert given.cfg.trainer.max_steps == 9 and given.cfg.system.guidance_video.still_source
     with pytest.raises(SystemExit):
         shapes.main(["--out", str(out), "--after", str(base)])
-    assert "--variants and --after go together" in capsys.readouterr().err
+    assert "--after needs --variants" in capsys.readouterr().err
+
+    commands.clear()
+    shapes.main(["--out", str(out / "whole"), "--variants", str(file), "--prompt", "a dog walking"])
+    assert len(commands) == len(ways) and {command[1] for command in commands} == {"a dog walking"}
+    assert {command[3] for command in commands} == {"configs/shapes.yaml"}
+
+
+def test_the_variants_in_pixels_are_settings_of_the_third_stage(load):
+    ways = yaml.safe_load(Path(load("shapes").__file__).with_name("variants_pixels.yaml").read_text())
+    prompt = ["system.prompt_processor.prompt=a dog walking"]
+    settings = [load_experiment(["configs/shapes_stage_3.yaml"], [*prompt, *ways[way]]).cfg for way in ways]
+    assert len({repr((cfg.system, cfg.data)) for cfg in settings}) == len(ways), "each is another setting"
 
 
 @pytest.mark.parametrize("stage", [1, 3])
