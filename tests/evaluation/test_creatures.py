@@ -10,6 +10,7 @@ from rich.console import Console
 
 from fourdfy.evaluation import creatures
 from fourdfy.evaluation.creatures import evaluate_creature, ground_truth
+from fourdfy.evaluation.frames import BACKGROUND, Frames
 from fourdfy.evaluation.report import (
     CreatureReport,
     ShapesReport,
@@ -80,7 +81,7 @@ def empty(truth):
     return render
 
 
-@pytest.mark.parametrize("text", [DANCING, "a red dog walking", "a fish jumping", "a robot standing still"])
+@pytest.mark.parametrize("text", [DANCING, "a red dog waving", "a fish jumping", "a robot standing still"])
 def test_the_truth_is_right_in_everything(text):
     found = report(text)
     assert found.iou == 1 and found.psnr == pytest.approx(100)
@@ -94,8 +95,10 @@ def test_the_truth_is_right_in_everything(text):
         assert found.motion_corr > 0.999 and found.still_drift is None
 
 
-def test_limbs_are_among_the_parts_that_move():
+def test_limbs_are_among_the_parts_that_move_and_others_stand():
     assert {"left_arm", "right_arm", "head", "left_leg"} <= set(report(DANCING).part_motion)
+    moving = report("a red dog waving").part_motion
+    assert "right_arm" in moving and "left_leg" not in moving
 
 
 def test_a_still_copy_has_no_motion():
@@ -112,6 +115,44 @@ def test_colours_are_judged_by_parts_and_not_by_the_motion():
     found = report("a dog walking", greyed)
     assert 0 < found.colours_right < 1
     assert found.colour_errors["torso"] > creatures.RIGHT_COLOUR and found.parts_right > 0.9
+
+
+def frames_of(group, colours, opacity=1.0):
+    """Groups of pixels in their colours, over the background; -1 is empty."""
+    opacity = torch.where(group >= 0, opacity, 0.0)[..., None]
+    rgb = opacity * torch.tensor(colours)[group] + (1 - opacity) * torch.tensor(BACKGROUND)
+    return Frames(rgb=rgb, opacity=opacity)
+
+
+def test_a_part_s_motion_is_that_of_its_own_place():
+    """Two squares go right, each in its row; of the scene's, one at half the pace, and one stands still."""
+
+    def squares(*places):
+        group = torch.full((12, 3, 10, 64), -1)
+        for row, columns in enumerate(places):
+            for k, column in enumerate(columns):
+                group[k, :, 5 * row : 5 * row + 4, 5 * column : 5 * column + 4] = row
+        return group.flatten(0, 1)
+
+    colours = [[0.9, 0.1, 0.1], [0.1, 0.1, 0.9], [0.0, 0.0, 0.0]]
+    truth = squares(range(12), range(12))
+    theirs, ours = (
+        frames_of(group, colours) for group in (truth, squares([k // 2 for k in range(12)], [0] * 12))
+    )
+    centroids = torch.zeros(12, 3, 3)
+    centroids[:, :2, 1] = torch.linspace(-0.5, 0.5, 12)[:, None]
+    motion = creatures.part_motion(ours, theirs, truth, centroids)
+    assert motion.keys() == {0, 1} and motion[0] > 0.98 and motion[1] == 0
+
+
+def test_a_part_s_colour_is_that_of_what_is_seen_of_it():
+    group = torch.tensor([0, 1, 2, -1])[:, None, None].expand(4, 10, 10).clone()
+    group[2, 3:] = -1  # too small to be judged
+    colours = [[0.9, 0.1, 0.1], [0.1, 0.1, 0.9], [0.1, 0.9, 0.1], [0.0, 0.0, 0.0]]
+    seen = torch.zeros(4, 10, 10)
+    seen[0, :4] = 0.6  # less than half of it, and that is translucent; nothing of the second
+    found = creatures.part_colours(frames_of(group, colours, seen), frames_of(group, colours), group)
+    assert found == {0: pytest.approx(0, abs=1e-5), 1: pytest.approx((0.83 / 3) ** 0.5)}
 
 
 def test_an_empty_scene_is_wrong_in_everything():

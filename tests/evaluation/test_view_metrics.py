@@ -1,6 +1,7 @@
 """Each metric of a scene's views, where the truth is known."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,21 @@ def test_an_orbit_passes_the_clip_and_the_views_around_do_not():
     torch.testing.assert_close(seen.orbit.rgb[:, 24, 24, 0], torch.arange(24) / 24)
     assert not seen.around.rgb[:, 24, 24].any() and len(seen.clips) == 4
     assert torch.equal(seen.orbit.cameras.azimuth_deg, torch.arange(24) * 15.0)
+
+
+def test_depth_is_that_of_what_is_seen_and_haze_is_no_object():
+    solid = ball()
+
+    def thinned(share):
+        def render(cameras):
+            out = solid(cameras)
+            return replace(out, opacity=share * out.opacity, depth=share * out.depth)
+
+        return views(render, protocol={"views": 4}).around
+
+    whole, thin, haze = map(thinned, (1.0, 0.8, 0.4))
+    torch.testing.assert_close(thin.depth, whole.depth)
+    assert torch.equal(thin.inside, whole.inside) and not haze.inside.any()
 
 
 def test_motion_is_not_defined_for_a_static_scene():
@@ -67,9 +83,9 @@ def test_flicker_is_the_change_that_no_motion_explains():
 
 
 def test_a_loop_closes_and_what_only_goes_one_way_does_not():
-    loop = ball(lambda azimuth, times: 0.5 + 0.4 * (times * 2 * math.pi).sin())
+    loop = ball(lambda azimuth, times: 0.5 + 0.4 * (times * 2 * math.pi).cos())
     one_way = ball(lambda azimuth, times: 0.1 + 0.8 * times)
-    assert motion.loop_closure(views(loop, dynamic=True)) < 1e-5
+    assert motion.loop_closure(views(loop, dynamic=True)) == 0
     closure = motion.loop_closure(views(one_way, dynamic=True))
     assert closure == pytest.approx(0.8 * 5 / 6 - 0.8 / 6, abs=0.01)
 

@@ -188,12 +188,12 @@ def test_frames_are_compared_with_the_decoded_x0_and_no_encoder_is_between(tiny,
     guidance = make(name, tiny[folder], recon_pixels=True, recon_std_rescale=0, height=16, width=16)
     seen = []
     guidance.observer = lambda x, x0: seen.append((x.latents, x0))
-    rgb, out = run(guidance)
+    rgb, out = run(guidance, count=8)  # two objects, or clips
     (loss,) = out.losses.values()
     loss.backward()
     ((latents, x0),) = seen
     assert not latents.requires_grad, "the encoder keeps nothing"
-    decoded = guidance.prior.decode(x0, len(rgb)).movedim(-1, 1)
+    decoded = torch.cat([guidance.prior.decode(part, 8) for part in x0.split(1)]).movedim(-1, 1)
     target = torch.nn.functional.interpolate(decoded, (24, 24), mode="bilinear").movedim(1, -1)
     torch.testing.assert_close(rgb.grad, (rgb.detach() - target) / len(x0), rtol=1e-4, atol=1e-5)
 
