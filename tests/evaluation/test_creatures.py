@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fourdfy.evaluation import creatures
 from fourdfy.evaluation.creatures import evaluate_creature, ground_truth
-from fourdfy.evaluation.frames import BACKGROUND, Frames
+from fourdfy.evaluation.frames import BACKGROUND, Frames, orbit
 from fourdfy.evaluation.report import (
     CreatureReport,
     ShapesReport,
@@ -101,10 +101,20 @@ def test_limbs_are_among_the_parts_that_move_and_others_stand():
     assert "right_arm" in moving and "left_leg" not in moving
 
 
+def test_pixels_of_the_truth_are_told_apart_by_groups():
+    prompt = parse_creature("a robot standing still")
+    creature = creatures.CREATURES["robot"]
+    _, group = creatures._truth(prompt, creature, orbit([0.0], [0.0, 180.0], "cpu"), 1)
+    names = creatures._names(creature)
+    ahead, behind = ({names[n] for n in seen.unique().tolist() if n >= 0} for seen in group)
+    assert ahead - behind == {"chest", "face"} and behind <= ahead
+
+
 def test_a_still_copy_has_no_motion():
     found = report(DANCING, frozen)
     assert found.parts_right == 0 and set(found.part_motion.values()) == {0.0}
     assert found.faces == 1 and found.iou < 0.95
+    assert found.over_time[0].iou == 1 and found.over_time[3].iou < 0.95
 
 
 def test_a_face_on_either_side_is_two_faces():
@@ -161,7 +171,7 @@ def test_an_empty_scene_is_wrong_in_everything():
 
 
 @pytest.mark.parametrize(
-    ("text", "kind"), [("a fish spinning", CreatureReport), ("a red cube spinning", ShapesReport)]
+    ("text", "kind"), [("a blue fish spinning", CreatureReport), ("a red cube spinning", ShapesReport)]
 )
 def test_a_scene_is_measured_as_what_its_prompt_names(text, kind, monkeypatch):
     monkeypatch.setattr(creatures, "TIMES", (0.0, 0.5))

@@ -13,7 +13,7 @@ from rich.console import Console
 from torch.nn.functional import conv2d, pad
 
 from fourdfy.config import ConfigError
-from fourdfy.evaluation import marks, scenes, shapes
+from fourdfy.evaluation import frames, marks, scenes, shapes
 from fourdfy.evaluation.report import brief, print_report, summary_tables
 from fourdfy.evaluation.scenes import BACKGROUND, evaluate_scene, evaluate_system
 from fourdfy.evaluation.shapes import main
@@ -337,6 +337,14 @@ def test_a_spin_with_one_wrong_face_in_time_is_still_right():
 def test_a_still_prompt_that_moves_drifts():
     still, spinning = (ShapePrompt("red", "ball", motion) for motion in ("standing still", "spinning"))
     assert evaluate_scene(still, truth(spinning)).still_drift > 0.03
+
+
+def test_drift_is_the_largest_change_where_an_object_is_or_was():
+    """It goes away, is paler there, and comes back."""
+    opacity, rgb = torch.zeros(3, 4, 4, 1), torch.full((3, 4, 4, 3), 0.8)
+    for moment, (column, grey) in enumerate(((0, 0.2), (2, 0.5), (0, 0.2))):
+        opacity[moment, :, column], rgb[moment, :, column] = 1, grey
+    assert frames.drift(frames.Frames(rgb=rgb, opacity=opacity), 3) == pytest.approx((0.6 + 0.3) / 2)
 
 
 def test_a_smaller_object_loses_iou():

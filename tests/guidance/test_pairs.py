@@ -5,6 +5,7 @@ import torch
 
 from fourdfy.config import ConfigError, parse_config
 from fourdfy.guidance.base import Guidance
+from fourdfy.guidance.reconstruction import Reconstruction
 from fourdfy.registry import find, names
 from tests.guidance.networks import TEXT, context, images, make, run
 from tests.guidance.reference import cameras, embeddings
@@ -165,6 +166,7 @@ def test_the_guidances_with_names_of_their_own_are_pairs():
     named, typed = (find(n, Guidance) for n in ("videocrafter-guidance", "videocrafter+sds"))
     assert vars(named.Config()) == vars(typed.Config())
     assert find("videocrafter+sds", Guidance) is typed
+    assert issubclass(find("multiview-diffusion-guidance", Guidance), Reconstruction)
     vsd = find("stable-diffusion-vsd-guidance", Guidance).Config()
     assert vsd.pretrained_model_name_or_path_lora == "stabilityai/stable-diffusion-2-1"
     assert find("stable-diffusion+vsd", Guidance).Config().pretrained_model_name_or_path_lora is None
