@@ -19,7 +19,7 @@ from fourdfy.launching.experiment import load_experiment
 from fourdfy.ops.cameras import orbit_cameras
 from fourdfy.shapes.prompts import parse
 
-SIZE, COLUMNS, MARGIN = 96, 8, 110
+SIZE, COLUMNS = 96, 8
 FOVY_DEG = 32.0
 """Narrower than in training, so that less of the picture is background."""
 
@@ -34,12 +34,13 @@ def main(picture: Path, trials: dict[str, Path]) -> None:
         system = experiment.load_system(device, experiment.last_checkpoint)
         rows[name] = row(scene_renderer(system), moves, device)
     rows["truth"] = row(ground_truth(parse(prompt)), moves, "cpu")
-    whole = Image.new("RGB", (MARGIN + COLUMNS * SIZE, len(rows) * SIZE), "white")
+    font = ImageFont.load_default(size=15)
+    margin = 20 + round(max(map(font.getlength, rows)))
+    whole = Image.new("RGB", (margin + COLUMNS * SIZE, len(rows) * SIZE), "white")
     draw = ImageDraw.Draw(whole)
     for index, (name, image) in enumerate(rows.items()):
-        whole.paste(image, (MARGIN, index * SIZE))
-        place = (MARGIN - 10, (index + 0.5) * SIZE)
-        draw.text(place, name, fill="black", font=ImageFont.load_default(size=15), anchor="rm")
+        whole.paste(image, (margin, index * SIZE))
+        draw.text((margin - 10, (index + 0.5) * SIZE), name, fill="black", font=font, anchor="rm")
     whole.save(picture, optimize=True)
 
 

@@ -80,7 +80,9 @@ def _session_table(done: Sequence[Session]) -> str:
 
 def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min {rest} s"
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def curve_sections(trials: Mapping[str, Mapping[str, Curve]]) -> str:

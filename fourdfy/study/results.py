@@ -168,7 +168,7 @@ def _votes(key: Key, answers: Sequence[Mapping[str, Any]], question: str) -> Vot
 
 
 def _page(found: Results) -> str:
-    facts = f"{found.raters} raters; {found.left_out} more failed a check and are left out"
+    facts = f"{found.raters} raters; {found.left_out} more failed a check (not counted)"
     shares = [(row.name, *_percent(row.found.share)) for row in found.rows]
     strengths = [
         (f"{question}: {method}", of.value, of.low, of.high)
