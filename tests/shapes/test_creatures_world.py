@@ -1,8 +1,11 @@
 """The creatures: prompts, poses and renderings."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from fourdfy.shapes import tracing
 from fourdfy.shapes.creature_prompts import (
     all_creature_prompts,
     encode_creatures,
@@ -126,6 +129,25 @@ def test_a_mixed_batch_equals_frames_one_by_one():
         alone = rendered([text], azimuths[here], times[here], size=24, background=grounds[here])
         for many, one in zip(together, alone, strict=True):
             assert torch.allclose(many[k].float(), one[0].float(), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CREATURES)
+def test_parts_that_are_left_out_of_a_ray_change_no_image(name, monkeypatch):
+    given = [f"a {name} dancing"] * 4, [20.0, 110.0, 200.0, 290.0], [0.1, 0.3, 0.6, 0.8]
+    fast, _, _ = rendered(*given, size=48)
+    monkeypatch.setattr(tracing, "NEGLIGIBLE", 9.0)  # every part matters to every ray
+    full, opacity, _ = rendered(*given, size=48)
+    changed = (fast - full).abs().amax(dim=-1)[opacity[..., 0] > 0] > 1 / 255
+    assert changed.float().mean() < 0.01
+
+
+def test_what_is_behind_the_camera_is_not_seen():
+    cameras = orbit(torch.zeros(2), torch.zeros(2), torch.zeros(2), 8)
+    cameras = replace(cameras, c2w=cameras.c2w * torch.tensor([-1.0, 1, -1, 1]))  # they look away
+    background = torch.tensor(BACKGROUNDS)
+    codes = encode_creatures([parse_creature("a dog walking")] * 2)
+    rgb, opacity, part = render_creatures(codes, cameras, background)
+    assert (rgb == background[:, None, None]).all() and not opacity.any() and (part == -1).all()
 
 
 def test_walking_lifts_legs_in_turn_and_jumping_leaves_the_ground():
