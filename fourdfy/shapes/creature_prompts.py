@@ -117,19 +117,17 @@ def render_creatures(
         like.new_empty(*size, 1),
         torch.empty(size, dtype=torch.long, device=like.device),
     )
-    names = list(CREATURES)
+    names, palette = list(CREATURES), torch.tensor([COLOUR_RGB[name] for name in COLOURS])
+    times = cameras.times.cpu()  # poses are many small operations
     for creature in codes[:, 0].unique().tolist():
-        own = CREATURES[names[creature]].colour
-        palette = like.new_tensor([own, *(COLOUR_RGB[name] for name in COLOURS)])
+        own = torch.tensor([CREATURES[names[creature]].colour])
         frames, posed = [], []
         for gesture in codes[codes[:, 0] == creature, 1].unique().tolist():
-            chosen = ((codes[:, 0] == creature) & (codes[:, 1] == gesture)).nonzero()[:, 0]
-            frames.append(chosen.to(like.device))
-            colour = palette[codes[chosen, 2].to(like.device)]
-            times = cameras.times[frames[-1]]
-            posed.append(bodies(CREATURES[names[creature]], GESTURES[gesture], times, colour))
-        here = torch.cat(frames)
-        drawn = render_bodies(joined_bodies(posed), cameras[here], background[here], supersample=supersample)
+            frames.append(((codes[:, 0] == creature) & (codes[:, 1] == gesture)).nonzero()[:, 0])
+            colour = torch.cat([own, palette])[codes[frames[-1], 2]].to(times)
+            posed.append(bodies(CREATURES[names[creature]], GESTURES[gesture], times[frames[-1]], colour))
+        here, body = torch.cat(frames).to(like.device), joined_bodies(posed).to(like.device)
+        drawn = render_bodies(body, cameras[here], background[here], supersample=supersample)
         for image, part in zip(images, drawn, strict=True):
             image[here] = part
     return images

@@ -7,7 +7,7 @@ aside), y (a pitch; it swings a limb back) and z (a yaw). F frames, P parts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -33,7 +33,7 @@ def bodies(
     """
     parts = _parts(creature)
     turns = _GESTURES[gesture](creature, times)
-    frames = _bones(creature, turns, len(times), times)
+    frames = _bones(creature, turns, times)
     rest = times.new_tensor([part.centre for part in parts])
     turn = torch.stack([frames[part.bone][0] for part in parts], dim=1)
     shift = torch.stack([frames[part.bone][1] for part in parts], dim=1)
@@ -72,35 +72,36 @@ def _axes(part: Part) -> list[list[float]]:
 
 
 def _bones(
-    creature: Creature, turns: Turns, count: int, like: Tensor
+    creature: Creature, turns: Turns, times: Float[Tensor, "F"]
 ) -> dict[str, tuple[Float[Tensor, "F 3 3"], Float[Tensor, "F 3"]]]:
     """Rotation and shift of each bone: a point of the rest pose goes to ``rotation @ point + shift``."""
-    offset = torch.stack(
-        [_full(value, count, like) for value in turns.get("offset", (0.0, 0.0, 0.0))], dim=-1
-    )
-    frames = {"root": (_rotation(turns.get("root"), count, like), offset)}
-    for bone, (parent, pivot) in creature.joints.items():  # parents stand before their children
-        turn, shift = frames[parent]
-        own, at = _rotation(turns.get(bone), count, like), like.new_tensor(pivot)
+    angles = torch.stack([_vectors(turns.get(bone, ()), times) for bone in ("root", *creature.joints)], dim=1)
+    root, *rotations = _rotations(angles).unbind(dim=1)
+    frames = {"root": (root, _vectors(turns.get("offset", ()), times))}
+    for own, (bone, (parent, pivot)) in zip(rotations, creature.joints.items(), strict=True):
+        turn, shift = frames[parent]  # parents stand before their children
+        at = times.new_tensor(pivot)
         frames[bone] = (turn @ own, (turn @ (at - own @ at)[..., None])[..., 0] + shift)
     return frames
 
 
-def _rotation(turn: tuple | None, count: int, like: Tensor) -> Float[Tensor, "F 3 3"]:
+def _vectors(values: Sequence[Tensor | float], times: Float[Tensor, "F"]) -> Float[Tensor, "F 3"]:
+    """Of three numbers or none, each for all moments or one for each."""
+    vectors = times.new_zeros(len(times), 3)
+    for axis, value in enumerate(values):
+        vectors[:, axis] = value
+    return vectors
+
+
+def _rotations(angles: Float[Tensor, "F B 3"]) -> Float[Tensor, "F B 3 3"]:
     """Roll, then pitch, then yaw."""
-    product = torch.eye(3).to(like).expand(count, 3, 3)
-    for axis, angle in enumerate(turn or ()):
-        cos, sin = _full(angle, count, like).cos(), _full(angle, count, like).sin()
-        one = torch.zeros(count, 3, 3).to(like)
-        i, j = (axis + 1) % 3, (axis + 2) % 3
-        one[:, axis, axis] = 1
-        one[:, i, i], one[:, i, j], one[:, j, i], one[:, j, j] = cos, -sin, sin, cos
-        product = one @ product
-    return product
-
-
-def _full(value: Tensor | float, count: int, like: Tensor) -> Float[Tensor, "F"]:
-    return torch.as_tensor(value).to(like).expand(count)
+    (cx, cy, cz), (sx, sy, sz) = angles.cos().unbind(dim=-1), angles.sin().unbind(dim=-1)
+    rows = (
+        (cy * cz, sx * sy * cz - cx * sz, cx * sy * cz + sx * sz),
+        (cy * sz, sx * sy * sz + cx * cz, cx * sy * sz - sx * cz),
+        (-sy, sx * cy, cx * cy),
+    )
+    return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
 
 
 def _raised(creature: Creature, left: Tensor, right: Tensor) -> Turns:
