@@ -156,17 +156,20 @@ def decimated(
 ) -> tuple[Float[Tensor, "v 3"], Int[Tensor, "t 3"]]:
     """The mesh with about ``most`` triangles, by quadric error (Garland & Heckbert 1997).
 
-    Triangles to ``keep`` stay as they are, even if they are more than that.
+    Triangles to ``keep`` stay as they are, even if they are more than that. Of those that touch none of
+    these, at least their share of ``most`` is left, as fewer would lose the shape.
     """
     from fast_simplification import simplify
 
     if len(faces) <= most or keep.all():
         return positions, faces
     used, loose = faces[~keep].unique(return_inverse=True)
+    inner = int((~torch.isin(faces[~keep], faces[keep])).all(1).sum())
+    fewest = len(loose) - inner + inner * most // len(faces)
     few, few_faces = simplify(
         positions[used].cpu().numpy(),
         loose.cpu().numpy(),
-        target_count=max(4, most - int(keep.sum())),
+        target_count=max(4, most - int(keep.sum()), fewest),
         preserve_border=True,
     )
     corners = torch.from_numpy(few).to(positions)[torch.from_numpy(few_faces).to(faces)]

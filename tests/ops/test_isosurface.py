@@ -5,6 +5,7 @@ import torch
 from scipy.special import expit
 
 from fourdfy.ops.isosurface import (
+    decimated,
     invert_warp,
     marching_cubes,
     sample_grid,
@@ -107,6 +108,14 @@ def test_small_parts_are_dropped_and_large_ones_kept():
     assert kept[:, 0].max() < 0.2 and len(kept) == int(kept_faces.max()) + 1
     assert signed_volume(kept, kept_faces) == pytest.approx(4 / 3 * math.pi * 0.5**3, rel=0.03)
     assert len(without_small_parts(positions, faces, 0.001)[1]) == len(faces)
+
+
+def test_what_may_be_decimated_keeps_its_shape_where_more_than_that_has_to_stay():
+    positions, faces = marching_cubes(grid_of(ball(0.6), radius=1.0), 25.0, 1.0)
+    stays = positions[faces].mean(1)[:, 2] < 0.2
+    positions, few = decimated(positions, faces, int(stays.sum()) // 2, stays)
+    assert int(stays.sum()) < len(few) < len(faces)
+    assert positions[few].mean(1).norm(dim=-1).min() > 0.55, "no triangle cuts across the ball"
 
 
 def test_a_warp_is_inverted_where_plain_iteration_would_diverge():
