@@ -1,7 +1,8 @@
-"""Training steps on several ranks, as a program of its own: ``python -m tests.rank_steps FOLDER COUNT ...``.
+"""Steps on several ranks, as a program of its own: ``python -m tests.rank_steps FOLDER DEVICE COUNT ...``.
 
-The modules are imported once; then the ranks are forked, COUNT together. Each group runs all ``CASES``, and
-its first rank writes what it found to ``FOLDER/COUNT.pt``.
+The modules are imported once; then the ranks are forked, COUNT together. Each group runs all ``CASES``, on
+the CPU or with a GPU for each rank (DEVICE is ``cpu`` or ``cuda``), and its first rank writes what it found to
+``FOLDER/COUNT.pt``.
 """
 
 import os
@@ -93,12 +94,12 @@ class Gradients(Callback):
         self.steps.append({**seen, "grads": grads})
 
 
-def run_case(config: str, overrides: tuple[str, ...], is_first: bool) -> dict[str, Any]:
+def run_case(config: str, overrides: tuple[str, ...], device: str, is_first: bool) -> dict[str, Any]:
     """The steps of one case, and the scene behind them."""
     experiment = load_experiment([CONFIGS / f"{config}.yaml"], [*TINY, *overrides])
     kinds = [kind.name for kind in experiment.plan.kinds]
-    system = experiment.build_system()
-    system.prepare(torch.device("cpu"), resumed=False)
+    system = experiment.build_system().to(device)
+    system.prepare(torch.device(device), resumed=False)
     data = experiment.build_data()
     data.choose_kind = lambda step: kinds[step % len(kinds)]
     run = Run(
@@ -113,7 +114,7 @@ def run_case(config: str, overrides: tuple[str, ...], is_first: bool) -> dict[st
     gradients = Gradients()
     cfg = experiment.cfg.trainer
     object.__setattr__(cfg, "max_steps", run.max_steps)
-    Trainer(cfg, run, {"gradients": gradients} if is_first else {}, device="cpu").fit(None)
+    Trainer(cfg, run, {"gradients": gradients} if is_first else {}, device=device).fit(None)
     guidances = {kind.name: getattr(system, kind.module) for kind in experiment.plan.kinds}
     sharded = {
         name
@@ -152,15 +153,19 @@ def run_command(folder: Path, name: str, port: int, rank: int) -> None:
     (folder / f"{name}.{rank}.status").write_text(str(status))
 
 
-def run_cases(folder: Path, rank: int, count: int) -> None:
+def run_cases(folder: Path, device: str, rank: int, count: int) -> None:
     torch.set_num_threads(1)
+    backend = "gloo"
+    if device == "cuda":
+        device, backend = f"cuda:{rank}", "nccl"
+        torch.cuda.set_device(rank)
     if count > 1:
         store = f"file://{folder / f'{count}.store'}"
         wait = timedelta(seconds=60)
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=count, timeout=wait)
+        dist.init_process_group(backend, init_method=store, rank=rank, world_size=count, timeout=wait)
     with together(Ranks(rank, count)):
         cases = dict([*CASES.items()][: 2 if count > 2 else None])  # enough of shares that are empty
-        found = {name: run_case(*case, is_first=rank == 0) for name, case in cases.items()}
+        found = {name: run_case(*case, device, rank == 0) for name, case in cases.items()}
     if rank == 0:
         torch.save(found, folder / f"{count}.pt")
 
@@ -193,20 +198,22 @@ def forked(work: Any, *arguments: Any) -> int:
         os._exit(status)
 
 
-def main() -> int:
-    folder, *counts = sys.argv[1:]
-    failed = 0
+def run_others(folder: Path) -> int:
+    """Runs of the command line, and the benchmark, on two ranks of the CPU."""
     for name in COMMANDS:
         port = find_free_network_port()
-        pids = [forked(run_command, Path(folder), name, port, rank) for rank in range(2)]
-        for pid in pids:
+        for pid in [forked(run_command, folder, name, port, rank) for rank in range(2)]:
             os.waitpid(pid, 0)
-    save_stable_diffusion(Path(folder) / "stable-diffusion")
-    save_multi_view(Path(folder) / "mvdream")
-    pids = [forked(run_benchmark, Path(folder), rank) for rank in range(2)]
-    failed |= max(os.waitpid(pid, 0)[1] for pid in pids)
+    save_stable_diffusion(folder / "stable-diffusion")
+    save_multi_view(folder / "mvdream")
+    return max(os.waitpid(pid, 0)[1] for pid in [forked(run_benchmark, folder, rank) for rank in range(2)])
+
+
+def main() -> int:
+    folder, device, *counts = sys.argv[1:]
+    failed = run_others(Path(folder)) if device == "cpu" else 0
     for count in map(int, counts):
-        pids = [forked(run_cases, Path(folder), rank, count) for rank in range(count)]
+        pids = [forked(run_cases, Path(folder), device, rank, count) for rank in range(count)]
         failed |= max(os.waitpid(pid, 0)[1] for pid in pids)
     return bool(failed)
 

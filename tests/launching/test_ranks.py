@@ -1,6 +1,7 @@
 """One step over several processes is the step of one."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -23,12 +24,16 @@ COUNTS = (2, 3)
 def found(tmp_path_factory):
     """What 1, 2 and 3 ranks find."""
     folder = tmp_path_factory.mktemp("ranks")
-    counts = [str(count) for count in (1, *COUNTS)]
-    command = [sys.executable, "-m", "tests.rank_steps", str(folder), *counts]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    return find(folder, "cpu", 1, *COUNTS) | {"folder": folder}
+
+
+def find(folder, device, *counts):
+    command = [sys.executable, "-m", "tests.rank_steps", str(folder), device, *map(str, counts)]
+    env = os.environ | {"NVIDIA_TF32_OVERRIDE": "0"}  # or a GPU would round products to 10 bits
+    ran = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    return {count: torch.load(folder / f"{count}.pt", weights_only=True) for count in (1, *COUNTS)} | {
-        "folder": folder
+    return {
+        count: torch.load(folder / f"{count}.pt", map_location="cpu", weights_only=True) for count in counts
     }
 
 
@@ -36,7 +41,19 @@ def found(tmp_path_factory):
     ("count", "case"), [(count, case) for count in COUNTS for case in [*CASES][: 2 if count > 2 else None]]
 )
 def test_steps_of_several_ranks_are_those_of_one(count, case, found):
-    one, several = found[1][case], found[count][case]
+    compare(found[1][case], found[count][case])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_steps_of_two_gpus_are_those_of_one(tmp_path):
+    found = find(tmp_path, "cuda", 1, 2)
+    for case in CASES:
+        compare(found[1][case], found[2][case])
+
+
+def compare(one, several):
+    """Of a case."""
     assert len(one["steps"]) == len(several["steps"]) > 0
     for alone, together in zip(one["steps"], several["steps"], strict=True):
         assert alone["kind"] == together["kind"] and alone["samples"] == together["samples"] > 0
