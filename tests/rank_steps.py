@@ -1,8 +1,8 @@
 """Steps on several ranks, as a program of its own: ``python -m tests.rank_steps FOLDER DEVICE COUNT ...``.
 
 The modules are imported once; then the ranks are forked, COUNT together. Each group runs all ``CASES``, on
-the CPU or with a GPU for each rank (DEVICE is ``cpu`` or ``cuda``), and its first rank writes what it found to
-``FOLDER/COUNT.pt``.
+the CPU or with a GPU for each rank (DEVICE is ``cpu`` or ``cuda``), and its first rank writes what it found
+to ``FOLDER/COUNT.pt``.
 """
 
 import os
