@@ -36,6 +36,8 @@ DROP_OVERRIDES: dict[str, tuple[str, ...]] = {
         "stage_1.system.guidance.max_step_percent=0.98",
         'stage_1.system.prompt_processor.moments=["at the start"]',
         "stage_1.system.optimizer.params={guidance_single_view: {lr: 0.0001}}",
+        "stage_2.system.guidance.guidance_scale=7.5",
+        "stage_2.system.loss.lambda_vsd=1",
     ),
     "single_view": (
         "stage_2.data.prob_multi_view=1",
@@ -44,7 +46,7 @@ DROP_OVERRIDES: dict[str, tuple[str, ...]] = {
     ),
     "video": ("stage_3.data.single_view.prob_single_view_video=0",),
 }
-"""The ``key=value`` overrides that switch off a prior of the recipe."""
+"""The ``key=value`` overrides that switch off a prior of the recipe, and let another take its part."""
 
 
 def train_prompt(
