@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image, ImageColor
 from fourdfy.config_files import PROMPT
 from fourdfy.evaluation.scenes import ground_truth
 from fourdfy.launching.experiment import load_experiment
+from fourdfy.launching.recipe import load_recipe
 from fourdfy.launching.sweeps.jobs import read_sweep
 from fourdfy.shapes.prompts import parse
 from tests.commands import ROOT, TINY
@@ -117,11 +119,20 @@ def test_variants_of_the_third_stage_follow_on_second_ones_of_their_prompt_and_s
     assert {command[3] for command in commands} == {"configs/shapes.yaml"}
 
 
-def test_the_variants_in_pixels_are_settings_of_the_third_stage(load):
-    ways = yaml.safe_load(Path(load("shapes").__file__).with_name("variants_pixels.yaml").read_text())
-    prompt = ["system.prompt_processor.prompt=a dog walking"]
-    settings = [load_experiment(["configs/shapes_stage_3.yaml"], [*prompt, *ways[way]]).cfg for way in ways]
-    assert len({repr((cfg.system, cfg.data)) for cfg in settings}) == len(ways), "each is another setting"
+@pytest.mark.parametrize(
+    ("variants", "config", "noise"),
+    [
+        ("variants_pixels", "shapes_stage_3", [0, 0.98, 0.5, 350]),
+        ("untimed", "shapes_stage_3", 0.5),
+        ("variants_recipe", "shapes", 0.98),
+    ],
+)
+def test_the_keys_of_variants_exist_and_take_their_values(variants, config, noise, load):
+    file = Path(load("shapes").__file__).with_name(f"{variants}.yaml")
+    options = chain(*yaml.safe_load(file.read_text()).values())
+    given = ["system.prompt_processor.prompt=a dog walking", *options]
+    *_, last = load_recipe([f"configs/{config}.yaml"], given)  # a ConfigError names a key that is wrong
+    assert last.experiment.cfg.system.guidance_multi_view.max_step_percent == noise
 
 
 @pytest.mark.parametrize("stage", [1, 3])
