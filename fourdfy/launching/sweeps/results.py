@@ -122,7 +122,7 @@ def contact_sheet(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> str:
     head = "".join(f"<th>seed {seed}</th>" for seed in seeds)
     body = []
     for (prompt, settings), group in groupby(pairs, key=lambda pair: (pair[0].prompt, pair[0].settings)):
-        given = "".join(f"<br>{escaped(f'{key} = {value}')}" for key, value in settings.items())
+        given = "<br>".join(escaped(f"{key} = {value}") for key, value in settings.items())
         cells = "".join(_cell(sweep, job, row) for job, row in group)
         body.append(f"<tr><th>{escaped(prompt or '')}<br><small>{given}</small></th>{cells}</tr>")
     finished = sum(job.has_finished(len(job.trials)) for job in sweep.jobs)
