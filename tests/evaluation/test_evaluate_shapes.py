@@ -230,10 +230,11 @@ def test_a_clip_played_backwards_has_correlation_minus_one(motion):
     assert report.motion_right is False
 
 
-def test_half_a_turn_has_half_the_gain():
+@pytest.mark.parametrize("gain", [0.5, 2.0])
+def test_half_a_turn_has_half_the_gain_and_two_turns_are_too_many(gain):
     prompt = ShapePrompt("blue", "ball", "spinning")
-    report = evaluate_scene(prompt, at_times(truth(prompt), lambda times: times / 2))
-    assert report.motion_corr > 0.999 and report.motion_gain == pytest.approx(0.5, abs=0.03)
+    report = evaluate_scene(prompt, at_times(truth(prompt), lambda times: gain * times))
+    assert report.motion_corr > 0.999 and report.motion_gain == pytest.approx(gain, abs=0.06 * gain)
     assert report.motion_right is False
 
 
@@ -270,7 +271,7 @@ def test_a_ghost_at_the_front_is_counted_and_does_not_hold_the_motion(strength):
 
     report = evaluate_scene(prompt, haunted)
     assert report.mark_seen == 12 and report.over_time[0].ghost == 0
-    assert report.ghosts >= 9
+    assert report.ghosts >= 9 and report.fronts == 1, "at the start"
     if strength < 1:
         assert report.motion_right and report.motion_gain == pytest.approx(1, abs=0.05)
 
@@ -391,6 +392,23 @@ def test_a_grey_object_has_neither_colour_nor_front():
     report = evaluate_scene(prompt, grey)
     assert report.fronts == 0
     assert not report.colour_ok and report.colour_error > 0.15
+    assert report.saturation_error < -0.5
+
+
+def test_what_floats_beside_the_object_is_no_ghost_and_fog_is_said(caplog):
+    prompt = ShapePrompt("red", "ball", "standing still")
+
+    def beside(cameras):
+        rgb, opacity = (image.clone() for image in truth(prompt)(cameras))
+        rgb[:, 4:12, 4:60], opacity[:, 4:12, 4:60] = 0.9, 1
+        return rgb, opacity
+
+    report = evaluate_scene(prompt, beside)
+    assert report.ghosts == 0 and report.iou < 0.8 and not caplog.messages
+    evaluate_scene(
+        prompt, lambda cameras: (truth(prompt)(cameras)[0], torch.full((len(cameras), 64, 64, 1), 0.6))
+    )
+    assert "a red ball standing still: fog fills the whole scene" in caplog.text
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan])

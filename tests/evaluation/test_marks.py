@@ -5,7 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis.strategies import floats, integers
 
-from fourdfy.evaluation.marks import body_colour, foreground_colour, fronts, painted, visible_mark, wrap
+from fourdfy.evaluation.marks import (
+    body_colour,
+    foreground_colour,
+    front_scores,
+    fronts,
+    painted,
+    visible_mark,
+    wrap,
+)
 
 VIEWS = 24
 
@@ -40,6 +48,15 @@ def test_a_notch_in_one_front_does_not_split_it():
     scores = bump(180, width_deg=60)
     scores[VIEWS // 2] *= 0.7
     assert len(fronts(scores)) == 1
+    scores[VIEWS // 2 - 3 : VIEWS // 2 + 3] = torch.tensor(
+        [0.4, 0.35, 0.35, 0.8, 1.0, 0.6]
+    )  # nor does a shoulder
+    assert len(fronts(scores)) == 1
+
+
+def test_white_without_a_pupil_is_no_front():
+    visible = torch.tensor([[0.1, 0.04], [0.1, 0.0], [0.05, 0.04]])
+    assert torch.allclose(front_scores(visible, visible[0]), torch.tensor([1.0, 0.0, 0.5]))
 
 
 def test_a_weak_mark_is_no_front():

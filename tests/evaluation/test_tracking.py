@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fourdfy.evaluation.frames import BACKGROUND, look, orbit
-from fourdfy.evaluation.tracking import COORDINATES, angle_track, posed_cameras
+from fourdfy.evaluation.tracking import COORDINATES, angle_track, posed_cameras, poses, track
 from fourdfy.shapes import world
 from fourdfy.shapes.grammar import ShapePrompt
 
@@ -57,6 +57,22 @@ def test_a_still_ghost_that_matches_less_does_not_hold_the_track():
 
 def test_no_match_at_any_moment_is_an_unknown_track():
     assert angle_track([[]] * 12).isnan().all()
+
+
+@pytest.mark.parametrize("motion", ["bouncing", "sliding", "pulsing"])
+def test_a_coordinate_is_found_finer_than_it_is_tried(motion):
+    """Between two tries, which are 0.05 apart."""
+
+    def render(name):
+        prompt = ShapePrompt("red", "ball", name)
+        return lambda cameras: world.render([prompt] * len(cameras), cameras, torch.tensor(BACKGROUND))
+
+    azimuths, times = [20.0, 110.0], [0.045, 0.12]
+    bank = poses(motion, render("standing still"), orbit([0.0], azimuths, "cpu"))
+    found = track(motion, look(render(motion), times, azimuths, "cpu"), bank)
+    offset, scale, _ = world.pose(ShapePrompt("red", "ball", motion), torch.tensor(times))
+    wanted = {"bouncing": offset[:, 2], "sliding": offset[:, 1], "pulsing": scale}[motion]
+    assert (found - wanted).abs().max() < 0.008
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,15 @@ def test_latents_are_scaled_samples_of_the_posterior(tiny):
     torch.testing.assert_close(latents, 0.18215 * (posterior.mean + posterior.std * noise))
 
 
+def test_decoded_images_are_those_of_the_vae_in_0_to_1(tiny):
+    prior, latents = make("stable-diffusion-guidance", tiny["sd"]).prior, torch.randn(3, 4, 8, 8)
+    for shift in (None, 0.3):  # as Stable Diffusion 3 has
+        prior.vae.register_to_config(shift_factor=shift)
+        wanted = prior.vae.decode(latents / 0.18215 + (shift or 0)).sample[:2].detach()
+        given = prior.decode(latents, 2).detach()
+        torch.testing.assert_close(given, (wanted / 2 + 0.5).clamp(0, 1).movedim(1, -1))
+
+
 @pytest.mark.parametrize(
     ("kind", "group_size", "message"),
     [

@@ -15,6 +15,7 @@ from fourdfy.ops.diffusion import (
     GuidanceMode,
     Prediction,
     add_noise,
+    lead_away,
     noise_from_x0,
     prediction_target,
     projected_guidance,
@@ -23,7 +24,7 @@ from fourdfy.ops.diffusion import (
 )
 from fourdfy.priors.base import DDPMSchedule, Denoiser, FlowSchedule, Prior
 from fourdfy.registry import find, register
-from fourdfy.types import TextEmbeddings
+from fourdfy.types import Conditions, TextEmbeddings
 from tests.guidance.networks import ALL, context, images, make, make_any, run
 from tests.guidance.reference import CPU, cameras, embeddings, filled
 from tests.renders import images_of
@@ -172,6 +173,26 @@ def test_at_a_scale_of_1_the_text_alone_is_asked():
     learned = [gradient(guidance, frames(), text(0.4)) for guidance in guidances]
     torch.testing.assert_close(*learned)
     assert [len(noisy) for guidance in guidances for noisy in guidance.prior.calls] == [2, 4]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_negative_texts_lead_away_in_every_mode_and_at_a_scale_of_1_too(mode, scale):
+    prior, weight = analytic("sds").prior, torch.full((2,), -1.5).double()
+    timesteps = torch.tensor([1, 2])
+    noisy, scales = prior.encode(frames(), FRAMES, None), prior.denoiser.schedule.scales(timesteps, 5)
+    texts = [filled(2, slope) for slope in (0.4, 0.0, -0.2)]
+    conditions = Conditions(*texts[:2], (texts[2],), (weight,))
+    guided, text_alone = prior.guided_x0(noisy, timesteps, conditions, scale, mode)
+    x0, uncond, negative = prior.x0(noisy, timesteps, texts)
+    led = lead_away(x0, uncond, [negative], [weight])
+    wanted = {
+        "cfg": uncond + scale * (led - uncond),
+        "apg": projected_guidance(led, uncond, scale),
+        "cfg_zero": zero_star_guidance(led, uncond, scale, noisy, scales),
+    }[mode]
+    torch.testing.assert_close(guided, wanted)
+    assert torch.equal(text_alone, x0) and (led - x0).abs().max() > 0.01
 
 
 def test_pixels_that_are_their_own_latents_learn_the_same_from_either():

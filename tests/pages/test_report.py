@@ -17,10 +17,19 @@ from fourdfy.launching import reports
 from fourdfy.launching.cli import main
 from fourdfy.launching.experiment import load_experiment
 from fourdfy.ops.ranks import Ranks, together
-from fourdfy.pages.charts import brief, chart
-from fourdfy.pages.compare import shortest_names
+from fourdfy.pages.charts import brief, chart, intervals
+from fourdfy.pages.clips import clip, spread
+from fourdfy.pages.compare import compare_page, shortest_names
 from fourdfy.pages.report import Stage, report_page
-from fourdfy.pages.trials import curves, sessions
+from fourdfy.pages.trials import (
+    Session,
+    add_session,
+    curves,
+    scores,
+    sessions,
+    validation_strip,
+    views_of_test,
+)
 from tests.commands import launch, trial
 from tests.pages.elements import EVIL, Found
 from tests.runs import new_run
@@ -122,6 +131,26 @@ def test_a_report_of_an_empty_folder_is_a_page_all_the_same(tmp_path):
     assert found.under("h2") == ["Plan", "Settings"] and not found.of("canvas")
 
 
+SESSIONS = [
+    Session(first=first, last=last, seconds=seconds, memory_gib=memory, device="CPU", versions={})
+    for first, last, seconds, memory in ((0, 2, 60.0, 3.0), (2, 12, 3705.0, 1.0))
+]
+
+
+def test_a_report_tells_each_session_and_every_curve_that_tells_something(tmp_path):
+    add_session(tmp_path, SESSIONS[:1], SESSIONS[1])
+    file = tmp_path / "csv_logs" / "version_0" / "metrics.csv"
+    file.parent.mkdir(parents=True)
+    file.write_text("step,loss/a/total,loss/a/x,weight/a/x,lr/all\n0,1,2,1,0.1\n5,1,2,3,0.1\n")
+    given = {"steps": (12, 12), "plan": ["12 steps"], "settings": {"seed": 0}, "view_width": 8}
+    found = Found(report_page(Stage(folder=tmp_path, prompt="a ball", label="stage", **given)))
+    assert (
+        found.under("figcaption") == ["total", "x", "weight of x"]
+        and found.under("p")[0] == "stage, 12 steps"
+    )
+    assert {"1 min 0 s", "1 h 1 min", "0.0333", "0.0027", "3.00 GiB", "1.00 GiB"} <= {*found.under("td")}
+
+
 @pytest.fixture
 def two(copy):
     """Trials of other seeds and lengths, one with four test views, one with two; half of them are white."""
@@ -151,6 +180,17 @@ def test_trials_are_compared_by_clips_scores_curves_and_settings(two, tmp_path, 
     assert rows["seed"] == "<td>0</td><td>5</td>" and "name" not in rows and "data_type" not in rows
     (total,) = re.findall(r'aria-label="total".*?</svg>', page.read_text())
     assert 'class="c0"' in total and 'class="c1"' in total
+
+
+def test_trials_of_other_prompts_are_told_apart_and_have_all_of_their_sessions(two):
+    add_session(two[1], SESSIONS[:1], SESSIONS[1])
+    text = compare_page({folder: {} for folder in two}, ["a cube", "a ball"])
+    found = Found(text)
+    assert found.under("h1") == ["2 trials"] and found.under("figcaption")[:2] == [
+        "tiny: a cube",
+        "other: a ball",
+    ]
+    assert {"1 h 2 min", "3.00 GiB"} <= {*found.under("td")} and '"seconds": 0.26' in text, "four views"
 
 
 def test_trials_are_named_by_what_tells_them_apart():
@@ -200,19 +240,43 @@ def test_what_can_not_be_compared_is_one_line(trained, capsys, words, message):
     assert message in capsys.readouterr().err
 
 
-def test_a_curve_shows_what_is_finite_on_the_axis_that_suits_it():
-    def heights(*values):
-        line = re.search(r'class="c0" d="M([^"]+)"', chart("x", {"": list(enumerate(values))}))[1]
-        return [float(point.split()[1]) for point in line.split("L")]
+def drawn(*values, css="c0"):
+    """(x, y) of the points of a line."""
+    shown = chart("x", {"first": list(enumerate(values)), "second": [(0, 1.0)]})
+    assert 'class="c1" d="M' in shown and shown.count("h.01") == 1, "one point is a dot, of its own colour"
+    line = re.search(rf'class="{css}" d="M([^"]+)"', shown)[1]
+    return np.array([[float(number) for number in point.split()] for point in line.split("L")])
 
-    low, middle, high = heights(1.0, math.nan, 2.0, 3.0)
-    assert low - middle == pytest.approx(middle - high, abs=0.2)
-    low, middle, high = heights(0.01, 1.0, 100.0)
-    assert low - middle == pytest.approx(middle - high, abs=0.2)
+
+def test_a_curve_shows_what_is_finite_on_the_axis_that_suits_it():
+    for values in ((1.0, math.nan, 2.0, 3.0), (0.01, 1.0, 100.0)):
+        low, middle, high = drawn(*values)[:, 1]
+        assert low > middle > high and low - middle == pytest.approx(middle - high, abs=0.2)
+    assert len({*drawn(1.0, 1.0)[:, 1]}) == 1
     assert "no finite value" in chart("x", {"": [(0, math.inf)]})
-    long = chart("x", {"": [(step, float(step % 2)) for step in range(5000)]})
-    raw, smooth = re.findall(r'class="(?:raw )?c0" d="([^"]+)"', long)
-    assert raw.count("L") < 300 and smooth.count("L") < 300
+
+
+def test_a_long_curve_is_drawn_in_fewer_points_and_smooth():
+    raw, smooth = (drawn(*map(float, range(1200)), css=css) for css in ("raw c0", "c0"))
+    assert len(raw) == len(smooth) == 300
+    assert (np.diff(smooth[:, 0]) > 0).all() and np.abs(raw - smooth)[10:-10].max() < 0.2
+    first, last = (raw - smooth)[[0, -1], 1]  # means of half as many points
+    assert first == pytest.approx(-last, abs=0.2) and first == pytest.approx(118 * 15 / 1200, abs=0.2)
+
+
+def test_an_interval_is_drawn_from_end_to_end():
+    shown = intervals("x", [("a", 60.0, 40.0, 80.0), ("b", 50.0, 45.0, 55.0)], 50.0)
+    ends = [tuple(map(float, of)) for of in re.findall(r'd="M([\d.]+) \d+H([\d.]+)"', shown)]
+    assert ends == [(330.0, 700.0), pytest.approx((330 + 370 / 8, 330 + 370 * 3 / 8), abs=0.1)]
+
+
+def test_a_clip_has_all_of_its_frames_row_by_row_or_some_evenly():
+    frames = np.arange(0, 250, 50, np.uint8)[:, None, None, None].repeat(8, 1).repeat(8, 2).repeat(3, 3)
+    content = re.search(r"base64,([^\"]+)", clip(frames, "x"))[1]
+    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("L")).astype(float)
+    cells = [sheet[8 * (k // 3) :, 8 * (k % 3) :][:8, :8].mean() for k in range(6)]
+    assert cells == pytest.approx([0, 50, 100, 150, 200, 0], abs=4)
+    assert spread(10, 4) == [0, 2, 5, 7] and spread(3, 8) == [0, 1, 2] and spread(0, 8) == []
 
 
 @pytest.mark.parametrize(
@@ -226,5 +290,18 @@ def test_numbers_are_short(value, shown):
 def test_a_row_that_a_full_disk_has_cut_is_left_out(tmp_path):
     file = tmp_path / "csv_logs" / "version_0" / "metrics.csv"
     file.parent.mkdir(parents=True)
-    file.write_text("loss/a/total,step\n1.5,0\n2.5,9\n3.")
-    assert curves(tmp_path) == {"loss/a/total": [(0, 1.5), (9, 2.5)]}
+    file.write_text("loss/a/total,step\n1.5,0\n0.0,9\n3.")
+    assert curves(tmp_path) == {"loss/a/total": [(0, 1.5), (9, 0.0)]}
+
+
+def test_views_steps_and_scores_are_in_the_order_of_their_numbers(tmp_path):
+    for step in (9, 10):
+        save_frames(tmp_path / "save" / f"it{step}-test", np.zeros((11, 8, 8, 3), np.uint8))
+        (tmp_path / "save" / f"it{step}-evaluation.json").write_text(json.dumps({"iou": step}))
+    for step in range(1, 15):
+        Image.new("RGB", (8, 8)).save(tmp_path / "save" / f"it{step}-0.png")
+    wanted = [tmp_path / "save" / "it10-test" / f"{view}.png" for view in range(11)]
+    assert views_of_test(tmp_path) == wanted
+    assert scores(tmp_path)["iou"] == 10 and scores(tmp_path, 9)["iou"] == 9
+    steps = [int(step) for step in re.findall(r"<figcaption>(\d+)<", validation_strip(tmp_path, None))]
+    assert len(steps) == 12 and steps == sorted(steps) and steps[-1] == 14

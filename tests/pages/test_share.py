@@ -69,6 +69,12 @@ def test_settings_tell_nothing_of_the_sender_s_disk(tmp_path):
     }
     text = shared(tmp_path / "share.html", settings={"system": paths, "rate": 0.5}).read_text()
     assert "somebody" not in text and "weights: last.ckpt" in text and "rate: 0.5" in text
+    assert "  - model\n  - x\n" in text
+
+
+def test_a_page_without_a_mesh_has_its_clip_alone_for_as_long_as_it_lasts(tmp_path):
+    text = shared(tmp_path / "share.html").read_text()
+    assert '"seconds": 2.0' in text and "webgl" not in text
 
 
 def test_half_a_character_of_a_command_line_is_written_too(tmp_path):

@@ -106,7 +106,7 @@ def test_the_network_is_told_thousands_of_the_noise():
     torch.testing.assert_close(noisy[1], noise[1])
 
 
-def test_levels_are_drawn_continuously_between_the_bounds_and_never_without_noise():
+def test_levels_are_drawn_continuously_between_the_bounds_and_never_without_noise(monkeypatch):
     schedule = FlowSchedule(shift=3.0, device=CPU)
     drawn = schedule.draw(0.02, 0.5, 2000, generator())
     least, most = schedule.span(0.02, 0.5)
@@ -116,9 +116,8 @@ def test_levels_are_drawn_continuously_between_the_bounds_and_never_without_nois
     shares = drawn / 1000 / (3 - 2 * drawn / 1000)  # before the shift
     assert torch.histc(shares, 8, 0.02, 0.5).sub(250).abs().max() < 60, "uniform"
     assert torch.equal(drawn, schedule.draw(0.02, 0.5, 2000, generator()))
-    torch_draws_zero = torch.Generator()
-    torch_draws_zero.manual_seed(0)
-    assert (schedule.draw(0, 1, 10_000, torch_draws_zero) > 0).all()
+    monkeypatch.setattr(torch, "rand", lambda count, **_: torch.zeros(count))  # the least that it gives
+    assert (schedule.draw(0, 1, 3, generator()) > 0).all()
 
 
 @pytest.mark.parametrize(
