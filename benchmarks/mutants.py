@@ -6,9 +6,9 @@
     python benchmarks/mutants.py --auto fourdfy/seeds.py --tests tests/systems
 
 A bug is planted in a copy of the tree, where its tests run until the first one fails. The bug is killed
-if one fails or time runs out; the exit status is 1 if a bug survives. ``--auto`` makes bugs itself: it
-negates a condition, swaps ``and`` and ``or``, moves a comparison or a number by one, leaves a statement or
-an argument out. Some of these change nothing that matters, so a survivor has to be read.
+if one fails, the process dies or time runs out; the exit status is 1 if a bug survives. ``--auto`` makes
+bugs itself: it negates a condition, swaps ``and`` and ``or``, moves a comparison or a number by one, leaves
+a statement or an argument out. Some of these change nothing that matters, so a survivor has to be read.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -138,7 +139,7 @@ def _passes(tree: Path, tests: Sequence[str], seconds: float | None) -> bool:
         done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, timeout=seconds)
     except subprocess.TimeoutExpired:
         return False
-    if done.returncode not in (0, 1, 2):
+    if done.returncode in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout.decode()}{done.stderr.decode()}")
     return done.returncode == 0
 

@@ -44,14 +44,18 @@ def project(tmp_path):
 def test_what_no_test_sees_survives(mutants, project, capsys):
     seen = mutants.Mutant("seen", "code_of_it.py", "x + 1", "x + 2", ("test_code.py",))
     unseen = mutants.Mutant("unseen", "code_of_it.py", "x > 2", "x > 3", ("test_code.py",))
+    deadly = mutants.Mutant(
+        "deadly", "code_of_it.py", "    seen", "    import os; os._exit(130)\n    seen", ("test_code.py",)
+    )
     endless = mutants.Mutant(
         "endless", "code_of_it.py", "    seen", "    while True: pass\n    seen", ("test_code.py",)
     )
-    assert mutants.run(project, [seen, unseen], seconds=60) == [unseen]
+    assert mutants.run(project, [seen, unseen, deadly], seconds=60) == [unseen]
     assert mutants.run(project, [endless], seconds=5) == []
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
         "killed",
         "SURVIVED",
+        "killed",
         "killed",
     ]
     assert "x + 1" in (project / "code_of_it.py").read_text()

@@ -176,6 +176,10 @@ def test_the_command_line_says_how_many_run_on_a_gpu(tmp_path):
             r"^keep: .*: there are 1 seeds$",
         ),
         (
+            f"config: {STAGE}\nprompts: {PROMPTS}\nseeds: 0-1\nkeep: 3 of 2 after stage 1",
+            r"^keep: .*: there are 2 seeds$",
+        ),
+        (
             f"config: {STAGE}\nprompts: {PROMPTS}\nkeep: 1 of 1 after stage 1",
             r"^keep: .* the recipe has 1 stages",
         ),
@@ -235,6 +239,9 @@ def test_what_was_trained_with_other_settings_does_not_count(made, tmp_path):
     made(text).check()
     made(text, "trainer.max_steps=2").check()  # longer: goes on
     made(text.replace(PROMPTS[0], PROMPTS[1])).check()
+    made(text.replace(str(PROMPTS[:1]), str(PROMPTS[::-1]))).check()
+    config.write_text(f"base: {STAGE}\nseed: 5\n")  # the sweep's own are others
+    made(text).check()
     other = r"^a red cube bouncing, settings much, seed 0: .* \(system\.loss\.lambda_sparsity\); .*name"
     with pytest.raises(ConfigError, match=other):
         made(text.replace("=3", "=4")).check()
@@ -334,6 +341,9 @@ def test_a_number_takes_no_other_column_s_place(made):
     assert (row["seed"], row["width"], row["iou"], row["prior"]) == (0, "16", 0.5, 1.0)
     assert row["trial"] == str(job.trials[0])
     assert [row[f"metric/{name}"] for name in ("seed", "width", "trial")] == [7.0, 8.0, 9.0]
+    sweep.log(job).parent.mkdir(parents=True)
+    sweep.log(job).write_text("# 1.5 s, exit status 1\nsaid\n# 2.0 s, exit status 0\n")
+    assert row_of(sweep, job)["seconds"] == 3.5
 
 
 def test_texts_are_encoded_once_before_the_jobs_start(made, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -108,12 +109,15 @@ def test_a_step_over_several_devices_is_said(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(reports, "write_report", lambda experiment, system: None)
     experiment = load_experiment([trial(trained, "shapes_stage_1") / "configs" / "parsed.yaml"])
     run = new_run(folder=tmp_path)
+    clock = iter([0.0, 10.0, 13.0])
+    monkeypatch.setattr(reports, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     with together(Ranks(0, 2)):
         made = reports.Reports(experiment, "cpu")
         made.begin(run)
         made.end(run, KeyboardInterrupt())
+        made.after_test(run)
     (session,) = sessions(tmp_path)
-    assert session.device.startswith("2 x ")
+    assert session.device.startswith("2 x ") and (session.seconds, session.test_seconds) == (10.0, 3.0)
 
 
 def test_nothing_that_a_trial_holds_can_act_on_its_report(copy):
@@ -210,8 +214,8 @@ def test_compared_clips_are_in_step(two, tmp_path):
     pixels, asked = screenshot(framed(tmp_path, *moments, height=800), width=600, height=800)
     assert asked == [CONTROL]
     before, after = np.split(pixels.mean(-1), 2, axis=1)
-    for clip in (slice(240, 440), slice(560, 740)):
-        assert before[clip, 100:200].max() < 30 and after[clip, 100:200].min() > 225
+    for rows in (slice(240, 440), slice(560, 740)):
+        assert before[rows, 100:200].max() < 30 and after[rows, 100:200].min() > 225
 
 
 def test_what_is_damaged_is_left_out_with_a_warning(two, tmp_path, caplog):

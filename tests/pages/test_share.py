@@ -1,16 +1,26 @@
 """``share.html`` in a browser: it moves, loads nothing, and runs nothing of what a user typed."""
 
+import base64
+import gzip
 import io
+import re
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from fourdfy.exporters.mesh_exporter import MeshExporter
+from fourdfy.launching.experiment import load_experiment
+from fourdfy.launching.sharing import write_share
 from fourdfy.pages.page import page
 from fourdfy.pages.share import share_page
+from fourdfy.shapes.world import orbit
+from fourdfy.systems.base import System
+from fourdfy.types import RenderOutput
 from tests.browser import Browser, wait_for
+from tests.commands import CONFIGS, TINY
 from tests.exporters.scenes import GREY, RED, make_trained
 from tests.pages.elements import EVIL, Found
 from tests.screenshots import CONTROL, framed, needs_browser, screenshot
@@ -75,6 +85,33 @@ def test_settings_tell_nothing_of_the_sender_s_disk(tmp_path):
 def test_a_page_without_a_mesh_has_its_clip_alone_for_as_long_as_it_lasts(tmp_path):
     text = shared(tmp_path / "share.html").read_text()
     assert '"seconds": 2.0' in text and "webgl" not in text
+
+
+class Shown(System):
+    """Black frames; the times that were asked for."""
+
+    step = 7
+
+    def __init__(self):
+        super().__init__()
+        self.times = []
+
+    def render(self, cameras):
+        self.times += cameras.times.tolist()
+        black = torch.zeros(len(cameras), 8, 8, 3)
+        return RenderOutput(comp_rgb=black, opacity=black[..., :1], depth=black[..., :1])
+
+
+def test_what_is_shared_is_the_first_model_and_some_of_the_moving_clip_evenly(tmp_path):
+    system, times = Shown(), torch.arange(96) / 96
+    (tmp_path / "a.glb").write_bytes(b"glTF of ours")
+    files = [tmp_path / name for name in ("a.txt", "a.glb", "b.glb")]
+    clip = orbit(torch.zeros(96), torch.zeros(96), times, 8)
+    experiment = load_experiment([CONFIGS / "shapes_stage_3.yaml"], TINY)
+    text = write_share(system, experiment, {"val_video": clip, "test": clip[:5]}, files, tmp_path).read_text()
+    assert system.times == times[::2].tolist() and '"seconds": 6.0' in text
+    model = base64.b64decode(re.search('"model": "([^"]+)"', text)[1])
+    assert gzip.decompress(model) == b"glTF of ours"
 
 
 def test_half_a_character_of_a_command_line_is_written_too(tmp_path):

@@ -116,6 +116,14 @@ def test_all_blocks_can_be_compiled(folder):
     assert list(_layers(network)) == list(network.blocks)
 
 
+def test_the_frame_that_is_looked_at_is_what_the_vae_made_of_it(folder):
+    prior, seen = small("wan-guidance", folder).prior, []
+    prior._images = lambda latents: seen.append(latents) or torch.zeros(1, 3, 1, 8, 8)
+    latents = torch.randn(2, 16, 3, 2, 2)
+    prior.decode(latents, 4)
+    torch.testing.assert_close(prior.normalised(seen[0]), latents[:1, :, :1])
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

@@ -173,13 +173,13 @@ def test_embeddings_are_the_encoders_last_states_of_every_text(name, model):
 
 
 def test_views_choose_their_texts_by_strict_thresholds(model):
-    processor = make(pretrained_model_name_or_path=str(model), front_threshold=30.0, back_threshold=30.0)
+    processor = make(pretrained_model_name_or_path=str(model), front_threshold=30.0, back_threshold=20.0)
     given = processor.embeddings("cpu")
-    azimuth = torch.tensor([0.0, 29.9, 30.0, 150.0, 150.1, -180.0, 330.1, 90.0])
-    elevation = torch.tensor([0.0] * 7 + [60.1])
+    azimuth = torch.tensor([0.0, 29.9, 30.0, 160.0, 160.1, -180.0, 330.1, 90.0, 0.0])
+    elevation = torch.tensor([0.0] * 7 + [60.1] * 2)
     views = cameras(elevation, azimuth)
     text, uncond, *_ = for_views(given, views, view_dependent=True)
-    expected = [1, 1, 0, 0, 2, 2, 1, 3]
+    expected = [1, 1, 0, 0, 2, 2, 1, 3, 3]
     assert torch.equal(text, given.text_directions[0, expected])
     assert all(torch.equal(embedding, given.uncond) for embedding in uncond)
     plain = for_views(given, views, view_dependent=False)

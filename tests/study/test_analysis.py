@@ -75,6 +75,12 @@ def test_agreement_is_0_by_chance_and_unknown_of_single_answers():
     assert np.isnan(agreement(simulated(generator, 0.5, raters=1)))
 
 
+def test_answers_on_other_pairs_of_a_prompt_need_not_agree():
+    first, second, score = np.array([(0, 1, 1.0), (0, 2, 0.0)] * 5).T
+    votes = Votes(np.arange(10), np.zeros(10, int), first.astype(int), second.astype(int), score)
+    assert agreement(votes) == 1
+
+
 def test_strengths_are_those_that_were_planted():
     planted = np.array([0.8, 0.1, -0.9])
     chance = 1 / (1 + np.exp(planted[None] - planted[:, None]))

@@ -36,7 +36,9 @@ def ask(server, method, path, body=None, headers=JSON):
 
 def test_many_raters_at_once_have_a_whole_file_each(tmp_path):
     folder = study(tmp_path)
-    bodies = [json.dumps(answers(folder, f"../{name}", lambda *_: "ours")).encode() for name in range(24)]
+    given = [answers(folder, f"../{name}", lambda *_: "ours") for name in range(24)]
+    given.append(answers(folder, "../0", lambda *_: "theirs"))  # once more, and changed
+    bodies = [json.dumps(each).encode() for each in given]
     with collecting(folder) as server, ThreadPoolExecutor(12) as pool:
         statuses = pool.map(lambda body: ask(server, "POST", "/answers", body)[0], [*bodies, *bodies])
         assert {*statuses} == {204}

@@ -29,6 +29,7 @@ def test_the_site_has_all_pairs_of_a_prompt_and_names_no_method(tmp_path):
     site = b"".join(file.read_bytes() + file.name.encode() for file in (folder / SITE).rglob("*.*"))
     assert b"theirs" not in site and b"clip0" not in site
     assert [*data["clips"]] == sorted(data["clips"]), "an order would tell"
+    assert all(first < second for first, second, _ in data["pairs"])
 
 
 def test_the_six_questions_of_the_field_are_asked_unless_there_are_others(tmp_path):

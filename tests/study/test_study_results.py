@@ -42,9 +42,10 @@ def test_of_three_methods_the_order_is_found(tmp_path, capsys):
 
 def test_who_fails_a_check_is_left_out_and_counted(tmp_path):
     folder = study(tmp_path)
-    put(folder, *(answers(folder, name, prefers("ours", "theirs"), check=name) for name in ("left", "right")))
+    good, bad = (answers(folder, name, prefers("ours", "theirs"), check=name) for name in ("left", "right"))
+    put(folder, good, bad, {**bad, "rater": "once", "checks": good["checks"] + bad["checks"]})
     found = write_results(folder)
-    assert (found.raters, found.left_out) == (1, 1) and found.rows[1].found.wins == 2
+    assert (found.raters, found.left_out) == (1, 2) and found.rows[1].found.wins == 2
 
 
 def test_damaged_foreign_and_repeated_answers_are_warned_of(tmp_path, caplog):
