@@ -1,6 +1,6 @@
 """Steps on several ranks, as a program of its own: ``python -m tests.rank_steps FOLDER DEVICE COUNT ...``.
 
-The modules are imported once; then the ranks are forked, COUNT together. Each group runs all ``CASES``, on
+All modules are imported once; then the ranks are forked, COUNT together. Each group runs all ``CASES``, on
 the CPU or with a GPU for each rank (DEVICE is ``cpu`` or ``cuda``), and its first rank writes what it found
 to ``FOLDER/COUNT.pt``.
 """
@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fourdfy.callbacks.base import Callback, Run
-from fourdfy.launching.experiment import load_experiment
+from fourdfy.launching.experiment import Experiment, load_experiment
 from fourdfy.launching.lightning import LightningSystem, Trainer
 from fourdfy.ops.ranks import Ranks, together
+from fourdfy.systems.base import System
 from tests.commands import CONFIGS, TINY, launch
 from tests.tiny_models import save_multi_view, save_stable_diffusion
 
@@ -94,12 +95,17 @@ class Gradients(Callback):
         self.steps.append({**seen, "grads": grads})
 
 
-def run_case(config: str, overrides: tuple[str, ...], device: str, is_first: bool) -> dict[str, Any]:
-    """The steps of one case, and the scene behind them."""
+def prepared(config: str, overrides: tuple[str, ...], device: str) -> tuple[Experiment, System]:
     experiment = load_experiment([CONFIGS / f"{config}.yaml"], [*TINY, *overrides])
-    kinds = [kind.name for kind in experiment.plan.kinds]
     system = experiment.build_system().to(device)
     system.prepare(torch.device(device), resumed=False)
+    return experiment, system
+
+
+def run_case(config: str, overrides: tuple[str, ...], device: str, is_first: bool) -> dict[str, Any]:
+    """The steps of one case, and the scene behind them."""
+    experiment, system = prepared(config, overrides, device)
+    kinds = [kind.name for kind in experiment.plan.kinds]
     data = experiment.build_data()
     data.choose_kind = lambda step: kinds[step % len(kinds)]
     run = Run(
@@ -154,7 +160,6 @@ def run_command(folder: Path, name: str, port: int, rank: int) -> None:
 
 
 def run_cases(folder: Path, device: str, rank: int, count: int) -> None:
-    torch.set_num_threads(1)
     backend = "gloo"
     if device == "cuda":
         device, backend = f"cuda:{rank}", "nccl"
@@ -175,7 +180,6 @@ def run_benchmark(folder: Path, rank: int) -> None:
     sys.path.insert(0, str(CONFIGS.parent / "benchmarks"))
     from benchmarks import ranks
 
-    torch.set_num_threads(1)
     toy = ["fourdfy_stage_1", "--toy", "--gpu", "cpu,cpu", "--out", str(folder), "--models", str(folder)]
     toy += ["data.multi_view.width=8", "data.multi_view.height=8"]
     dist.init_process_group("gloo", init_method=f"file://{folder / 'toy.store'}", rank=rank, world_size=2)
@@ -211,6 +215,9 @@ def run_others(folder: Path) -> int:
 
 def main() -> int:
     folder, device, *counts = sys.argv[1:]
+    torch.set_num_threads(1)  # for all: a thread that works does not survive a fork
+    for case in [*CASES.values()][:2]:
+        prepared(*case, "cpu")  # imports what is imported late
     failed = run_others(Path(folder)) if device == "cpu" else 0
     for count in map(int, counts):
         pids = [forked(run_cases, Path(folder), device, rank, count) for rank in range(count)]
