@@ -1,4 +1,4 @@
-"""Make the pictures of docs/troubleshooting.md: a row of eight pictures for each trial, and the ground truth.
+"""Make pictures of the docs: a row of eight views for each trial, and below those of a prompt the truth.
 
 Scenes that move are seen by one camera at eight moments, others at time 0 from eight sides.
 
@@ -8,6 +8,7 @@ Scenes that move are seen by one camera at eight moments, others at time 0 from 
 from __future__ import annotations
 
 import sys
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -27,18 +28,19 @@ FOVY_DEG = 32.0
 @torch.no_grad()
 def main(picture: Path, trials: dict[str, Path]) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows: dict[str, Image.Image] = {}
-    for name, trial in trials.items():
-        experiment = load_experiment([trial / "configs" / "parsed.yaml"])
-        moves, prompt = experiment.plan.dynamic, experiment.cfg.system.prompt_processor.prompt
-        system = experiment.load_system(device, experiment.last_checkpoint)
-        rows[name] = row(scene_renderer(system), moves, device)
-    rows["truth"] = row(ground_truth(parse(prompt)), moves, "cpu")
+    runs = [(name, load_experiment([trial / "configs" / "parsed.yaml"])) for name, trial in trials.items()]
+    rows: list[tuple[str, Image.Image]] = []
+    for prompt, some in groupby(runs, lambda run: run[1].cfg.system.prompt):
+        for name, experiment in some:
+            moves = experiment.plan.dynamic
+            system = experiment.load_system(device, experiment.last_checkpoint)
+            rows.append((name, row(scene_renderer(system), moves, device)))
+        rows.append(("truth", row(ground_truth(parse(prompt)), moves, "cpu")))
     font = ImageFont.load_default(size=15)
-    margin = 20 + round(max(map(font.getlength, rows)))
+    margin = 20 + round(max(font.getlength(name) for name, _ in rows))
     whole = Image.new("RGB", (margin + COLUMNS * SIZE, len(rows) * SIZE), "white")
     draw = ImageDraw.Draw(whole)
-    for index, (name, image) in enumerate(rows.items()):
+    for index, (name, image) in enumerate(rows):
         whole.paste(image, (margin, index * SIZE))
         draw.text((margin - 10, (index + 0.5) * SIZE), name, fill="black", font=font, anchor="rm")
     whole.save(picture, optimize=True)

@@ -144,21 +144,21 @@ def test_the_sweeps_of_troubleshooting_can_be_run(stage):
 
 
 @pytest.mark.parametrize("moves", [False, True])
-def test_the_pictures_of_troubleshooting_have_a_row_for_each_trial_and_the_truth(
+def test_the_pictures_of_trials_have_a_row_for_each_and_the_truth_for_each_prompt(
     moves, load, tmp_path, monkeypatch
 ):
-    strips, prompt = load("strips"), "a red cube bouncing"
-    experiment = load_experiment(
-        [ROOT / f"configs/shapes_stage_{3 if moves else 1}.yaml"], [f"{PROMPT}={prompt}"]
-    )
-    monkeypatch.setattr(strips, "load_experiment", lambda files: experiment)
-    monkeypatch.setattr(type(experiment), "load_system", lambda self, device, checkpoint: "a system")
-    monkeypatch.setattr(strips, "scene_renderer", lambda system: ground_truth(parse(prompt)))
-    strips.main(tmp_path / "strips.png", {"a": tmp_path, "b": tmp_path})
+    strips, config = load("strips"), ROOT / f"configs/shapes_stage_{3 if moves else 1}.yaml"
+    shown = {"a": "a red cube bouncing", "b": "a red cube bouncing", "c": "a blue ball bouncing"}
+    experiments = {name: load_experiment([config], [f"{PROMPT}={shown[name]}"]) for name in shown}
+    monkeypatch.setattr(strips, "load_experiment", lambda files: experiments[files[0].parts[-3]])
+    monkeypatch.setattr(type(experiments["a"]), "load_system", lambda self, device, file: self.cfg.system)
+    monkeypatch.setattr(strips, "scene_renderer", lambda system: ground_truth(parse(system.prompt)))
+    strips.main(tmp_path / "strips.png", {name: tmp_path / name for name in shown})
     with Image.open(tmp_path / "strips.png") as image:
         pixels = np.asarray(image)[:, -strips.COLUMNS * strips.SIZE :]
-    first, second, truth = np.split(pixels, 3)
+    first, second, truth, other, other_truth = np.split(pixels, 5)
     assert (first == second).all() and (first == truth).all()
+    assert (other == other_truth).all() and (other != truth).any()
     here, _, there, *_ = np.split(truth, strips.COLUMNS, axis=1)
     first_row = [(picture != picture[0, 0]).any(axis=(1, 2)).argmax() for picture in (here, there)]
     assert (first_row[0] > first_row[1]) == moves and (here != there).any()
