@@ -26,12 +26,13 @@ EXPERIMENTS = sorted(CONFIGS.glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Stage 3 trained for four steps, which at seed 1 are of all three kinds."""
+    """Stage 3 trained for four steps, of all three kinds."""
     root = tmp_path_factory.mktemp("outputs")
-    assert launch("shapes_stage_3.yaml", "train", root, "seed=1", "trainer.max_steps=4", *VALIDATE) == 0
+    assert launch("shapes_stage_3.yaml", "train", root, *KINDS, "trainer.max_steps=4", *VALIDATE) == 0
     return root
 
 
+KINDS = ("seed=1", "data.prob_multi_view=0.6")
 VALIDATE = ("trainer.val_check_interval=2",)
 
 
@@ -167,10 +168,10 @@ def test_a_trial_is_tested_and_evaluated_from_its_own_config(trained, capsys):
 
 
 def test_resuming_equals_an_uninterrupted_run_bit_for_bit(trained, tmp_path):
-    assert launch("shapes_stage_3.yaml", "train", tmp_path, "seed=1", *VALIDATE) == 0
+    assert launch("shapes_stage_3.yaml", "train", tmp_path, *KINDS, *VALIDATE) == 0
     last = trial(tmp_path, "shapes_stage_3") / "ckpts" / "last.ckpt"
     assert read_checkpoint(last)["global_step"] == 2
-    assert launch("shapes_stage_3.yaml", "train", tmp_path, "seed=1", "trainer.max_steps=4", *VALIDATE) == 0
+    assert launch("shapes_stage_3.yaml", "train", tmp_path, *KINDS, "trainer.max_steps=4", *VALIDATE) == 0
     resumed, whole = (
         read_checkpoint(trial(root, "shapes_stage_3") / "ckpts" / "last.ckpt") for root in (tmp_path, trained)
     )
