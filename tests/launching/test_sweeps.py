@@ -130,6 +130,8 @@ def test_a_text_file_of_prompts_is_a_sweep_too(tmp_path):
     sweep = read_sweep(tmp_path / "prompts.txt", given, [f"exp_root_dir={tmp_path}"])
     assert [(job.prompt, job.seed) for job in sweep.jobs] == [(p, s) for p in PROMPTS for s in range(4)]
     assert sweep.root == tmp_path
+    (tmp_path / "many.yaml").write_text(f"config: {STAGE}\nprompts: prompts.txt")  # beside it
+    assert read_sweep(tmp_path / "many.yaml", {}, []).prompts == PROMPTS
 
 
 def test_the_command_line_says_how_many_run_on_a_gpu(tmp_path):
@@ -344,6 +346,14 @@ def test_a_number_takes_no_other_column_s_place(made):
     sweep.log(job).parent.mkdir(parents=True)
     sweep.log(job).write_text("# 1.5 s, exit status 1\nsaid\n# 2.0 s, exit status 0\n")
     assert row_of(sweep, job)["seconds"] == 3.5
+
+
+def test_a_kind_of_step_with_a_text_of_its_own_has_no_other(made):
+    own = "system.prompt_processor_multi_view.prompt=a green ball sliding"
+    assert [cfg.prompt for cfg in made(f"config: {STAGE}\nprompts: {PROMPTS}", own).texts()] == [
+        "a green ball sliding"
+    ]
+    assert [cfg.prompt for cfg in made(f"config: {STAGE}\nprompts: {PROMPTS}").texts()] == PROMPTS
 
 
 def test_texts_are_encoded_once_before_the_jobs_start(made, tmp_path, monkeypatch):
