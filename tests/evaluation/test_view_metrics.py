@@ -90,6 +90,13 @@ def test_a_loop_closes_and_what_only_goes_one_way_does_not():
     assert closure == pytest.approx(0.8 * 5 / 6 - 0.8 / 6, abs=0.01)
 
 
+def test_points_of_a_view_fall_into_their_own_pixels():
+    seen = views(ball(), protocol={"elevation": 25.0, "views": 4}).around
+    pixels, is_in_image = consistency.projected(consistency.lifted(seen, 3), seen.cameras[3:4])
+    rows, columns = seen.inside[3].nonzero(as_tuple=True)
+    assert is_in_image.all() and torch.equal(pixels, torch.stack([columns, rows]))
+
+
 def test_views_of_a_solid_agree_and_a_wrong_depth_is_noticed():
     assert consistency.view_consistency(views(ball())) > 0.99
     half_wrong = views(ball(closer=0.4))

@@ -258,6 +258,7 @@ def test_what_fails_for_good_does_not_stop_the_others(made):
     sweep = made(f"config: {STAGE}\nprompts: {PROMPTS}\nseeds: 0-2\nretries: 1")
     runner = Here(capacity=2, statuses=[0, 2, 143, *[1] * 8])  # 0: without any test views
     assert states(entries(sweep, runner)) == ["failed"] * 6
+    assert all(task.arguments[-2:] == ("--gpu", "cpu") for task in runner.started)
     names = [task.name.rpartition("a_")[2] for task in runner.started]
     assert len(names) == 11 and names.count("red_cube_bouncing_seed_1") == 1  # 2: not once more
 
@@ -331,6 +332,28 @@ def test_the_best_seeds_go_on(made, tmp_path, capsys, caplog):
     rows = write_results(fewer)
     assert [row["stages"] for row in rows if "prior" not in row] == [row["stages"] for row in rows]
     assert caplog.text.count("its numbers can't be read from") == 2
+
+
+RECIPE = f"config: {CONFIGS / 'shapes.yaml'}\nprompts: {PROMPTS[:1]}\n"
+
+
+@pytest.mark.parametrize(("order", "dropped"), [("lowest", {1, 2}), ("highest", {0, 1})])
+def test_seeds_without_a_number_are_the_worst_and_complete_ones_stay(made, monkeypatch, order, dropped):
+    sweep = made(f"{RECIPE}seeds: 0-3\nkeep: 2 of 4 after stage 1\nkeep_by: {order} motion")
+    monkeypatch.setattr(results, "score_of", lambda job, *_: (1.0, None, 3.0, 2.0)[job.seed])
+    assert results.not_kept(sweep, sweep.jobs) == {sweep.jobs[seed].tag for seed in dropped}
+    monkeypatch.setattr(Job, "has_finished", lambda job, stages: job.seed == 1)
+    assert results.not_kept(sweep, sweep.jobs) == {sweep.jobs[seed].tag for seed in dropped - {1}}
+
+
+def test_numbers_are_the_stage_s_own_last_ones_and_prior_is_of_priors_late(made):
+    (job,) = made(RECIPE).jobs
+    for folder, scale in zip(job.trials, (1, 10, 100), strict=True):
+        rows = "".join(f"{step},{scale * step},5\n" for step in range(8))
+        file = folder / "csv_logs" / "version_0" / "metrics.csv"
+        file.parent.mkdir(parents=True)
+        file.write_text(f"step,loss/a/sds,loss/a/sparsity\n{rows}")
+    assert results.numbers(job, 2) == {"prior": 65.0, "loss/a/sds": 70.0, "loss/a/sparsity": 5.0}
 
 
 def test_a_number_takes_no_other_column_s_place(made):
@@ -411,6 +434,7 @@ def test_the_time_that_is_left_is_that_of_those_that_are_done(monkeypatch):
 def test_each_gpu_has_its_tasks_and_a_task_sees_one(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
     given: list = []
 
     def start(self, environment):
@@ -423,9 +447,10 @@ def test_each_gpu_has_its_tasks_and_a_task_sees_one(monkeypatch, tmp_path):
     assert runner.capacity == 4
     handles = runner.start([task] * 4)
     assert [each["CUDA_VISIBLE_DEVICES"] for each in given] == ["3", "5", "3", "5"]
-    assert runner.poll(handles[1]) == runner.poll(handles[1]) == 0
-    runner.start([task])
-    assert given[-1]["CUDA_VISIBLE_DEVICES"] == "5" and int(given[-1]["OMP_NUM_THREADS"]) >= 1
+    assert runner.poll(handles[1]) == runner.poll(handles[1]) == runner.poll(handles[0]) == 0
+    runner.start([task, task])
+    assert [each["CUDA_VISIBLE_DEVICES"] for each in given[4:]] == ["5", "3"]
+    assert {each["OMP_NUM_THREADS"] for each in given} == {"4"}
     assert LocalRunner.Config().build("cpu").capacity == 1
 
 
@@ -469,11 +494,17 @@ def test_a_task_is_the_command_line_in_a_process_with_a_log(tmp_path):
     runner = LocalRunner.Config(per_gpu=2).build("cpu")
     words = (("--help",), ("--train",))
     tasks = [Task(given, tmp_path / given[0], "x") for given in words]
+    tasks[0].log.write_text("an earlier one\n")
     handles = runner.start(tasks)
     for handle in handles:
         handle.wait()
     assert [runner.poll(handle) for handle in handles] == [0, 2]
-    assert "--sweep FILE" in tasks[0].log.read_text() and "is required" in tasks[1].log.read_text()
+    said = tasks[0].log.read_text()
+    assert (
+        said.startswith("an earlier one\n")
+        and "--sweep FILE" in said
+        and "is required" in tasks[1].log.read_text()
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -532,6 +563,8 @@ def test_the_command_lists_runs_and_gathers(tmp_path, monkeypatch, capsys, caplo
     (folder / "index.html").unlink()
     (folder / "index.html").mkdir()
     assert main([*words, "--gather"]) == 1 and "index.html could not be written" in caplog.text
+    with open(next((folder / "logs").glob("*.log")), "a") as log:
+        log.write("# 7200.0 s, exit status 0\n")
     assert main([*words, "--dry-run"]) == 0
     assert "0 of 2 jobs to do; about 0.0 hours" in capsys.readouterr().out
 
