@@ -182,8 +182,14 @@ SIDES = {"front view of a ball": DARK, "side view of a ball": BRIGHT, "back view
 
 @pytest.mark.parametrize(("at", "count"), [((), 0), ((0,), 1), ((0, 180), 2), ((0, 120, 240), 3)])
 def test_planted_faces_are_fronts(at, count):
-    seen = views(ball(faces(*at)), networks=lambda part: Knows(known=SIDES))
-    assert likeness.clip_fronts(seen) == count
+    """Also of what turns: it is looked at around its first moment."""
+
+    def turning(azimuth, times):
+        return faces(*at)(azimuth - 2 * torch.pi * times, times)
+
+    for paint, dynamic in ((faces(*at), False), (turning, True)):
+        seen = views(ball(paint), dynamic=dynamic, networks=lambda part: Knows(known=SIDES))
+        assert likeness.clip_fronts(seen) == count
 
 
 def test_score_and_precision_of_known_vectors():
