@@ -7,9 +7,10 @@ A scene's text is a row of the table of all texts: prompt, moment words, view wo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,11 @@ def text_row(
     return (prompt * (len(moments_of(part)) + 1) + moment) * (len(VIEWS) + 1) + view
 
 
-def table_texts(part: str) -> Iterator[str]:
+@lru_cache
+def table_texts(part: str) -> tuple[str, ...]:
     """All texts that a part knows, the empty prompt last."""
-    for prompt in prompts_of(part):
-        for moment in (None, *moments_of(part)):
-            for view in (None, *VIEWS):
-                yield full_text(prompt, moment, view)
-    yield ""
+    words = product(prompts_of(part), (None, *moments_of(part)), (None, *VIEWS))
+    return (*(full_text(*some) for some in words), "")
 
 
 class TextTable:
@@ -91,7 +90,7 @@ class TextTable:
 
     def __init__(self, out: Path, part: str, device: torch.device) -> None:
         self.encoder, self.tokenizer = store.load_part(out, part, device), build_tokenizer(part)
-        self.texts = [*table_texts(part)]
+        self.texts = table_texts(part)
         self.missing = torch.ones(len(self.texts), dtype=torch.bool)
         size = len(self.texts), NUM_TOKENS, TEXT_WIDTH
         self.rows: Float[Tensor, "T L C"] = torch.full(size, math.nan, device=device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from string import printable
@@ -52,6 +53,7 @@ def grammar_words(part: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word for text in texts for word in text.split()))
 
 
+@lru_cache
 def byte_pair_files() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """CLIP's vocabulary and merges in which each word of the grammar is one token.
 
