@@ -254,11 +254,12 @@ def walk(schema: type | Named, values: Any, path: str = "") -> Iterator[tuple[st
     """
     yield path, schema, values
     for name in list(values):
-        below, inner = mapping_at(values, name), None
-        with contextlib.suppress(ConfigError):
-            inner = schema_at(schema, name, values)
-        if below is not None and inner:
-            yield from walk(inner, below, join(path, name))
+        if (below := mapping_at(values, name)) is not None:
+            inner = None
+            with contextlib.suppress(ConfigError):
+                inner = schema_at(schema, name, values)
+            if inner:
+                yield from walk(inner, below, join(path, name))
 
 
 # ---------------------------------------------------------------------------------------------

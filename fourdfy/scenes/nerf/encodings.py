@@ -141,7 +141,7 @@ class HashTable(nn.Module):
         self.spec, self.backend = spec, backend
         generator = torch.Generator().manual_seed(INIT_SEED)
         uniform = torch.rand(spec.n_params, generator=generator)
-        self.params = nn.Parameter((2 * uniform - 1) * INIT_BOUND)
+        self.params = nn.Parameter(uniform.mul_(2).sub_(1).mul_(INIT_BOUND))  # in place: it is large
 
     def forward(self, x: Float[Tensor, "N D"]) -> Float[Tensor, "N C"]:
         return hash_grid(x, self.params, self.spec, self.backend)
