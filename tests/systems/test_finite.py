@@ -18,7 +18,8 @@ NAN, INF = float("nan"), float("inf")
 @pytest.fixture(scope="module")
 def prepared():
     """A stage-1 system with its four-view prior, and a batch for it."""
-    this = load_experiment([CONFIGS / "shapes_stage_1.yaml"], TINY)
+    guided = "system.guidance_multi_view.guidance_scale=3.0"  # without guidance, one of the texts is not read
+    this = load_experiment([CONFIGS / "shapes_stage_1.yaml"], [*TINY, guided])
     system = this.build_system()
     system.prepare(torch.device("cpu"), resumed=False)
     return system, this.build_data().batch(0)
