@@ -78,9 +78,9 @@ class StepContext:
             raise RuntimeError("an evaluation has no generator: nothing is random there")
         return self.generator
 
-    def at_step(self, value: Schedule) -> float | int:
+    def at_step(self, value: Schedule) -> float:
         """The scheduled scalar at this step."""
-        return schedule_value(value, self.step)
+        return float(schedule_value(value, self.step))
 
     def copied(self) -> StepContext:
         """A copy with a separate generator that draws the same numbers, for a part that is recomputed."""
