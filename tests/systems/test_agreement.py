@@ -57,7 +57,8 @@ def test_two_clips_of_a_batch_are_two_clips_for_the_video_prior(more):
 
 
 def test_eight_views_are_two_groups_of_four_for_the_multi_view_prior():
-    this = parsed(STAGE_1, "data.multi_view.batch_size=8", "data.multi_view.n_view=4")
+    both = "system.guidance_multi_view.guidance_scale=2"  # at 1, the prior is asked with the text alone
+    this = parsed(STAGE_1, "data.multi_view.batch_size=8", "data.multi_view.n_view=4", both)
     batch, noisy, _, guidance = asked_of_the_prior(this, "multi_view", "guidance_multi_view")
     assert len(noisy) == 8
     turns = batch.cameras.azimuth_deg.view(2, 4).diff()
