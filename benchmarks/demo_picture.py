@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+from fourdfy.evaluation.scenes import ground_truth
 from fourdfy.files.images import to_pixels
 from fourdfy.launching.experiment import load_experiment
-from fourdfy.shapes.prompts import encode, parse, render_codes
-from fourdfy.shapes.world import BACKGROUNDS
+from fourdfy.shapes.prompts import parse
 
 SIZE, COLUMNS = 192, 4
 SECONDS = 4.0
@@ -37,8 +37,7 @@ def pair(trial: Path) -> np.ndarray:
     """All frames of a trial, [frames, 2 SIZE, SIZE, 3]: the scene above the truth."""
     experiment = load_experiment([trial / "configs" / "parsed.yaml"])
     cameras = experiment.build_data().test_cameras(dynamic=True)["test"]
-    codes = encode([parse(experiment.cfg.system.prompt_processor.prompt)]).expand(len(cameras), -1)
-    truth, _ = render_codes(codes, cameras, torch.tensor(BACKGROUNDS[0]), supersample=1)
+    truth, _ = ground_truth(parse(experiment.cfg.system.prompt))(cameras)
     (folder,) = trial.glob("save/it*-test")
     ours = [Image.open(folder / f"{index}.png").convert("RGB") for index in range(len(cameras))]
     both = zip(ours, map(Image.fromarray, to_pixels(truth)), strict=True)

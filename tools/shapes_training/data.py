@@ -243,11 +243,11 @@ class Pool:
     def save(self, out: Path) -> None:
         """Keep the scenes for the next call."""
         place = {"filled": self.filled, "next": self._next, "made_by": self.made_by}
-        store.save_pool(out, self.part, {"rows": self.rows, **place})
+        store.save_state(out, self.part, {"rows": self.rows, **place}, "pool")
 
     def restore(self, out: Path, device: torch.device) -> None:
         """Take up what ``save`` kept, if it was of the same size and made by the same."""
-        kept = store.load_pool(out, self.part)
+        kept = store.load_state(out, self.part, "pool")
         if kept is None or kept["made_by"] != self.made_by:
             return
         if len(next(iter(kept["rows"].values()))) == self.size:

@@ -65,27 +65,15 @@ def shipped_record(part: str) -> dict[str, Any]:
     return record if part in TEXTS else record.get(part, {})
 
 
-def save_state(out: Path, part: str, state: dict[str, Any]) -> None:
-    """Store a training state of tensors and plain values."""
-    with whole_file(out / f"{part}.state.pt") as path:
+def save_state(out: Path, part: str, state: dict[str, Any], kind: str = "state") -> None:
+    """Store tensors and plain values: a training state, or the ``pool`` of scenes that a part learns from."""
+    with whole_file(out / f"{part}.{kind}.pt") as path:
         torch.save(state, path)
 
 
-def load_state(out: Path, part: str) -> dict[str, Any] | None:
-    """The training state, or None before the first call."""
-    path = out / f"{part}.state.pt"
-    return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
-
-
-def save_pool(out: Path, part: str, pool: dict[str, Any]) -> None:
-    """Store the scenes that a part is trained on."""
-    with whole_file(out / f"{part}.pool.pt") as path:
-        torch.save(pool, path)
-
-
-def load_pool(out: Path, part: str) -> dict[str, Any] | None:
-    """The scenes that a part was trained on, on the CPU, or None."""
-    path = out / f"{part}.pool.pt"
+def load_state(out: Path, part: str, kind: str = "state") -> dict[str, Any] | None:
+    """What ``save_state`` stored, on the CPU, or None before the first call."""
+    path = out / f"{part}.{kind}.pt"
     return torch.load(path, map_location="cpu", weights_only=True) if path.exists() else None
 
 
