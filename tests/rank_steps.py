@@ -61,6 +61,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
             "system.background={random_aug: true}",
             "system.guidance_type=stable-diffusion-guidance",
             "system.guidance={pretrained_model_name_or_path: fourdfy/shapes-image}",
+            "system.guidance.half_precision_weights=false",
             "system.guidance.shard_over_ranks=true",
             "system.guidance_multi_view.shard_over_ranks=true",
         ),
@@ -162,7 +163,7 @@ def run_command(folder: Path, name: str, port: int, rank: int) -> None:
 def run_cases(folder: Path, device: str, rank: int, count: int) -> None:
     backend = "gloo"
     if device == "cuda":
-        device, backend = f"cuda:{rank}", "nccl"
+        device, backend = f"cuda:{rank}", "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(rank)
     if count > 1:
         store = f"file://{folder / f'{count}.store'}"
@@ -216,9 +217,11 @@ def run_others(folder: Path) -> int:
 def main() -> int:
     folder, device, *counts = sys.argv[1:]
     torch.set_num_threads(1)  # for all: a thread that works does not survive a fork
-    for case in [*CASES.values()][:2]:
-        prepared(*case, "cpu")  # imports what is imported late
-    failed = run_others(Path(folder)) if device == "cpu" else 0
+    failed = 0
+    if device == "cpu":  # not with GPUs: a process that has looked at them can't be forked
+        for case in [*CASES.values()][:2]:
+            prepared(*case, "cpu")  # imports what is imported late
+        failed = run_others(Path(folder))
     for count in map(int, counts):
         pids = [forked(run_cases, Path(folder), device, rank, count) for rank in range(count)]
         failed |= max(os.waitpid(pid, 0)[1] for pid in pids)
