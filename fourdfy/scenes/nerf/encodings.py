@@ -266,8 +266,24 @@ class ProgressiveBandHashGrid(HashGrid):
 # Grids over space and time
 
 
+class OverTime(HashGrid):
+    """A grid over space beside one over space and time."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(HashGrid.Config):
+        time_scale: float = number(1.0, above=0, high=16)
+        """Cells of the space-time grid along its axis of time, for each one along an axis of space. With less
+        than 1, what is learned at a moment is shared by more of its neighbours."""
+
+    cfg: Config
+
+    def moments(self, x: Float[Tensor, "N D"], times: Float[Tensor, "N 1"]) -> Float[Tensor, "N 1"]:
+        """Coordinates on the axis of time; of a static scene, those of time 0."""
+        return (torch.zeros_like(times) if self.cfg.static else times * self.cfg.time_scale).to(x.dtype)
+
+
 @register("HashGridSpatialTime")
-class HashGridSpatialTime(HashGrid):
+class HashGridSpatialTime(OverTime):
     """The sum of a grid over space and a grid over space and time (Bahmani et al. 2024, sec. 3.1).
 
     A static scene still reads the second grid, at time 0, so that training a static scene first does not
@@ -275,7 +291,7 @@ class HashGridSpatialTime(HashGrid):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(HashGrid.Config):
+    class Config(OverTime.Config):
         time_encoding_config: Any = inner_slot(Grid, "otype")
         """The shape of the space-time grid; null: that of the space grid."""
 
@@ -298,10 +314,8 @@ class HashGridSpatialTime(HashGrid):
         self.encoding_time = (cfg.time_encoding_config or cfg).table(n_input_dims + 1)
 
     def forward(self, x: Float[Tensor, "N D"], times: Float[Tensor, "N 1"], *, step: int) -> EncodingOutput:
-        times = torch.zeros_like(times) if self.cfg.static else times
-        return EncodingOutput(
-            features=self.encoding(x) + self.encoding_time(torch.cat([x, times.to(x.dtype)], dim=-1))
-        )
+        there = torch.cat([x, self.moments(x, times)], dim=-1)
+        return EncodingOutput(features=self.encoding(x) + self.encoding_time(there))
 
     def read(
         self,
@@ -316,9 +330,8 @@ class HashGridSpatialTime(HashGrid):
         plain = all(network.is_plain for network in networks)
         if not (plain and alike and self.cfg.backend == "auto" and serves(x, spec, stacked_sizes(networks))):
             return super().read(networks, x, times, step=step)
-        moments = (torch.zeros_like(times) if self.cfg.static else times.to(x.dtype))[:, 0]
         tables = self.encoding.params, self.encoding_time.params
-        columns = field(x, moments, *tables, spec, *stacked(networks)).split(
+        columns = field(x, self.moments(x, times)[:, 0], *tables, spec, *stacked(networks)).split(
             [len(network.matrices[1]) for network in networks], dim=1
         )
         return EncodingReadings(
@@ -330,7 +343,7 @@ class HashGridSpatialTime(HashGrid):
 
 
 @register("HashGridSpatialTimeDeform")
-class HashGridSpatialTimeDeform(HashGrid):
+class HashGridSpatialTimeDeform(OverTime):
     """A grid over space, read where a deformation over space and time sends the point.
 
     The displacement is in unit-cube coordinates and may leave the cube. A static scene is not
@@ -338,7 +351,7 @@ class HashGridSpatialTimeDeform(HashGrid):
     """
 
     @dataclass(frozen=True, kw_only=True)
-    class Config(HashGrid.Config):
+    class Config(OverTime.Config):
         time_encoding_config: Any = inner_slot(
             Encoding, "otype", {"otype": "Grid", "n_levels": 8, "base_resolution": 4}
         )
@@ -361,7 +374,7 @@ class HashGridSpatialTimeDeform(HashGrid):
     def forward(self, x: Float[Tensor, "N D"], times: Float[Tensor, "N 1"], *, step: int) -> EncodingOutput:
         if self.cfg.static:
             return EncodingOutput(features=self.encoding(x))
-        here_and_now = torch.cat([x, times.to(x.dtype)], dim=-1)
+        here_and_now = torch.cat([x, self.moments(x, times)], dim=-1)
         moved = self.time_network(self.encoding_time(here_and_now, times, step=step).features)
         return EncodingOutput(features=self.encoding(x + moved), deformation=moved)
 

@@ -81,6 +81,9 @@ class NeRFVolumeRenderer(Renderer):
         """Half side of the box that rays are marched through, in scene units."""
         num_samples_per_ray: int = number(512, 1, 16384)
         """Number of steps that the box's diagonal is divided into."""
+        eval_samples_per_ray: int | None = number(None, 1, 16384)
+        """The same in validation, test and evaluation, where nothing shifts the samples, so that edges are
+        smoother with more of them; null: as many as in training."""
         randomized: bool = True
         """Whether training shifts the samples of each ray by a random part of a step."""
         eval_chunk_size: int | None = number(None, 1, 1 << 26)
@@ -102,7 +105,7 @@ class NeRFVolumeRenderer(Renderer):
         eval_alpha_thre: float = number(0.1, 0, 1)
         """The same without randomness: validation, test, evaluation, export. A sample is thin below min(this,
         a tenth of the grid's largest value), so that specks around solid matter vanish while a scene that is
-        faint everywhere stays."""
+        faint everywhere stays. The alpha is that of a training's step, whatever ``eval_samples_per_ray``."""
         grid_resolution: int = alias("occ_grid_res", number(32, 1, 254))
         """Cells per side of the occupancy grid."""
         occ_thre: float = number(0.01, 0, 1000)
@@ -260,21 +263,19 @@ class NeRFVolumeRenderer(Renderer):
             return rays.origins.new_zeros(count)
         return torch.rand(count, generator=generator, device=generator.device).to(rays.origins)
 
-    def _thin(self, *, training: bool) -> Float[Tensor, ""]:
-        """The alpha below which a sample is not shaded."""
-        occs = self.estimator.occs
-        if training:
-            return occs.mean().clamp(max=self.cfg.alpha_thre)
-        return (occs.amax() / 10).clamp(max=self.cfg.eval_alpha_thre)
-
     def _samples(self, rays: FlatRays, jitter: Float[Tensor, "R"], context: StepContext) -> Samples:
         """The samples that are shaded."""
-        cfg = self.cfg
+        cfg, occs = self.cfg, self.estimator.occs
+        if context.generator is None:
+            step = step_size(cfg.radius, cfg.eval_samples_per_ray or cfg.num_samples_per_ray)
+            thin = 1 - (1 - (occs.amax() / 10).clamp(max=cfg.eval_alpha_thre)) ** (step / self.step_size)
+        else:
+            step, thin = self.step_size, occs.mean().clamp(max=cfg.alpha_thre)
         stepped = SteppedRays(
             rays=rays,
             jitter=jitter,
             radius=cfg.radius,
-            step_size=self.step_size,
+            step_size=step,
             occupied=self.estimator.occupied if cfg.grid_prune else None,
         )
         if not (cfg.grid_prune and cfg.prune_alpha_threshold):
@@ -291,7 +292,7 @@ class NeRFVolumeRenderer(Renderer):
         return find_visible(
             stepped,
             density,
-            alpha_threshold=self._thin(training=context.generator is not None),
+            alpha_threshold=thin,
             max_samples=self._samples_at_once * (4 if self.bbox.is_cuda else 1),
         )
 

@@ -77,6 +77,13 @@ def test_a_moving_encoding_depends_on_each_point_s_own_time(otype):
     assert not torch.allclose(encode(encoding, 0.2).features, encode(encoding, 0.9).features)
 
 
+@pytest.mark.parametrize("otype", ["HashGridSpatialTime", "HashGridSpatialTimeDeform"])
+def test_a_scale_of_time_spreads_its_cells(otype):
+    plain, scaled = make_encoding(otype), make_encoding(otype, time_scale=0.25)
+    assert torch.equal(encode(scaled, 0.8).features, encode(plain, 0.2).features)
+    assert not torch.allclose(encode(scaled, 0.8).features, encode(plain, 0.8).features)
+
+
 def test_the_deformation_displaces_the_point_at_which_the_space_grid_is_read():
     encoding = make_encoding("HashGridSpatialTimeDeform")
     out = encode(encoding, 0.4)

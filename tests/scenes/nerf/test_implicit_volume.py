@@ -311,7 +311,8 @@ def one_operation(monkeypatch):
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("normal_type", ["finite_difference", "pred", "analytic"])
 def test_the_field_in_one_operation_is_that_of_its_parts(normal_type, static, one_operation, monkeypatch):
-    geometry = make_geometry(encoding={"static": static}, normal_type=normal_type).double()
+    encoding = {"static": static, "time_scale": 0.5}
+    geometry = make_geometry(encoding=encoding, normal_type=normal_type).double()
     positions, times = X.double(), at(0.3).double()
     results = []
     for _ in range(2):

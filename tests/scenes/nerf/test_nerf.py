@@ -134,6 +134,22 @@ def test_pruning_changes_little_and_keeps_few_samples():
     assert (pruned.comp_rgb - dense.comp_rgb).abs().max() < 0.05
 
 
+def test_evaluation_has_its_own_number_of_samples_and_drops_what_is_as_thin():
+    plain, finer = make_scene(), make_scene(eval_samples_per_ray=192)
+    assert torch.equal(
+        finer.renderer(frames(), training()).comp_rgb, plain.renderer(frames(), training()).comp_rgb
+    )
+    few, many = (parts.renderer(frames(), EVALUATION) for parts in (plain, finer))
+    long, short = ((render.samples.t_ends - render.samples.t_starts).mean().item() for render in (few, many))
+    assert long == pytest.approx(4 * short, rel=1e-4)
+    assert len(many.samples) == pytest.approx(4 * len(few.samples), rel=0.1)
+    thin = thinnest(finer, trained=False)
+    assert 0.1 <= 1 - (1 - thin) ** 4 < 0.13, "alphas of a step that is a quarter as long"
+    exact = make_scene(eval_samples_per_ray=1024).renderer(frames(), EVALUATION).comp_rgb
+    errors = [(render.comp_rgb - exact).abs().mean() for render in (few, many)]
+    assert errors[1] < errors[0] / 3
+
+
 def thinnest(parts, *, trained):
     """The smallest alpha of the samples of a render."""
     render = parts.renderer(frames(), training() if trained else EVALUATION)
