@@ -51,15 +51,12 @@ def settings(lines):
 
 
 def test_the_keys_of_troubleshooting_exist_and_take_their_values():
-    """Those of the first columns all together; those of each list, which were run, alone."""
+    """Those of the first columns, all together."""
     rows = settings(re.findall(r"^\| (.*?) \|", TROUBLESHOOTING, re.MULTILINE))
     files = [CONFIGS / "fourdfy_stage_3.yaml", CONFIGS / "overlays/videocrafter.yaml"]
     prompt = "system.prompt_processor.prompt=a red ball spinning"
     load_recipe(files, [prompt, *rows])
-    runs = [settings([run]) for run in re.findall(r"^- [A-F]: .*(?:\n  .*)*", TROUBLESHOOTING, re.MULTILINE)]
-    for run in runs:
-        load_recipe([CONFIGS / "shapes_stage_3.yaml"], [prompt, *run])
-    assert len(rows) > 20 and len(runs) == 10 and all(runs)
+    assert len(rows) > 20
 
 
 MESSAGES = (

@@ -26,7 +26,7 @@ ACCEPTED = (
     (0, "seed trainer.max_steps trainer.val_check_interval"),
     (0, "data.prob_multi_view data.single_view.prob_single_view_video data.*_perturb"),
     (0, "data.*.elevation_range.*"),
-    (0, "system.geometry.density_blob_scale system.background.* system.renderer.alpha_thre"),
+    (0, "system.geometry.density_blob_scale system.background.* system.renderer.*alpha_thre"),
     (0, "system.renderer.occ_dilation"),
     (0, "system.prompt_processor.*_threshold system.guidance*.guidance_scale*"),
     (0, "system.guidance*.min_step_percent* system.guidance*.recon_std_rescale"),
@@ -41,7 +41,7 @@ ACCEPTED = (
     (HUGE, "system.guidance*.m??_step_percent.3 system.guidance*.guidance_scale.3 system.loss.lambda_*.3"),
     # Null says: as elsewhere (no multi-view steps, one moment, the model's own size).
     (None, "data.prob_multi_view data.multi_view.num_frames system.guidance_video.height"),
-    (None, "system.guidance_video.width"),
+    (None, "system.guidance_video.width system.renderer.eval_samples_per_ray"),
 )
 
 
