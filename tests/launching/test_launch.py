@@ -196,7 +196,9 @@ def test_weights_start_the_next_stage_at_step_0(trained, tmp_path):
     static = "geometry.encoding.encoding.encoding.params"
     assert torch.equal(after["state_dict"][static], before["state_dict"][static])
     # One AdamW step moves an entry by its learning rate and 1 % of that as decay; four went further.
-    moving, one_step = "geometry.encoding.encoding.encoding_time.params", 0.03 * 1.01
+    moving = "geometry.encoding.encoding.encoding_time.params"
+    config = OmegaConf.load(trial(tmp_path, "shapes_stage_3") / "configs" / "parsed.yaml")
+    one_step = 1.01 * config.system.optimizer.params[moving.removesuffix(".params")].lr
     assert before["state_dict"][moving].abs().max() > 2 * one_step
     assert 0 < (after["state_dict"][moving] - before["state_dict"][moving]).abs().max() <= one_step
 
