@@ -26,6 +26,7 @@ TINY = (
     "system.geometry.pos_encoding_config.n_levels=2",
     "system.geometry.pos_encoding_config.time_encoding_config.n_levels=2",
     "system.renderer.num_samples_per_ray=16",
+    "system.renderer.eval_samples_per_ray=16",
     "evaluation.size=24",
     "evaluation.views=6",
     "evaluation.frames=3",
