@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "exporters": {"ops", "files", "scenes"},
     "original": {"files"},
     "pages": {"files"},
-    "study": {"files", "pages"},
+    "study": {"files", "pages", "prompts"},
     "systems": {"ops", "files", "scenes", "priors", "prompts", "guidance", "data", "exporters", "original"},
     "shapes": {"ops"},
     "callbacks": {"ops", "files", "data", "systems"},

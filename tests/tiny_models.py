@@ -44,7 +44,7 @@ from transformers import (
 
 from fourdfy.priors import convert
 from fourdfy.priors.convert import targets_of
-from fourdfy.prompts.base import LIBRARY
+from fourdfy.prompts.library import LIBRARY
 
 SAMPLE_SIZE = 8
 """Latents per side; the VAE makes 4 pixels of one, so the models' own size is 32 x 32."""

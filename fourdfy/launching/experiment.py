@@ -242,7 +242,9 @@ class Experiment:
         """Whether the models have learned the prompt from a world whose ground truth is known."""
         prompts: Any = getattr(self.cfg.system, "prompt_processor", None)
         try:
-            return prompts is not None and knows_text(prompts.pretrained_model_name_or_path, prompts.prompt)
+            return prompts is not None and knows_text(
+                prompts.pretrained_model_name_or_path, self.cfg.system.prompt
+            )
         except ValueError:  # a prompt that its models haven't learned
             return False
 

@@ -5,10 +5,8 @@ D view directions (side, front, back, overhead), L tokens, C channels.
 
 from __future__ import annotations
 
-import difflib
 import gc
 import hashlib
-import json
 import logging
 from abc import ABC, abstractmethod
 from collections import defaultdict
@@ -29,15 +27,11 @@ from fourdfy.bounds import number
 from fourdfy.config import Component, file_path
 from fourdfy.files.atomic import by_product, write_whole
 from fourdfy.priors.hub import cache_root, knows_text, resolve_model, stored_folder
+from fourdfy.prompts.library import check_text, resolve_prompt
 from fourdfy.prompts.views import DIRECTIONS
 from fourdfy.types import PerpNegDecays, TextEmbeddings
 
 logger = logging.getLogger(__name__)
-
-LIBRARY = Path(__file__).with_name("library.json")
-
-MOST_CHARACTERS = 20_000
-"""Of a prompt; the longest that an encoder reads has a tenth."""
 
 TextEncoder = Any
 """Callable: texts (list of str) -> their embeddings, [texts, L, C]."""
@@ -256,47 +250,6 @@ def _computed(encoder: TextEncoder, texts: list[str]) -> dict[str, Float[Tensor,
     return dict(zip(texts, encoder(texts).float().cpu(), strict=True))
 
 
-def resolve_prompt(prompt: str) -> str:
-    """The prompt itself, or the library's one prompt that has all words of ``lib:word_word``.
-
-    Raises:
-        ValueError: no library prompt has all words, or several have.
-    """
-    check_text(prompt)
-    if not prompt.startswith("lib:"):
-        return prompt
-    words = prompt.removeprefix("lib:").lower().split("_")
-    everything = [
-        text for group in json.loads(LIBRARY.read_text(encoding="utf-8")).values() for text in group
-    ]
-    matches = [text for text in everything if all(word in text.lower() for word in words)]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        raise ValueError(f"prompt {prompt!r} fits several library prompts; add a word: {_listed(matches)}")
-    near = [text for text in everything if any(word in text.lower() for word in words)]
-    near = near or difflib.get_close_matches(" ".join(words), everything, n=3, cutoff=0)
-    raise ValueError(
-        f"prompt {prompt!r} fits no prompt of fourdfy's own library, which is not threestudio's; the nearest "
-        f"are: {_listed(near)}"
-    )
-
-
-def check_text(text: str) -> None:
-    """Refuse what is no text, or longer than any encoder reads: a tokenizer may take minutes for it.
-
-    Raises:
-        ValueError: says which of the two, and where.
-    """
-    if len(text) > MOST_CHARACTERS:
-        raise ValueError(f"a prompt has {len(text):,} characters; expected {MOST_CHARACTERS:,} at most")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        where = error.start + 1
-        raise ValueError(f"character {where} of a prompt is half of a surrogate pair, or no UTF-8") from error
-
-
 def tokenize(tokenizer: Any, text: str, max_length: int) -> list[int]:
     """Token ids padded to ``max_length``.
 
@@ -376,10 +329,6 @@ def _label(identity: str, text: str) -> dict[str, str]:
 def _warn_once(message: str) -> None:
     """A run has several processors, and one prompt for them all."""
     logger.warning(message)
-
-
-def _listed(texts: Sequence[str]) -> str:
-    return ", ".join(f"{text!r}" for text in texts[:8]) + ", ..." * (len(texts) > 8)
 
 
 def _free_memory() -> None:

@@ -13,6 +13,7 @@ from fourdfy.config_files import PROMPT, ConfigError, expand_path, plain, read_l
 from fourdfy.config_layers import load_config
 from fourdfy.pages.settings import flat
 from fourdfy.pages.trials import video_of_test
+from fourdfy.prompts.library import resolve_prompt
 
 VIDEOS = (".mp4", ".webm")
 QUESTIONS = {
@@ -105,7 +106,11 @@ def _prompt(key: str, trial: Path) -> str:
     file = trial / "configs" / "parsed.yaml"
     if not file.is_file():
         raise ConfigError(f"{key}: {trial} is not a trial folder; for videos, write PROMPT: VIDEO")
-    return str(flat(plain(read_layers(file)[-1])).get(PROMPT, ""))  # complete, and no code of plugins is run
+    given = flat(plain(read_layers(file)[-1]))  # complete, and no code of plugins is run
+    try:
+        return resolve_prompt(str(given.get(PROMPT, "")))
+    except ValueError as error:
+        raise ConfigError(f"{key}: {PROMPT} in {file}: {error}") from error
 
 
 def _video(key: str, path: Path) -> Path:

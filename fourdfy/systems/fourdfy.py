@@ -25,6 +25,7 @@ from fourdfy.ops.ranks import largest, ranks
 from fourdfy.ops.regularizers import REGULARIZERS
 from fourdfy.original.checkpoints import own_names
 from fourdfy.prompts.base import PromptProcessor
+from fourdfy.prompts.library import resolve_prompt
 from fourdfy.registry import register
 from fourdfy.scenes.base import Scene
 from fourdfy.scenes.nerf.scene import NeRFScene
@@ -101,7 +102,8 @@ class FourdfySystem(System):
 
         @property
         def prompt(self) -> str | None:
-            return self.prompt_processor and self.prompt_processor.prompt
+            """What the scene shows: the library's prompt where a short name of it is given."""
+            return self.prompt_processor and resolve_prompt(self.prompt_processor.prompt)
 
         def check(self, data: DataModule.Config, plan: SupervisionPlan) -> None:
             if data.static and self.freeze_static_modules:

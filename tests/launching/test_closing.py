@@ -1,6 +1,7 @@
 """What a run says at its end, where there is no ground truth or no ffmpeg."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -103,8 +104,26 @@ def test_a_scene_that_was_judged_is_not_compared_with_the_truth_once_more(tmp_pa
     with caplog.at_level("INFO"):
         assert launch("shapes_stage_3.yaml", "train", tmp_path, *given) == 0
     file = trial(tmp_path, "shapes_stage_3") / "save" / "it1-evaluation.json"
-    assert "flicker" in json.loads(file.read_text())
+    first = json.loads(file.read_text())
+    assert "flicker" in first
     assert f"  scores  {brief(read_report(file))}\n" in caplog.records[-1].getMessage()
+
+    # Nor by the same command again without the judge, which keeps what --evaluate wrote.
+    assert launch("shapes_stage_3.yaml", "train", tmp_path, *given[:1]) == 0
+    assert json.loads(file.read_text()) == first
+    assert f"  scores  {brief(read_report(file))}\n" in caplog.records[-1].getMessage()
+
+
+def test_scores_of_an_earlier_scene_are_not_told_of_this_one(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        assert launch("shapes_stage_3.yaml", "train", tmp_path, "trainer.max_steps=1") == 0
+        ran = trial(tmp_path, "shapes_stage_3")
+        file = ran / "save" / "it1-evaluation.json"
+        first = json.loads(file.read_text())
+        file.write_text(json.dumps(first | {"iou": 0.123}))
+        os.utime(file, (0, (ran / "ckpts" / "last.ckpt").stat().st_mtime - 60))
+        assert launch("shapes_stage_3.yaml", "train", tmp_path, "trainer.max_steps=1") == 0
+    assert json.loads(file.read_text()) == first
 
 
 def test_scores_that_can_not_be_told_cost_a_warning(tmp_path, caplog, monkeypatch):
@@ -122,6 +141,7 @@ def test_scores_that_can_not_be_told_cost_a_warning(tmp_path, caplog, monkeypatc
     [
         ("fourdfy_stage_3", "a panda dancing", False),
         ("shapes_stage_3", "a panda dancing", True),
+        ("shapes_stage_3", "lib:panda_dancing", True),
         ("shapes_stage_3", "a red cube spinning", True),
         ("shapes_stage_3", "a zebra dancing", False),
     ],
@@ -129,7 +149,8 @@ def test_scores_that_can_not_be_told_cost_a_warning(tmp_path, caplog, monkeypatc
 def test_a_scene_is_compared_with_the_truth_only_of_what_its_models_learned(
     config, prompt, learned, tmp_path
 ):
-    """The paper's first prompt is of the shapes world too."""
+    """The paper's first prompt is of the shapes world too, and a short name stands for its prompt."""
     (stage,) = load_recipe([Path(config)], [f"system.prompt_processor.prompt={prompt}"])
     assert stage.experiment.judged["learned"] == learned
+    assert stage.experiment.judged["prompt"] == prompt.replace("lib:panda_dancing", "a panda dancing")
     assert (ground_truth_of(stage.experiment) is not None) == learned

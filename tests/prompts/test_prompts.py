@@ -12,7 +12,8 @@ import torch
 from fourdfy.config import ConfigError, parse_config
 from fourdfy.ops.cameras import orbit_cameras
 from fourdfy.prompts import base
-from fourdfy.prompts.base import PromptProcessor, resolve_prompt
+from fourdfy.prompts.base import PromptProcessor
+from fourdfy.prompts.library import resolve_prompt
 from fourdfy.prompts.views import DIRECTIONS, for_views
 from fourdfy.registry import find
 from tests.tiny_models import MAX_TOKENS, TEXT_WIDTH, save_clip_text

@@ -50,12 +50,14 @@ def test_what_is_typed_is_text_and_nothing_else(tmp_path):
 
 def test_trials_know_their_prompts_and_their_last_video(tmp_path):
     methods = {}
-    for method, of in write_clips(tmp_path, ["ours", "theirs"]).items():
+    prompts = ("a panda dancing", "a ball")
+    for method, of in write_clips(tmp_path, ["ours", "theirs"], prompts).items():
         for prompt, video in of.items():
             trial = tmp_path / method / prompt.replace(" ", "_")
             (trial / "configs").mkdir(parents=True)
             (trial / "save").mkdir()
-            settings = {"system": {"prompt_processor": {"prompt": prompt}}}
+            given = "lib:panda_dancing" if prompt == "a panda dancing" else prompt  # a short name of it
+            settings = {"system": {"prompt_processor": {"prompt": given}}}
             (trial / "configs" / "parsed.yaml").write_text(yaml.safe_dump(settings))
             (trial / "save" / "it9-test.mp4").write_bytes(b"an earlier one")
             (trial / "save" / "it10-test.mp4").write_bytes(Path(video).read_bytes())
@@ -64,7 +66,7 @@ def test_trials_know_their_prompts_and_their_last_video(tmp_path):
     (tmp_path / "study.yaml").write_text(yaml.safe_dump({"methods": methods, "exp_root_dir": str(folder)}))
     write_study(tmp_path / "study.yaml", [])
     assert {(clip.method, clip.prompt) for clip in read_key(folder).clips.values()} == {
-        (method, prompt) for method in ("ours", "theirs") for prompt in PROMPTS
+        (method, prompt) for method in ("ours", "theirs") for prompt in prompts
     }
 
 
