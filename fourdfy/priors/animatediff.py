@@ -18,7 +18,7 @@ from fourdfy.bounds import number
 from fourdfy.config import file_path
 from fourdfy.priors.base import Network, NoiseSchedule
 from fourdfy.priors.distilled import check_not_distilled
-from fourdfy.priors.frozen import apply_memory_options, freeze, load_noise_schedule, load_part, loading
+from fourdfy.priors.frozen import freeze, load_noise_schedule, loading
 from fourdfy.priors.hub import resolve_model, stored_description
 from fourdfy.priors.video import VideoPrior
 from fourdfy.registry import register
@@ -73,21 +73,21 @@ class AnimateDiff(VideoPrior):
 
     cfg: Config
 
-    def load_unet(self, folder: Path) -> nn.Module:
+    def read_network(self, folder: Path, part: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        if part != "unet":
+            return super().read_network(folder, part, dtype, device)
         from diffusers import UNetMotionModel
 
         place = resolve_model(self.cfg.motion_adapter, (ADAPTER,))
         image, adapter = (
-            load_part(where, part, self.cfg.networks[part], dtype=self.dtype, device=torch.device("cpu"))
+            super(AnimateDiff, self).read_network(where, part, dtype, torch.device("cpu"))
             for where, part in ((folder, "unet"), (place, ADAPTER))
         )
         with loading(folder / "unet"):
             unet = UNetMotionModel.from_unet2d(image, adapter)
             if lost := sorted(image.state_dict().keys() - unet.state_dict().keys()):
                 raise ValueError(f"{lost[0]} has no place beside layers in time; use Stable Diffusion 1.5")
-        unet = freeze(unet.to(self.device))
-        apply_memory_options(unet, self.cfg, self.device)
-        return unet
+        return freeze(unet.to(device))
 
     def load_schedule(self, folder: Path) -> NoiseSchedule:
         # The layers in time were trained with linear betas, unlike the image model, whose file it is.

@@ -266,8 +266,11 @@ def apply_memory_options(network: Network, options: MemoryOptions, device: torch
             network.enable_xformers_memory_efficient_attention()
         else:
             _say_once("enable_memory_efficient_attention: PyTorch's own SDPA, which is the default")
-    if options.enable_attention_slicing and hasattr(network, "set_attention_slice"):
-        network.set_attention_slice("auto")
+    if options.enable_attention_slicing:
+        if hasattr(network, "set_attention_slice"):
+            network.set_attention_slice("auto")
+        elif not hasattr(network, "decode"):  # VAEs can't either, and hardly have any
+            _say_once(f"enable_attention_slicing: {type(network).__name__} can't; its attention is whole")
     if options.enable_channels_last_format:
         to_channels_last(network)
     if options.enable_sequential_cpu_offload:

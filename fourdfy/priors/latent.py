@@ -86,8 +86,8 @@ class LatentPrior(Prior):
         """Number of frames in the VAE at once; fewer than all are encoded again in the backward pass. 0 or
         -1: all."""
         token_merging: bool = False
-        """Merge tokens in the self-attention of image models with the package tomesd (Bolya & Hoffman 2023),
-        which is faster but changes the prior a little."""
+        """Merge tokens in the self-attention of U-Nets for images with the package tomesd (Bolya & Hoffman
+        2023), which is faster but changes the prior a little."""
         token_merging_params: dict[str, Any] | None = None
         """Arguments of ``tomesd.apply_patch``; ``use_rand`` is false unless given here."""
 
@@ -162,6 +162,9 @@ class LatentPrior(Prior):
                 raise ValueError(
                     f'half_precision_weights={self.half_precision_weights!r}; expected true, false or "bf16"'
                 )
+            denoiser = next(iter(self.networks.values()))
+            if self.token_merging and (self.is_video or denoiser != "UNet2DConditionModel"):
+                raise ValueError("token_merging=true is for U-Nets of images; set token_merging=false")
             if self.token_merging and find_spec("tomesd") is None:
                 raise ValueError("token_merging=true needs tomesd: pip install tomesd, or set it to false")
 
@@ -202,10 +205,11 @@ class LatentPrior(Prior):
         return load_noise_schedule(folder, self.device)
 
     def load_network(self, folder: Path, part: str, dtype: torch.dtype) -> nn.Module:
+        """A frozen part of the model, with this prior's options, where it computes."""
         dtype = torch.float32 if part == "vae" and self.cfg.float32_vae else dtype
         shard = self.is_sharded and part == next(iter(self.cfg.networks))
         device = torch.device("cpu") if shard else self.device  # one GPU may not hold it
-        network = load_part(folder, part, self.cfg.networks[part], dtype=dtype, device=device)
+        network = self.read_network(folder, part, dtype, device)
         apply_memory_options(network, self.cfg, self.device)
         if shard:
             return sharded(network, self.device)
@@ -214,6 +218,10 @@ class LatentPrior(Prior):
         elif self.device.type == "cpu":
             compute_prefix_once(network)
         return network
+
+    def read_network(self, folder: Path, part: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """A frozen part of the model, as its files have it."""
+        return load_part(folder, part, self.cfg.networks[part], dtype=dtype, device=device)
 
     @property
     def is_sharded(self) -> bool:

@@ -38,7 +38,7 @@ PREDICTIONS = {"eps": "epsilon", "v": "v_prediction"}
 
 def load_mvdream_package(
     model_name: str,
-    checkpoint: str | Path | None,
+    checkpoint: str | Path,
     num_views: int,
     dtype: torch.dtype,
     device: torch.device,
@@ -47,7 +47,7 @@ def load_mvdream_package(
 
     Args:
         model_name: one of ``CONFIGS``.
-        checkpoint: the original's file; null: the hub's.
+        checkpoint: the original's file, or the hub's name of it.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
@@ -61,7 +61,7 @@ def load_mvdream_package(
     config = read_config(model_name)
     OmegaConf.update(config, "params.cond_stage_config", {"target": "torch.nn.Identity"}, merge=False)
     model = import_module("mvdream.ldm.util").instantiate_from_config(config)
-    file = resolve_file(checkpoint or "MVDream/MVDream")
+    file = resolve_file(checkpoint)
     state = unwrapped(read_torch_file(file))
     try:
         model.load_state_dict({key: value for key, value in state.items() if not key.startswith(TEXT)})

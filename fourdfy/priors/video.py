@@ -41,8 +41,6 @@ class VideoPrior(LatentPrior):
 
         def __post_init__(self) -> None:
             super().__post_init__()
-            if self.token_merging:
-                raise ValueError("token_merging=true is for image models; set token_merging=false")
             if self.gradient == "subset" and self.low_ram_vae < 1:
                 raise ValueError("gradient=subset needs its size; set low_ram_vae=4, say, or gradient=exact")
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fourdfy.bounds import number
 from fourdfy.config import file_path
 from fourdfy.priors.base import Network
-from fourdfy.priors.frozen import apply_memory_options, freeze, load_part, loading
+from fourdfy.priors.frozen import freeze, load_part, loading
 from fourdfy.priors.model_folder import ModelNotFound, part_flaw, weight_files
 from fourdfy.priors.video import VideoPrior
 from fourdfy.registry import register
@@ -56,10 +56,10 @@ class VideoCrafter(VideoPrior):
 
     cfg: Config
 
-    def load_unet(self, folder: Path) -> nn.Module:
-        unet = load_unet(folder, self.cfg.fps, dtype=self.dtype, device=self.device)
-        apply_memory_options(unet, self.cfg, self.device)
-        return unet
+    def read_network(self, folder: Path, part: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        if part == "unet":
+            return load_unet(folder, self.cfg.fps, dtype=dtype, device=device)
+        return super().read_network(folder, part, dtype, device)
 
 
 def load_unet(folder: Path, fps: int, *, dtype: torch.dtype, device: torch.device) -> nn.Module:

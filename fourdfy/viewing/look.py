@@ -34,9 +34,10 @@ class Look:
         # Of a clip, evenly; of views, the first ones.
         stride = max(1, cameras.group_size // MOST_FRAMES) if guidance.cfg.is_video else 1
         self._frames = frames.comp_rgb.detach()[: MOST_FRAMES * stride : stride].clone()
+        self._latents = {}
 
     def _see_latents(self, x: NoisyLatents, x0: Tensor) -> None:
-        if x.still is None or not self._latents:  # the clip itself comes before the one held still
+        if not self._latents:  # the clip itself comes before the one held still
             self._latents = {"noisy": x.noisy.clone(), "x0": x0.clone()}
 
     @property

@@ -189,8 +189,11 @@ def test_the_authors_package_takes_the_place_of_our_multi_view_network(tiny, mon
     assert theirs.prior.denoiser is ours.prior.denoiser and theirs.prior.vae is ours.prior.vae
     make_any(tiny, "multi_view", backend="mvdream")
     assert asked["checkpoint"] == str(tiny["multi_view"]) and asked["views"] == 4
-    with pytest.raises(ConfigError, match="needs backend=diffusers"):
-        make_any(tiny, "multi_view", backend="mvdream", token_merging=True)
+    for option in ("token_merging", "recon_pixels", "shard_over_ranks", "enable_attention_slicing"):
+        with pytest.raises(ConfigError, match=f"{option}=true needs backend=diffusers"):
+            make_any(tiny, "multi_view", backend="mvdream", recon_loss=True, **{option: True})
+    with pytest.raises(ConfigError, match="pretrained_model_name_or_path_lora: backend=mvdream has no place"):
+        make("mvdream+vsd", tiny["multi_view"], backend="mvdream")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -220,7 +223,7 @@ def test_tokens_are_merged_by_tomesd(tiny, tomesd):
     assert tomesd[1][1] == params
     two = make_vsd(tiny, lora="sd_v", token_merging=True)
     assert [unet for unet, _ in tomesd[2:]] == [two.prior.denoiser.network, two.renderings.network]
-    with pytest.raises(ConfigError, match="is for image models; set token_merging=false"):
+    with pytest.raises(ConfigError, match="is for U-Nets of images; set token_merging=false"):
         make_any(tiny, "video", token_merging=True)
 
 

@@ -11,7 +11,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, MotionAdapter, UNet2DConditi
 
 from fourdfy.config import ConfigError, parse_config
 from fourdfy.guidance.base import Guidance
-from fourdfy.priors import hub
+from fourdfy.ops.ranks import Ranks, together
+from fourdfy.priors import frozen, hub, latent
 from fourdfy.priors.frozen import check_part
 from fourdfy.priors.video import PackedAttention, pack_attention_in_time
 from fourdfy.prompts.views import for_views
@@ -19,7 +20,7 @@ from fourdfy.registry import find
 from tests.guidance.networks import TEXT, context, images, learn_from_all, make
 from tests.guidance.reference import cameras
 from tests.renders import images_of
-from tests.tiny_models import save_animatediff, save_multi_view
+from tests.tiny_models import save_animatediff, save_multi_view, save_videocrafter2, save_zeroscope
 
 VIEWS = cameras([90.0] * 3 + [0.0] * 3, group_size=3)
 """Two clips: from the side, and from the front."""
@@ -192,3 +193,26 @@ def test_an_adapter_is_fetched_from_the_folder_itself(tmp_path, monkeypatch):
 
 def change(file, **values) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize("name", ["zeroscope", "videocrafter", "animatediff"])
+def test_every_video_prior_can_spread_its_weights(name, folder, tmp_path, monkeypatch):
+    """The U-Net is read where there is room for it, and spread from there; the VAE is not spread."""
+    save = {"zeroscope": save_zeroscope, "videocrafter": save_videocrafter2}.get(name)
+    of = save(tmp_path / name) if save else folder
+    config = {"motion_adapter": str(folder / "motion_adapter")} if name == "animatediff" else {}
+    spread = []
+    monkeypatch.setattr(latent, "sharded", lambda network, device: spread.append(network) or network)
+    with together(Ranks(1, 2)):
+        prior = make(f"{name}-guidance", of, shard_over_ranks=True, height=24, width=32, **config).prior
+    assert spread == [prior.denoiser.network]
+
+
+def test_that_attention_is_not_sliced_is_said(folder, caplog):
+    caplog.set_level("INFO")
+    frozen._say_once.cache_clear()
+    small("animatediff-guidance", folder, enable_attention_slicing=True)
+    assert "enable_attention_slicing: UNetMotionModel can't; its attention is whole" in caplog.text
+    caplog.clear()
+    make("stable-diffusion-guidance", folder, enable_attention_slicing=True)
+    assert "enable_attention_slicing" not in caplog.text

@@ -129,14 +129,14 @@ def test_a_checkpoint_that_does_not_fit_is_named(fake, tmp_path):
 def test_without_the_package_the_error_says_where_it_comes_from(tmp_path, monkeypatch):
     monkeypatch.setattr(mvdream_package, "EXTERN", tmp_path / "none")
     with pytest.raises(ModuleNotFoundError, match=r"pip install git.*checkout at .*none; backend=diffusers"):
-        load_mvdream_package(NAME, None, 4, torch.float32, CPU)
+        load_mvdream_package(NAME, "MVDream/MVDream", 4, torch.float32, CPU)
 
 
 def test_what_the_package_cannot_do_is_said():
     with pytest.raises(ValueError, match="half_precision_weights=false"):
-        load_mvdream_package(NAME, None, 4, torch.float16, CPU)
+        load_mvdream_package(NAME, "MVDream/MVDream", 4, torch.float16, CPU)
     with pytest.raises(ValueError, match=r"model_name='sd-v9'; backend=mvdream knows sd-v2.1-base-4view"):
-        load_mvdream_package("sd-v9", None, 4, torch.float32, CPU)
+        load_mvdream_package("sd-v9", "MVDream/MVDream", 4, torch.float32, CPU)
 
 
 @pytest.mark.skipif(find_spec("mvdream") is None, reason="needs the authors' package mvdream")

@@ -45,6 +45,24 @@ def test_each_prior_decodes_what_it_encoded(plan):
         assert (decoded - expected).abs().mean() < 0.03, kind.name
 
 
+def test_the_clip_itself_is_shown_beside_its_guided_still():
+    given = [f"system.prompt_processor.prompt={PROMPT}", "system.weights=null"]
+    given += ["system.guidance_video.still_source=true", "system.guidance_video.still_guidance_scale=2"]
+    plan = load_experiment([CONFIGS / "shapes_stage_3.yaml"], given).plan
+    (kind,) = (kind for kind in plan.kinds if kind.guidance.is_video)
+    guidance = kind.guidance.build(device=torch.device("cpu"))
+    text = kind.prompts.build().embeddings(torch.device("cpu"))
+    frames, cameras = frames_of(kind)
+    seen = []
+    look = Look(guidance)
+    note = guidance.observer
+    guidance.observer = lambda x, x0: (seen.append(x.noisy.clone()), note(x, x0))
+    with torch.no_grad():
+        guidance(frames, text, cameras, StepContext(0, torch.Generator().manual_seed(1)))
+    assert len(seen) == 2 and not torch.equal(*seen)
+    assert torch.equal(look._latents["noisy"], seen[0])
+
+
 def test_a_look_changes_nothing_and_ends_when_it_is_closed(plan):
     kind = plan.kinds[-1]
     guidance = kind.guidance.build(device=torch.device("cpu"))
