@@ -7,6 +7,7 @@ there is one, and under ``protocol`` the cameras, networks with their commits, s
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -42,7 +43,7 @@ PACKAGES = ("torch", "transformers", "scikit-image")
 class Judgement:
     """The numbers of a scene."""
 
-    prompt: str
+    prompt: str | None
     truth: Report | None
     """Its comparison with the ground truth; None if there is none."""
     numbers: Mapping[str, float | None]
@@ -56,7 +57,7 @@ def evaluate(
     camera: Cameras,
     cfg: EvaluationConfig,
     *,
-    prompt: str,
+    prompt: str | None,
     learned: bool,
     dynamic: bool,
     seed: int,
@@ -69,16 +70,17 @@ def evaluate(
 
     Raises:
         ModelNotFound: a network of the metrics was not found; nothing was computed. Says what to type.
-        ConfigError: the list of captions can't be read.
+        ConfigError: the list of captions can't be read, or a metric needs a prompt, and there is none.
     """
-    folders = find_networks(cfg, learned)
-    needs_captions = any(entry.name == "clip_r_precision" for entry in cfg.chosen(learned))
+    metrics = cfg.chosen(prompt, learned)
+    folders = find_networks(cfg, prompt, learned)
+    needs_captions = any(entry.name == "clip_r_precision" for entry in metrics)
     file = find_config(cfg.captions)
     captions = read_prompts(file, "evaluation.captions") if needs_captions else []
-    views = views_of(system, camera, cfg, prompt=prompt, dynamic=dynamic, captions=captions)
+    views = views_of(system, camera, cfg, prompt=prompt or "", dynamic=dynamic, captions=captions)
     render = scene_renderer(system)
-    report = evaluate_scene(prompt, render, device=system.device) if learned else None
-    numbers = measured(views, cfg.chosen(learned))
+    report = evaluate_scene(prompt, render, device=system.device) if prompt and learned else None
+    numbers = measured(views, metrics)
     protocol = {
         "elevation_deg": cfg.elevation,
         "azimuths_deg": f"{cfg.views}, evenly from 0",
@@ -99,14 +101,14 @@ def evaluate(
     return Judgement(prompt=prompt, truth=report, numbers=numbers, protocol=protocol)
 
 
-def find_networks(cfg: EvaluationConfig, learned: bool) -> dict[str, Path]:
+def find_networks(cfg: EvaluationConfig, prompt: str | None, learned: bool) -> dict[str, Path]:
     """Part -> folder of every network that the metrics need, fetched if necessary.
 
     Raises:
         ModelNotFound: one can't be found; says what to type.
     """
     try:
-        return {part: resolve_model(name, (part,)) for part, name in cfg.models(learned).items()}
+        return {part: resolve_model(name, (part,)) for part, name in cfg.models(prompt, learned).items()}
     except ModelNotFound as error:
         others = ",".join(entry.name for entry in cfg.measurable().values() if not entry.needs)
         raise ModelNotFound(
@@ -146,12 +148,13 @@ def views_of(
 
 
 def measured(views: Views, metrics: Iterable[Metric]) -> dict[str, float | None]:
-    """Metric -> value; None for what is not defined for such a scene."""
+    """Metric -> value; None for what is not defined for such a scene, or is not a finite number."""
     found = {}
     for entry in metrics:
         assert entry.measure
         logger.info("%s ...", entry.name)
-        found[entry.name] = entry.measure(views)
+        value = entry.measure(views)
+        found[entry.name] = None if value is None or not math.isfinite(value) else value
     return found
 
 
@@ -166,7 +169,7 @@ def print_numbers(found: Judgement) -> None:
     """On the terminal."""
     if found.truth:
         print_report(found.truth)
-    table = Table("metric", "better", "value", title=None if found.truth else printable(found.prompt))
+    table = Table("metric", "better", "value", title=None if found.truth else printable(found.prompt or ""))
     for name, value in found.numbers.items():
         table.add_row(name, METRICS[name].best, "-" if value is None else f"{value:.3f}")
     Console().print(table)

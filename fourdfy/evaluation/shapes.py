@@ -95,17 +95,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"{override!r}: expected key=value, e.g. seed=1")
 
     log_to_stderr()
+    rows = []
     try:
         device = select_device(args.gpu)
+        if device == "cpu":
+            keep_freed_memory()
+        with StopSignals(lambda: "the same command continues") as stop, on_device(device):
+            for prompt in prompts:
+                render, pace = train_prompt(prompt, device, args.drop, args.overrides, args.config, stop)
+                rows.append(results.add(evaluate_scene(prompt, render), pace))
     except ConfigError as error:
         parser.error(str(error))
-    if device == "cpu":
-        keep_freed_memory()
-    rows = []
-    with StopSignals(lambda: "the same command continues") as stop, on_device(device):
-        for prompt in prompts:
-            render, pace = train_prompt(prompt, device, args.drop, args.overrides, args.config, stop)
-            rows.append(results.add(evaluate_scene(prompt, render), pace))
     Console().print(*summary_tables(rows))
     return 0
 
@@ -125,7 +125,8 @@ class Results:
             return
         try:
             self._rows = json.loads(path.read_text(encoding="utf-8"))
-            self._keys = [self._key(row) for row in self._rows]
+            for row in self._rows:
+                self._key(row)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} holds no results of this command; name another file") from error
 

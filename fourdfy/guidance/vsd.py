@@ -189,10 +189,12 @@ class VariationalScoreDistillation(Distillation):
     ) -> Callable[[], Float[Tensor, ""]]:
         """What returns the diffusion loss of the LoRA on the renderings, at all noise levels."""
         repeat = self.cfg.lora_n_timestamp_samples
+        schedule = self.prior.levels(self.renderings.schedule, latents)
+        # Each time anew, since a prior of several views has one level for all that it is asked for at once.
+        draws = (self.prior.draw_timesteps(schedule, 0, 1, len(latents), generator) for _ in range(repeat))
+        timesteps = torch.cat([*draws])
         latents, text, camera = (torch.cat([x] * repeat) for x in (latents, texts.text, camera))
         told = None if texts.cameras is None else torch.cat([texts.cameras] * repeat)
-        schedule = self.prior.levels(self.renderings.schedule, latents)
-        timesteps = self.prior.draw_timesteps(schedule, 0, 1, len(latents), generator)
         noise = sample_noise(latents.shape, generator, self.device)
         if self.cfg.lora_cfg_training:
             chance = torch.rand((), generator=generator, device=generator.device).to(self.device)

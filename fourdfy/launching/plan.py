@@ -233,7 +233,10 @@ def judging_models(experiments: Sequence[Experiment]) -> dict[str, tuple[str, ..
     found: dict[str, tuple[str, ...]] = {}
     for each in experiments:
         if each.cfg.evaluation.after_training:
-            found |= {name: (part,) for part, name in each.cfg.evaluation.models(each.learned).items()}
+            found |= {
+                name: (part,)
+                for part, name in each.cfg.evaluation.models(each.cfg.system.prompt, each.learned).items()
+            }
     return found
 
 

@@ -34,7 +34,6 @@ def compare_page(trials: Mapping[Path, Mapping[str, Any]], prompts: Sequence[str
         f"<figure>{clip or NO_CLIP}<figcaption>{escaped(caption)}</figcaption></figure>"
         for clip, caption in zip(clips, captions, strict=True)
     )
-    settings = [flat(without_folders(values)) for values in trials.values()]
     seconds = max(len(views_of_test(folder)) for folder in trials) / TEST_FPS
     return page(
         title,
@@ -44,7 +43,7 @@ def compare_page(trials: Mapping[Path, Mapping[str, Any]], prompts: Sequence[str
         + section("Time and memory", _rows([_cost(folder) for folder in trials], labels))
         + section("Curves", legend(labels))
         + curve_sections({label: readable(curves, f) for label, f in zip(labels, trials, strict=True)})
-        + section("Settings that differ", _rows(settings, labels, differing=True)),
+        + section("Settings that differ", _rows(_differing([*trials.values()]), labels)),
         scripts=["player.js"] if any(clips) else [],
         data={"seconds": seconds},
     )
@@ -59,13 +58,26 @@ def shortest_names(folders: Sequence[Path]) -> list[str]:
     return ["/".join(of[-count : len(of) - shared]) for of in parts]
 
 
-def _rows(of_trials: Sequence[Mapping[str, Any]], labels: Sequence[str], *, differing: bool = False) -> str:
-    """A column for each trial, a row for each name, or for each that differs."""
+def _rows(of_trials: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> str:
+    """A column for each trial, a row for each name."""
     names = dict.fromkeys(name for values in of_trials for name in values)
-    rows = {name: [values.get(name, "") for values in of_trials] for name in names}
-    if differing:
-        rows = {name: cells for name, cells in rows.items() if any(cell != cells[0] for cell in cells)}
-    return table(((name, map(brief, cells)) for name, cells in rows.items()), labels)
+    return table(((name, (brief(values.get(name, "")) for values in of_trials)) for name in names), labels)
+
+
+def _differing(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Those that are not the same in all trials, without folders: of paths, what tells them apart."""
+    exact, shown = ([flat(values) for values in of] for of in (settings, map(without_folders, settings)))
+    for name in dict.fromkeys(name for values in exact for name in values):
+        cells = [values.get(name, "") for values in exact]
+        paths = [*dict.fromkeys(cell for cell in cells if isinstance(cell, str))]
+        if all(cell == cells[0] for cell in cells):
+            for values in shown:
+                values.pop(name, None)
+        elif len({str(values.get(name, "")) for values in shown}) == 1 < len(paths):
+            names = dict(zip(paths, shortest_names([*map(Path, paths)]), strict=True))
+            for values, cell in zip(shown, cells, strict=True):
+                values[name] = names.get(cell, cell)
+    return shown
 
 
 def _cost(folder: Path) -> dict[str, str]:

@@ -15,8 +15,8 @@ from fourdfy.pages.clips import MAX_FRAMES, MAX_PIXELS, clip_of, picture, spread
 
 PICTURES = 12
 """Most pictures of a strip."""
-DAMAGED = (OSError, ValueError, TypeError, AttributeError, SyntaxError, csv.Error)
-"""What is raised for broken files; the fifth by Pillow."""
+DAMAGED = (OSError, ValueError, TypeError, AttributeError, LookupError, SyntaxError, csv.Error)
+"""What is raised for broken files; the sixth by Pillow."""
 
 
 def readable(read: Callable[[Path], dict[str, Any]], trial: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def write_study(file: Path, overrides: Sequence[str]) -> Path:
     asked = json.dumps([sorted(clips), cfg.questions])
     study = hashlib.sha256(asked.encode()).hexdigest()[:16]
     folder = Path(cfg.exp_root_dir)
-    if any((folder / ANSWERS).glob("*.json")) and read_key(folder).study != study:
+    if _answered(folder) - {study}:
         raise ConfigError(f"{folder} has answers of another study; {ELSEWHERE}")
     for name, content in files.items():
         write_whole(folder / SITE / name, content)
@@ -101,6 +102,15 @@ def write_study(file: Path, overrides: Sequence[str]) -> Path:
     write_whole(folder / KEY, json.dumps(asdict(key), indent=1))
     (folder / ANSWERS).mkdir(exist_ok=True)
     return page
+
+
+def _answered(folder: Path) -> set[str]:
+    """The studies that the folder's answers are of; those that can't be read are of none."""
+    found = set()
+    for file in (folder / ANSWERS).glob("*.json"):
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            found.add(str(json.loads(file.read_text(encoding="utf-8"))["study"]))
+    return found
 
 
 def _page(cfg: StudyConfig, study: str, clips: Mapping[str, Clip], files: Sequence[str]) -> str:

@@ -1,7 +1,9 @@
 """``launch.py --evaluate``: the numbers of a trial, and all that they depend on."""
 
 import json
+import math
 import re
+from dataclasses import replace
 from importlib.metadata import version
 from statistics import fmean
 from types import SimpleNamespace
@@ -13,10 +15,12 @@ from torch.nn.functional import normalize
 from fourdfy.config import ConfigError
 from fourdfy.config_files import CONFIGS
 from fourdfy.evaluation import likeness
+from fourdfy.evaluation.judge import evaluate, measured, print_numbers
 from fourdfy.evaluation.networks import Judge
 from fourdfy.evaluation.protocol import EvaluationConfig
-from fourdfy.evaluation.registry import METRICS, metric
+from fourdfy.evaluation.registry import METRICS, Metric, metric
 from fourdfy.files.prompt_lists import read_prompts
+from fourdfy.launching.experiment import load_experiment
 from fourdfy.launching.sweeps.jobs import read_sweep
 from tests.commands import ROOT, launch, trial
 from tests.evaluation.scenes_to_judge import ball, faces, views
@@ -83,6 +87,28 @@ def test_a_network_that_is_missing_is_named_before_anything_is_rendered(root, mo
     assert "--fetch evaluation.after_training=true\nor do without it:  evaluation.metrics=[" in said
     assert launch("shapes_stage_3.yaml", "fetch", root, ZEBRA, "evaluation.after_training=true") == 2
     assert "--fetch evaluation.after_training=true" in capsys.readouterr().err
+
+
+def test_a_scene_without_a_prompt_has_the_numbers_that_need_none(root, capsys):
+    experiment = load_experiment([trial(root, "shapes_stage_3") / "configs" / "parsed.yaml"])
+    system = experiment.load_system("cpu", experiment.last_checkpoint)
+    camera = experiment.build_data().test_cameras(dynamic=True)["test"]
+    given = {"prompt": None, "learned": False, "dynamic": True, "seed": 0}
+    found = evaluate(system, camera, experiment.cfg.evaluation, **given)
+    assert found.numbers.keys() == {
+        name for name, entry in EvaluationConfig.measurable().items() if not entry.needs
+    }
+    print_numbers(found)
+    assert "flicker" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="clip_score needs a prompt"):
+        evaluate(system, camera, replace(experiment.cfg.evaluation, metrics=["flow", "clip_score"]), **given)
+
+
+def test_what_is_no_number_is_not_defined():
+    found = measured(
+        views(ball()), [Metric("empty", "lowest", lambda views: math.nan), METRICS["view_consistency"]]
+    )
+    assert found["empty"] is None and found["view_consistency"] is not None
 
 
 def test_another_kind_of_model_is_refused(root, judges, capsys):
@@ -220,7 +246,7 @@ def test_a_plugin_s_metric_is_one_of_them(monkeypatch):
             """How dark it is."""
             return 1 - float(views.around.rgb.mean())
 
-        assert EvaluationConfig(metrics=["darkness"]).chosen(False) == [METRICS["darkness"]]
+        assert EvaluationConfig(metrics=["darkness"]).chosen("a ball", False) == [METRICS["darkness"]]
     finally:
         METRICS.pop("darkness", None)
     with pytest.raises(ValueError, match=r"a metric 'flow' is already registered"):

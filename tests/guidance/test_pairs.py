@@ -75,6 +75,23 @@ def test_video_models_of_today_take_all_variants_together(prior, distillation, t
     assert all(parameter.grad.isfinite().all() for parameter in guidance.parameters())
 
 
+@pytest.mark.parametrize(("prior", "each"), [("stable-diffusion", 4), ("mvdream", 1)])
+def test_the_adapter_of_any_prior_learns_from_several_noise_levels(tiny, prior, each, monkeypatch):
+    """Views that attend to each other share theirs."""
+    guidance = make(f"{prior}+vsd", tiny[PRIORS[prior][0]], lora_n_timestamp_samples=3)
+    predict, levels = guidance.predict_renderings, []
+
+    def noted(noisy, timesteps, *others):
+        if torch.is_grad_enabled():
+            levels.append(timesteps.unflatten(0, (3, 4)))
+        return predict(noisy, timesteps, *others)
+
+    monkeypatch.setattr(guidance, "predict_renderings", noted)
+    run(guidance)[1].losses["lora"].backward()
+    (drawn,) = levels
+    assert [len(row.unique()) for row in drawn] == [each] * 3 and len(drawn.unique()) == 3 * each
+
+
 @pytest.mark.parametrize("prior", PRIORS)
 def test_the_adapter_of_any_prior_is_told_the_camera(tiny, prior):
     folder, config = PRIORS[prior]

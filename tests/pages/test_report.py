@@ -26,6 +26,7 @@ from fourdfy.pages.trials import (
     Session,
     add_session,
     curves,
+    readable,
     scores,
     sessions,
     validation_strip,
@@ -207,6 +208,14 @@ def test_trials_are_named_by_what_tells_them_apart():
     assert names("/one/a/x", "/two/a/x") == ["one", "two"] and names("/x", "/a/x") == ["/", "a"]
 
 
+def test_paths_that_differ_are_told_apart_without_their_folders(two):
+    given = ["/home/me/out/stage_2/a/last.ckpt", "/home/me/out/stage_2/b/last.ckpt"]
+    settings = [{"system": {"weights": path, "clip": f"{path[:-9]}x"}, "seed": 0} for path in given]
+    text = compare_page(dict(zip(two, settings, strict=True)), ["a cube"] * 2)
+    rows = dict(re.findall(r"<tr><th>([^<]+)</th>((?:<td>[^<]*</td>)+)</tr>", text))
+    assert rows["system.weights"] == "<td>a</td><td>b</td>" and "seed" not in rows and "home" not in text
+
+
 @needs_browser
 def test_compared_clips_are_in_step(two, tmp_path):
     assert main(["--compare", *map(str, two), "--out", str(tmp_path)]) == 0
@@ -221,6 +230,8 @@ def test_compared_clips_are_in_step(two, tmp_path):
 def test_what_is_damaged_is_left_out_with_a_warning(two, tmp_path, caplog):
     (two[1] / "save" / "it2-evaluation.json").write_text("[1")
     (two[1] / "csv_logs" / "version_0" / "metrics.csv").write_text("loss/a/total,step\nx,1\n")
+    assert readable(curves, two[1]) == {}
+    (two[1] / "csv_logs" / "version_0" / "metrics.csv").write_text("\0\0\0\n1,2\n")
     (two[1] / "save" / "it9-test" / "1.png").write_text("torn")
     (two[1] / "save" / "it9-test" / "cover.png").write_text("not a view")
     (two[1] / "sessions.json").write_text("{")

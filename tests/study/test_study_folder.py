@@ -105,6 +105,11 @@ def test_a_study_with_answers_is_not_replaced_by_another(tmp_path):
     put(folder, answers(folder, "anna", lambda *_: "ours"))
     assert study(tmp_path, title="Another title") == folder, "texts may change"
     assert (folder / KEY).read_bytes() == before
+    (folder / KEY).write_bytes(before[:40])
+    with pytest.raises(ConfigError, match="is damaged; the same --study command writes it anew"):
+        read_key(folder)
+    assert study(tmp_path) == folder
+    assert (folder / KEY).read_bytes() == before
     with pytest.raises(ConfigError, match="has answers of another study; write elsewhere: exp_root_dir=DIR"):
         study(tmp_path, questions={"own": "Which?"})
     assert main(["--study", str(tmp_path / "study.yaml"), f"exp_root_dir={tmp_path / 'elsewhere'}"]) == 0
