@@ -2,7 +2,7 @@
 
 The first 36 prompts are of solids, twelve of them held out, and the other 24 of creatures.
 
-    python benchmarks/shapes.py --out outputs/benchmark --per-gpu 12       # all 48 runs side by side
+    python benchmarks/shapes.py --out outputs/benchmark --per-gpu 12       # all 48 runs, twelve at a time
     python benchmarks/shapes.py --out outputs/benchmark --drop none --prompts 2 trainer.max_steps=2
     python benchmarks/shapes.py --out outputs/further --drop none --skip 12 --seed 1
     python benchmarks/shapes.py --out outputs/creatures --drop none --skip 36 --prompts 24 --seed 0 --seed 1

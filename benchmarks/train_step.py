@@ -1,4 +1,4 @@
-"""Measure every kind of training step of the paper's experiments, with models of the real size.
+"""Measure every kind of training step of the experiments, the paper's and later ones, at models' real size.
 
     python benchmarks/train_step.py fourdfy_stage_3 --out outputs/steps      # about two minutes
     python benchmarks/train_step.py --out outputs/steps --steps 32           # all configs, on every GPU

@@ -29,8 +29,9 @@ class FinishStep(Callback):
 
     def after_step(self, run: Run, *args: Any) -> None:
         (received,) = largest([self.stop.received or 0])
-        self.stop.received = received or None
-        self._stop_if_asked(run)
+        if received:  # else one that came meanwhile is known to all after the next step
+            self.stop.received = received
+            run.stop()
 
     def after_frames(self, run: Run, batch: EvalBatch, *args: Any, done: int, total: int) -> None:
         if batch.split.startswith("test"):

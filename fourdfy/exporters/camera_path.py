@@ -8,6 +8,7 @@ as everywhere in this project. ``time`` is scene time, 0..1.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from fourdfy.config import ConfigError
 from fourdfy.files.atomic import write_whole
 from fourdfy.types import Cameras
 
+logger = logging.getLogger(__name__)
+
 MAX_SIZE = 8192
 """Pixels along a side."""
+DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
 CONVENTIONS = (
     "transform_matrix: camera to world, columns right, up, backward, position; the camera looks along its "
     "-z; the world is right-handed, z up, the object's front at +x. Lengths in scene units, angles in "
@@ -29,13 +33,13 @@ CONVENTIONS = (
 )
 
 
-def save_cameras(path: Path, cameras: Cameras, *, fps: float | int, image_pattern: str | None = None) -> None:
-    """Write a path; ``image_pattern`` ("frames/{}.png") names the images of its frames, if there are."""
+def save_cameras(path: Path, cameras: Cameras, *, fps: float | int, images: str | None = None) -> None:
+    """Write a path; ``images`` is the folder with ``{i}.png`` of its frames, if there are."""
     width, height = cameras.width, cameras.height
     focal = 0.5 * height / torch.tan(0.5 * torch.deg2rad(cameras.fovy_deg))
     frames = []
     for index, (c2w, length, time) in enumerate(zip(cameras.c2w, focal, cameras.times, strict=True)):
-        frame: dict[str, Any] = {} if image_pattern is None else {"file_path": image_pattern.format(index)}
+        frame: dict[str, Any] = {} if images is None else {"file_path": f"{images}/{index}.png"}
         frame |= {"time": float(time), "fl_x": float(length), "fl_y": float(length)}
         frames.append(frame | {"transform_matrix": c2w.tolist()})
     first = float(focal[0])
@@ -59,10 +63,11 @@ def save_cameras(path: Path, cameras: Cameras, *, fps: float | int, image_patter
 def load_cameras(path: Path) -> tuple[Cameras, float | None]:
     """A path of any origin, and its frames per second if it states them.
 
-    Frames without ``time`` (``render_time``) are spread evenly over the clip.
+    Frames without ``time`` (``render_time``) are spread evenly over the clip. Lenses are not rendered: where
+    pixels are not square, or the image is not centred, or distorted, a warning says what is ignored.
 
     Raises:
-        ConfigError: no such file, or it is no camera path of square, centred pixels.
+        ConfigError: no such file, or it is no camera path.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -77,10 +82,12 @@ def load_cameras(path: Path) -> tuple[Cameras, float | None]:
             raise ValueError("fields of view outside 0..180 degrees")
         if fps is not None and not 0 < fps < math.inf:
             raise ValueError(f"fps {fps}")
+        if ignored := sorted(_of_lenses(content, cameras)):
+            logger.warning("%s: %s ignored: pixels are square here, and centred", path, ", ".join(ignored))
         return cameras, fps
     except OSError as error:
         raise ConfigError(f"{path}: no such camera path ({error.strerror})") from error
-    except (ValueError, KeyError, TypeError, IndexError, RuntimeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RuntimeError) as error:
         raise ConfigError(
             f"{path}: not a camera path ({type(error).__name__}: {error}); expected JSON with w, h, fl_y or "
             f"camera_angle_y, and frames of transform_matrix (4 x 4), or Nerfstudio's camera_path.json"
@@ -122,7 +129,22 @@ def _focal_length(frame: dict[str, Any], content: dict[str, Any], height: int) -
     for values in (frame, content):
         if length := values.get("fl_y", values.get("fl_x")):
             return float(length)
-    return 0.5 * height / math.tan(0.5 * content["camera_angle_y"])
+    if "camera_angle_y" in content:
+        return 0.5 * height / math.tan(0.5 * content["camera_angle_y"])
+    return 0.5 * content["w"] / math.tan(0.5 * content["camera_angle_x"])
+
+
+def _of_lenses(content: dict[str, Any], cameras: Cameras) -> set[str]:
+    """The keys that ask for what is not rendered, of the path or of its frames."""
+    found = set()
+    for values in (content, *content.get("frames", ())):
+        found |= {key for key in DISTORTION if values.get(key)}
+        for key, middle in (("cx", cameras.width / 2), ("cy", cameras.height / 2)):
+            if abs(values.get(key, middle) - middle) > 1:
+                found.add(key)
+        if "fl_y" in values and abs(values.get("fl_x", values["fl_y"]) / values["fl_y"] - 1) > 0.01:
+            found.add("fl_x")
+    return found
 
 
 def _cameras(

@@ -60,7 +60,8 @@ def extract_surface(
 ) -> Surface:
     """The isosurface at scene time ``time``.
 
-    With the threshold ``auto``, regions that no camera sees into are solid. Otherwise thin parts of a shell
+    Of a given threshold it is the isosurface as it is. With ``auto``, ripples of the density that no camera
+    sees are smoothed away, and regions that no camera sees into are solid. Otherwise thin parts of a shell
     with a hollow behind it, such as a dark pupil, would be holes, and the hollow would have its own surface.
 
     Args:
@@ -84,13 +85,13 @@ def extract_surface(
         device=trained.device,
     )
     level = _level(grid, grid, settings, radius, time)
-    # Light enters a fog of density s to a depth of about 1 / s. Finer detail is invisible to a camera,
-    # but would be crevices in a mesh.
-    fog = smoothed(grid, radius, FOG_SMOOTHING / level)
-    level = _level(fog, grid, settings, radius, time)
-    solid = fog / level
+    solid = grid / level
     if settings.isosurface_threshold == "auto":
-        solid = solid.maximum(optical_depth(grid, radius) / math.log(2))
+        # Light enters a fog of density s to a depth of about 1 / s. Finer detail is invisible to a camera,
+        # but would be crevices in a mesh.
+        fog = smoothed(grid, radius, FOG_SMOOTHING / level)
+        level = _level(fog, grid, settings, radius, time)
+        solid = (fog / level).maximum(optical_depth(grid, radius) / math.log(2))
     positions, faces = marching_cubes(solid, 1.0, radius)
     if settings.isosurface_remove_outliers:
         positions, faces = without_small_parts(
@@ -156,10 +157,12 @@ def _colors_from_above(
     starts, ends = edges[:-1].repeat(len(rays)), edges[1:].repeat(len(rays))
     ray_indices = torch.arange(len(rays), device=rays.device).repeat_interleave(COLOR_SAMPLES)
     samples = points[ray_indices] - (starts + ends)[:, None] / 2 * normals[ray_indices]
+    # No ray is marched outside of the scene's cube, so nothing there was learned.
+    is_inside = (samples.abs() <= trained.volume.radius + 1e-6).all(dim=-1)
     sigmas, colors = trained.volume.radiance(
         samples, torch.full_like(samples[:, :1], time), -normals[ray_indices], step=trained.step
     )
-    weights = weights_from_density(sigmas, starts, ends, ray_indices, len(rays))
+    weights = weights_from_density(sigmas * is_inside, starts, ends, ray_indices, len(rays))
     total = accumulate(weights, torch.ones_like(weights)[:, None], ray_indices, len(rays))
     mixed = accumulate(weights, colors, ray_indices, len(rays)) / total.clamp(min=1e-6)
     return mixed.clamp(0, 1)

@@ -69,7 +69,10 @@ class VideoExporter(Exporter):
 
         def save(clip: str, opaque: ndarray, transparent: ndarray) -> list[Path]:
             shown = {fmt: transparent if fmt in TRANSPARENT else opaque for fmt in cfg.formats}
-            return [images.save_clip(folder / f"{clip}.{f}", frames, fps=fps) for f, frames in shown.items()]
+            # The frames last: those of a video that can't be encoded have no opacity, and the same folder.
+            ordered = sorted(shown, key="png".__eq__)
+            files = {f: images.save_clip(folder / f"{clip}.{f}", shown[f], fps=fps) for f in ordered}
+            return [*dict.fromkeys(files[f] for f in cfg.formats)]
 
         opaque = np.concatenate(colors)
         files = save(name, opaque, np.concatenate(cutouts) if cfg.alpha else opaque)
@@ -81,16 +84,15 @@ class VideoExporter(Exporter):
             with atomic.whole_file(files[-1]) as half_written:
                 np.savez_compressed(half_written, depth=depth[..., 0].numpy())
         files.append(folder / f"{name}_transforms.json")
-        pattern = f"{name}/{{}}.png" if "png" in cfg.formats else None
-        save_cameras(files[-1], cameras, fps=fps, image_pattern=pattern)
+        save_cameras(files[-1], cameras, fps=fps, images=name if "png" in cfg.formats else None)
         return files
 
     def _clips_fps(self, trained: TrainedScene, cameras: Cameras, of_file: float | None) -> float | int:
         """The frame rate that shows one clip in its duration, if the frames pass through it at one speed."""
-        steps = cameras.times.diff() % 1
-        even = len(steps) > 0 and float(steps.min()) > 1e-6 and float(steps.max() - steps.min()) < 1e-4
+        steps = (cameras.times.diff() + 0.5) % 1 - 0.5  # forwards or backwards, across the clip's end too
+        even = len(steps) > 0 and float(steps.abs().min()) > 1e-6 and float(steps.max() - steps.min()) < 1e-4
         if even and trained.dynamic and (self.cfg.clip_seconds or not of_file):
-            return 1 / float(steps.mean()) / (self.cfg.clip_seconds or trained.clip_seconds)
+            return 1 / abs(float(steps.mean())) / (self.cfg.clip_seconds or trained.clip_seconds)
         return of_file or images.TEST_FPS
 
 

@@ -95,9 +95,8 @@ def save_depths(save_dir: Path, step: int, depths: Sequence[Float[Tensor, "H W 1
 
     ``it{step}-test-depth-jet/{i}.png`` and its mp4 show the same in one colour scale for the whole run.
     """
-    for index, depth in enumerate(depths):
-        values = (depth[..., 0] * DEPTH_SCALE).round().clamp(0, 2**16 - 1)
-        save_image(save_dir / f"it{step}-test-depth" / f"{index}.png", values.cpu().numpy().astype(np.uint16))
+    values = (torch.stack([*depths])[..., 0] * DEPTH_SCALE).round().clamp(0, 2**16 - 1)
+    save_frames(save_dir / f"it{step}-test-depth", values.cpu().numpy().astype(np.uint16))
     frames = depth_to_jet(torch.stack([*depths]), *depth_range(depths))
     return _save_frames_and_video(save_dir / f"it{step}-test-depth-jet", frames)
 
@@ -183,10 +182,13 @@ def save_clip(path: Path, frames: Clip, *, fps: float | int) -> Path:
     return path
 
 
-def save_frames(folder: Path, frames: Clip) -> Path:
-    """Write ``{i}.png`` and return the folder."""
+def save_frames(folder: Path, frames: Clip | UInt16[ndarray, "F _ _"]) -> Path:
+    """Write ``{i}.png``, in the place of all that are there, and return the folder."""
     for index, frame in enumerate(frames):
         save_image(folder / f"{index}.png", frame)
+    for file in folder.glob("*.png"):
+        if file.stem.isdecimal() and int(file.stem) >= len(frames):
+            file.unlink()
     return folder
 
 
@@ -215,7 +217,7 @@ def _resampled(frames: Clip, fps: float | int, most: float) -> Clip:
     """The frames shown at the ticks of a clock of ``most`` Hz, if ``fps`` is above that; else all."""
     if fps <= most:
         return frames
-    return frames[(np.arange(round(len(frames) * most / fps)) * fps / most).astype(int)]
+    return frames[(np.arange(max(1, round(len(frames) * most / fps))) * fps / most).astype(int)]
 
 
 def _durations(count: int, fps: float | int, *, tick: int) -> list[int]:

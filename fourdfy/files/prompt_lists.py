@@ -20,12 +20,19 @@ def read_prompts(file: Path, key: str = "prompts") -> list[str]:
         found = plain(read_layers(file)[-1]).get("prompts")
         if not isinstance(found, list) or not all(isinstance(text, str) for text in found):
             raise ConfigError(f"{key}: {file}: expected a list of texts as its prompts")
-        return found
+        return _some(found, f"{key}: {file}")
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ConfigError(f"{key}: {file}: expected a list, or a text file of prompts ({why})") from error
-    if texts := [text for line in lines if (text := line.strip()) and not text.startswith("#")]:
-        return texts
-    raise ConfigError(f"{key}: {file}: there are none; expected one in each line")
+    texts = [text for line in lines if (text := line.strip()) and not text.startswith("#")]
+    return _some(texts, f"{key}: {file}")
+
+
+def _some(texts: list[str], where: str) -> list[str]:
+    if not texts or not all(text.strip() for text in texts):
+        raise ConfigError(
+            f"{where}: there are none, or empty ones; expected one prompt in each line or entry"
+        )
+    return texts

@@ -76,9 +76,8 @@ def _scores(stage: Stage, device: str) -> str | None:
 
     checkpoint, save = experiment.last_checkpoint, experiment.trial_dir / "save"
     file = save / f"it{step_of(checkpoint)}-evaluation.json"
-    if (
-        file.is_file() and file.stat().st_mtime >= checkpoint.stat().st_mtime
-    ):  # of this scene; it may say more
+    # If it is of this scene, it may say more.
+    if file.is_file() and file.stat().st_mtime >= checkpoint.stat().st_mtime:
         return brief(read_report(file))
     system = experiment.load_system(device, checkpoint)
     found = evaluate_system(system, experiment.cfg.system.prompt, save)

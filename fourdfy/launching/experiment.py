@@ -53,7 +53,7 @@ FOLLOWING = ("exp_dir", "trial_name", "trial_dir")
 class TrainerConfig:
     """``trainer``: how Lightning's Trainer runs the stage."""
 
-    max_steps: int = number(10000, 0)
+    max_steps: int = number(10000, 1)
     """Training ends after this global step."""
     log_every_n_steps: int = number(50, 1)
     """Training steps between two points of a curve, which are means over them. They double after 10,000
@@ -211,7 +211,8 @@ class Experiment:
         return self.trial_dir / LAST
 
     def record(self) -> dict[str, Any]:
-        """The values for ``configs/parsed.yaml``: paths mean the same in every working directory.
+        """The values for ``configs/parsed.yaml``: the run's own paths mean the same in every working
+        directory; those of models and lists stay as they were typed.
 
         ``resume`` comes last, so that a file that was cut short lacks it.
         """
@@ -241,10 +242,9 @@ class Experiment:
     def learned(self) -> bool:
         """Whether the models have learned the prompt from a world whose ground truth is known."""
         prompts: Any = getattr(self.cfg.system, "prompt_processor", None)
+        prompt = self.cfg.system.prompt
         try:
-            return prompts is not None and knows_text(
-                prompts.pretrained_model_name_or_path, self.cfg.system.prompt
-            )
+            return prompts is not None and knows_text(prompts.pretrained_model_name_or_path, prompt)
         except ValueError:  # a prompt that its models haven't learned
             return False
 

@@ -203,7 +203,9 @@ class LightningSystem(pl.LightningModule):
             self._fitting(lambda: make_room(optimizer))
 
     def _keep(self, numbers: StepNumbers) -> str:
-        """Write the replay file of a step that is not finite; gives what to type."""
+        """Write the replay file of a step that is not finite, on the first rank; gives what to type."""
+        if not ranks().is_first:
+            return ""
         file, parsed = self.run.folder / REPLAY, self.run.folder / PARSED
         with by_product("the replay file"):
             config = parsed.read_text(encoding="utf-8") if parsed.exists() else ""

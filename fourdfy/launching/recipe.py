@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from fourdfy.launching.experiment import (
     load_experiment,
 )
 from fourdfy.launching.trial import set_aside
+from fourdfy.priors.frozen import MemoryOptions
 from fourdfy.systems.checkpoint import (
     checkpoint_file,
     has_checkpoint,
@@ -37,8 +38,17 @@ from fourdfy.systems.checkpoint import (
 
 logger = logging.getLogger(__name__)
 
-MEMORY_KEYS = (".train_max_nums", ".train_max_nums_static", ".eval_chunk_size", ".low_ram_vae")
-"""Endings of the keys that a step out of memory advises; with exact gradients they change nothing else."""
+MEMORY_KEYS = (
+    ".train_max_nums",
+    ".train_max_nums_static",
+    ".eval_chunk_size",
+    ".eval_batch_size",
+    ".low_ram_vae",
+    *(f".{option.name}" for option in fields(MemoryOptions) if option.name != "half_precision_weights"),
+)
+"""Endings of the keys that bound memory; with exact gradients they change nothing else."""
+BESIDE_THE_RUN = ("system.loggers", "system.exporter", "system.compile")
+"""Beginnings of the keys of what is made of a scene, and of how fast it is made."""
 
 SETTINGS = ("seed", "data_type", "data", "system_type", "system", "steps")
 TRAINER_SETTINGS = (
@@ -51,8 +61,8 @@ TRAINER_SETTINGS = (
 
 
 def makes_another_run(key: str) -> bool:
-    """Whether a change of this one of the ``settings`` does; what bounds memory does not."""
-    return not (key.startswith("system.loggers") or key.endswith(MEMORY_KEYS))
+    """Whether a change of this one of the ``settings`` does; what bounds memory, for one, does not."""
+    return not (key.startswith(BESIDE_THE_RUN) or key.endswith(MEMORY_KEYS))
 
 
 @dataclass(frozen=True)

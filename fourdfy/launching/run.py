@@ -22,7 +22,7 @@ from fourdfy.launching.train import configured, import_trainer, train_stages
 from fourdfy.launching.trial import command_for
 from fourdfy.signals import StopSignals
 from fourdfy.systems.base import System
-from fourdfy.systems.checkpoint import checkpoint_file, has_checkpoint
+from fourdfy.systems.checkpoint import checkpoint_file, has_checkpoint, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +51,12 @@ def run(
         ConfigError: the user's input does not work; says what would.
         Stopped: a signal ended the run early; ``stop.advice`` says how to continue.
     """
-    if mode == "fetch":  # the models do not depend on the prompt, so none is needed
-        overrides = [f"{PROMPT}=any", *overrides]
-    stages = load_recipe(config, overrides)
+    try:
+        stages = load_recipe(config, overrides)
+    except ConfigError as error:
+        if mode != "fetch" or f"{PROMPT}: missing" not in str(error):
+            raise
+        stages = load_recipe(config, [f"{PROMPT}=any", *overrides])  # the models hardly depend on it
     experiments = [stage.experiment for stage in stages]
     if mode == "fetch":
         return fetch_models(experiments)
@@ -93,8 +96,12 @@ def train(stages: Sequence[Stage], devices: Sequence[str], command: Sequence[str
 
     stop.advice = advice
     with losses_noted() as missing:
-        train_stages(stages, devices=devices, command=command, callbacks=[FinishStep(stop), ProgressLine()])
+        callbacks = [FinishStep(stop), ProgressLine()]
+        last, stopped = train_stages(stages, devices=devices, command=command, callbacks=callbacks)
         stop.check()
+        if stopped:
+            logger.info("%s: a callback stopped it; %s", last.label, advice())
+            return
         with on_device(devices[0]):
             log_closing(stages, time.monotonic() - began, devices[0], missing)
 
@@ -124,7 +131,9 @@ def evaluate(mode: str, stage: Stage, *, device: str, out: Path | None = None) -
             export(system, experiment, folder)
         else:
             render_views(mode, system, experiment, folder, device)
-        if out is None and mode != "export":
+        last = experiment.last_checkpoint
+        is_last = not has_checkpoint(last) or step_of(last) == system.step
+        if out is None and mode != "export" and is_last:
             write_report(experiment, system)
     except WriteError as error:
         raise ConfigError(f"{error}; results can go elsewhere: --out DIR") from error

@@ -49,6 +49,7 @@ def write_share(
         WriteError: it can't be written.
     """
     cfg, dynamic = experiment.cfg, experiment.plan.dynamic
+    asked = getattr(getattr(cfg.system, "exporter", None), "clip_seconds", None)
     clip = cameras["val_video" if dynamic else "test"]
     shown = (system.render(clip[i : i + 1]).comp_rgb for i in spread(len(clip), MAX_FRAMES))
     models = [path for path in exported if path.suffix == ".glb"]
@@ -58,7 +59,7 @@ def write_share(
         settings(experiment.values),
         model=models[0].read_bytes() if models else None,
         frames=np.concatenate([to_pixels(frame) for frame in shown]),
-        seconds=len(clip) / VALIDATION_FPS,
+        seconds=(dynamic and asked) or len(clip) / VALIDATION_FPS,
     )
     write_whole(folder / "share.html", page)
     return folder / "share.html"

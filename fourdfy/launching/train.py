@@ -95,7 +95,7 @@ def train(
     named = [word for file in configs for word in ("--config", str(file))]
     command = ["fourdfy", *named, "--train", *given]
     with losses_noted():
-        last = train_stages(stages, devices=devices, command=command, callbacks=callbacks, test=test)
+        last, _ = train_stages(stages, devices=devices, command=command, callbacks=callbacks, test=test)
     return load(last.experiment.trial_dir, devices[0])
 
 
@@ -123,8 +123,8 @@ def train_stages(
     command: Sequence[str],
     callbacks: Sequence[Callback],
     test: bool = True,
-) -> Stage:
-    """Train the stages one after the other, until a callback stops the run; returns the last that started.
+) -> tuple[Stage, bool]:
+    """Train the stages one after the other; returns the last that started, and whether a callback stopped it.
 
     Args:
         devices: several compute each step together; see ``launching.ranks``.
@@ -140,8 +140,8 @@ def train_stages(
         for stage in stages:
             start = of_first_rank(_start(stage, device, test) if ranks().is_first else None)
             if start is not None and not _train_stage(stage, start, device, command, callbacks, test):
-                break
-    return stage
+                return stage, True
+    return stage, False
 
 
 @dataclass(frozen=True)

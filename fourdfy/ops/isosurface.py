@@ -169,7 +169,7 @@ def decimated(
     few, few_faces = simplify(
         positions[used].cpu().numpy(),
         loose.cpu().numpy(),
-        target_count=max(4, most - int(keep.sum()), fewest),
+        target_count=min(len(loose), max(4, most - int(keep.sum()), fewest)),
         preserve_border=True,
     )
     corners = torch.from_numpy(few).to(positions)[torch.from_numpy(few_faces).to(faces)]

@@ -45,7 +45,7 @@ class StudyConfig(Schema):
     instructions: str = INSTRUCTIONS
     """What they are asked to do."""
     questions: dict[str, str] = field(default_factory=dict)
-    """Name in the results -> what raters read. Empty: ``QUESTIONS``, the six of the field."""
+    """Name in the results -> what raters read. Empty: ``QUESTIONS``, six that are usual."""
     comparisons: int = number(0, 0)
     """Of each rater, drawn at random from all pairs of methods and all prompts; 0: all of them."""
     checks: int = number(2, 0, 20)

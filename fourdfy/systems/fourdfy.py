@@ -19,6 +19,7 @@ from fourdfy.bounds import scheduled
 from fourdfy.config import ConfigError, slot
 from fourdfy.data.base import DataModule
 from fourdfy.exporters.base import Exporter, TrainedScene
+from fourdfy.files.atomic import warn_once
 from fourdfy.guidance.base import Guidance
 from fourdfy.ops.finite import not_finite
 from fourdfy.ops.ranks import largest, ranks
@@ -117,10 +118,16 @@ class FourdfySystem(System):
                 own = {key: value for key, value in kind.loss.items() if self.loss.get(key) != value}
                 self._check_losses(own, f"steps.{kind.name}.loss", plan)
                 losses = kind.guidance.component.losses
-                if losses and not {f"lambda_{name}" for name in losses} & kind.loss.keys():
+                weights = [kind.loss[key] for name in losses if (key := f"lambda_{name}") in kind.loss]
+                if losses and not weights:
                     raise ConfigError(
                         f"{kind.guidance_key}: none of its losses has a weight; "
                         f"set system.loss.lambda_{losses[0]}"
+                    )
+                if losses and not any(map(schedule_max, weights)):
+                    warn_once(
+                        f"{kind.guidance_key}: all of its losses have weight 0, so its steps teach the scene "
+                        f"nothing of it; set system.loss.lambda_{losses[0]}, or leave the guidance out"
                     )
 
         def _check_losses(self, loss: Mapping[str, Schedule], where: str, plan: SupervisionPlan) -> None:

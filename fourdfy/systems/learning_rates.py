@@ -74,6 +74,10 @@ class SchedulerConfig:
                 )
 
 
+TAKERS = {"schedulers": ("SequentialLR", "ChainedScheduler"), "milestones": ("SequentialLR",)}
+"""Which schedulers have these keys beside their ``args``."""
+
+
 def _build(cfg: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> LRScheduler:
     name, args = cfg.get("name"), dict(cfg.get("args") or {})
     if unknown := cfg.keys() - SchedulerConfig.__dataclass_fields__.keys():
@@ -86,6 +90,9 @@ def _build(cfg: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> LRSchedu
         guess = difflib.get_close_matches(str(name), _classes(), n=1)
         hint = f"did you mean {guess[0]!r}?" if guess else f"known: {', '.join(_classes())}"
         raise ValueError(f"name={name!r}: not in torch.optim.lr_scheduler, or it needs code; {hint}")
+    for key, takers in TAKERS.items():
+        if cfg.get(key) and name not in takers:
+            raise ValueError(f"{key}: {name} takes none; {' and '.join(takers)} do, others have their args")
     try:
         if cls in (lr_scheduler.SequentialLR, lr_scheduler.ChainedScheduler):
             parts = [_build(part, optimizer) for part in cfg.get("schedulers") or ()]

@@ -87,6 +87,8 @@ def test_a_network_that_is_missing_is_named_before_anything_is_rendered(root, mo
     assert "--fetch evaluation.after_training=true\nor do without it:  evaluation.metrics=[" in said
     assert launch("shapes_stage_3.yaml", "fetch", root, ZEBRA, "evaluation.after_training=true") == 2
     assert "--fetch evaluation.after_training=true" in capsys.readouterr().err
+    # The prompt of the config has a ground truth, and needs no network.
+    assert launch("shapes_stage_3.yaml", "fetch", root, "evaluation.after_training=true") == 0
 
 
 def test_a_scene_without_a_prompt_has_the_numbers_that_need_none(root, capsys):
@@ -278,4 +280,11 @@ def test_anybody_s_list_is_read(tmp_path):
     assert read_prompts(tmp_path / "list.txt") == ["a fox", "an owl"]
     (tmp_path / "list.yaml").write_text("prompts: list.txt\n")
     with pytest.raises(ConfigError, match=r"^captions: .*list\.yaml: expected a list of texts"):
+        read_prompts(tmp_path / "list.yaml", "captions")
+
+
+@pytest.mark.parametrize("content", ["prompts: []", "prompts: [a fox, ' ']"])
+def test_a_list_without_prompts_is_refused(tmp_path, content):
+    (tmp_path / "list.yaml").write_text(content)
+    with pytest.raises(ConfigError, match=r"^captions: .*list\.yaml: there are none, or empty ones"):
         read_prompts(tmp_path / "list.yaml", "captions")

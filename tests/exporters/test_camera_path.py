@@ -13,7 +13,7 @@ from tests.exporters.scenes import make_trained
 def test_a_path_is_read_as_it_was_written(tmp_path):
     cameras = make_trained().cameras["test"]
     path = tmp_path / "path.json"
-    save_cameras(path, cameras, fps=15, image_pattern="clip/{}.png")
+    save_cameras(path, cameras, fps=15, images="clip")
     read, fps = load_cameras(path)
     assert fps == 15
     for name, value in vars(cameras).items():
@@ -48,15 +48,33 @@ def test_a_path_of_another_program_needs_no_times(tmp_path):
     assert torch.allclose(cameras.fovy_deg, torch.tensor(60.0)) and cameras.width == 20
 
 
+def test_an_angle_across_is_enough(tmp_path, caplog):
+    frames = [{"transform_matrix": torch.eye(4).tolist()}]
+    content = {"w": 20, "h": 10, "camera_angle_x": math.radians(60), "frames": frames}
+    (tmp_path / "path.json").write_text(json.dumps(content))
+    cameras, _ = load_cameras(tmp_path / "path.json")
+    expected = 2 * math.degrees(math.atan(0.5 * math.tan(math.radians(30))))
+    assert cameras.fovy_deg.item() == pytest.approx(expected, abs=1e-4) and not caplog.text
+
+
+def test_what_a_lens_does_is_ignored_with_a_warning(tmp_path, caplog):
+    frames = [{"transform_matrix": torch.eye(4).tolist()}]
+    content = {"w": 20, "h": 10, "fl_x": 20, "fl_y": 10, "cx": 10.2, "cy": 8, "k1": 0.5, "frames": frames}
+    (tmp_path / "path.json").write_text(json.dumps(content))
+    load_cameras(tmp_path / "path.json")
+    assert "path.json: cy, fl_x, k1 ignored: pixels are square here, and centred" in caplog.text
+
+
 @pytest.mark.parametrize(
     "content",
-    ["{", '{"frames": []}', '{"w": 2, "h": 2, "fl_y": 3, "frames": []}',
+    ['{"w": 2, "h": 2, "fl_y": 3, "frames": ["a"]}', '{"w": 2, "h": Infinity, "fl_y": 3, "frames": [1]}',
+     "{", '{"frames": []}', '{"w": 2, "h": 2, "fl_y": 3, "frames": []}',
      '{"w": 2, "h": 2, "frames": [{"transform_matrix": [[1]]}]}', "[]",
      '{"camera_path": [], "render_width": 2, "render_height": 2}'],
 )  # fmt: skip
 def test_what_is_no_path_is_answered_with_what_was_expected(tmp_path, content):
     (tmp_path / "path.json").write_text(content)
-    with pytest.raises(ConfigError, match=r"path.json: .*transform_matrix"):
+    with pytest.raises(ConfigError, match=r"(?s)path\.json: .*transform_matrix"):
         load_cameras(tmp_path / "path.json")
 
 

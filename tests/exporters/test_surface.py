@@ -46,6 +46,42 @@ def test_materials_that_shade_are_lit_from_the_camera():
     assert torch.allclose(colors, torch.ones(50, 3), atol=1e-4)
 
 
+class Sharp(MovedBall):
+    """Its density falls from 100 within a hundredth: the isosurfaces of all thresholds are close."""
+
+    def density(self, positions, times, *, step):
+        return 100 * torch.sigmoid((SIZE - positions.norm(dim=-1)) / 0.01)
+
+
+@pytest.mark.parametrize("threshold", [25.0, 2.0, 0.5])
+def test_a_given_threshold_is_that_isosurface(threshold):
+    geometry = auto(Sharp)
+    geometry.cfg = Sharp.Config(isosurface_resolution=80, isosurface_threshold=threshold)
+    surface = extract_surface(make_trained(geometry=geometry), 0.0)
+    expected = SIZE - 0.01 * math.log(threshold / (100 - threshold))
+    assert surface.positions.norm(dim=-1).mean() == pytest.approx(expected, abs=0.02)
+
+
+class Within(MovedBall):
+    """Feature 1 in the scene's cube, 0 outside."""
+
+    def density(self, positions, times, *, step):
+        return torch.full_like(positions[:, 0], 60.0)
+
+    def forward(self, positions, times, *, step, want_normals=False):
+        field = super().forward(positions, times, step=step)
+        is_inside = (positions.abs() <= self.radius).all(dim=-1, keepdim=True)
+        return dataclasses.replace(field, features=is_inside.float())
+
+
+def test_colours_of_a_face_of_the_cube_come_from_inside():
+    points = torch.tensor([[2.0, 0.3, 0.1], [0.2, -2.0, 0.4]])
+    colors = surface_colors(
+        make_trained(geometry=Within(deforms=False)), points, points.sign() * (points.abs() == 2), 0.0
+    )
+    assert (colors - torch.tensor(GREY)).abs().max() < 0.03
+
+
 class Hollow(MovedBall):
     """A shell 0.12 thick, of a third of the density where the front's pupil is; nearly nothing inside."""
 

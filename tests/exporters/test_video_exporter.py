@@ -56,6 +56,29 @@ def test_a_path_of_the_users_is_followed(tmp_path):
     assert seconds_of(video) == pytest.approx(2 / 3, abs=0.01)  # the file's own fps
 
 
+def test_fewer_frames_leave_none_of_those_before(tmp_path):
+    export(tmp_path, formats=["png"], depth=False)
+    save_cameras(tmp_path / "test.json", make_trained().cameras["test"][:2], fps=3)
+    export(tmp_path, trajectory=str(tmp_path / "test.json"), formats=["png"], depth=False)
+    assert sorted(file.name for file in (tmp_path / "test").iterdir()) == ["0.png", "1.png"]
+
+
+def test_a_path_may_run_backwards_and_have_any_name(tmp_path):
+    cameras = make_trained().cameras["test"]
+    save_cameras(tmp_path / "a{b}.json", replace(cameras, times=cameras.times.flip(0)), fps=3)
+    given = {"trajectory": str(tmp_path / "a{b}.json"), "clip_seconds": 1, "depth": False}
+    files = export(tmp_path / "out", formats=["gif", "png"], **given)
+    assert seconds_of(files[0]) == pytest.approx(6 / 5, abs=0.02)  # 6 frames, 5 steps in a second
+    assert files[1] == tmp_path / "out" / "a{b}" and len([*files[1].iterdir()]) == 6
+
+
+def test_opacity_stays_where_a_video_can_not_be_encoded(tmp_path, monkeypatch):
+    monkeypatch.setattr("fourdfy.files.images._encoded", lambda *args: False)
+    files = export(tmp_path, formats=["png", "mp4"], alpha=True, depth=False)
+    assert imageio.imread(tmp_path / "test" / "5.png").shape == (12, 16, 4)
+    assert [file.name for file in files] == ["test", "test_transforms.json"]
+
+
 def seconds_of(file):
     if file.suffix == ".mp4":
         return imageio.get_reader(file).get_meta_data()["duration"]

@@ -216,6 +216,11 @@ def test_an_animated_image_shows_the_frames(tmp_path, suffix):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_gif_of_one_frame_of_a_fast_clip_shows_it(tmp_path):
+    images.save_animated_image(tmp_path / "clip.gif", images.to_pixels(gradient(1)), fps=240)
+    assert imageio.get_reader(tmp_path / "clip.gif").get_length() == 1
+
+
 def test_the_frames_of_a_gif_share_one_palette(tmp_path):
     path = images.save_clip(tmp_path / "clip.gif", images.to_pixels(gradient(4, 32, 48)), fps=10)
     frames = np.stack([*imageio.get_reader(path).iter_data()])[..., :3]

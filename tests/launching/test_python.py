@@ -135,6 +135,14 @@ def test_a_callback_can_stop_a_run_which_then_goes_on(tmp_path):
     assert again.told[:2] == [("begin", "stage 1/3", 1), ("step", 2)]
 
 
+def test_a_command_line_whose_run_a_callback_stopped_says_so(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("fourdfy.callbacks.progress.ProgressLine", lambda: Watch(stop_at=1))
+    with caplog.at_level("INFO"):
+        assert launch("shapes.yaml", "train", tmp_path) == 0
+    said = "stage 1/3 shapes_stage_1: a callback stopped it; the same command continues"
+    assert caplog.records[-1].getMessage() == said
+
+
 def test_accumulated_parts_are_one_step_to_a_callback(tmp_path):
     watch = Watch()
     train(tmp_path, "trainer.accumulate_grad_batches=3", callbacks=[watch])

@@ -13,7 +13,7 @@ import torch
 import fourdfy
 from fourdfy.config import ConfigError
 from fourdfy.launching.lightning import LightningSystem
-from fourdfy.launching.recipe import load_recipe
+from fourdfy.launching.recipe import load_recipe, makes_another_run
 from fourdfy.systems import checkpoint
 from fourdfy.systems.checkpoint import read_checkpoint, scene_hash
 from tests.commands import CONFIGS, TINY, launch, trial
@@ -221,6 +221,21 @@ def test_what_a_step_out_of_memory_advises_can_be_set_in_the_same_folder(again, 
     fewer = ("system.renderer.train_max_nums_static=2000", "system.guidance_multi_view.low_ram_vae=2")
     again(*fewer, "stage_2.trainer.max_steps=2")
     assert steps[0] == [(STAGES[1], 1)]
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "system.compile",
+        "system.exporter.lit",
+        "system.guidance_video.shard_over_ranks",
+        "system.guidance.enable_attention_slicing",
+        "data.single_view.eval_batch_size",
+    ],
+)
+def test_what_changes_no_scene_makes_no_other_run(key):
+    assert not makes_another_run(key)
+    assert makes_another_run("system.guidance.half_precision_weights")
 
 
 def test_what_changes_every_step_makes_another_run(again):

@@ -288,9 +288,16 @@ def test_a_signal_stops_the_tasks_first(made):
     runner = Here(capacity=2, statuses=[None, None])
     polls = iter([None, None, 143, 143])
     runner.poll = lambda handle: next(polls)
+    sweep = made(f"config: {STAGE}\nprompts: {PROMPTS}\nseeds: 0-1")
+    for job in sweep.jobs:
+        sweep.log(job).parent.mkdir(parents=True, exist_ok=True)
+        sweep.log(job).write_text("# 9.0 s, exit status 1\n")
     with pytest.raises(Stopped):
-        entries(made(f"config: {STAGE}\nprompts: {PROMPTS}\nseeds: 0-1"), runner, show)
+        entries(sweep, runner, show)
     assert len(runner.stopped) == 2 and list(polls) == []
+    ends = [sweep.log(job).read_text().splitlines()[-1] for job in sweep.jobs]
+    assert [end.endswith(" s, stopped") for end in ends] == [True, True, False, False]
+    assert all(9 <= sweep.seconds(job) < 60 for job in sweep.jobs)
 
 
 def test_the_best_seeds_go_on(made, tmp_path, capsys, caplog):
@@ -434,7 +441,7 @@ def test_the_time_that_is_left_is_that_of_those_that_are_done(monkeypatch):
 def test_each_gpu_has_its_tasks_and_a_task_sees_one(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: range(16), raising=False)
     given: list = []
 
     def start(self, environment):
@@ -567,6 +574,14 @@ def test_the_command_lists_runs_and_gathers(tmp_path, monkeypatch, capsys, caplo
         log.write("# 7200.0 s, exit status 0\n")
     assert main([*words, "--dry-run"]) == 0
     assert "0 of 2 jobs to do; about 0.0 hours" in capsys.readouterr().out
+
+
+def test_hours_to_go_are_told_by_the_jobs_that_are_done(made, capsys):
+    sweep = made(f"config: {STAGE}\nprompts: {PROMPTS[:1]}\nseeds: 0-1")
+    sweep.log(sweep.jobs[0]).parent.mkdir(parents=True, exist_ok=True)
+    sweep.log(sweep.jobs[0]).write_text("# 7200.0 s, exit status 1\n")
+    command.list_jobs(sweep)
+    assert "2 of 2 jobs to do; time unknown until a job is done" in capsys.readouterr().out
 
 
 def test_a_prompt_can_not_act_on_the_page(made):

@@ -118,6 +118,13 @@ def test_what_may_be_decimated_keeps_its_shape_where_more_than_that_has_to_stay(
     assert positions[few].mean(1).norm(dim=-1).min() > 0.55, "no triangle cuts across the ball"
 
 
+def test_of_very_few_triangles_all_may_stay():
+    positions, faces = marching_cubes(grid_of(ball(0.6), radius=1.0), 25.0, 1.0)
+    stays = torch.ones(len(faces), dtype=torch.bool)
+    stays[:2] = False
+    assert len(decimated(positions, faces, 10, stays)[1]) == len(faces)
+
+
 def test_a_warp_is_inverted_where_plain_iteration_would_diverge():
     def displacement(p):  # its Jacobian reaches 1.5, so that p <- target - displacement(p) has no limit
         return torch.stack([1.5 * torch.sin(p[:, 1]) + 0.3, 0.2 * p[:, 2] ** 2, 0.9 * p[:, 0]], dim=-1)

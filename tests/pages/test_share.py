@@ -109,7 +109,11 @@ def test_what_is_shared_is_the_first_model_and_some_of_the_moving_clip_evenly(tm
     clip = orbit(torch.zeros(96), torch.zeros(96), times, 8)
     experiment = load_experiment([CONFIGS / "shapes_stage_3.yaml"], TINY)
     text = write_share(system, experiment, {"val_video": clip, "test": clip[:5]}, files, tmp_path).read_text()
-    assert system.times == times[::2].tolist() and '"seconds": 6.0' in text
+    assert system.times == times[::2].tolist(), "of the clip"
+    assert '"seconds": 6.0' in text
+    slow = load_experiment([CONFIGS / "shapes_stage_3.yaml"], [*TINY, "system.exporter.clip_seconds=1.5"])
+    text_of_slow = write_share(system, slow, {"val_video": clip}, files, tmp_path).read_text()
+    assert '"seconds": 1.5' in text_of_slow
     model = base64.b64decode(re.search('"model": "([^"]+)"', text)[1])
     assert gzip.decompress(model) == b"glTF of ours"
 

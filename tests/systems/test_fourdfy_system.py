@@ -1,11 +1,14 @@
 """The system: losses, what learns from which step, weights."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
+import yaml
 
 from fourdfy.config import ConfigError
+from fourdfy.files.atomic import warn_once
 from fourdfy.launching.experiment import load_experiment
 from fourdfy.ops import regularizers
 from fourdfy.ops.regularizers import REGULARIZERS, regularizer
@@ -85,6 +88,24 @@ def test_a_loss_is_on_when_its_weight_is_not_0_at_the_step():
     assert "opaque" not in kind.loss_weights(10)
     assert kind.loss_weights(11)["opaque"] == 3.0
     assert "orient" not in kind.loss_weights(0)
+
+
+def test_a_guidance_whose_losses_all_have_weight_0_is_named(caplog):
+    warn_once.cache_clear()
+    experiment("system.loss.lambda_vsd=0")  # its LoRA still learns
+    assert "weight 0" not in caplog.text
+    experiment("system.loss.lambda_sds_video=0")
+    assert "system.guidance_video: all of its losses have weight 0" in caplog.text
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_encoding_without_time_is_refused_where_the_scene_moves(stage, tmp_path):
+    values = experiment(stage=stage).record()
+    values["system"]["geometry"]["pos_encoding_config"] = {"otype": "HashGrid"}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(values))
+    moves = pytest.raises(ConfigError, match=r"pos_encoding_config\.otype: this encoding has no time")
+    with moves if stage == 3 else nullcontext():
+        load_experiment([tmp_path / "other.yaml"])
 
 
 def test_a_weight_without_a_loss_must_be_0():

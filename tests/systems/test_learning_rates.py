@@ -77,6 +77,18 @@ def test_a_scheduler_is_a_function_of_the_step(form):
         ("{name: SequentialLR, schedulers: [{name: StepLR}]}", "StepLR: .*step_size"),
         ("{name: ExponentialLR, interval: epoch, args: {gamma: 0.5}}", "scheduler.interval"),
         ("{name: ChainedScheduler, schedulers: [{name: StepLR, interval: epoch}]}", "it would never move"),
+        (
+            "{name: StepLR, args: {step_size: 9}, milestones: [3]}",
+            "milestones: StepLR takes none; SequentialLR",
+        ),
+        (
+            "{name: ChainedScheduler, schedulers: [], milestones: [3]}",
+            "milestones: ChainedScheduler takes none",
+        ),
+        (
+            "{name: StepLR, args: {step_size: 9}, schedulers: [{name: StepLR}]}",
+            "schedulers: StepLR takes none",
+        ),
         ("{name: OneCycleLR, args: {max_lr: 1, total_steps: 5}}", "OneCycleLR fails at step 6"),
         ("{name: ExponentialLR, args: {gamma: 1.0e+300}}", "a learning rate of 1e.297 at step 1; expected"),
         ("{name: ExponentialLR, args: {gamma: 20}}", "a learning rate of 3200 at step 5; expected 0 to 1000"),

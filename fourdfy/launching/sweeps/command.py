@@ -110,7 +110,8 @@ def list_jobs(made: Sweep) -> None:
         table.add_row(*map(Text, cells))
     Console().print(table)
     todo, all_jobs = [*states.values()].count("to do"), len(made.jobs)
-    took = [seconds for job in made.jobs if (seconds := made.seconds(job))]
+    done = [job for job in made.jobs if states[job.tag] == "done"]
+    took = [seconds for job in done if (seconds := made.seconds(job))]
     hours = "time unknown until a job is done"
     if took:
         hours = f"about {todo * sum(took) / len(took) / 3600:.1f} hours of one device, by those that are done"

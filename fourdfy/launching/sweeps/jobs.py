@@ -158,7 +158,7 @@ class Sweep:
         """Of all of its processes that have ended."""
         log = self.log(job)
         text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-        return sum(map(float, re.findall(r"^# ([\d.]+) s, exit status ", text, re.M)), 0.0)
+        return sum(map(float, re.findall(r"^# ([\d.]+) s, (?:exit status |stopped$)", text, re.M)), 0.0)
 
     def record(self, job: Job) -> Path:
         """The settings that it was started with."""

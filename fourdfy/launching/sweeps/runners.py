@@ -129,7 +129,7 @@ class LocalRunner(Runner):
 
     def _start(self, task: Task) -> subprocess.Popen[bytes]:
         place = self._free.pop(0)
-        threads = max(1, (os.cpu_count() or 1) // self.capacity)
+        threads = max(1, processors() // self.capacity)
         shared = {} if "OMP_NUM_THREADS" in os.environ else {"OMP_NUM_THREADS": str(threads)}
         process = task.start({"CUDA_VISIBLE_DEVICES": place, **shared})
         self._taken[process.pid] = place
@@ -174,6 +174,11 @@ def stop_all(runner: Runner, handles: Sequence[Any]) -> None:
         runner.stop(handle)
     while time.monotonic() < until and any(runner.poll(handle) is None for handle in handles):
         time.sleep(POLL_SECONDS)
+
+
+def processors() -> int:
+    """How many this process may use, which on a cluster can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def visible_gpus() -> list[str]:

@@ -74,7 +74,10 @@ class Scheduler:
             while self._advance():
                 time.sleep(POLL_SECONDS)
         except BaseException:
-            stop_all(self.runner, [entry.handle for entry in self._in(State.RUNNING)])
+            running = self._in(State.RUNNING)
+            stop_all(self.runner, [entry.handle for entry in running])
+            for entry in running:
+                self._note(entry, "stopped")
             raise
 
     def _advance(self) -> bool:
@@ -119,10 +122,7 @@ class Scheduler:
             entry.handle, entry.state = handle, State.RUNNING
 
     def _ended(self, entry: Entry, status: int) -> None:
-        seconds = time.monotonic() - entry.began
-        entry.seconds += seconds
-        with by_product("logs of jobs"), open(entry.log, "a", encoding="utf-8") as log:
-            log.write(f"\n# {seconds:.1f} s, exit status {status}\n")
+        self._note(entry, f"exit status {status}")
         self._look(entry)
         if entry.state is not State.WAITING:
             return
@@ -132,6 +132,13 @@ class Scheduler:
             entry.state = State.FAILED
         again = "; it is started again" if entry.state is State.WAITING else ""
         logger.warning("%s: %s%s; see %s", entry.job.name, what, again, entry.log)
+
+    def _note(self, entry: Entry, end: str) -> None:
+        """The time that its process took, and its end, in its log; see ``Sweep.seconds``."""
+        seconds = time.monotonic() - entry.began
+        entry.seconds += seconds
+        with by_product("logs of jobs"), open(entry.log, "a", encoding="utf-8") as log:
+            log.write(f"\n# {seconds:.1f} s, {end}\n")
 
     def _keep_the_best(self) -> None:
         """Once all seeds of a prompt and settings have come to the stage after which some are dropped."""

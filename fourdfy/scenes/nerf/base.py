@@ -66,11 +66,6 @@ class Geometry(Component, nn.Module, ABC):
     def dynamic_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that make the scene move; all others are the static scene."""
 
-    def static_parameters(self) -> Iterator[nn.Parameter]:
-        """Every parameter that is not dynamic."""
-        dynamic = {id(parameter) for parameter in self.dynamic_parameters()}
-        return (p for p in self.parameters() if id(p) not in dynamic)
-
 
 @dataclass(frozen=True, kw_only=True)
 class ShadingPoints(TensorRecord):

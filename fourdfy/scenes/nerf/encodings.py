@@ -271,9 +271,10 @@ class OverTime(HashGrid):
 
     @dataclass(frozen=True, kw_only=True)
     class Config(HashGrid.Config):
-        time_scale: float = number(1.0, above=0, high=16)
+        time_scale: float = number(1.0, above=0, high=1)
         """Cells of the space-time grid along its axis of time, for each one along an axis of space. With less
-        than 1, what is learned at a moment is shared by more of its neighbours."""
+        than 1, what is learned at a moment is shared by more of its neighbours. Not more than 1: the grids
+        wrap around."""
 
     cfg: Config
 
@@ -328,7 +329,8 @@ class HashGridSpatialTime(OverTime):
         """In one operation, whose features are never seen, where ``ops.field`` has a fast back end for it."""
         spec, alike = self.encoding.spec, self.encoding_time.spec == over_time(self.encoding.spec)
         plain = all(network.is_plain for network in networks)
-        if not (plain and alike and self.cfg.backend == "auto" and serves(x, spec, stacked_sizes(networks))):
+        auto = {self.encoding.backend, self.encoding_time.backend} == {"auto"}
+        if not (plain and alike and auto and serves(x, spec, stacked_sizes(networks))):
             return super().read(networks, x, times, step=step)
         tables = self.encoding.params, self.encoding_time.params
         columns = field(x, self.moments(x, times)[:, 0], *tables, spec, *stacked(networks)).split(

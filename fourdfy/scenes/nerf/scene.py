@@ -12,6 +12,7 @@ from fourdfy.config import ConfigError, slot
 from fourdfy.ops.cameras import cast_rays
 from fourdfy.scenes.base import IsosurfaceConfig, VolumeScene
 from fourdfy.scenes.nerf.base import Background, Geometry, Material, Parts, Renderer, ShadingPoints
+from fourdfy.scenes.nerf.encodings import HashGrid, OverTime
 from fourdfy.types import Budget, Cameras, RenderOutput, StepContext
 
 
@@ -61,6 +62,15 @@ class NeRFScene(VolumeScene):
                     f"system.geometry.pos_encoding_config.static={ours} disagrees with "
                     f"data.single_view.static={theirs}; set "
                     f"system.geometry.pos_encoding_config.static={theirs}"
+                )
+            if (
+                dynamic
+                and isinstance(encoding, HashGrid.Config)
+                and not isinstance(encoding, OverTime.Config)
+            ):
+                raise ConfigError(
+                    "system.geometry.pos_encoding_config.otype: this encoding has no time, so nothing can "
+                    "move; use HashGridSpatialTime or HashGridSpatialTimeDeform"
                 )
             outer, renderer, radius = "renderer", self.renderer, getattr(self.geometry, "radius", None)
             if hasattr(renderer, "base_renderer"):
