@@ -92,7 +92,7 @@ def test_checking_loads_no_weights(tmp_path, monkeypatch, capsys):
     def refuse(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    for user in ("latent", "videocrafter", "animatediff"):
+    for user in ("latent", "videocrafter"):
         monkeypatch.setattr(f"fourdfy.priors.{user}.load_part", refuse)
     monkeypatch.setattr("safetensors.torch.load_file", refuse)
     assert launch("shapes.yaml", "check", tmp_path) == 0

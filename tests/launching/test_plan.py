@@ -176,7 +176,7 @@ def test_control_characters_of_a_users_names_do_not_reach_the_terminal(tmp_path,
 
 @pytest.mark.parametrize("mode", ["check", "train"])
 def test_a_recipe_says_which_prompt_it_takes_unless_one_is_given(mode, tmp_path, capsys, caplog, monkeypatch):
-    monkeypatch.setattr("fourdfy.launching.run.train_stages", lambda *_args, **_kwargs: None)
+    monkeypatch.setattr("fourdfy.launching.run.train_stages", lambda *_args, **_kwargs: (None, False))
     monkeypatch.setattr("fourdfy.launching.closing.log_closing", lambda *_args: None)
     given = ["--config", str(CONFIGS / "shapes.yaml"), f"--{mode}", "--gpu", "cpu"]
     for prompt in ([], ["--prompt", "a blue ball spinning"]):
