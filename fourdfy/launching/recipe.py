@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from fourdfy.launching.experiment import (
     load_experiment,
 )
 from fourdfy.launching.trial import set_aside
-from fourdfy.priors.frozen import MemoryOptions
+from fourdfy.priors.frozen import MEMORY_OPTIONS
 from fourdfy.systems.checkpoint import (
     checkpoint_file,
     has_checkpoint,
@@ -44,7 +44,7 @@ MEMORY_KEYS = (
     ".eval_chunk_size",
     ".eval_batch_size",
     ".low_ram_vae",
-    *(f".{option.name}" for option in fields(MemoryOptions) if option.name != "half_precision_weights"),
+    *(f".{name}" for name in MEMORY_OPTIONS),
 )
 """Endings of the keys that bound memory; with exact gradients they change nothing else."""
 BESIDE_THE_RUN = ("system.loggers", "system.exporter", "system.compile")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,6 +93,10 @@ class MemoryOptions:
             _say_once(f"half_precision_weights={self.half_precision_weights}: float32 on the CPU")
             return torch.float32
         return torch.bfloat16 if self.half_precision_weights == "bf16" else torch.float16
+
+
+MEMORY_OPTIONS = tuple(sorted({option.name for option in fields(MemoryOptions)} - {"half_precision_weights"}))
+"""Their names, but for that of the precision, which changes results by more."""
 
 
 def check_part(folder: Path, part: str, class_name: str = "") -> None:

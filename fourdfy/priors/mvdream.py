@@ -9,7 +9,7 @@ B images = groups of V views, the views of a group neighbours in the batch; L to
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, no_type_check
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fourdfy.bounds import number
 from fourdfy.config import file_path
 from fourdfy.priors.base import Denoiser
-from fourdfy.priors.frozen import MemoryOptions
+from fourdfy.priors.frozen import MEMORY_OPTIONS
 from fourdfy.priors.hub import MODELS
 from fourdfy.priors.latent import LatentPrior
 from fourdfy.priors.mvdream_package import load_mvdream_package
@@ -68,8 +68,7 @@ class MVDream(LatentPrior):
                     "those of Stable Diffusion 1.5; set model_name=sd-v2.1-base-4view"
                 )
             if self.backend == "mvdream":
-                options = {option.name for option in fields(MemoryOptions)} - {"half_precision_weights"}
-                for key in ("token_merging", "recon_pixels", *sorted(options)):
+                for key in ("token_merging", "recon_pixels", *MEMORY_OPTIONS):
                     if getattr(self, key, False):
                         raise ValueError(f"{key}=true needs backend=diffusers; change one of the two")
                 if getattr(self, "pretrained_model_name_or_path_lora", "") is None:
