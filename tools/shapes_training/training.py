@@ -67,8 +67,8 @@ SHARES = {"text": (1.0, 0.1), "vae": (4.0, 0.2), "wan_text": (0.5, 0.05), "wan_v
 TEXT_DROPOUT = 0.1
 FILL_SHARE = 0.1
 """Of a call's time, in which the pool is filled at most before the first step."""
-FILL_EVERY, REFRESH_EVERY = 30, 200
-"""Steps between two renewals of a part of the pool: until it is full, and from then on."""
+RENEW_EVERY = 30
+"""Steps between two renewals of a part of the pool."""
 RENDER_AT_ONCE = 1024
 """Images rendered at once on an accelerator; the CPU renders 32."""
 VAE_LOSSES = ("l1", "l2", "edges", "kl")
@@ -248,7 +248,7 @@ def _fill(pool: Pool, trainee: Trainee) -> None:
 
 def _renew(pool: Pool, trainee: Trainee) -> None:
     """A part of the pool, sometimes."""
-    if trainee.step % (REFRESH_EVERY if pool.full else FILL_EVERY) == 0:
+    if trainee.step % RENEW_EVERY == 0:
         pool.refresh(_scenes_at_once(trainee.options))
 
 
