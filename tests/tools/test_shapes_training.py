@@ -32,6 +32,7 @@ from tools.shapes_training.models import (
     FOLDERS,
     FRAMES,
     SETTINGS,
+    decode,
     encode,
     noise_schedule,
 )
@@ -113,6 +114,35 @@ def test_samples_are_measured_and_shown(run, part, third):
     assert set(shares["all"]) == {"colour", "shape", third, "right"}
     assert ("creatures" in shares) == (part == "image")
     assert (run / f"{part}.png").exists()
+    one_step = store.read_record(run, part)["quality"]["one_step"]
+    assert {"all"} <= one_step.keys() <= shares.keys()
+    card = (run / "assets" / FOLDERS[part] / "README.md").read_text()
+    assert f"- solids: {', '.join(map(str, one_step['all']))}" in card
+
+
+def test_one_step_of_a_model_that_knows_the_truth_loses_only_what_the_autoencoder_does(tmp_path, monkeypatch):
+    known = {}
+
+    def remembered(vae, images):
+        known.update(images=images, latents=encode(vae, images), vae=vae)
+        return known["latents"]
+
+    def right(part, denoiser, noisy, timesteps, text, cameras):
+        scales = noise_schedule(part, CPU).scales(timesteps, noisy.ndim)
+        assert cameras.shape == (2, 4, 16)
+        return (scales.alphas * noisy - known["latents"]) / scales.sigmas
+
+    monkeypatch.setattr(quality, "encode", remembered)
+    few = {"device": CPU, "seed": 0, "count": 2}
+    shipped = quality.one_step("multi_view", tmp_path, **few)
+    monkeypatch.setattr(quality, "predict_velocity", right)
+    best = quality.one_step("multi_view", tmp_path, **few)
+    error = (decode(known["vae"], known["latents"]) - known["images"]).square().flatten(1).mean(1) / 4
+    held_out = [best[which][0] for which in ("held_out", "creatures_held_out") if which in best]
+    assert sum(held_out) / len(held_out) == pytest.approx(float(-10 * error.log10().mean()), abs=0.02)
+    for which, psnr in best.items():
+        assert max(psnr) - min(psnr) < 0.02
+        assert all(20 < less < most for less, most in zip(shipped[which], psnr, strict=True))
 
 
 def test_the_flow_model_is_trained_on_what_the_prior_computes(run):

@@ -130,8 +130,8 @@ class Scenes(TensorRecord):
         return orbit(*(values.flatten().to(device) for values in frames))
 
 
-def draw_scenes(part: str, count: int, generator: torch.Generator) -> Scenes:
-    """Random scenes over the training prompts for ``part``, a VAE or a denoiser.
+def draw_scenes(part: str, count: int, generator: torch.Generator, *, held_out: bool = False) -> Scenes:
+    """Random scenes over the training prompts for ``part``, a VAE or a denoiser, or over the held-out ones.
 
     Cameras as the recipe's samplers draw them: any azimuth, elevation by an even coin uniform or
     "on the sphere" within 0 to 30 degrees. Images and groups have one moment. Clips have all of a period,
@@ -142,7 +142,7 @@ def draw_scenes(part: str, count: int, generator: torch.Generator) -> Scenes:
         return torch.rand(*size, generator=generator)
 
     frames = FRAMES[part]
-    allowed = torch.tensor([every_prompt().index(prompt) for prompt in prompts_of(part, held_out=False)])
+    allowed = torch.tensor([every_prompt().index(prompt) for prompt in prompts_of(part, held_out=held_out)])
     prompt = allowed[torch.randint(len(allowed), (count,), generator=generator)]
     azimuth = 360 * uniform(count, 1).expand(-1, frames)
     if part == "multi_view":

@@ -15,6 +15,7 @@ import diffusers
 
 from tools.shapes_training import store
 from tools.shapes_training.models import CLASSES, DENOISERS, FOLDERS, build_scheduler, latent_shape, needs
+from tools.shapes_training.quality import NOISES
 from tools.shapes_training.text import SOLIDS_ONLY, build_tokenizer, write_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -119,6 +120,12 @@ def _samples(quality: dict[str, Any]) -> list[str]:
     ]
     for which, shares in quality["shares"].items():
         lines.append(f"| {of.get(which, which)} | {' | '.join(f'{shares[n]:.3f}' for n in names)} |")
+    if one_step := quality.get("one_step"):
+        shares = ", ".join(f"{share:g}" for share in NOISES)
+        lines += ["", f"PSNR in dB of x_0 in one step from the noisy truth, at {shares} of all noise:", ""]
+        lines += [
+            f"- {of.get(which, which)}: {', '.join(map(str, psnr))}" for which, psnr in one_step.items()
+        ]
     if "psnr" in quality:
         lines += ["", f"Mean PSNR against ground truth from the given cameras: {quality['psnr']} dB."]
     return [*lines, "", "![samples](samples.png)"]

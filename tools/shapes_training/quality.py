@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from fourdfy.ops.diffusion import add_noise, classifier_free_guidance, x0_from_prediction
+from fourdfy.ops.diffusion import add_noise, classifier_free_guidance, sample_noise, x0_from_prediction
 from fourdfy.priors.mvdream import camera_vectors
 from fourdfy.seeds import step_generator
 from fourdfy.shapes.creature_prompts import CreaturePrompt
@@ -41,6 +42,7 @@ from tools.shapes_training.data import (
     EMPTY_TEXT,
     Scenes,
     TextTable,
+    draw_scenes,
     prompts_of,
     render_scenes,
     text_row,
@@ -50,6 +52,7 @@ from tools.shapes_training.models import (
     CLIPS,
     FRAMES,
     decode,
+    encode,
     latent_shape,
     needs,
     noise_schedule,
@@ -64,6 +67,8 @@ VIEW_TOLERANCE_DEG = 22.5
 SCENES_AT_ONCE = 32
 CANDIDATES_AT_ONCE = 4096
 GRID_SCENES = 16
+NOISES = (0.25, 0.5, 0.75)
+"""Shares of the schedule."""
 
 
 def measure(
@@ -88,12 +93,9 @@ def measure(
     checks = check(part, images, scenes, prompts)
     held_out = torch.tensor([is_held_out(prompt) for prompt in prompts])
     solid = torch.tensor([isinstance(prompt, ShapePrompt) for prompt in prompts])
-    groups = {"all": solid, "held_out": solid & held_out}
-    groups |= {"creatures": ~solid, "creatures_held_out": ~solid & held_out}
     shares = {
         which: {name: round(float(right[rows].float().mean()), 4) for name, right in checks.items()}
-        for which, rows in groups.items()
-        if rows.any()
+        for which, rows in _groups(solid, held_out).items()
     }
     quality: dict[str, Any] = {
         "num_prompts": len(prompts),
@@ -101,6 +103,7 @@ def measure(
         "steps": steps,
         "guidance_scale": guidance_scale,
         "shares": shares,
+        "one_step": one_step(part, out, device=device, seed=seed, count=num_prompts),
         "wrong": [
             f"{prompt.text}: {', '.join(name for name in list(checks)[:-1] if not checks[name][n])}"
             for n, prompt in enumerate(prompts)
@@ -153,6 +156,50 @@ def ask(part: str, prompts: Sequence[Prompt], seed: int) -> Scenes:
         background=torch.tensor(BACKGROUNDS[:1]).expand(count, -1),
         text=text_row(part, index, moment, view),
     )
+
+
+@torch.no_grad()
+def one_step(part: str, out: Path, *, device: torch.device, seed: int, count: int) -> dict[str, list[float]]:
+    """How well the model knows the truth, which bounds what is distilled from it.
+
+    The mean PSNR in dB of the decoded x_0 that it predicts without guidance, for each of NOISES, from the
+    noisy latents and the text of true scenes: ``count`` of known prompts and ``count`` of held-out ones,
+    drawn as in its training.
+    """
+    text_part, vae_part = needs(part)
+    denoiser, vae = store.load_part(out, part, device), store.load_part(out, vae_part, device)
+    texts, schedule = TextTable(out, text_part, device), noise_schedule(part, device)
+    generator = step_generator(seed, 0, "one step")
+    found, solid, held_out = [], [], []
+    for apart, start in product((False, True), range(0, count, SCENES_AT_ONCE)):
+        number = min(SCENES_AT_ONCE, count - start)
+        scenes = draw_scenes(part, number, generator, held_out=apart)
+        texts.require(scenes.text)
+        images, text = render_scenes(scenes, device), texts.rows[scenes.text]
+        latents, cameras = encode(vae, images), None
+        if part == "multi_view":
+            cameras = camera_vectors(scenes.cameras(device).c2w).unflatten(0, images.shape[:2])
+        noise, psnr = sample_noise(latents.shape, generator, device), []
+        for share in NOISES:
+            timesteps = torch.full((number,), schedule.span(share, share)[0], device=device)
+            scales = schedule.scales(timesteps, latents.ndim)
+            noisy = add_noise(latents, noise, scales)
+            velocity = predict_velocity(part, denoiser, noisy, timesteps, text, cameras)
+            clean = decode(vae, x0_from_prediction(velocity, noisy, scales, schedule.prediction))
+            psnr.append(-10 * (clean / 2 - images / 2).square().flatten(1).mean(1).log10())
+        found.append(torch.stack(psnr, dim=-1).cpu())
+        solid.append(scenes.codes[:, 0] == 0)
+        held_out.append(torch.full((number,), apart))
+    groups = _groups(torch.cat(solid), torch.cat(held_out))
+    decibels = {which: torch.cat(found)[rows].mean(0).tolist() for which, rows in groups.items()}
+    return {which: [round(value, 2) for value in values] for which, values in decibels.items()}
+
+
+def _groups(solid: Bool[Tensor, "N"], held_out: Bool[Tensor, "N"]) -> dict[str, Bool[Tensor, "N"]]:
+    """Of solids and of creatures all, and those of held-out prompts; without empty ones."""
+    groups = {"all": solid, "held_out": solid & held_out}
+    groups |= {"creatures": ~solid, "creatures_held_out": ~solid & held_out}
+    return {which: rows for which, rows in groups.items() if rows.any()}
 
 
 @torch.no_grad()
