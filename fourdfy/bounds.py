@@ -99,7 +99,7 @@ def _misfit(value: Any, metadata: Mapping[str, Any]) -> str:
                 return f"{value}: the schedule ends (step {end}) before it starts (step {start})"
             value = [v0, v1]
     outside = [number for number in _numbers(value) if number not in metadata["bounds"]]
-    return f"{outside[0]:g} is outside the range; expected {metadata['bounds']}" if outside else ""
+    return f"{outside[0]:.15g} is outside the range; expected {metadata['bounds']}" if outside else ""
 
 
 def _numbers(value: Any) -> Iterator[float]:

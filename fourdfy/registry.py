@@ -148,7 +148,8 @@ def find(name: str, kind: type[Kind]) -> type[Kind]:
     hint = f"did you mean {guess[0]!r}?" if guess else f"expected one of {choices(kind)}"
     if cls is not None:
         raise ValueError(f"{name!r} is a {cls.__name__}, not a {kind.__name__}; {hint}")
-    raise ValueError(f"no {kind.__name__} is registered as {name!r}; {hint}")
+    own = "; of your own: plugins=MODULE" if guess else ""
+    raise ValueError(f"no {kind.__name__} is registered as {name!r}; {hint}{own}")
 
 
 def choices(kind: type) -> str:
@@ -187,7 +188,11 @@ def import_plugins(modules: Sequence[str], folders: Sequence[Path]) -> list[Path
         except Exception as error:  # anything that a stranger's module raises
             hint = f"; write the module's name, {name[:-3]}" if name.endswith(".py") else ""
             looked = f"; looked in {', '.join(map(str, folders))}" if isinstance(error, ImportError) else ""
-            reason = " ".join(f"{type(error).__name__}: {error}{_place(error, folders)}".split())
+            missing = isinstance(error, ModuleNotFoundError) and error.name == name.partition(".")[0]
+            if missing:
+                looked += "; for another folder, set plugin_path=[DIR]"
+            place = "" if missing else _place(error, folders)
+            reason = " ".join(f"{type(error).__name__}: {error}{place}".split())
             raise ValueError(f"{name} can't be imported ({reason}){hint or looked}") from error
         package = sys.modules[name.partition(".")[0]]
         places = [Path(place).parent for place in getattr(package, "__path__", [])]

@@ -69,6 +69,10 @@ class CombinedCameraDataModule(DataModule):
             }
 
         def check(self) -> None:
+            for name, each in (("single_view", self.single_view), ("multi_view", self.multi_view)):
+                sizes = (each.height, each.width, each.batch_size)
+                if each.resolution_milestones and all(isinstance(size, int) for size in sizes):
+                    logger.warning("data.%s.resolution_milestones: no effect, nothing changes there", name)
             view = self.single_view
             pixels = view.eval_batch_size * view.eval_height * view.eval_width
             if pixels > MOST_PIXELS:
@@ -110,11 +114,6 @@ class CombinedCameraDataModule(DataModule):
         samplers: Mapping[str, CameraSampler],
     ) -> None:
         self.cfg, self.seed, self.choose_kind, self.samplers = cfg, seed, choose_kind, samplers
-        for name, view in (("single_view", cfg.single_view), ("multi_view", cfg.multi_view)):
-            if view.resolution_milestones and all(
-                isinstance(value, int) for value in (view.height, view.width, view.batch_size)
-            ):
-                logger.warning("data.%s.resolution_milestones: no effect, nothing changes there", name)
 
     def batch(self, step: int, part: int = 0) -> StepBatch:
         """The frames of a (part of a) global step, independent of all earlier ones."""

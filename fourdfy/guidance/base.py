@@ -26,6 +26,8 @@ class Guidance(Component, nn.Module, ABC):
     """What names a guidance besides the names that are registered, for messages."""
     losses: ClassVar[tuple[str, ...]] = ()
     """Names of the losses that it may give: ``system.loss.lambda_sds`` weighs ``sds``."""
+    own_losses: ClassVar[tuple[str, ...]] = ()
+    """Those of them that teach only the guidance's own parameters, not the scene."""
 
     cfg: Prior.Config
 

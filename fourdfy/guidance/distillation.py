@@ -64,6 +64,8 @@ class Distillation(Component, nn.Module, ABC):
 
     losses: ClassVar[tuple[str, ...]]
     """Names of its losses; ``sds`` becomes ``sds_video`` with a prior for clips."""
+    own_losses: ClassVar[tuple[str, ...]] = ()
+    """Those of them that teach only its own parameters, not the scene."""
     prior_class: ClassVar[type[Prior]]
 
     @dataclass(frozen=True, kw_only=True)

@@ -52,6 +52,7 @@ class VariationalScoreDistillation(Distillation):
     """
 
     losses: ClassVar[tuple[str, ...]] = ("vsd", "lora")
+    own_losses: ClassVar[tuple[str, ...]] = ("lora",)
 
     @dataclass(frozen=True, kw_only=True)
     class Config(Distillation.Config):

@@ -189,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = _Parser(
         prog="launch.py",
+        allow_abbrev=False,  # --seed=3 would be --seeds
         description="fourdfy: text to 4D scenes by hybrid score distillation",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -432,6 +432,8 @@ def build_loops(cfg: TrainerConfig, folder: Path, device: str) -> pl.Trainer:
     """Lightning's Trainer, without its own writing, logging and saving."""
     if device == "cpu" and cfg.precision in (16, "16-mixed"):
         logger.warning("trainer.precision=%s: not possible on a CPU; bf16-mixed is used", cfg.precision)
+    if device == "cpu" and cfg.memory_budget_gb is not None:
+        logger.warning("trainer.memory_budget_gb: without effect on a CPU")
     loops = pl.Trainer(
         default_root_dir=folder,
         accelerator="cpu" if device == "cpu" else "gpu",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from rich.console import Console
@@ -19,7 +20,7 @@ from fourdfy.priors.hub import locate_model, resolve_model, stored_bytes
 from fourdfy.priors.model_folder import TEXT_ENCODERS, TOKENIZERS, ModelNotFound
 from fourdfy.systems.base import System
 from fourdfy.systems.checkpoint import has_checkpoint
-from fourdfy.systems.optim import parameters_of
+from fourdfy.systems.optim import NOTHING_LEARNS, parameters_of
 from fourdfy.systems.supervision import StepKind
 from fourdfy.terminal import printable
 
@@ -169,13 +170,16 @@ def check_groups(experiment: Experiment) -> System:
     Returns the untrained scene.
 
     Raises:
-        ConfigError: names the part, and those that exist.
+        ConfigError: names the part, and those that exist; or none of the scene's parts would learn.
     """
     plan, params = experiment.plan, experiment.cfg.system.optimizer.params
-    system = experiment.build_system()
-    parameters_of(
-        system, params, plan.absent | system.cfg.absent_parts | {kind.module for kind in plan.kinds}
-    )
+    system, priors = experiment.build_system(), {kind.module for kind in plan.kinds}
+    named = parameters_of(system, params, plan.absent | system.cfg.absent_parts | priors)
+    of_priors = {path for path, options in params.items() if options is not None} - named.keys()
+    untrained = {id(parameter) for parameter in system.untrained()}
+    learning = chain.from_iterable(named.values() if params else [system.parameters()])
+    if not of_priors and all(id(parameter) in untrained for parameter in learning):
+        raise ConfigError(f"{experiment.cfg.name}: {NOTHING_LEARNS}")
     return system
 
 

@@ -208,6 +208,11 @@ def load_recipe(names: Sequence[str | Path], overrides: Sequence[str]) -> list[S
         return [Stage(load_experiment(paths, shared), tuple(paths), 1, 1)]
     if unknown := {number for number in (*for_stage, *in_files) if not 1 <= number <= len(files)}:
         raise ConfigError(f"stage_{max(unknown)}: {paths[0]} has {len(files)} stages")
+    if given := [word for word in shared if word.startswith("system.weights=")][: len(files) - 1]:
+        raise ConfigError(
+            "system.weights: each stage of a recipe starts from the one before; for one of them: "
+            f"stage_1.{given[0]}"
+        )
     stages: list[Stage] = []
     for number, file in enumerate(files, 1):
         previous = [str(stage.experiment.last_checkpoint) for stage in stages[-1:]]
@@ -215,6 +220,12 @@ def load_recipe(names: Sequence[str | Path], overrides: Sequence[str]) -> list[S
         own = for_stage.get(number, [])
         experiment = load_experiment([file, *paths], [*weights, *shared, *own], stage=number)
         grows = experiment.cfg.system.weights in previous
+        for other in stages:
+            if other.experiment.trial_dir == experiment.trial_dir:
+                raise ConfigError(
+                    f"name={experiment.cfg.name}: stages {other.number} and {number} would share the folder "
+                    f"{experiment.trial_dir}; to name the run, set tag=... or exp_root_dir=..."
+                )
         stages.append(Stage(experiment, (file, *paths), number, len(files), stages[-1] if grows else None))
     return stages
 

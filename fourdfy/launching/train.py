@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fourdfy.callbacks.base import Callback, Run
-from fourdfy.config_files import PROMPT, literal_override
+from fourdfy.config_files import PROMPT, ConfigError, literal_override
 from fourdfy.devices import by_torchrun, on_device, select_device, select_devices
 from fourdfy.files.atomic import losses_noted, remove_leftovers
 from fourdfy.launching.closing import ground_truth_of
@@ -34,7 +34,7 @@ from fourdfy.launching.reports import Reports, make_up_for_report
 from fourdfy.launching.trial import owned, prepare_trial
 from fourdfy.ops.ranks import largest, of_first_rank, ranks
 from fourdfy.systems.base import System
-from fourdfy.systems.checkpoint import read_checkpoint, scene_hash, tensor_bytes
+from fourdfy.systems.checkpoint import read_checkpoint, scene_hash, step_of, tensor_bytes
 from fourdfy.systems.learning_rates import continued
 from fourdfy.types import Cameras, RenderOutput
 
@@ -87,6 +87,8 @@ def train(
         ConfigError: the input does not work; says what would.
         FloatingPointError: training diverged.
     """
+    if wrong := [each for each in callbacks if not isinstance(each, Callback)]:
+        raise ConfigError(f"callbacks: expected instances of Callback, e.g. [MyCallback()], got {wrong[0]!r}")
     configs = [config] if isinstance(config, str | Path) else list(config)
     given = [*([] if prompt is None else [literal_override(PROMPT, prompt)]), *overrides]
     devices = select_devices(device, "device=")
@@ -167,15 +169,13 @@ def _start(stage: Stage, device: str, test: bool) -> Start | None:
 
 
 def _finished(stage: Stage) -> str:
-    """That a stage is finished, and what a given ``resume=`` has to do with it."""
+    """That a stage is finished, and how a given ``resume=`` could go on."""
     line, cfg = f"finished already, in {stage.experiment.trial_dir}", stage.experiment.cfg
     if not cfg.resume:
         return line
     prefix = f"stage_{stage.number}." if stage.count > 1 else ""
-    return (
-        f"{line}: {prefix}resume={cfg.resume} is at the last step; to train on from it, set "
-        f"{prefix}trainer.max_steps to more than {cfg.trainer.max_steps}"
-    )
+    step = step_of(cfg.resume)
+    return f"{line}: step {step} is its last; to train on, set {prefix}trainer.max_steps to more than {step}"
 
 
 def _train_stage(

@@ -94,8 +94,10 @@ class PromptProcessor(Component, ABC):
 
         def __post_init__(self) -> None:
             for prompt in (self.prompt, self.prompt_still):
-                if prompt not in (MISSING, None):
-                    resolve_prompt(prompt)
+                if prompt in (MISSING, None):
+                    continue
+                if not resolve_prompt(prompt).strip():
+                    raise ValueError("the prompt is empty; say what the scene shows: --prompt TEXT")
 
     cfg: Config
 

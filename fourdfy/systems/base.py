@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,10 @@ class System(Component, nn.Module):
     @abstractmethod
     def configure_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer, after ``prepare``; each of its groups has a ``name``."""
+
+    def untrained(self) -> Iterator[nn.Parameter]:
+        """The scene's parameters that no step of this stage trains; the system may not be prepared."""
+        return iter(())
 
     @abstractmethod
     def configure_scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:

@@ -118,16 +118,17 @@ class FourdfySystem(System):
                 own = {key: value for key, value in kind.loss.items() if self.loss.get(key) != value}
                 self._check_losses(own, f"steps.{kind.name}.loss", plan)
                 losses = kind.guidance.component.losses
-                weights = [kind.loss[key] for name in losses if (key := f"lambda_{name}") in kind.loss]
+                weights = {name: kind.loss[key] for name in losses if (key := f"lambda_{name}") in kind.loss}
                 if losses and not weights:
                     raise ConfigError(
                         f"{kind.guidance_key}: none of its losses has a weight; "
                         f"set system.loss.lambda_{losses[0]}"
                     )
-                if losses and not any(map(schedule_max, weights)):
+                of_scene = weights.keys() - set(kind.guidance.component.own_losses)
+                if losses and not any(schedule_max(weights[name]) for name in of_scene):
                     warn_once(
-                        f"{kind.guidance_key}: all of its losses have weight 0, so its steps teach the scene "
-                        f"nothing of it; set system.loss.lambda_{losses[0]}, or leave the guidance out"
+                        f"{kind.guidance_key}: its losses of the scene have weight 0, so its steps teach the "
+                        f"scene nothing of it; set system.loss.lambda_{losses[0]}, or leave the guidance out"
                     )
 
         def _check_losses(self, loss: Mapping[str, Schedule], where: str, plan: SupervisionPlan) -> None:
@@ -229,12 +230,11 @@ class FourdfySystem(System):
         return {f"{part}.{key}": value for part, halved in parts.items() for key, value in halved.items()}
 
     def configure_optimizer(self) -> torch.optim.Optimizer:
-        trains = frozenset[Half]().union(*(kind.trains for kind in self.plan.kinds))
         optimizer = build_optimizer(
             self.cfg.optimizer,
             self,
             absent=self.plan.absent | self.cfg.absent_parts,
-            untrained=self.parameters_outside(trains),
+            untrained=self.untrained(),
         )
         # Only parameters in a group still require gradients; a group set to null is deliberate.
         for name in sorted({kind.module for kind in self.plan.kinds} - self.cfg.optimizer.params.keys()):
@@ -242,6 +242,9 @@ class FourdfySystem(System):
             if adapter and not any(p.requires_grad for p in adapter):
                 logger.info("system.optimizer.params: no group holds the LoRA of %s; it stays as it is", name)
         return optimizer
+
+    def untrained(self) -> Iterator[nn.Parameter]:
+        return self.parameters_outside(frozenset[Half]().union(*(kind.trains for kind in self.plan.kinds)))
 
     def configure_scheduler(self, optimizer: torch.optim.Optimizer) -> LRScheduler | None:
         with _errors_of("system.scheduler"):

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 OPTION_BOUNDS = {"lr": Bounds(0, 1000), "eps": Bounds(high=1, above=0), "weight_decay": Bounds(0, 1000)}
 """Ranges of optimizer options; values outside diverge, or divide by zero if a gradient is zero."""
 
+NOTHING_LEARNS = "system.optimizer.params: no group holds anything that this stage trains"
 FUSED = ("Adam", "AdamW", "SGD")
 """Classes of torch.optim with fused kernels for CUDA."""
 
@@ -113,7 +114,7 @@ def parameter_groups(
         else:
             logger.info("system.optimizer.params: no step of this stage trains %s", path)
     if not groups:
-        raise ConfigError("system.optimizer.params: no group holds anything that this stage trains")
+        raise ConfigError(NOTHING_LEARNS)
     return groups
 
 

@@ -179,11 +179,23 @@ def _further_rows(
             "name": name,
             "probability": cfg.probability,
             "cameras": _cameras(name, cfg, data.samplers()),
-            "trains": _trained("image", system, data) if cfg.trains is None else frozenset(cfg.trains),
+            "trains": _chosen(name, cfg, system, data),
             "budget": cfg.budget,
             "loss": {**system.loss, **cfg.loss},
             "module": f"guidance_{name}",
         }
+
+
+def _chosen(name: str, cfg: StepConfig, system: Any, data: DataModule.Config) -> frozenset[Half]:
+    """The halves that a further kind trains, maybe none; a recipe may name halves that do not learn yet."""
+    of_images = _trained("image", system, data)
+    learning = of_images | _trained("video", system, data)
+    if cfg.trains and not learning.intersection(cfg.trains):
+        raise ConfigError(
+            f"steps.{name}.trains={cfg.trains}: nothing of it learns in this stage; expected one of "
+            f"{', '.join(sorted(learning))}, or the probability 0"
+        )
+    return of_images if cfg.trains is None else frozenset(cfg.trains)
 
 
 def _trained(budget: Budget, system: Any, data: DataModule.Config) -> frozenset[Half]:

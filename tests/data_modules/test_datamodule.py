@@ -153,7 +153,7 @@ def test_batches_move_to_a_device():
 
 def test_milestones_without_lists_are_said_to_have_no_effect(caplog):
     with caplog.at_level(logging.WARNING):
-        make(static(width=8, height=8, batch_size=1))
+        make(static(width=8, height=8, batch_size=1)).cfg.check()
     assert "data.single_view.resolution_milestones: no effect" in caplog.text
     assert "multi_view" not in caplog.text
 

@@ -83,6 +83,12 @@ def test_a_file_that_is_not_there_is_an_error_of_its_key(key, tmp_path, capsys):
     [
         ("stage_3.system.optimizer.params.backgroun.lr=0.1", "leads nowhere at 'backgroun'; did you mean"),
         ("resume=last.ckpt", "resume: a recipe continues by itself"),
+        ("system.weights=last.ckpt", "for one of them: stage_1.system.weights=last.ckpt"),
+        ("name=one", "name=one: stages 1 and 2 would share the folder"),
+        (
+            "stage_3.system.optimizer.params.geometry.encoding.encoding.encoding_time=null",
+            "shapes_stage_3: system.optimizer.params: no group holds anything that this stage trains",
+        ),
     ],
 )
 def test_a_mistake_of_the_last_stage_is_found_before_the_first(mode, override, message, tmp_path, capsys):

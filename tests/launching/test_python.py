@@ -191,6 +191,8 @@ def test_a_program_s_own_handler_of_sigterm_stays_in_place_meanwhile(tmp_path):
 
 
 def test_mistakes_are_config_errors_by_the_arguments_names(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"^callbacks: expected instances of Callback, .*got <class"):
+        fourdfy.train("shapes_stage_1", callbacks=[Callback])
     with pytest.raises(ConfigError, match="did you mean 'seed'"):
         train(tmp_path, "sed=1")
     with pytest.raises(ConfigError, match=r"^trial=.*: not a trial folder"):

@@ -135,9 +135,7 @@ def test_resume_of_a_finished_stage_says_how_to_train_on(again, tmp_path, caplog
     with caplog.at_level(logging.INFO, logger="fourdfy"):
         again(given)
     (first, second) = [text for text in caplog.messages if "finished already" in text]
-    assert first.endswith(
-        f": {given} is at the last step; to train on from it, set stage_1.trainer.max_steps to more than 1"
-    )
+    assert first.endswith(": step 1 is its last; to train on, set stage_1.trainer.max_steps to more than 1")
     assert second.endswith(f"in {trial(tmp_path, STAGES[1])}")
 
 

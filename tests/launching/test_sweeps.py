@@ -185,6 +185,18 @@ def test_the_command_line_says_how_many_run_on_a_gpu(tmp_path):
             f"config: {STAGE}\nprompts: {PROMPTS}\nkeep: 1 of 1 after stage 1",
             r"^keep: .* the recipe has 1 stages",
         ),
+        (
+            f"config: {CONFIGS / 'shapes.yaml'}\nprompts: {PROMPTS}\nseeds: 0-1\nkeep: 2 of 2 after stage 1",
+            r"^keep: .*: all seeds go on",
+        ),
+        (f"config: {STAGE}\nkeep_by: flow", r"^keep_by='flow': without keep, all seeds go on"),
+        (f"config: {STAGE}\nsettings: {{a: [x]}}", r"^settings\.a: 'x': expected key=value"),
+        (
+            f"config: {STAGE}\nprompts: {PROMPTS}\noverrides: [trainer.max_steps=3]\n"
+            "grid: {trainer.max_steps: [1, 2]}",
+            r"^trainer\.max_steps=3: for all jobs, but grid\.trainer\.max_steps sets trainer\.max_steps too",
+        ),
+        (f"config: {STAGE}\nprompts: {PROMPTS}\noverrides: [resume=/x]", r"^resume=/x: no such checkpoint"),
         (f"config: {STAGE}\nrunner: {{type: loca}}", r"runner\.type .* did you mean 'local'"),
     ],
 )
@@ -206,6 +218,17 @@ def test_an_override_that_is_wrong_is_named_with_its_place(made, tmp_path):
             _ = made(f"config: {STAGE}\nprompts: {PROMPTS}\n{text}").jobs
     with pytest.raises(ConfigError, match=r"lambda_sparsity.*\(in the command line\)"):
         _ = made(f"config: {STAGE}\nprompts: {PROMPTS}\n", wrong).jobs
+    with pytest.raises(ConfigError, match=rf"^trainer {where}overrides\): val_check_interval=1\.5: expected"):
+        _ = made(f"config: {STAGE}\nprompts: {PROMPTS}\noverrides: [trainer.val_check_interval=1.5]").jobs
+
+
+def test_what_is_typed_for_all_jobs_is_not_overruled_in_silence(made):
+    sweep = made(f"config: {STAGE}\nprompts: {PROMPTS}\nsettings: {{a: [name=b]}}", "name=a")
+    with pytest.raises(ConfigError, match=r"^name=a: for all jobs, but settings\.a sets name too"):
+        sweep._check_keys()
+    made(
+        f"config: {STAGE}\nprompts: {PROMPTS}\noverrides: [name=a]\nsettings: {{a: [name=b], b: []}}"
+    ).check()
 
 
 # ---------------------------------------------------------------------------------------------

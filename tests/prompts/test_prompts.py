@@ -329,6 +329,11 @@ def test_training_warns_too(caplog):
     assert "'crimson' is no colour" in caplog.text
 
 
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(ValueError, match="the prompt is empty; .* --prompt TEXT"):
+        make(pretrained_model_name_or_path=SHAPES, prompt=" ")
+
+
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [

@@ -92,10 +92,12 @@ def test_a_loss_is_on_when_its_weight_is_not_0_at_the_step():
 
 def test_a_guidance_whose_losses_all_have_weight_0_is_named(caplog):
     warn_once.cache_clear()
-    experiment("system.loss.lambda_vsd=0")  # its LoRA still learns
+    experiment("system.loss.lambda_lora=0")
     assert "weight 0" not in caplog.text
+    experiment("system.loss.lambda_vsd=0")  # its LoRA still learns, but not the scene
+    assert "system.guidance: its losses of the scene have weight 0" in caplog.text
     experiment("system.loss.lambda_sds_video=0")
-    assert "system.guidance_video: all of its losses have weight 0" in caplog.text
+    assert "system.guidance_video: its losses of the scene have weight 0" in caplog.text
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -130,6 +130,20 @@ def test_a_further_kind_says_what_it_trains_or_trains_what_images_do():
     assert plan(0.5, 0.5, steps=steps)["a"].trains == {"static"}
     assert plan(0.5, 0.5, steps=steps)["b"].trains == {"static", "dynamic"}
     assert plan(0.5, 0.5, freeze=True, steps=steps)["a"].trains == {"dynamic"}
+    assert plan(0.5, 0.0, static=True, steps=steps)["b"].trains == {"static", "dynamic"}  # in a later stage
+    assert plan(0.5, 0.5, steps={"c": step(0.1, trains=[])})["c"].trains == set()  # its guidance's alone
+
+
+@pytest.mark.parametrize(
+    ("static", "freeze", "asked", "expected"),
+    [(True, False, "dynamic", "static"), (False, True, "static", "dynamic")],
+)
+def test_a_further_kind_that_would_teach_the_scene_nothing_is_refused(static, freeze, asked, expected):
+    message = rf"^steps\.c\.trains=\['{asked}'\]: nothing of it learns .*; expected one of {expected}"
+    with pytest.raises(ConfigError, match=message):
+        plan(
+            0.5, 0.0 if static else 0.5, static=static, freeze=freeze, steps={"c": step(0.1, trains=[asked])}
+        )
 
 
 def test_a_further_kind_may_have_the_cameras_of_another():

@@ -25,6 +25,7 @@ from fourdfy.files.evaluations import TEST, is_evaluated
 from fourdfy.files.names import sanitize_tag
 from fourdfy.files.prompt_lists import read_prompts
 from fourdfy.launching.experiment import Experiment
+from fourdfy.launching.plan import check_files
 from fourdfy.launching.recipe import changed_settings, load_recipe, makes_another_run, settings
 from fourdfy.launching.sweeps.runners import Runner
 from fourdfy.launching.trial import is_owned
@@ -70,6 +71,11 @@ class SweepConfig(Schema):
     def __post_init__(self) -> None:
         if self.keep and not re.fullmatch(r"\d+ of \d+ after stage \d+", self.keep):
             raise ValueError(f"keep={self.keep!r}: expected such as 2 of 8 after stage 1")
+        if not self.keep and self.keep_by != "prior":
+            raise ValueError(
+                f"keep_by={self.keep_by!r}: without keep, all seeds go on; set keep=1 of 4 after stage 1, "
+                "say, or leave keep_by out"
+            )
         if not re.fullmatch(r"((lowest|highest) )?\S+", self.keep_by):
             raise ValueError(f"keep_by={self.keep_by!r}: expected a metric, or such as: lowest prior")
         for key, values in self.grid.items():
@@ -78,6 +84,10 @@ class SweepConfig(Schema):
         for name, overrides in self.settings.items():
             if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
                 raise ValueError(f"settings.{name}={overrides!r}: expected a list of key=value")
+            if alone := [word for word in overrides if "=" not in word]:
+                raise ValueError(
+                    f"settings.{name}: {alone[0]!r}: expected key=value, e.g. trainer.max_steps=1000"
+                )
 
 
 @dataclass(frozen=True)
@@ -172,12 +182,27 @@ class Sweep:
                 count as its own.
         """
         _ = self.kept
+        self._check_keys()
+        for *_, stages in self.recipes:
+            check_files(stages)
         for job in self.jobs:
             if changed := self._changed(job):
                 raise ConfigError(
                     f"{job.name}: trained with other settings ({', '.join(changed[:4])}); give these "
                     "settings another name, or the sweep another folder: exp_root_dir=DIR"
                 )
+
+    def _check_keys(self) -> None:
+        """Refuse a key for all jobs, to which some job's own settings give another value."""
+        own = {f"settings.{name}": words for name, words in self.cfg.settings.items()}
+        own |= {f"grid.{key}": [f"{key}="] for key in self.cfg.grid}
+        for where, words in own.items():
+            for key in (word.partition("=")[0] for word in words):
+                for all_jobs in self.typed if where.startswith("settings.") else self.cfg.overrides:
+                    if all_jobs.partition("=")[0] == key:
+                        raise ConfigError(
+                            f"{all_jobs}: for all jobs, but {where} sets {key} too; remove one of them"
+                        )
 
     def _changed(self, job: Job) -> list[str]:
         try:
@@ -211,6 +236,10 @@ class Sweep:
         if not 0 < stage < stages:
             raise ConfigError(
                 f"keep: {self.cfg.keep}: the recipe has {stages} stages; name one before the last"
+            )
+        if best == of:
+            raise ConfigError(
+                f"keep: {self.cfg.keep}: all seeds go on; keep fewer of them, or leave keep out"
             )
         _ = self.keep_by
         return best, stage
@@ -300,8 +329,10 @@ class Sweep:
         lists = {own: self.cfg.settings.get(name or "", ()), "overrides": self.cfg.overrides}
         for word in reversed(given):
             key = word.partition("=")[0]
-            bare = _without_stage(key)
-            if not bare or not re.match(rf"(stage_\d+\.)?{re.escape(bare)}(?![\w.])", str(error)):
+            section, _, last = (bare := _without_stage(key)).rpartition(".")
+            whole = rf"{re.escape(bare)}(?![\w.])"
+            about = rf"(stage_\d+\.)?({whole}|{re.escape(section)} \(.*?\): {re.escape(last)}\b)"
+            if not bare or not re.match(about, str(error)):
                 continue
             origin = next((at for at, some in lists.items() if word in some), f"grid.{key}")
             if origin == "overrides" and word in self.typed:
