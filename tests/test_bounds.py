@@ -40,7 +40,7 @@ class Camera(Component.Config):
     ("given", "message"),
     [
         ({"width": 0}, r"^camera\.width: 0 is outside the range; expected 1 to 8192"),
-        ({"width": 10**9}, r"^camera\.width: 1e\+09 is outside"),
+        ({"width": 10**9}, r"^camera\.width: 1000000000 is outside"),
         ({"share": [0, 0.5, 98.0, 100]}, r"^camera\.share: 98 is outside the range; expected 0 to 1"),
         ({"share": None}, r"^camera\.share: value=None: expected a number"),
         (

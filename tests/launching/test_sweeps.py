@@ -218,8 +218,8 @@ def test_an_override_that_is_wrong_is_named_with_its_place(made, tmp_path):
             _ = made(f"config: {STAGE}\nprompts: {PROMPTS}\n{text}").jobs
     with pytest.raises(ConfigError, match=r"lambda_sparsity.*\(in the command line\)"):
         _ = made(f"config: {STAGE}\nprompts: {PROMPTS}\n", wrong).jobs
-    with pytest.raises(ConfigError, match=rf"^trainer {where}overrides\): val_check_interval=1\.5: expected"):
-        _ = made(f"config: {STAGE}\nprompts: {PROMPTS}\noverrides: [trainer.val_check_interval=1.5]").jobs
+    with pytest.raises(ConfigError, match=rf"^evaluation {where}overrides\): metrics: no metric 'foo'"):
+        _ = made(f"config: {STAGE}\nprompts: {PROMPTS}\noverrides: ['evaluation.metrics=[foo]']").jobs
 
 
 def test_what_is_typed_for_all_jobs_is_not_overruled_in_silence(made):

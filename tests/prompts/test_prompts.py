@@ -330,7 +330,7 @@ def test_training_warns_too(caplog):
 
 
 def test_an_empty_prompt_is_refused():
-    with pytest.raises(ValueError, match="the prompt is empty; .* --prompt TEXT"):
+    with pytest.raises(ValueError, match=r"the prompt is empty; .* --prompt TEXT"):
         make(pretrained_model_name_or_path=SHAPES, prompt=" ")
 
 

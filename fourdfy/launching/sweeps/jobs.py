@@ -183,9 +183,10 @@ class Sweep:
         """
         _ = self.kept
         self._check_keys()
+        jobs = self.jobs
         for *_, stages in self.recipes:
             check_files(stages)
-        for job in self.jobs:
+        for job in jobs:
             if changed := self._changed(job):
                 raise ConfigError(
                     f"{job.name}: trained with other settings ({', '.join(changed[:4])}); give these "
