@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -259,6 +260,8 @@ def _solid_tables(report: ShapesReport) -> tuple[Table, Table]:
         error = None
         if moment.track is not None and moment.track_truth is not None:
             error = moment.track - moment.track_truth
+            if "spinning" in report.prompt.split():
+                error = math.remainder(error, 360)  # whole turns, which tracks are not counted from
         over_time.add_row(
             _number(moment.time),
             _number(moment.iou),

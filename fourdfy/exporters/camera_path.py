@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fourdfy.bounds import Bounds
 from fourdfy.config import ConfigError
 from fourdfy.files.atomic import write_whole
 from fourdfy.types import Cameras
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 
 MAX_SIZE = 8192
 """Pixels along a side."""
+FPS = Bounds(0.1, 240)
+"""Of what is filmed."""
+MODELS = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE")
 DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
 CONVENTIONS = (
     "transform_matrix: camera to world, columns right, up, backward, position; the camera looks along its "
@@ -80,10 +84,20 @@ def load_cameras(path: Path) -> tuple[Cameras, float | None]:
             raise ValueError("times outside 0..1")
         if not ((cameras.fovy_deg > 0) & (cameras.fovy_deg < 180)).all():
             raise ValueError("fields of view outside 0..180 degrees")
-        if fps is not None and not 0 < fps < math.inf:
-            raise ValueError(f"fps {fps}")
+        if fps is not None and fps not in FPS:
+            raise ValueError(f"fps {fps:g}; expected {FPS}")
+        turns = cameras.c2w[:, :3, :3]
+        if (
+            not torch.allclose(turns.mT @ turns, torch.eye(3).expand_as(turns), atol=0.02)
+            or (turns.det() < 0).any()
+        ):
+            raise ValueError("a matrix is no rotation and position")
         if ignored := sorted(_of_lenses(content, cameras)):
-            logger.warning("%s: %s ignored: pixels are square here, and centred", path, ", ".join(ignored))
+            logger.warning(
+                "%s: %s ignored: pixels are square here, and centred, and show the whole scene",
+                path,
+                ", ".join(ignored),
+            )
         return cameras, fps
     except OSError as error:
         raise ConfigError(f"{path}: no such camera path ({error.strerror})") from error
@@ -95,6 +109,8 @@ def load_cameras(path: Path) -> tuple[Cameras, float | None]:
 
 
 def _of_transforms(content: Any) -> tuple[Cameras, float | None]:
+    if (model := content.get("camera_model", "OPENCV")) not in MODELS:
+        raise ValueError(f"camera_model {model!r}; expected one of {', '.join(MODELS)}")
     width, height, frames = int(content["w"]), int(content["h"]), content["frames"]
     focal = torch.tensor([_focal_length(frame, content, height) for frame in frames])
     cameras = _cameras(
@@ -137,6 +153,8 @@ def _focal_length(frame: dict[str, Any], content: dict[str, Any], height: int) -
 def _of_lenses(content: dict[str, Any], cameras: Cameras) -> set[str]:
     """The keys that ask for what is not rendered, of the path or of its frames."""
     found = set()
+    if content.get("crop"):
+        found.add("crop")
     for values in (content, *content.get("frames", ())):
         found |= {key for key in DISTORTION if values.get(key)}
         for key, middle in (("cx", cameras.width / 2), ("cy", cameras.height / 2)):

@@ -14,7 +14,7 @@ from numpy import ndarray
 from fourdfy.bounds import number
 from fourdfy.config import ConfigError, file_path
 from fourdfy.exporters.base import Exporter, TrainedScene
-from fourdfy.exporters.camera_path import load_cameras, save_cameras
+from fourdfy.exporters.camera_path import FPS, load_cameras, save_cameras
 from fourdfy.files import atomic, images
 from fourdfy.ops.compositing import expected_depth
 from fourdfy.registry import register
@@ -39,7 +39,7 @@ class VideoExporter(Exporter):
         """Write WebM, WebP and PNG without the background; mp4 and GIF have no opacity and show it."""
         depth: bool = True
         """Also write depth, as numbers (``.npz``) and as images (near red, far blue, background black)."""
-        fps: float | None = number(None, 0.1, 240)
+        fps: float | None = number(None, FPS.low, FPS.high)
         """null: that of a camera file, else the rate that shows one clip in ``clip_seconds``, or 15 if the
         scene's time does not advance."""
         frames_at_once: int = number(8, 1, 4096)

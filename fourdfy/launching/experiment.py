@@ -336,6 +336,14 @@ def is_cut_short(parsed: Path) -> bool:
         return True
 
 
+def as_trained(experiment: Experiment) -> Experiment:
+    """The experiment without what this command line changed, if its trial says how it was trained."""
+    parsed = experiment.trial_dir / PARSED
+    if is_cut_short(parsed):
+        return experiment
+    return replace(load_experiment([parsed], []), trial_dir=experiment.trial_dir)
+
+
 def trial_arguments(given: Path, given_as: str = "--trial ") -> tuple[Path, list[str]]:
     """What ``--trial`` stands for: the config and the overrides that continue a trial.
 

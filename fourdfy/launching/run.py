@@ -14,7 +14,7 @@ from fourdfy.callbacks.signals import FinishStep
 from fourdfy.config_files import COMMAND_LINE, PROMPT, ConfigError
 from fourdfy.devices import keep_freed_memory, on_device, select_device, select_devices
 from fourdfy.files.atomic import WriteError, check_writable, losses_noted, remove_leftovers
-from fourdfy.launching.experiment import PARSED, Experiment, trial_of
+from fourdfy.launching.experiment import PARSED, Experiment, as_trained, trial_of
 from fourdfy.launching.plan import check_run, fetch_models, print_plan, prompt_line
 from fourdfy.launching.recipe import Stage, load_recipe
 from fourdfy.launching.reports import write_report
@@ -119,7 +119,13 @@ def evaluate(mode: str, stage: Stage, *, device: str, out: Path | None = None) -
     try:
         check_writable(folder)
         remove_leftovers(folder)
+        trained = as_trained(experiment)
         if mode == "evaluate":
+            if out is None and trained.cfg.system.prompt != experiment.cfg.system.prompt:
+                raise ConfigError(
+                    f"the scene was trained for {trained.cfg.system.prompt!r}, and its folder holds the "
+                    "scores for that; to judge it by another prompt, say where they go: --out DIR"
+                )
             from fourdfy.evaluation.judge import evaluate as judged
             from fourdfy.evaluation.judge import print_numbers, write_numbers
 
@@ -134,7 +140,7 @@ def evaluate(mode: str, stage: Stage, *, device: str, out: Path | None = None) -
         last = experiment.last_checkpoint
         is_last = not has_checkpoint(last) or step_of(last) == system.step
         if out is None and mode != "export" and is_last:
-            write_report(experiment, system)
+            write_report(trained, system)
     except WriteError as error:
         raise ConfigError(f"{error}; results can go elsewhere: --out DIR") from error
     logger.info("written to %s", folder)

@@ -58,7 +58,7 @@ def chart(title: str, curves: Mapping[str, Curve]) -> str:
 
     def place(step: int, value: float) -> str:
         ends = [math.log(v) if is_log else v for v in (low, high, value)]
-        across = (step - first) / max(last - first, 1)
+        across = (step - first) / (last - first) if last > first else 0.5
         upwards = (ends[2] - ends[0]) / (ends[1] - ends[0]) if ends[1] > ends[0] else 0.5
         return f"{LEFT + across * (WIDTH - LEFT - 6):.1f} {8 + (1 - upwards) * (HEIGHT - BOTTOM - 14):.1f}"
 

@@ -15,8 +15,17 @@ from fourdfy.pages.clips import MAX_FRAMES, MAX_PIXELS, clip_of, picture, spread
 
 PICTURES = 12
 """Most pictures of a strip."""
-DAMAGED = (OSError, ValueError, TypeError, AttributeError, LookupError, SyntaxError, csv.Error)
-"""What is raised for broken files; the sixth by Pillow."""
+DAMAGED = (
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    SyntaxError,
+    csv.Error,
+)
+"""What is raised for broken files; the seventh by Pillow."""
 
 
 def readable(read: Callable[[Path], dict[str, Any]], trial: Path) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class _Handler(SimpleHTTPRequestHandler):
         try:
             answers = json.loads(body)
             self.key.check(answers)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             logger.warning("answers refused: %s", error)
             return self.send_error(HTTPStatus.BAD_REQUEST)
         name = f"{sanitize_tag(answers['rater'])}-{hashlib.sha256(body).hexdigest()[:8]}.json"

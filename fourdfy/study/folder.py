@@ -15,12 +15,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import imageio_ffmpeg
+
 from fourdfy.config_files import ConfigError
 from fourdfy.files.atomic import ELSEWHERE, write_whole
 from fourdfy.pages.study import study_page
 from fourdfy.study.settings import StudyConfig, read_study
 
 SITE, KEY, ANSWERS = "site", "key.json", "answers"
+PLAYED = ("h264", "vp8", "vp9", "av1")
+"""What browsers play, by FFmpeg's names."""
 CHOICES = ("left", "tie", "right")
 
 
@@ -80,6 +84,11 @@ def write_study(file: Path, overrides: Sequence[str]) -> Path:
     clips, files = dict[str, Clip](), dict[str, bytes]()
     for method, of in videos.items():
         for prompt, video in of.items():
+            if (codec := _codec(video)) not in PLAYED:
+                kind = f"{codec} video" if codec else "no video"
+                raise ConfigError(
+                    f"methods.{method} ({file}): {video} is {kind}; browsers play {', '.join(PLAYED)}"
+                )
             content = video.read_bytes()
             name = hashlib.sha256(content).hexdigest()[:16]
             if name in clips:
@@ -94,6 +103,9 @@ def write_study(file: Path, overrides: Sequence[str]) -> Path:
     folder = Path(cfg.exp_root_dir)
     if _answered(folder) - {study}:
         raise ConfigError(f"{folder} has answers of another study; {ELSEWHERE}")
+    for old in (folder / SITE / "clips").glob("*"):
+        if f"clips/{old.name}" not in files:
+            old.unlink()  # of an earlier study, which raters should not get
     for name, content in files.items():
         write_whole(folder / SITE / name, content)
     page = folder / SITE / "index.html"
@@ -104,11 +116,22 @@ def write_study(file: Path, overrides: Sequence[str]) -> Path:
     return page
 
 
+def _codec(video: Path) -> str:
+    """Of a video; empty if it is none."""
+    frames = imageio_ffmpeg.read_frames(str(video))
+    try:
+        return str(next(frames)["codec"])
+    except (OSError, RuntimeError, LookupError, StopIteration):
+        return ""
+    finally:
+        frames.close()
+
+
 def _answered(folder: Path) -> set[str]:
     """The studies that the folder's answers are of; those that can't be read are of none."""
     found = set()
     for file in (folder / ANSWERS).glob("*.json"):
-        with suppress(OSError, ValueError, TypeError, KeyError):
+        with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
             found.add(str(json.loads(file.read_text(encoding="utf-8"))["study"]))
     return found
 

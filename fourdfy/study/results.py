@@ -117,7 +117,7 @@ def read_answers(folder: Path, key: Key) -> list[dict[str, Any]]:
         try:
             answers = json.loads(file.read_text(encoding="utf-8"))
             key.check(answers)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             logger.warning("%s is left out: %s", file, error)
             continue
         rater = answers["rater"]

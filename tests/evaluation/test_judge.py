@@ -20,6 +20,7 @@ from fourdfy.evaluation.networks import Judge
 from fourdfy.evaluation.protocol import EvaluationConfig
 from fourdfy.evaluation.registry import METRICS, Metric, metric
 from fourdfy.files.prompt_lists import read_prompts
+from fourdfy.launching.cli import main
 from fourdfy.launching.experiment import load_experiment
 from fourdfy.launching.sweeps.jobs import read_sweep
 from tests.commands import ROOT, launch, trial
@@ -65,8 +66,10 @@ def test_a_prompt_without_a_truth_gets_every_metric(root, judges, capsys):
     assert (protocol["distance"], protocol["fovy_deg"]) == (3.0, 40.0)
 
 
-def test_a_prompt_of_the_shapes_world_is_compared_with_it_and_needs_no_network(root):
-    found = evaluated(root)
+def test_a_prompt_of_the_shapes_world_is_compared_with_it_and_needs_no_network(root, tmp_path):
+    command = ["--trial", str(trial(root, "shapes_stage_3")), "--evaluate", "--gpu", "cpu"]
+    assert main([*command, "--prompt", "a red cube bouncing", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "it1-evaluation.json").read_text())
     assert 0 <= found["iou"] <= 1 and found["flow"] >= 0 and "clip_score" not in found
     assert found["protocol"]["networks"] == {}
 

@@ -66,6 +66,32 @@ def test_what_a_lens_does_is_ignored_with_a_warning(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fps": 1e6}, r"fps 1e\+06; expected 0\.1 to 240"),
+        (
+            {"camera_model": "OPENCV_FISHEYE"},
+            "camera_model 'OPENCV_FISHEYE'; expected one of OPENCV, PINHOLE",
+        ),
+        ({"frames": [{"transform_matrix": torch.zeros(4, 4).tolist()}]}, "no rotation"),
+        (
+            {"frames": [{"transform_matrix": torch.diag(torch.tensor([1.0, 1, -1, 1])).tolist()}]},
+            "no rotation",
+        ),
+    ],
+)
+def test_what_can_t_be_filmed_is_refused(tmp_path, change, message):
+    content = {"w": 8, "h": 8, "fl_y": 9, "fps": 24, "camera_model": "PINHOLE"}
+    content |= {"frames": [{"transform_matrix": torch.eye(4).tolist()}]}
+    path = tmp_path / "path.json"
+    path.write_text(json.dumps(content))
+    assert load_cameras(path)[1] == 24
+    path.write_text(json.dumps(content | change))
+    with pytest.raises(ConfigError, match=rf"path\.json: .*{message}"):
+        load_cameras(path)
+
+
+@pytest.mark.parametrize(
     "content",
     ['{"w": 2, "h": 2, "fl_y": 3, "frames": ["a"]}', '{"w": 2, "h": Infinity, "fl_y": 3, "frames": [1]}',
      "{", '{"frames": []}', '{"w": 2, "h": 2, "fl_y": 3, "frames": []}',

@@ -77,6 +77,19 @@ def test_a_stage_ends_with_a_report_of_all_that_it_was_and_made(trained):
     assert (session.first, session.last) == (0, 2) and session.seconds > 0 and session.test_seconds > 0
 
 
+def test_other_settings_of_a_test_are_not_those_of_the_training(copy, tmp_path, capsys):
+    folder = trial(copy, "shapes_stage_1")
+    (folder / "report.html").unlink()
+    other = ["--prompt", "a blue ball bouncing", "system.loss.lambda_sparsity=77", "--gpu", "cpu"]
+    assert main(["--trial", str(folder), "--test", *other]) == 0
+    text = (folder / "report.html").read_text()
+    assert (
+        "a red cube bouncing" in text and "blue ball" not in text and "77" not in Found(text).under("pre")[-1]
+    )
+    assert main(["--trial", str(folder), "--evaluate", *other]) == 2
+    assert "error: the scene was trained for 'a red cube bouncing'" in capsys.readouterr().err
+
+
 def test_a_validation_view_is_cut_out_of_its_row(trained):
     found = Found((trial(trained, "shapes_stage_1") / "report.html").read_text())
     pictures = [given["src"] for given in found.of("img") if given["alt"].startswith("step ")]

@@ -71,6 +71,7 @@ def test_what_is_no_answer_of_the_study_is_refused(tmp_path, path, headers, chan
     body = json.dumps({**answers(folder, "anna", lambda *_: "ours"), **change})
     with collecting(folder) as server:
         assert ask(server, "POST", path, body, headers)[0] == status
+        assert ask(server, "POST", "/answers", "[" * 200_000)[0] == 400
     assert not any((folder / ANSWERS).iterdir())
 
 

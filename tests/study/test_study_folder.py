@@ -99,6 +99,30 @@ def test_a_missing_prompt_and_the_same_clip_twice_are_refused(tmp_path):
         write_study(file, [])
 
 
+@pytest.mark.parametrize("content", [b"no video", b""])
+def test_what_no_browser_plays_is_refused(tmp_path, content):
+    folder = study(tmp_path)
+    given = yaml.safe_load((tmp_path / "study.yaml").read_text())
+    video = Path(given["methods"]["ours"][PROMPTS[0]])
+    video.write_bytes(content)
+    with pytest.raises(
+        ConfigError, match=rf"^methods\.ours .*{video.name} is no video; browsers play h264, vp8, vp9, av1$"
+    ):
+        write_study(tmp_path / "study.yaml", [])
+    assert folder.is_dir()
+
+
+def test_clips_of_an_earlier_study_are_not_sent(tmp_path):
+    folder = study(tmp_path, ["ours", "theirs", "third"])
+    assert len([*(folder / SITE / "clips").iterdir()]) == 3 * len(PROMPTS)
+    given = yaml.safe_load((tmp_path / "study.yaml").read_text())
+    del given["methods"]["third"]
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(given))
+    write_study(tmp_path / "study.yaml", [])
+    sent = {f"clips/{file.name}" for file in (folder / SITE / "clips").iterdir()}
+    assert sent == {*data_of(folder)["clips"].values()} and len(sent) == 2 * len(PROMPTS)
+
+
 def test_a_study_with_answers_is_not_replaced_by_another(tmp_path):
     folder = study(tmp_path)
     before = (folder / KEY).read_bytes()

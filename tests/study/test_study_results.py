@@ -18,6 +18,14 @@ def prefers(*order):
     return lambda question, *methods: "" if question == "text" else min(methods, key=order.index)
 
 
+def test_endless_brackets_are_left_out_with_a_warning(tmp_path, caplog):
+    folder = study(tmp_path)
+    put(folder, *(answers(folder, f"rater {i}", prefers("theirs", "ours")) for i in range(6)))
+    (folder / ANSWERS / "deep.json").write_text("[" * 200_000)
+    assert write_results(folder).rows
+    assert "deep.json is left out" in caplog.text
+
+
 def test_sides_become_methods_and_ties_stay(tmp_path):
     folder = study(tmp_path)
     put(folder, *(answers(folder, f"rater {i}", prefers("theirs", "ours")) for i in range(6)))
