@@ -208,7 +208,8 @@ def load_recipe(names: Sequence[str | Path], overrides: Sequence[str]) -> list[S
         return [Stage(load_experiment(paths, shared), tuple(paths), 1, 1)]
     if unknown := {number for number in (*for_stage, *in_files) if not 1 <= number <= len(files)}:
         raise ConfigError(f"stage_{max(unknown)}: {paths[0]} has {len(files)} stages")
-    if given := [word for word in shared if word.startswith("system.weights=")][: len(files) - 1]:
+    given = [word for word in shared if word.startswith("system.weights=")]
+    if given and len(files) > 1:
         raise ConfigError(
             "system.weights: each stage of a recipe starts from the one before; for one of them: "
             f"stage_1.{given[0]}"

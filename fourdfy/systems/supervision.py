@@ -190,7 +190,7 @@ def _chosen(name: str, cfg: StepConfig, system: Any, data: DataModule.Config) ->
     """The halves that a further kind trains, maybe none; a recipe may name halves that do not learn yet."""
     of_images = _trained("image", system, data)
     learning = of_images | _trained("video", system, data)
-    if cfg.trains and not learning.intersection(cfg.trains):
+    if cfg.probability > 0 and cfg.trains and not learning.intersection(cfg.trains):
         raise ConfigError(
             f"steps.{name}.trains={cfg.trains}: nothing of it learns in this stage; expected one of "
             f"{', '.join(sorted(learning))}, or the probability 0"
