@@ -140,10 +140,10 @@ def test_a_further_kind_says_what_it_trains_or_trains_what_images_do():
 )
 def test_a_further_kind_that_would_teach_the_scene_nothing_is_refused(static, freeze, asked, expected):
     message = rf"^steps\.c\.trains=\['{asked}'\]: nothing of it learns .*; expected one of {expected}"
+    of_stage = {"static": static, "freeze": freeze}
     with pytest.raises(ConfigError, match=message):
-        plan(
-            0.5, 0.0 if static else 0.5, static=static, freeze=freeze, steps={"c": step(0.1, trains=[asked])}
-        )
+        plan(0.5, 0.0 if static else 0.5, **of_stage, steps={"c": step(0.1, trains=[asked])})
+    plan(0.5, 0.0 if static else 0.5, **of_stage, steps={"c": step(0.0, trains=[asked])})  # of another stage
 
 
 def test_a_further_kind_may_have_the_cameras_of_another():
