@@ -148,7 +148,7 @@ def find(name: str, kind: type[Kind]) -> type[Kind]:
     hint = f"did you mean {guess[0]!r}?" if guess else f"expected one of {choices(kind)}"
     if cls is not None:
         raise ValueError(f"{name!r} is a {cls.__name__}, not a {kind.__name__}; {hint}")
-    own = "; of your own: plugins=MODULE" if guess else ""
+    own = " For one of your own, set plugins=MODULE" if guess else ""
     raise ValueError(f"no {kind.__name__} is registered as {name!r}; {hint}{own}")
 
 

@@ -87,7 +87,10 @@ def test_what_a_config_holds_is_parsed_when_it_is_made():
     [
         ({"engine": {"powr": 70}}, r"^engine\.powr: unknown key; did you mean 'power'\?$"),
         ({"engine": {"power": "much"}}, r"^engine\.power: .*could not be converted"),
-        ({"engine_type": "test-desel"}, r"^engine_type: no Engine .*; did you mean 'test-diesel'\?$"),
+        (
+            {"engine_type": "test-desel"},
+            r"^engine_type: no Engine .*; did you mean 'test-diesel'\? For .* plugins=MODULE$",
+        ),
         ({"spare": {"type": "test-wheel"}}, r"^spare\.type: no Engine"),
         ({"trailer": {"lenght": 1}}, r"^trailer\.lenght: unknown key; did you mean 'length'\?$"),
         ({"engine": Wheel.Config()}, r"^engine: expected the Config of Engine, got Wheel\.Config$"),

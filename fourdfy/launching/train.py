@@ -87,8 +87,7 @@ def train(
         ConfigError: the input does not work; says what would.
         FloatingPointError: training diverged.
     """
-    if wrong := [each for each in callbacks if not isinstance(each, Callback)]:
-        raise ConfigError(f"callbacks: expected instances of Callback, e.g. [MyCallback()], got {wrong[0]!r}")
+    _check_callbacks(callbacks)
     configs = [config] if isinstance(config, str | Path) else list(config)
     given = [*([] if prompt is None else [literal_override(PROMPT, prompt)]), *overrides]
     devices = select_devices(device, "device=")
@@ -116,6 +115,11 @@ def load(trial: str | Path, device: str | None = None) -> Trial:
     with on_device(device):
         system = experiment.load_system(device, experiment.last_checkpoint)
     return Trial(experiment.trial_dir, experiment.cfg, system)
+
+
+def _check_callbacks(given: Sequence[object]) -> None:
+    if wrong := [each for each in given if not isinstance(each, Callback)]:
+        raise ConfigError(f"callbacks: expected instances of Callback, e.g. [MyCallback()], got {wrong[0]!r}")
 
 
 def train_stages(

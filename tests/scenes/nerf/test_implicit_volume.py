@@ -270,7 +270,10 @@ def test_progressive_differences_step_by_one_cell_of_the_finest_open_level():
         ({"finite_difference_normal_eps": "progresive"}, "expected a number above 0 or 'progressive'"),
         ({"finite_difference_normal_eps": 0}, "finite_difference_normal_eps: 0 is outside"),
         ({"isosurface_threshold": "aut"}, "expected a number above 0 or 'auto'"),
-        ({"mlp_network_config": {"n_hidden_layers": 10**9}}, "n_hidden_layers: 1e.09 is outside the range"),
+        (
+            {"mlp_network_config": {"n_hidden_layers": 10**9}},
+            "n_hidden_layers: 1000000000 is outside the range",
+        ),
         ({"normal_type": "normal"}, r"system\.geometry\.normal_type"),
         (
             {"anneal_density_blob_std_config": {**ANNEALED, "max_anneal_step": 100}},
