@@ -119,9 +119,9 @@ def evaluate(mode: str, stage: Stage, *, device: str, out: Path | None = None) -
     try:
         check_writable(folder)
         remove_leftovers(folder)
-        trained = as_trained(experiment)
+        trained = as_trained(experiment) if out is None else experiment
         if mode == "evaluate":
-            if out is None and trained.cfg.system.prompt != experiment.cfg.system.prompt:
+            if trained.cfg.system.prompt != experiment.cfg.system.prompt:
                 raise ConfigError(
                     f"the scene was trained for {trained.cfg.system.prompt!r}, and its folder holds the "
                     "scores for that; to judge it by another prompt, say where they go: --out DIR"

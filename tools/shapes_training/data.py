@@ -177,6 +177,13 @@ def draw_scenes(part: str, count: int, generator: torch.Generator, *, held_out: 
     )
 
 
+def told_cameras(part: str, scenes: Scenes, device: torch.device) -> Float[Tensor, "G F 16"] | None:
+    """What the four-view model is told of the cameras; the others are told nothing."""
+    if part != "multi_view":
+        return None
+    return camera_vectors(scenes.cameras(device).c2w).unflatten(0, scenes.times.shape)
+
+
 def view_index(
     part: str, elevation_deg: Float[Tensor, "*G"], azimuth_deg: Float[Tensor, "*G"]
 ) -> Int[Tensor, "*G"]:
@@ -265,9 +272,8 @@ def latent_pool(part: str, size: int, out: Path, seed: int, texts: TextTable) ->
         texts.require(scenes.text)
         images = render_scenes(scenes, device)
         made = {"latents": encode(vae, images).half(), "text": scenes.text.to(device)}
-        if part == "multi_view":
-            vectors = camera_vectors(scenes.cameras(device).c2w)
-            made["cameras"] = vectors.unflatten(0, images.shape[:2])
+        if (vectors := told_cameras(part, scenes, device)) is not None:
+            made["cameras"] = vectors
         return made
 
     return Pool(part, size, prepare, seed, made_by=store.read_record(out, vae_part).get("steps"))

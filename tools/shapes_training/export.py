@@ -121,8 +121,8 @@ def _samples(quality: dict[str, Any]) -> list[str]:
     for which, shares in quality["shares"].items():
         lines.append(f"| {of.get(which, which)} | {' | '.join(f'{shares[n]:.3f}' for n in names)} |")
     if one_step := quality.get("one_step"):
-        shares = ", ".join(f"{share:g}" for share in NOISES)
-        lines += ["", f"PSNR in dB of x_0 in one step from the noisy truth, at {shares} of all noise:", ""]
+        noises = ", ".join(f"{share:g}" for share in NOISES)
+        lines += ["", f"PSNR in dB of x_0 in one step from the noisy truth, at {noises} of all noise:", ""]
         lines += [
             f"- {of.get(which, which)}: {', '.join(map(str, psnr))}" for which, psnr in one_step.items()
         ]

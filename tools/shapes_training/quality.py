@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from fourdfy.ops.diffusion import add_noise, classifier_free_guidance, sample_noise, x0_from_prediction
-from fourdfy.priors.mvdream import camera_vectors
 from fourdfy.seeds import step_generator
 from fourdfy.shapes.creature_prompts import CreaturePrompt
 from fourdfy.shapes.creatures import CREATURES
@@ -46,6 +45,7 @@ from tools.shapes_training.data import (
     prompts_of,
     render_scenes,
     text_row,
+    told_cameras,
     view_index,
 )
 from tools.shapes_training.models import (
@@ -176,9 +176,7 @@ def one_step(part: str, out: Path, *, device: torch.device, seed: int, count: in
         scenes = draw_scenes(part, number, generator, held_out=apart)
         texts.require(scenes.text)
         images, text = render_scenes(scenes, device), texts.rows[scenes.text]
-        latents, cameras = encode(vae, images), None
-        if part == "multi_view":
-            cameras = camera_vectors(scenes.cameras(device).c2w).unflatten(0, images.shape[:2])
+        latents, cameras = encode(vae, images), told_cameras(part, scenes, device)
         noise, psnr = sample_noise(latents.shape, generator, device), []
         for share in NOISES:
             timesteps = torch.full((number,), schedule.span(share, share)[0], device=device)
@@ -222,9 +220,7 @@ def sample(
     schedule = noise_schedule(part, device)
     shape = latent_shape(part)
     noise = torch.randn(len(scenes), *shape, generator=step_generator(seed, 0, "samples"))
-    cameras = None
-    if part == "multi_view":
-        cameras = camera_vectors(scenes.cameras(device).c2w).unflatten(0, (len(scenes), -1))
+    cameras = told_cameras(part, scenes, device)
     images = []
     for start in range(0, len(scenes), SCENES_AT_ONCE):
         rows = slice(start, start + SCENES_AT_ONCE)

@@ -198,12 +198,13 @@ class Sweep:
         own = {f"settings.{name}": words for name, words in self.cfg.settings.items()}
         own |= {f"grid.{key}": [f"{key}="] for key in self.cfg.grid}
         for where, words in own.items():
+            of_all = self.typed if where.startswith("settings.") else self.cfg.overrides
+            by_key = {word.partition("=")[0]: word for word in reversed(of_all)}
             for key in (word.partition("=")[0] for word in words):
-                for all_jobs in self.typed if where.startswith("settings.") else self.cfg.overrides:
-                    if all_jobs.partition("=")[0] == key:
-                        raise ConfigError(
-                            f"{all_jobs}: for all jobs, but {where} sets {key} too; remove one of them"
-                        )
+                if key in by_key:
+                    raise ConfigError(
+                        f"{by_key[key]}: for all jobs, but {where} sets {key} too; remove one of them"
+                    )
 
     def _changed(self, job: Job) -> list[str]:
         try:
