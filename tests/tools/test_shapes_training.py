@@ -166,6 +166,16 @@ def test_the_flow_model_is_trained_on_what_the_prior_computes(run):
     assert texts.shape[1] == 512 and not texts[:, NUM_TOKENS:].any()
 
 
+def test_texts_that_are_all_known_are_required_again(run):
+    table = TextTable(run, "text", CPU)
+    rows = torch.tensor([3, 5])
+    table.require(rows)
+    known = table.rows.clone()
+    table.require(rows)
+    torch.testing.assert_close(table.rows, known, equal_nan=True)
+    assert table.missing.sum() == len(table.texts) - 3  # these and the empty one
+
+
 def test_the_flow_model_s_folder_is_a_genuine_pipeline(run):
     from diffusers import WanPipeline
 

@@ -101,7 +101,8 @@ class TextTable:
     def require(self, rows: Int[Tensor, "G"]) -> None:
         """Encode those of these rows that are missing."""
         rows = rows.cpu().unique()
-        for new in rows[self.missing[rows]].split(512):
+        missing = rows[self.missing[rows]]
+        for new in missing.split(512) if len(missing) else ():  # nothing splits into one empty part
             tokens = tokenize(self.tokenizer, [self.texts[row] for row in new])
             states = embed(self.encoder, *(ids.to(self.rows.device) for ids in tokens))
             self.rows[new] = pad(states, (0, 0, 0, NUM_TOKENS - states.shape[1]))
