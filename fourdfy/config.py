@@ -387,7 +387,8 @@ def _parse_leaves(
             merged.get(name)  # some texts are refused only now
         except OmegaConfBaseException as error:
             problem = str(error).split("\n")[0]
-            problem = re.sub(r"Invalid value assigned: \w+ is not a .*\blist\b.*", "expected a list", problem)
+            if re.match(r"Invalid value assigned: \w+ is not a .*\blist\b", problem):
+                problem = f"expected a list, for example [{value}]"
             kinds_differ = "a mapping stands where a list is expected, or a list in place of a mapping"
             problem = problem.replace("Cannot merge incompatible container types", kinds_differ)
             raise config_error(path, error.full_key or name, sources, problem) from error

@@ -66,7 +66,10 @@ def test_a_null_type_leaves_the_component_out():
         ({"animal": {"name": "M", "live": 1}}, r"^house\.animal\.live: unknown key; did you mean 'lives'\?"),
         ({"lives": 1, "animal": {"lives": 9}}, r"^house\.lives: unknown key; did you mean 'animal\.lives'\?"),
         ({"animal": {"name": "M", "lives": "many"}}, r"^house\.animal\.lives: .*could not be converted"),
-        ({"animal": {"name": "M", "sizes": "x"}}, r"^house\.animal\.sizes: expected a list$"),
+        (
+            {"animal": {"name": "M", "sizes": "x"}},
+            r"^house\.animal\.sizes: expected a list, for example \[x\]$",
+        ),
         ({"animal": {"name": "M", "sizes": ["x"]}}, r"^house\.animal\.sizes\[0\]: "),
         ({"animal": {}}, r"^house\.animal\.name: missing; set it"),
         ({"animal": {"name": "???"}}, r"^house\.animal\.name: missing; set it"),

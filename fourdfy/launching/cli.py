@@ -144,9 +144,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
     parser = _parser()
     args, unknown = parser.parse_known_intermixed_args(argv)
+    if strange := [word for word in unknown if not re.match(r"-+\w+[.=]", word)]:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
     study = _is_study(args)
     if not (args.config or args.trial or args.replay or args.sweep or args.compare or study):
-        parser.error("one of the arguments --config --trial --replay --sweep --compare --study is required")
+        sources = "--config --trial --replay --compare --sweep --study --collect --study-results"
+        parser.error(f"one of {sources} is required")
     others = (args.mode, args.view, args.sweep, args.stages, args.gpu, args.prompt, unknown)
     if args.compare and (any((*others, args.overrides)) or len(args.compare) < 2):
         parser.error("--compare takes two trials or more, --out, and nothing else")
@@ -166,8 +169,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if not (args.sweep or args.compare or study) and (args.mode is None) == (args.replay is None):
         modes = " ".join(f"--{mode}" for mode in (*MODES, "view"))
         parser.error(f"--replay takes no mode; the others need one of {modes}")
-    if strange := [word for word in unknown if not re.match(r"-+\w+[.=]", word)]:
-        parser.error(f"unrecognized arguments: {' '.join(strange)}")
     if args.out and not args.compare and args.mode not in ("validate", "test", "export", "evaluate"):
         parser.error("--out says where an evaluation writes; for a run: exp_root_dir=DIR")
     args.overrides = [*unknown, *args.overrides]  # a key=value with dashes is refused with the others
@@ -181,7 +182,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        super().error(printable_lines(message))
+        self.exit(2, f"{self.prog}: error: {printable_lines(message)}; --help lists what can be typed\n")
 
 
 def _parser() -> argparse.ArgumentParser:

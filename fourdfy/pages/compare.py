@@ -25,7 +25,7 @@ def compare_page(trials: Mapping[Path, Mapping[str, Any]], prompts: Sequence[str
     """
     labels = shortest_names([*trials])
     same = len({*prompts}) == 1
-    title = prompts[0] if same else f"{len(trials)} trials"
+    title = prompts[0] if same else "Different prompts"
     clips = [clip_of_test(folder) for folder in trials]
     captions = [
         label if same else f"{label}: {prompt}" for label, prompt in zip(labels, prompts, strict=True)

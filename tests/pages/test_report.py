@@ -204,7 +204,7 @@ def test_trials_of_other_prompts_are_told_apart_and_have_all_of_their_sessions(t
     add_session(two[1], SESSIONS[:1], SESSIONS[1])
     text = compare_page({folder: {} for folder in two}, ["a cube", "a ball"])
     found = Found(text)
-    assert found.under("h1") == ["2 trials"] and found.under("figcaption")[:2] == [
+    assert found.under("h1") == ["Different prompts"] and found.under("figcaption")[:2] == [
         "tiny: a cube",
         "other: a ball",
     ]
