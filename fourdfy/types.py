@@ -184,6 +184,9 @@ Decay = tuple[float, float, float]
 """(a, b, c) of the function ``a exp(-b r) + c``."""
 
 
+MomentsBetween = Literal["step", "linear", "loop"]
+
+
 class PerpNegDecays(NamedTuple):
     """How the negative weights of Perp-Neg fall with r, the share of a view in the mixed text."""
 
@@ -223,6 +226,8 @@ class TextEmbeddings(TensorRecord):
     """Degrees; see ``prompts.views.direction_indices``."""
     perp_neg: PerpNegDecays | None = None
     """If given, views between two others get a mixed text and negative ones (``prompts.views``)."""
+    moments_between: MomentsBetween = "step"
+    """What times between the middles of two moments get; see ``prompts.views.at_times``."""
     still: TextEmbeddings | None = None
     """Those of ``prompt_still``: the same without its motion."""
 

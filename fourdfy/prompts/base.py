@@ -29,7 +29,7 @@ from fourdfy.files.atomic import by_product, write_whole
 from fourdfy.priors.hub import cache_root, knows_text, resolve_model, stored_folder
 from fourdfy.prompts.library import check_text, resolve_prompt
 from fourdfy.prompts.views import DIRECTIONS
-from fourdfy.types import PerpNegDecays, TextEmbeddings
+from fourdfy.types import MomentsBetween, PerpNegDecays, TextEmbeddings
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,10 @@ class PromptProcessor(Component, ABC):
         moments: list[str] = field(default_factory=list)
         """Words for equal parts of the scene's time (e.g. four quarters). Only this processor appends them to
         the prompt, before the view's words; a single entry applies to all times."""
+        moments_between: MomentsBetween = "step"
+        """What a time gets that is not the middle of a part: ``step`` the words of its own part, ``linear`` a
+        mixture of the embeddings of the two parts whose middles are nearest, by how near each is, ``loop``
+        the same in a clip that repeats, where the last part is next to the first."""
         negative_prompt: str = ""
         """The negative prompt, which guidance steers away from; the same for all views."""
         pretrained_model_name_or_path: str = file_path("stabilityai/stable-diffusion-2-1-base")
@@ -98,6 +102,11 @@ class PromptProcessor(Component, ABC):
                     continue
                 if not resolve_prompt(prompt).strip():
                     raise ValueError("the prompt is empty; say what the scene shows: --prompt TEXT")
+            if self.moments_between != "step" and len(self.moments) < 2:
+                raise ValueError(
+                    f"moments_between={self.moments_between}: moments has {len(self.moments)} entries, "
+                    "between which there is nothing; give it two or more, or set moments_between=step"
+                )
 
     cfg: Config
 
@@ -187,6 +196,7 @@ class PromptProcessor(Component, ABC):
             back_threshold=self.cfg.back_threshold,
             overhead_threshold=self.cfg.overhead_threshold,
             perp_neg=decays if self.cfg.use_perp_neg else None,
+            moments_between=self.cfg.moments_between,
         )
 
     def _at_moments(self, prompt: str) -> list[str]:

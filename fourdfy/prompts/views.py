@@ -1,6 +1,6 @@
-"""The texts of views: which one a camera gets, and Perp-Neg's mixtures (Armandpour et al. 2023).
+"""The texts of views and times: which one a camera gets, and Perp-Neg's mixtures (Armandpour et al. 2023).
 
-B cameras, D view directions (in the order of ``DIRECTIONS``), L tokens, C channels.
+B cameras, M moments, D view directions (in the order of ``DIRECTIONS``), L tokens, C channels.
 """
 
 from __future__ import annotations
@@ -9,22 +9,43 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fourdfy.types import Cameras, Conditions, TextEmbeddings
+from fourdfy.types import Cameras, Conditions, MomentsBetween, TextEmbeddings
 
 DIRECTIONS = ("side", "front", "back", "overhead")
 
 
 def for_views(text: TextEmbeddings, cameras: Cameras, view_dependent: bool) -> Conditions:
-    """The embeddings for the views and times of B cameras; the M moments are equal parts of 0..1."""
-    moment = (cameras.times * len(text.text)).long().clamp(max=len(text.text) - 1)
+    """The embeddings for the views and times of B cameras."""
     uncond = text.uncond.expand(len(cameras), -1, -1)
     if not view_dependent:
-        return Conditions(text.text[moment], uncond)
+        return Conditions(at_times(text.text, cameras.times, text.moments_between), uncond)
+    directions = at_times(text.text_directions, cameras.times, text.moments_between)
     if text.perp_neg is not None:
-        return perp_neg_texts(text, cameras, text.text_directions[moment])
+        return perp_neg_texts(text, cameras, directions)
     thresholds = (text.front_threshold, text.back_threshold, text.overhead_threshold)
     index = direction_indices(cameras.elevation_deg, cameras.azimuth_deg, *thresholds)
-    return Conditions(text.text_directions[moment, index], uncond)
+    return Conditions(directions[torch.arange(len(index)), index], uncond)
+
+
+def at_times(
+    embeddings: Float[Tensor, "M *S"], times: Float[Tensor, "B"], between: MomentsBetween
+) -> Float[Tensor, "B *S"]:
+    """The embeddings for B times in 0..1; the M moments are equal parts of it.
+
+    Between the middles of two moments they are mixed linearly, unless ``between`` is "step". Before the first
+    middle and behind the last, "linear" takes the nearest one, and "loop" mixes these two.
+    """
+    count = len(embeddings)
+    if between == "step":
+        return embeddings[(times * count).long().clamp(max=count - 1)]
+    place = times * count - 0.5
+    below = place.floor()
+    share = (place - below).to(embeddings.dtype).reshape(-1, *[1] * (embeddings.ndim - 1))
+    indices = (index.long() for index in (below, below + 1))
+    before, after = (
+        embeddings[index % count if between == "loop" else index.clamp(0, count - 1)] for index in indices
+    )
+    return before.lerp(after, share)
 
 
 def direction_indices(

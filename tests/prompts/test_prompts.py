@@ -198,6 +198,33 @@ def test_moments_are_equal_parts_of_the_scenes_time(model):
     assert not torch.equal(given.text[0], given.text[1])
 
 
+@pytest.mark.parametrize(
+    ("between", "before", "after", "share"),
+    [
+        ("linear", [0, 0, 0, 1, 3, 3], [0, 1, 1, 2, 3, 3], [0.5, 0, 0.5, 0.4, 0, 0.5]),
+        ("loop", [3, 0, 0, 1, 3, 3], [0, 1, 1, 2, 0, 0], [0.5, 0, 0.5, 0.4, 0, 0.5]),
+    ],
+)
+def test_between_two_moments_their_embeddings_are_mixed(model, between, before, after, share):
+    quarters = [f"in the {nth} quarter" for nth in ("first", "second", "third", "last")]
+    processor = make(pretrained_model_name_or_path=str(model), moments=quarters, moments_between=between)
+    given = processor.embeddings("cpu")
+    times = torch.tensor([0.0, 0.125, 0.25, 0.475, 0.875, 1.0])
+    views = cameras(torch.zeros(6), torch.zeros(6), times)
+    weight = torch.tensor(share)[:, None, None]
+    for dependent, texts in ((False, given.text), (True, given.text_directions[:, 1])):
+        mixed = (1 - weight) * texts[before] + weight * texts[after]
+        torch.testing.assert_close(for_views(given, views, view_dependent=dependent).text, mixed)
+
+
+@pytest.mark.parametrize("moments", [[], ["at the start"]])
+def test_fewer_than_two_moments_have_nothing_between_them(moments):
+    with pytest.raises(
+        ValueError, match=r"^moments_between=loop: moments has \d entries, .* set moments_between=step"
+    ):
+        make(moments=moments, moments_between="loop")
+
+
 def test_a_cache_hit_does_not_load_the_encoder(model, loads):
     first = make(pretrained_model_name_or_path=str(model)).embeddings("cpu")
     again = make(pretrained_model_name_or_path=str(model)).embeddings("cpu")
