@@ -9,6 +9,7 @@ import torch
 from transformers import CLIPTokenizer
 
 from fourdfy.priors.wan import Wan
+from fourdfy.prompts.views import at_times
 from fourdfy.prompts.wan import WanPromptProcessor
 from fourdfy.shapes.creature_prompts import CreaturePrompt
 from fourdfy.shapes.grammar import MOMENTS, VIEWS, ShapePrompt
@@ -18,6 +19,7 @@ from tools.shapes_training import __main__ as command
 from tools.shapes_training import quality, store, training
 from tools.shapes_training.data import (
     TextTable,
+    between_sixteenths,
     draw_scenes,
     full_text,
     moments_of,
@@ -200,8 +202,8 @@ def test_a_four_view_model_sees_the_other_views(run):
 def test_drawn_scenes_say_what_their_texts_say(part):
     scenes = draw_scenes(part, 400, torch.Generator().manual_seed(1))
     texts = list(table_texts(part))
-    said = [texts[row] for row in scenes.text]
-    prompts = [every_prompt()[row // (5 * (1 + len(moments_of(part))))] for row in scenes.text]
+    said = [texts[row] for row in scenes.text[:, 0]]
+    prompts = [every_prompt()[row // (5 * (1 + len(moments_of(part))))] for row in scenes.text[:, 0]]
     assert not any(map(is_held_out, prompts))
     assert scenes.times.shape == (400, FRAMES[part])
     assert scenes.times.min() >= 0 and scenes.times.max() < 1
@@ -213,7 +215,11 @@ def test_drawn_scenes_say_what_their_texts_say(part):
         if "third quarter" in text:
             assert 0.5 <= scenes.times[n, 0] < 0.75
         if "third sixteenth" in text:
-            assert 2 / 16 <= scenes.times[n, 0] < 3 / 16
+            assert 2.5 / 16 <= scenes.times[n, 0] < 3.5 / 16
+            assert texts[scenes.text[n, 1]] == text.replace("third", "fourth")
+            torch.testing.assert_close(scenes.share[n], 16 * scenes.times[n, 0] - 2.5)
+        elif "sixteenth" not in text:
+            assert texts[scenes.text[n, 1]] == text
         if "front view" in text:
             assert azimuth[n].abs() < (45 if part in CLIPS else 30)
     assert any("view" in text for text in said) == (part != "multi_view")
@@ -225,6 +231,16 @@ def test_drawn_scenes_say_what_their_texts_say(part):
         torch.testing.assert_close(gaps, torch.full_like(gaps, 1 / FRAMES[part]))
         plain = [n for n, text in enumerate(said) if "quarter" not in text]
         assert scenes.times[plain, 0].max() < 1 / FRAMES[part]
+
+
+def test_texts_are_mixed_in_the_training_as_in_the_recipe(run):
+    table = TextTable(run, "text", CPU)
+    times = torch.tensor([0.0, 0.01, 1 / 32, 0.4, 0.99])
+    sixteenths, share = between_sixteenths(times)
+    rows = text_row("image", torch.full((5, 2), 7), 2 + sixteenths, torch.zeros(5, 2).long())
+    every = text_row("image", torch.full((16,), 7), 2 + torch.arange(16), torch.zeros(16).long())
+    table.require(every)
+    torch.testing.assert_close(table.mixed(rows, share), at_times(table.rows[every], times, "loop"))
 
 
 @pytest.mark.parametrize(

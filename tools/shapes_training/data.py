@@ -1,7 +1,7 @@
 """Training data of the small models: scenes drawn at random, rendered, encoded, kept in a pool.
 
 G scenes (an image, a group of views or a clip) of F frames each, L tokens of C channels.
-A scene's text is a row of the table of all texts: prompt, moment words, view words.
+A scene's text is a mixture of two rows of the table of all texts: prompt, moment words, view words.
 """
 
 from __future__ import annotations
@@ -94,11 +94,11 @@ class TextTable:
         self.missing = torch.ones(len(self.texts), dtype=torch.bool)
         size = len(self.texts), NUM_TOKENS, TEXT_WIDTH
         self.rows: Float[Tensor, "T L C"] = torch.full(size, math.nan, device=device)
-        """Filled in place, since a recorded step reads it; NaN where nothing was required."""
+        """NaN where nothing was required."""
         self.require(torch.tensor([EMPTY_TEXT]))
 
     @torch.no_grad()
-    def require(self, rows: Int[Tensor, "G"]) -> None:
+    def require(self, rows: Int[Tensor, "*G"]) -> None:
         """Encode those of these rows that are missing."""
         rows = rows.cpu().unique()
         missing = rows[self.missing[rows]]
@@ -107,6 +107,11 @@ class TextTable:
             states = embed(self.encoder, *(ids.to(self.rows.device) for ids in tokens))
             self.rows[new] = pad(states, (0, 0, 0, NUM_TOKENS - states.shape[1]))
             self.missing[new] = False
+
+    def mixed(self, rows: Int[Tensor, "G 2"], share: Float[Tensor, "G"]) -> Float[Tensor, "G L C"]:
+        """Mixtures of two rows each; ``share`` is that of the second."""
+        one, other = self.rows[rows.to(self.rows.device)].unbind(1)
+        return one.lerp(other, share.to(one)[:, None, None])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +124,10 @@ class Scenes(TensorRecord):
     azimuth_deg: Float[Tensor, "G F"]
     elevation_deg: Float[Tensor, "G F"]
     background: Float[Tensor, "G 3"]
-    text: Int[Tensor, "G"]
-    """Row in the table of texts."""
+    text: Int[Tensor, "G 2"]
+    """Rows in the table of texts."""
+    share: Float[Tensor, "G"]
+    """That of the second row in their mixture."""
 
     def __len__(self) -> int:
         return len(self.codes)
@@ -135,8 +142,9 @@ def draw_scenes(part: str, count: int, generator: torch.Generator, *, held_out: 
     """Random scenes over the training prompts for ``part``, a VAE or a denoiser, or over the held-out ones.
 
     Cameras as the recipe's samplers draw them: any azimuth, elevation by an even coin uniform or
-    "on the sphere" within 0 to 30 degrees. Images and groups have one moment. Clips have all of a period,
-    from the first frame's share of it on; half of the transformer's begin in the quarter that the text names.
+    "on the sphere" within 0 to 30 degrees. Images and groups have one moment, and most of their texts say
+    which, as the recipe's do. Clips have all of a period, from the first frame's share of it on; half of the
+    transformer's begin in the quarter that the text names.
     """
 
     def uniform(*size: int) -> Tensor:
@@ -149,19 +157,21 @@ def draw_scenes(part: str, count: int, generator: torch.Generator, *, held_out: 
     if part == "multi_view":
         azimuth = azimuth + 360 / NUM_VIEWS * torch.arange(frames)
 
-    moment = torch.zeros(count, dtype=torch.long)
+    moment, share = torch.zeros(count, 2, dtype=torch.long), torch.zeros(count)
     if part in CLIPS:
         start = uniform(count, 1) / frames
         if part in ("wan", "wan_vae"):
             named, anywhere = uniform(count, 1) < 0.5, uniform(count, 1)
             start = torch.where(named, anywhere, start)
-            moment = torch.where(named, 2 + (4 * anywhere).long(), 0)[:, 0]
+            moment = torch.where(named, 2 + (4 * anywhere).long(), 0).expand(-1, 2)
         times = (start + torch.arange(frames) / frames) % 1
     else:
         none, start, _ = MOMENT_PROBABILITIES
         coin, fraction = uniform(count), uniform(count)
-        moment = torch.where(coin < none, 0, torch.where(coin < none + start, 1, 2 + (16 * fraction).long()))
-        times = torch.where(moment == 1, 0.0, fraction)[:, None].expand(-1, frames)
+        named, starts = coin >= none + start, (coin >= none) & (coin < none + start)
+        sixteenths, share = between_sixteenths(fraction)
+        moment = torch.where(named[:, None], 2 + sixteenths, starts[:, None].long())
+        times = torch.where(starts, 0.0, fraction)[:, None].expand(-1, frames)
 
     elevation = _draw_elevation(uniform(count), uniform(count))
     view = torch.zeros(count, dtype=torch.long)
@@ -174,8 +184,22 @@ def draw_scenes(part: str, count: int, generator: torch.Generator, *, held_out: 
         azimuth_deg=azimuth,
         elevation_deg=elevation[:, None].expand(-1, frames),
         background=torch.tensor(BACKGROUNDS)[torch.randint(2, (count,), generator=generator)],
-        text=text_row(part, prompt, moment, view),
+        text=text_row(part, twice(prompt), moment, twice(view)),
+        share=share,
     )
+
+
+def twice(indices: Int[Tensor, "G"]) -> Int[Tensor, "G 2"]:
+    """The same for both rows of a mixture."""
+    return indices[:, None].expand(-1, 2)
+
+
+def between_sixteenths(times: Float[Tensor, "G"]) -> tuple[Int[Tensor, "G 2"], Float[Tensor, "G"]]:
+    """The two sixteenths whose middles are next to a time in 0..1, and the share of the second, by how near
+    it is: what ``moments_between: loop`` of a prompt processor does."""
+    place = 16 * times - 0.5
+    below = place.floor()
+    return torch.stack([below, below + 1], dim=-1).long() % 16, place - below
 
 
 def told_cameras(part: str, scenes: Scenes, device: torch.device) -> Float[Tensor, "G F 16"] | None:
@@ -272,7 +296,8 @@ def latent_pool(part: str, size: int, out: Path, seed: int, texts: TextTable) ->
     def prepare(scenes: Scenes) -> dict[str, Tensor]:
         texts.require(scenes.text)
         images = render_scenes(scenes, device)
-        made = {"latents": encode(vae, images).half(), "text": scenes.text.to(device)}
+        made = {"latents": encode(vae, images).half()}
+        made |= {"text": scenes.text.to(device), "share": scenes.share.to(device)}
         if (vectors := told_cameras(part, scenes, device)) is not None:
             made["cameras"] = vectors
         return made

@@ -46,6 +46,7 @@ from tools.shapes_training.data import (
     render_scenes,
     text_row,
     told_cameras,
+    twice,
     view_index,
 )
 from tools.shapes_training.models import (
@@ -154,7 +155,8 @@ def ask(part: str, prompts: Sequence[Prompt], seed: int) -> Scenes:
         azimuth_deg=azimuth.expand(-1, frames),
         elevation_deg=elevation,
         background=torch.tensor(BACKGROUNDS[:1]).expand(count, -1),
-        text=text_row(part, index, moment, view),
+        text=twice(text_row(part, index, moment, view)),
+        share=torch.zeros(count),
     )
 
 
@@ -175,7 +177,7 @@ def one_step(part: str, out: Path, *, device: torch.device, seed: int, count: in
         number = min(SCENES_AT_ONCE, count - start)
         scenes = draw_scenes(part, number, generator, held_out=apart)
         texts.require(scenes.text)
-        images, text = render_scenes(scenes, device), texts.rows[scenes.text]
+        images, text = render_scenes(scenes, device), texts.mixed(scenes.text, scenes.share)
         latents, cameras = encode(vae, images), told_cameras(part, scenes, device)
         noise, psnr = sample_noise(latents.shape, generator, device), []
         for share in NOISES:
@@ -224,7 +226,7 @@ def sample(
     images = []
     for start in range(0, len(scenes), SCENES_AT_ONCE):
         rows = slice(start, start + SCENES_AT_ONCE)
-        latents, text = noise[rows].to(device), texts.rows[scenes.text[rows]]
+        latents, text = noise[rows].to(device), texts.mixed(scenes.text[rows], scenes.share[rows])
         both = torch.cat([texts.rows[[EMPTY_TEXT]].expand_as(text), text])
         camera = None if cameras is None else cameras[rows].repeat(2, 1, 1)
         for step in range(steps, 0, -1):

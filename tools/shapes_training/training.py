@@ -213,7 +213,7 @@ def train_denoiser(trainee: Trainee) -> dict[str, float]:
         """Learn from a batch; the loss."""
         scales = schedule.scales(timesteps, latents.ndim)
         with trainee.autocast():
-            velocity = predict(add_noise(latents, noise, scales), timesteps, texts.rows[text], cameras)
+            velocity = predict(add_noise(latents, noise, scales), timesteps, text, cameras)
         target = prediction_target(latents, noise, scales, schedule.prediction)
         loss = mse_loss(velocity.float(), target)
         trainee.descend([loss])
@@ -230,7 +230,8 @@ def train_denoiser(trainee: Trainee) -> dict[str, float]:
         scenes = pool.batch(trainee.batch, generator)
         latents = scenes["latents"].float()
         dropped = torch.rand(len(latents), generator=generator, device=device) < TEXT_DROPOUT
-        text = torch.where(dropped, EMPTY_TEXT, scenes["text"])
+        rows = torch.where(dropped[:, None], EMPTY_TEXT, scenes["text"])
+        text = texts.mixed(rows, scenes["share"])
         timesteps = schedule.draw(0, 1, len(text), generator)
         noise = sample_noise(latents.shape, generator, device)
         trainee.count_step({"velocity": step(latents, noise, timesteps, text, scenes.get("cameras"))})
