@@ -24,7 +24,7 @@ def for_views(text: TextEmbeddings, cameras: Cameras, view_dependent: bool) -> C
         return perp_neg_texts(text, cameras, directions)
     thresholds = (text.front_threshold, text.back_threshold, text.overhead_threshold)
     index = direction_indices(cameras.elevation_deg, cameras.azimuth_deg, *thresholds)
-    return Conditions(directions[torch.arange(len(index)), index], uncond)
+    return Conditions(directions[torch.arange(len(index), device=index.device), index], uncond)
 
 
 def at_times(
