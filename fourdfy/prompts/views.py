@@ -38,14 +38,18 @@ def at_times(
     count = len(embeddings)
     if between == "step":
         return embeddings[(times * count).long().clamp(max=count - 1)]
+    nearest, share = nearest_moments(times, count)
+    before, after = (nearest % count if between == "loop" else nearest.clamp(0, count - 1)).unbind(-1)
+    share = share.to(embeddings.dtype).reshape(-1, *[1] * (embeddings.ndim - 1))
+    return embeddings[before].lerp(embeddings[after], share)
+
+
+def nearest_moments(times: Float[Tensor, "B"], count: int) -> tuple[Int[Tensor, "B 2"], Float[Tensor, "B"]]:
+    """The two of ``count`` moments, from -1 to ``count``, between whose middles each time lies, and the share
+    of the second, by how near it is."""
     place = times * count - 0.5
     below = place.floor()
-    share = (place - below).to(embeddings.dtype).reshape(-1, *[1] * (embeddings.ndim - 1))
-    indices = (index.long() for index in (below, below + 1))
-    before, after = (
-        embeddings[index % count if between == "loop" else index.clamp(0, count - 1)] for index in indices
-    )
-    return before.lerp(after, share)
+    return torch.stack([below, below + 1], dim=-1).long(), place - below
 
 
 def direction_indices(

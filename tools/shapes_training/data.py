@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fourdfy.priors.mvdream import camera_vectors
-from fourdfy.prompts.views import direction_indices
+from fourdfy.prompts.views import direction_indices, nearest_moments
 from fourdfy.shapes.grammar import VIEWS, ShapePrompt
 from fourdfy.shapes.prompts import Prompt, every_prompt, is_held_out, render_codes
 from fourdfy.shapes.prompts import encode as encode_prompts
@@ -195,11 +195,9 @@ def twice(indices: Int[Tensor, "G"]) -> Int[Tensor, "G 2"]:
 
 
 def between_sixteenths(times: Float[Tensor, "G"]) -> tuple[Int[Tensor, "G 2"], Float[Tensor, "G"]]:
-    """The two sixteenths whose middles are next to a time in 0..1, and the share of the second, by how near
-    it is: what ``moments_between: loop`` of a prompt processor does."""
-    place = 16 * times - 0.5
-    below = place.floor()
-    return torch.stack([below, below + 1], dim=-1).long() % 16, place - below
+    """The two sixteenths that ``moments_between: loop`` mixes, and the share of the second."""
+    nearest, share = nearest_moments(times, 16)
+    return nearest % 16, share
 
 
 def told_cameras(part: str, scenes: Scenes, device: torch.device) -> Float[Tensor, "G F 16"] | None:
