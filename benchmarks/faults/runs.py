@@ -71,12 +71,11 @@ class Child:
                 self.began.append(("end", time.monotonic()))
                 return
             *lines, self._rest = (self._rest + read).split(b"\n")
-            for line in lines:
-                phase, *step = line.decode().split("\t")
-                self.began.append((phase, time.monotonic()))
-                if step:
-                    self.steps.append((step[0], int(step[1])))
-                yield phase
+            said = [line.decode().split("\t") for line in lines]
+            # All at once: who waits for one phase does not come back for the others of the same read.
+            self.began += [(phase, time.monotonic()) for phase, *_ in said]
+            self.steps += [(step[0], int(step[1])) for _, *step in said if step]
+            yield from (phase for phase, *_ in said)
         raise TimeoutError(f"the run hangs; {self.log}")
 
     def send(self, number: int) -> None:

@@ -45,6 +45,16 @@ def test_no_run_is_lost(tmp_path):
     assert "| ffmpeg missing" in (tmp_path / "out" / "reliability.md").read_text()
 
 
+def test_steps_that_came_in_one_read_are_all_known_though_only_the_first_was_awaited(load, tmp_path):
+    read, write = os.pipe()
+    child = load("runs").Child(0, read, tmp_path / "log.txt")
+    os.write(write, b"training\tstage_1\t1\ncheckpoint\ntraining\tstage_1\t2\n")
+    assert next(child.phases()) == "training"
+    assert child.steps == [("stage_1", 1), ("stage_1", 2)]
+    os.close(write)
+    os.close(read)
+
+
 @pytest.mark.parametrize(
     ("name", "status", "said"),
     [
