@@ -11,6 +11,10 @@ from _pytest import runner
 
 from fourdfy.signals import NAMES
 
+# The tests and the processes that they start compute with one thread each, so that they round alike.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
 
 def pytest_collection_finish(session):
     """What was imported and collected is no test's garbage: the collector need not look at it each time."""

@@ -26,7 +26,6 @@ from fourdfy.ops.cameras import orbit_cameras
 from fourdfy.shapes.creature_prompts import parse_creature
 from fourdfy.shapes.prompts import parse
 
-torch.set_num_threads(1)
 DANCING = "a panda dancing"
 
 

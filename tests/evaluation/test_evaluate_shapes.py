@@ -23,8 +23,6 @@ from fourdfy.shapes.grammar import COLOURS, MOTIONS, SHAPES, ShapePrompt, parse_
 from fourdfy.systems.base import System
 from fourdfy.types import Cameras
 
-torch.set_num_threads(1)
-
 LIGHT_GREY = torch.tensor(BACKGROUND)
 MOVING = [motion for motion in MOTIONS if motion != "standing still"]
 

@@ -12,8 +12,6 @@ from fourdfy.exporters.surface import extract_surface
 from tests.exporters.readers import accessor
 from tests.exporters.scenes import MovedBall, auto, make_trained, moved
 
-torch.set_num_threads(1)
-
 FRAMES, SECONDS = 5, 2.0
 
 

@@ -17,8 +17,6 @@ from fourdfy.exporters.texture import rasterize
 from tests.exporters.readers import accessor
 from tests.exporters.scenes import GREY, RED, SIZE, make_trained
 
-torch.set_num_threads(1)
-
 
 def export(folder, trained=None, **keys):
     cfg = parse_config(MeshExporter.Config, {"animation_frames": 0, "texture_size": 128, **keys})

@@ -10,8 +10,6 @@ from fourdfy.ops.isosurface import optical_depth, without_ripples
 from fourdfy.scenes.nerf.base import Material
 from tests.exporters.scenes import GREY, SIZE, MovedBall, auto, make_trained
 
-torch.set_num_threads(1)
-
 
 class Coated(MovedBall):
     """Feature 1 in a skin that is 0.06 thick, 0 below it."""

@@ -13,8 +13,6 @@ from PIL import Image
 
 from fourdfy.files import atomic, images, names
 
-torch.set_num_threads(1)
-
 
 def gradient(frames: int = 4, height: int = 16, width: int = 24) -> torch.Tensor:
     """Frames that differ, with every channel a different ramp."""

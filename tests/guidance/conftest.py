@@ -5,11 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.tiny_models import save_multi_view, save_stable_diffusion, save_videocrafter2, save_zeroscope
-
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,6 @@ from fourdfy.ops.isosurface import (
     without_small_parts,
 )
 
-torch.set_num_threads(1)
-
 
 def grid_of(density, *, radius=1.0, resolution=40):
     return sample_grid(

@@ -18,7 +18,6 @@ from fourdfy.shapes.gestures import GESTURES, allowed, bodies, groups
 from fourdfy.shapes.grammar import COLOURS
 from fourdfy.shapes.world import BACKGROUNDS, COLOUR_RGB, orbit
 
-torch.set_num_threads(1)
 ALL = [(name, gesture) for name in CREATURES for gesture in allowed(name)]
 
 

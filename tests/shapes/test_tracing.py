@@ -8,7 +8,6 @@ from fourdfy.shapes import tracing
 from fourdfy.shapes.tracing import Bodies, render_bodies
 from fourdfy.shapes.world import orbit
 
-torch.set_num_threads(1)
 BLACK = torch.zeros(2, 3)
 UPRIGHT = torch.eye(3)
 

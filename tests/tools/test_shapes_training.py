@@ -48,7 +48,6 @@ TINY = ["--minutes", "2", "--max-steps", "2", "--batch", "2", "--pool", "4", "--
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run in which every part made two steps, exported. Wan's are of a fraction of their size."""
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         for part, small in {
