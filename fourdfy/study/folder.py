@@ -39,10 +39,12 @@ class Key:
     """``key.json``."""
 
     study: str
-    """A hash of its clips and questions, which answers name."""
+    """A hash of its clips, its questions and the number of its checks, which answers name."""
     methods: Sequence[str]
     questions: Sequence[str]
     clips: Mapping[str, Clip]
+    checks: int
+    """Attention checks of each rater."""
     port: int
 
     def check(self, answers: Any) -> None:
@@ -61,6 +63,8 @@ class Key:
                 raise ValueError(f"its {part} are no list")
             if any(entry.get("answer") not in CHOICES for entry in entries):
                 raise ValueError(f"its {part} have another answer than {', '.join(CHOICES)}")
+        if len(answers["checks"]) != self.checks:
+            raise ValueError(f"it has {len(answers['checks'])} attention checks; expected {self.checks}")
         seen = set()
         for entry in answers["answers"]:
             left, right = (self.clips.get(str(entry.get(side))) for side in ("left", "right"))
@@ -98,7 +102,7 @@ def write_study(file: Path, overrides: Sequence[str]) -> Path:
                     f"{other.method}, {other.prompt!r}"
                 )
             clips[name], files[f"clips/{name}{video.suffix.lower()}"] = Clip(method, prompt), content
-    asked = json.dumps([sorted(clips), cfg.questions])
+    asked = json.dumps([sorted(clips), cfg.questions, cfg.checks])
     study = hashlib.sha256(asked.encode()).hexdigest()[:16]
     folder = Path(cfg.exp_root_dir)
     if _answered(folder) - {study}:
@@ -110,7 +114,7 @@ def write_study(file: Path, overrides: Sequence[str]) -> Path:
         write_whole(folder / SITE / name, content)
     page = folder / SITE / "index.html"
     write_whole(page, _page(cfg, study, clips, [*files]))
-    key = Key(study, [*videos], [*cfg.questions], clips, cfg.port)
+    key = Key(study, [*videos], [*cfg.questions], clips, cfg.checks, cfg.port)
     write_whole(folder / KEY, json.dumps(asdict(key), indent=1))
     (folder / ANSWERS).mkdir(exist_ok=True)
     return page

@@ -51,9 +51,27 @@ def test_of_three_methods_the_order_is_found(tmp_path, capsys):
 def test_who_fails_a_check_is_left_out_and_counted(tmp_path):
     folder = study(tmp_path)
     good, bad = (answers(folder, name, prefers("ours", "theirs"), check=name) for name in ("left", "right"))
-    put(folder, good, bad, {**bad, "rater": "once", "checks": good["checks"] + bad["checks"]})
+    put(folder, good, bad)
     found = write_results(folder)
-    assert (found.raters, found.left_out) == (1, 2) and found.rows[1].found.wins == 2
+    assert (found.raters, found.left_out) == (1, 1) and found.rows[1].found.wins == 2
+
+
+def test_who_fails_one_of_two_checks_is_left_out(tmp_path):
+    folder = study(tmp_path, checks=2)
+    good, bad = (answers(folder, name, prefers("ours", "theirs"), check=name) for name in ("left", "right"))
+    twice = [{**good, "checks": 2 * good["checks"]}, {**bad, "checks": good["checks"] + bad["checks"]}]
+    put(folder, *twice)
+    found = write_results(folder)
+    assert (found.raters, found.left_out) == (1, 1)
+
+
+@pytest.mark.parametrize("checks", [0, 2])
+def test_answers_without_the_study_s_checks_do_not_count(tmp_path, caplog, checks):
+    folder = study(tmp_path)
+    good, odd = (answers(folder, name, prefers("ours", "theirs")) for name in ("anna", "ben"))
+    put(folder, good, {**odd, "checks": checks * odd["checks"]})
+    assert write_results(folder).raters == 1
+    assert f"1.json is left out: it has {checks} attention checks; expected 1" in caplog.text
 
 
 def test_damaged_foreign_and_repeated_answers_are_warned_of(tmp_path, caplog):
