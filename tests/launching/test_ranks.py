@@ -4,15 +4,18 @@ import json
 import os
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fourdfy.config import ConfigError
-from fourdfy.devices import select_devices
+from fourdfy.devices import LAUNCHED, select_devices
+from fourdfy.launching import ranks as launching
 from fourdfy.launching.cli import main
 from fourdfy.ops import ranks
-from fourdfy.ops.ranks import Ranks
+from fourdfy.ops.ranks import RankError, Ranks
 from fourdfy.systems.checkpoint import read_checkpoint, step_of
 from tests.commands import ROOT, launch
 from tests.rank_steps import CASES, LONG
@@ -114,6 +117,38 @@ def test_a_rank_that_dies_ends_the_run_with_one_line(found):
     lines = [line for line in first.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and "rank 0: another rank has ended, or has not answered" in lines[0]
     assert "Traceback" not in first
+
+
+def test_ranks_that_do_not_find_each_other_are_ended_with_an_error_that_names_the_key(monkeypatch):
+    from pytorch_lightning.strategies.launchers import subprocess_script
+
+    started = []
+
+    def start_another(_, **options):
+        started.append(subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, **options))
+        return started[0]
+
+    monkeypatch.setattr(subprocess_script, "subprocess", SimpleNamespace(Popen=start_another))
+    monkeypatch.setattr(launching, "LAST_WORDS_SECONDS", 0.0)
+    before = dict(os.environ)
+    with (
+        pytest.raises(RankError, match=r"^rank 0: can't join .* raise trainer.rank_timeout_minutes=0.01$"),
+        launching.as_ranks(["cpu", "cpu"], timeout_minutes=0.01),
+    ):
+        pass
+    assert [process.returncode is None for process in started] == [False]
+    assert dict(os.environ) == before and not torch.distributed.is_initialized()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a system that tells a process that its parent is gone")
+def test_a_rank_whose_parent_was_gone_before_it_looked_ends(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(launching.os, "_exit", lambda _: ended.set())
+    monkeypatch.setattr(launching, "LAST_WORDS_SECONDS", 0.0)
+    monkeypatch.setenv(LAUNCHED, str(os.getpid()))  # any but that of this process's parent
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert launching._launch(["cpu", "cpu"]) == []
+    assert ended.wait(10)
 
 
 def test_the_benchmark_compares_one_rank_with_several(found):
