@@ -72,6 +72,11 @@ def metric(best: Best, *needs: str) -> Callable[[Callable[..., Any]], Callable[.
     return wrap
 
 
+def directions() -> dict[str, str]:
+    """Metric -> ``lowest`` or ``highest``, whichever is better."""
+    return {name: entry.best for name, entry in METRICS.items()}
+
+
 def find_metric(name: str) -> Metric:
     """The metric of this name.
 

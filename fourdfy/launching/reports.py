@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from fourdfy.callbacks.base import Callback, Run
 from fourdfy.devices import device_name, peak_memory
+from fourdfy.evaluation.registry import directions
 from fourdfy.files.atomic import by_product, write_whole
 from fourdfy.launching.experiment import Experiment
 from fourdfy.launching.plan import stage_lines
@@ -40,6 +41,7 @@ def write_report(experiment: Experiment, system: System) -> None:
             plan=[*stage_lines(experiment, system)],
             settings=settings(experiment.values),
             view_width=views.width if views else None,
+            better=directions(),
         )
         write_whole(experiment.trial_dir / REPORT, report_page(stage))
 

@@ -9,6 +9,7 @@ import numpy as np
 
 import fourdfy
 from fourdfy.config_files import PROMPT, ConfigError, plain, read_layers
+from fourdfy.evaluation.registry import directions
 from fourdfy.files.atomic import write_whole
 from fourdfy.files.images import VALIDATION_FPS, to_pixels
 from fourdfy.launching.experiment import Experiment, trial_arguments
@@ -80,5 +81,6 @@ def compare(folders: Sequence[Path], out: Path | None) -> Path:
     if len(trials) < len(folders):
         raise ConfigError("--compare: a trial is there twice")
     page = (out or Path()) / "compare.html"
-    write_whole(page, compare_page(trials, [str(flat(of).get(PROMPT, "")) for of in trials.values()]))
+    prompts = [str(flat(of).get(PROMPT, "")) for of in trials.values()]
+    write_whole(page, compare_page(trials, prompts, directions()))
     return page

@@ -13,7 +13,7 @@ from rich.text import Text
 from fourdfy.signals import StopSignals
 from fourdfy.study.collector import collector
 from fourdfy.study.folder import write_study
-from fourdfy.study.results import write_results
+from fourdfy.study.results import strength_cells, write_results
 from fourdfy.terminal import printable
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ def collect(folder: Path, stop: StopSignals) -> None:
 
 
 def show_results(folder: Path) -> None:
-    """Write them, and print what the page's table says first."""
+    """Write them, and print what the page's tables say first."""
     found = write_results(folder)
     table = Table("question", "", "preferred", "95 % interval", "p (Holm)")
     for row in found.rows:
@@ -40,5 +40,13 @@ def show_results(folder: Path) -> None:
         names = (printable(row.question), printable(f"{row.first} over {row.second}"))
         table.add_row(*map(Text, (*names, share, interval, p_holm)))
     Console().print(table)
-    Console().print(f"{found.raters} raters; {found.left_out} more failed a check", highlight=False)
-    logger.info("written: %s", folder / "results.html")
+    if found.strengths:
+        table = Table("question", "method", "strength", "95 % interval")
+        for question, method, strength in found.strength_rows:
+            cells = (question, method, *strength_cells(strength))
+            table.add_row(*(Text(printable(cell)) for cell in cells))
+        Console().print(table)
+    Console().print(found.summary, highlight=False)
+    if found.warning:
+        logger.warning(found.warning)
+    logger.info("written: %s", ", ".join(str(folder / name) for name in ("results.html", *found.tables)))

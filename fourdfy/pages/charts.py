@@ -83,28 +83,26 @@ def chart(title: str, curves: Mapping[str, Curve]) -> str:
     )
 
 
-def intervals(title: str, rows: Sequence[tuple[str, float, float, float]], middle: float) -> str:
-    """A dot and a line for each (label, value, its low and high end), and an upright line in the middle."""
-    ends = [middle, *(end for _, *of in rows for end in of)]
-    low, high = min(ends), max(ends)
-    left, width, height = 330, 720, 22 * len(rows) + 26
+def intervals(rows: Sequence[tuple[str, float, float, float]], middle: float) -> str:
+    """A dot and a line for each (label, value, its low and high end), on one axis around the middle."""
+    reach = max((abs(end - middle) for _, *of in rows for end in of), default=0.0) or 1.0
+    scale = 10.0 ** math.floor(math.log10(reach))
+    reach = next(n * scale for n in (1, 2, 4, 5, 10) if n * scale > 0.999 * reach)
 
     def across(value: float) -> str:
-        return f"{left + (value - low) / max(high - low, 1e-9) * (width - left - 20):.1f}"
+        return f"{50 + 48 * (value - middle) / reach:.1f}%"
 
-    lines = [
-        f"{_text(left - 16, y + 4, 'end', escaped(label))}"
-        f'<path class="c0" d="M{across(start)} {y}H{across(end)}"/>'
-        f'<circle cx="{across(value)}" cy="{y}" r="4"/>'
-        for y, (label, value, start, end) in zip(range(14, height, 22), rows, strict=False)
-    ]
-    ticks = "".join(
-        _text(across(x), height - 6, "middle", brief(x)) for x in dict.fromkeys((low, middle, high))
+    # Lengths in % and no viewBox: texts have their size on a narrow screen too.
+    lines = "".join(
+        f'<p>{escaped(label)}</p><svg role="img" aria-label="{escaped(brief(value))}">'
+        f'<line class="axis" x1="50%" y1="0" x2="50%" y2="100%"/>'
+        f'<line class="c0" x1="{across(low)}" y1="50%" x2="{across(high)}" y2="50%"/>'
+        f'<circle cx="{across(value)}" cy="50%" r="4"/></svg>'
+        for label, value, low, high in rows
     )
-    return (
-        f'<svg class="chart" viewBox="0 0 {width} {height}" role="img" aria-label="{escaped(title)}">'
-        f'<path class="axis" d="M{across(middle)} 2V{height - 20}"/>{"".join(lines)}{ticks}</svg>'
-    )
+    ticks = (middle + share * reach for share in (-1, -0.5, 0, 0.5, 1))
+    numbers = "".join(_text(across(tick), 12, "middle", brief(tick)) for tick in ticks)
+    return f'<div class="intervals">{lines}<svg aria-hidden="true">{numbers}</svg></div>'
 
 
 def _text(x: object, y: int, anchor: str, content: object) -> str:

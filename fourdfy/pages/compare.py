@@ -9,19 +9,22 @@ from typing import Any
 from fourdfy.files.images import TEST_FPS
 from fourdfy.pages.charts import brief, legend
 from fourdfy.pages.page import BAR, escaped, page, section, table
-from fourdfy.pages.report import clock, curve_sections
+from fourdfy.pages.report import clock, curve_sections, score_section
 from fourdfy.pages.settings import flat, without_folders
-from fourdfy.pages.trials import clip_of_test, curves, readable, scores, sessions, views_of_test
+from fourdfy.pages.trials import clip_of_test, curves, readable, sessions, views_of_test
 
 NO_CLIP = '<p class="soft">no test views; --test renders them</p>'
 
 
-def compare_page(trials: Mapping[Path, Mapping[str, Any]], prompts: Sequence[str]) -> str:
+def compare_page(
+    trials: Mapping[Path, Mapping[str, Any]], prompts: Sequence[str], better: Mapping[str, str]
+) -> str:
     """The page.
 
     Args:
         trials: folder -> the settings of its experiment.
         prompts: of the trials.
+        better: score -> the direction in which it gets better.
     """
     labels = shortest_names([*trials])
     same = len({*prompts}) == 1
@@ -39,7 +42,7 @@ def compare_page(trials: Mapping[Path, Mapping[str, Any]], prompts: Sequence[str
         title,
         f'<h1>{escaped(title)}</h1><p class="soft">{len(trials)} trials</p>'
         f'{BAR if any(clips) else ""}<div class="beside">{figures}</div>'
-        + section("Scores", _rows([readable(scores, folder) for folder in trials], labels))
+        + score_section([*trials], labels, better)
         + section("Time and memory", _rows([_cost(folder) for folder in trials], labels))
         + section("Curves", legend(labels))
         + curve_sections({label: readable(curves, f) for label, f in zip(labels, trials, strict=True)})

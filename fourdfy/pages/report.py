@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Stage:
     settings: Mapping[str, Any]
     view_width: int | None
     """Pixels of a validation view, which stands first in its image; None for the whole image."""
+    better: Mapping[str, str] = field(default_factory=dict)
+    """Score -> the direction in which it gets better."""
 
 
 def report_page(stage: Stage) -> str:
@@ -50,7 +52,7 @@ def report_page(stage: Stage) -> str:
     clip = clip_of_test(folder)
     figure = f"<figure>{clip}<figcaption>Test views</figcaption></figure>" if clip else ""
     facts = section("Time and memory", _session_table(sessions(folder)))
-    facts += section("Scores", table((name, [brief(v)]) for name, v in readable(scores, folder).items()))
+    facts += score_section([folder], ["value"], stage.better)
     return page(
         stage.prompt,
         f'<h1>{escaped(stage.prompt)}</h1><p class="soft">{escaped(f"{stage.label}, {state}")}</p>'
@@ -65,6 +67,15 @@ def report_page(stage: Stage) -> str:
     )
 
 
+def score_section(folders: Sequence[Path], labels: Sequence[str], better: Mapping[str, str]) -> str:
+    """A column for each trial, behind the direction in which each score gets better, where that is known."""
+    found = [readable(scores, folder) for folder in folders]
+    names = dict.fromkeys(name for values in found for name in values)
+    names.pop("held_out", None)  # a fact of the prompt
+    rows = ((name, [better.get(name, ""), *(brief(of.get(name, "")) for of in found)]) for name in names)
+    return section("Scores", table(rows, ["better", *labels]))
+
+
 def _session_table(done: Sequence[Session]) -> str:
     """A column for each session."""
     rows = {
@@ -75,7 +86,8 @@ def _session_table(done: Sequence[Session]) -> str:
         "device": [s.device for s in done],
         "versions": [", ".join(f"{name} {number}" for name, number in s.versions.items()) for s in done],
     }
-    return table(rows.items(), [f"steps {s.first} to {s.last}" for s in done]) if done else ""
+    told = ((name, cells) for name, cells in rows.items() if any(cells))
+    return table(told, [f"steps {s.first} to {s.last}" for s in done]) if done else ""
 
 
 def clock(seconds: float) -> str:

@@ -5,7 +5,7 @@ const element = id => document.getElementById(id);
 const videos = { left: element("left"), right: element("right") };
 const KEYS = { ArrowLeft: "left", ArrowDown: "tie", ArrowRight: "right" };
 const LABELS = { left: "\u2190 Left", tie: "About the same", right: "Right \u2192" };
-const invited = new URLSearchParams(location.search).get("rater");
+const invited = new URLSearchParams(location.search).get("rater")?.slice(0, 200);
 const place = `study ${data.study} ${invited ?? ""}`;
 let state, chosen, current, shown;
 
@@ -33,7 +33,7 @@ function begin() {
     items.splice(1 + randomBelow(items.length), 0, check);
   }
   const name = [...crypto.getRandomValues(new Uint8Array(8))].map(byte => byte.toString(16).padStart(2, "0")).join("");
-  state = { rater: invited ?? name, started: new Date().toISOString(), items, at: 0, answers: [], checks: [], finished: null };
+  state = { rater: invited || name, started: new Date().toISOString(), items, at: 0, answers: [], checks: [], finished: null };
 }
 
 // A reload goes on where it was, where the browser has a memory for this page.
@@ -175,9 +175,10 @@ element("agree").addEventListener("click", () => { begin(); remember(); show(); 
 element("next").addEventListener("click", next);
 element("save").addEventListener("click", save);
 element("another").addEventListener("click", () => { open("consent"); });
+element("another").hidden = Boolean(invited); // whoever is invited next has another link
 addEventListener("keydown", event => {
   if (element("task").hidden || event.ctrlKey || event.altKey || event.metaKey) return;
-  if (KEYS[event.key]) choose(current, KEYS[event.key]);
+  if (KEYS[event.key]) { if (!event.repeat) choose(current, KEYS[event.key]); }
   else if (event.key === "ArrowUp") current = Math.max(current - 1, 0);
   else if (event.key === "Enter" && !chosen.includes(null)) next();
   else return;

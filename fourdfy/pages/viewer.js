@@ -183,6 +183,11 @@ function showModel(canvas, bytes) {
   showAll();
 }
 
-const packed = new Blob([Uint8Array.from(atob(data.model), letter => letter.charCodeAt(0))]);
-new Response(packed.stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer()
-  .then(bytes => showModel(document.getElementById("model"), new Uint8Array(bytes)));
+async function unpackAndShow(canvas) {
+  const packed = new Blob([Uint8Array.from(atob(data.model), letter => letter.charCodeAt(0))]);
+  const unpacked = packed.stream().pipeThrough(new DecompressionStream("gzip")); // not in browsers before 2023
+  showModel(canvas, new Uint8Array(await new Response(unpacked).arrayBuffer()));
+}
+
+const model = document.getElementById("model");
+unpackAndShow(model).catch(error => model.replaceWith(`The model can't be shown (${error.message}).`));

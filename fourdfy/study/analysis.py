@@ -15,6 +15,8 @@ from scipy.stats import binomtest
 
 SAMPLES = 2000
 SEED = 0
+FEW = 5
+"""With fewer raters or prompts than that, the intervals of a bootstrap are too narrow (``docs/study.md``)."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ class Preference:
     losses: int
     p: float
     """Of a two-sided sign test without ties (exact binomial); votes count as independent."""
+    clusters: int
+    """Number of raters or of prompts, whichever is smaller."""
 
 
 def preference(votes: Votes, first: int, second: int, weights: Float[ndarray, "B V"]) -> Preference | None:
@@ -64,7 +68,8 @@ def preference(votes: Votes, first: int, second: int, weights: Float[ndarray, "B
     with np.errstate(invalid="ignore"):  # a sample may have none of these votes
         samples = of_pair @ score / of_pair.sum(1)
     share = _estimate(score.mean(), samples)
-    return Preference(share, wins, len(score) - wins - losses, losses, float(p))
+    clusters = min(len(np.unique(of[chosen])) for of in (votes.rater, votes.prompt))
+    return Preference(share, wins, len(score) - wins - losses, losses, float(p), clusters)
 
 
 def vote_weights(votes: Votes, samples: int = SAMPLES, seed: int = SEED) -> Float[ndarray, "B V"]:
@@ -122,15 +127,15 @@ def log_strengths(wins: Float[ndarray, "*B M M"]) -> Float[ndarray, "*B M"]:
     return values
 
 
-def agreement(votes: Votes) -> float:
-    """Krippendorff's alpha of nominal answers (2011): 1 if raters always agree, 0 as by chance; NaN if no
+def agreement(votes: Votes) -> float | None:
+    """Krippendorff's alpha of nominal answers (2011): 1 if raters always agree, 0 as by chance; None if no
     comparison has two answers, or all are alike."""
     unit = np.stack([votes.prompt, votes.first, votes.second], 1)
     _, index = np.unique(unit, axis=0, return_inverse=True)
     return krippendorff_alpha(index.reshape(-1), (votes.score * 2).astype(int))
 
 
-def krippendorff_alpha(unit: Int[ndarray, "V"], value: Int[ndarray, "V"]) -> float:
+def krippendorff_alpha(unit: Int[ndarray, "V"], value: Int[ndarray, "V"]) -> float | None:
     """See ``agreement``.
 
     Args:
@@ -142,7 +147,7 @@ def krippendorff_alpha(unit: Int[ndarray, "V"], value: Int[ndarray, "V"]) -> flo
     of_unit, of_value, total = counts.sum(1), counts.sum(0), counts.sum()
     expected = (total**2 - (of_value**2).sum()) / max(total - 1, 1)
     observed = ((of_unit**2 - (counts**2).sum(1)) / (of_unit - 1)).sum()
-    return float(1 - observed / expected) if expected else float("nan")
+    return float(1 - observed / expected) if expected else None
 
 
 def _estimate(value: float, samples: Float[ndarray, "B"]) -> Estimate:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
@@ -19,6 +20,8 @@ from fourdfy.study.folder import ANSWERS, SITE, Key, read_key
 
 HOST = "127.0.0.1"
 MOST_BYTES = 10_000_000
+OWN = re.compile(r"(localhost|127\.0\.0\.1)(:\d+)?", re.IGNORECASE)
+"""What browsers of this machine call it, on whichever port a tunnel has put it."""
 logger = logging.getLogger(__name__)
 
 
@@ -46,6 +49,19 @@ class _Handler(SimpleHTTPRequestHandler):
     def __init__(self, *args: Any, key: Key, answers: Path, **given: Any) -> None:
         self.key, self.answers = key, answers
         super().__init__(*args, **given)
+
+    def parse_request(self) -> bool:
+        """Refuse other names of this machine, which any site can give to it (DNS rebinding)."""
+        if not super().parse_request():
+            return False
+        if OWN.fullmatch(self.headers.get("Host", "")):
+            return True
+        self.send_error(HTTPStatus.MISDIRECTED_REQUEST, explain=f"A proxy has to send: Host: {HOST}")
+        return False
+
+    def list_directory(self, path: Any) -> None:
+        """Tell no names of files."""
+        self.send_error(HTTPStatus.NOT_FOUND)
 
     def do_POST(self) -> None:
         """A file for each body, which appears whole or not at all; the same body twice is one file."""

@@ -26,6 +26,8 @@ SITE, KEY, ANSWERS = "site", "key.json", "answers"
 PLAYED = ("h264", "vp8", "vp9", "av1")
 """What browsers play, by FFmpeg's names."""
 CHOICES = ("left", "tie", "right")
+MOST_LETTERS = 200
+"""Of a rater's name; ``study.js`` cuts those of invitations."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,17 @@ class Key:
         """
         if not isinstance(answers, dict) or answers.get("study") != self.study:
             raise ValueError("not answers of this study")
-        if not isinstance(answers.get("rater"), str) or not answers["rater"]:
-            raise ValueError("it names no rater")
+        rater = answers.get("rater")
+        if not isinstance(rater, str) or not 0 < len(rater) <= MOST_LETTERS:
+            raise ValueError(f"its rater has no name of 1 to {MOST_LETTERS} characters")
         for part in ("answers", "checks"):
             entries = answers.get(part)
             if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
                 raise ValueError(f"its {part} are no list")
             if any(entry.get("answer") not in CHOICES for entry in entries):
                 raise ValueError(f"its {part} have another answer than {', '.join(CHOICES)}")
+        if not answers["answers"]:
+            raise ValueError("it has no answers")
         if len(answers["checks"]) != self.checks:
             raise ValueError(f"it has {len(answers['checks'])} attention checks; expected {self.checks}")
         seen = set()
@@ -134,7 +139,7 @@ def _codec(video: Path) -> str:
 def _answered(folder: Path) -> set[str]:
     """The studies that the folder's answers are of; those that can't be read are of none."""
     found = set()
-    for file in (folder / ANSWERS).glob("*.json"):
+    for file in (folder / ANSWERS).glob("*"):
         with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
             found.add(str(json.loads(file.read_text(encoding="utf-8"))["study"]))
     return found

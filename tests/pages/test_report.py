@@ -167,6 +167,7 @@ def test_a_report_tells_each_session_and_every_curve_that_tells_something(tmp_pa
         and found.under("p")[0] == "stage, 12 steps"
     )
     assert {"1 min 0 s", "1 h 1 min", "0.0333", "0.0027", "3.00 GiB", "1.00 GiB"} <= {*found.under("td")}
+    assert {"test views", "versions"}.isdisjoint(found.under("th")), "of neither session"
 
 
 @pytest.fixture
@@ -180,7 +181,8 @@ def two(copy):
         frames = np.zeros((views, 64, 64, 3), np.uint8)
         frames[views // 2 :] = 255
         save_frames(folder / "save" / "it9-test", frames)
-    (folders[1] / "save" / "it2-evaluation.json").write_text(json.dumps({"iou": 0.91234, "colour_ok": True}))
+    numbers = {"held_out": True, "iou": 0.91234, "colour_ok": True}
+    (folders[1] / "save" / "it2-evaluation.json").write_text(json.dumps(numbers))
     return folders
 
 
@@ -194,15 +196,25 @@ def test_trials_are_compared_by_clips_scores_curves_and_settings(two, tmp_path, 
     assert [clip["data-frames"] for clip in found.of("canvas")] == ["4", "2"]
     assert found.under("figcaption")[:2] == ["tiny", "other"]
     rows = dict(re.findall(r"<tr><th>([^<]+)</th>((?:<td>[^<]*</td>)+)</tr>", page.read_text()))
-    assert rows["iou"] == "<td></td><td>0.912</td>" and rows["colour_ok"] == "<td></td><td>true</td>"
+    assert rows["iou"].endswith("<td></td><td>0.912</td>") and "held_out" not in rows
     assert rows["seed"] == "<td>0</td><td>5</td>" and "name" not in rows and "data_type" not in rows
     (total,) = re.findall(r'aria-label="total".*?</svg>', page.read_text())
     assert 'class="c0"' in total and 'class="c1"' in total
 
 
+def test_scores_say_in_which_direction_they_get_better(two):
+    given = {"steps": (2, 2), "plan": [], "settings": {}, "view_width": None, "better": {"iou": "highest"}}
+    report = report_page(Stage(folder=two[1], prompt="a ball", label="stage", **given))
+    compared = compare_page({folder: {} for folder in two}, ["a ball"] * 2, given["better"])
+    for text, heads, before in ((report, ["value"], ""), (compared, ["tiny", "other"], "<td></td>")):
+        cells = "".join(f"<th>{head}</th>" for head in ("", "better", *heads))
+        assert f"<tr>{cells}</tr><tr><th>iou</th><td>highest</td>{before}<td>0.912</td></tr>" in text
+        assert f"<th>colour_ok</th><td></td>{before}<td>true</td>" in text and "held_out" not in text
+
+
 def test_trials_of_other_prompts_are_told_apart_and_have_all_of_their_sessions(two):
     add_session(two[1], SESSIONS[:1], SESSIONS[1])
-    text = compare_page({folder: {} for folder in two}, ["a cube", "a ball"])
+    text = compare_page({folder: {} for folder in two}, ["a cube", "a ball"], {})
     found = Found(text)
     assert found.under("h1") == ["Different prompts"] and found.under("figcaption")[:2] == [
         "tiny: a cube",
@@ -224,7 +236,7 @@ def test_trials_are_named_by_what_tells_them_apart():
 def test_paths_that_differ_are_told_apart_without_their_folders(two):
     given = ["/home/me/out/stage_2/a/last.ckpt", "/home/me/out/stage_2/b/last.ckpt"]
     settings = [{"system": {"weights": path, "clip": f"{path[:-9]}x"}, "seed": 0} for path in given]
-    text = compare_page(dict(zip(two, settings, strict=True)), ["a cube"] * 2)
+    text = compare_page(dict(zip(two, settings, strict=True)), ["a cube"] * 2, {})
     rows = dict(re.findall(r"<tr><th>([^<]+)</th>((?:<td>[^<]*</td>)+)</tr>", text))
     assert rows["system.weights"] == "<td>a</td><td>b</td>" and "seed" not in rows and "home" not in text
 
@@ -292,10 +304,21 @@ def test_a_long_curve_is_drawn_in_fewer_points_and_smooth():
     assert first == pytest.approx(-last, abs=0.2) and first == pytest.approx(118 * 15 / 1200, abs=0.2)
 
 
-def test_an_interval_is_drawn_from_end_to_end():
-    shown = intervals("x", [("a", 60.0, 40.0, 80.0), ("b", 50.0, 45.0, 55.0)], 50.0)
-    ends = [tuple(map(float, of)) for of in re.findall(r'd="M([\d.]+) \d+H([\d.]+)"', shown)]
-    assert ends == [(330.0, 700.0), pytest.approx((330 + 370 / 8, 330 + 370 * 3 / 8), abs=0.1)]
+@pytest.mark.parametrize(
+    ("rows", "middle", "ticks", "ends"),
+    [
+        ([(60.0, 40.0, 83.0), (50.0, 45.0, 55.0)], 50.0, "10 30 50 70 90", [(38, 89.6), (44, 56)]),
+        ([(100.0, 100.0, 100.0)], 50.0, "0 25 50 75 100", [(98, 98)]),
+        ([(0.1, -0.03, 0.2)], 0.0, "-0.2 -0.1 0 0.1 0.2", [(42.8, 98)]),
+        ([(0.0, 0.0, 0.0)], 0.0, "-1 -0.5 0 0.5 1", [(50, 50)]),
+    ],
+)
+def test_an_interval_is_drawn_from_end_to_end_on_a_round_axis(rows, middle, ticks, ends):
+    found = Found(intervals([(f"row {i}", *of) for i, of in enumerate(rows)], middle))
+    lines = [line for line in found.of("line") if line["class"] == "c0"]
+    shown = [tuple(float(line[end].rstrip("%")) for end in ("x1", "x2")) for line in lines]
+    assert shown == [pytest.approx(of, abs=0.05) for of in ends]
+    assert found.under("text") == ticks.split() and found.under("p")[0] == "row 0"
 
 
 def test_a_clip_has_all_of_its_frames_row_by_row_or_some_evenly():

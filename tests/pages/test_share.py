@@ -123,6 +123,21 @@ def test_half_a_character_of_a_command_line_is_written_too(tmp_path):
 
 
 @needs_browser
+@pytest.mark.parametrize(
+    ("before", "message"),
+    [("", "can't be shown ("), ("delete window.DecompressionStream", "(DecompressionStream is not defined)")],
+)
+def test_that_a_model_can_not_be_shown_is_said(tmp_path, before, message):
+    pytest.importorskip("websockets", reason="needs websockets, which come with viser")
+    file = shared(tmp_path / "share.html", model=b"glTF, and nothing else")
+    with Browser(tmp_path / "profile") as browser:
+        browser.call("Page.addScriptToEvaluateOnNewDocument", source=before)
+        browser.open(file.as_uri())
+        wait_for(lambda: message in browser.run("document.querySelector('figure').innerText"))
+        assert browser.run("document.querySelectorAll('canvas').length") == 1, "the clip's"
+
+
+@needs_browser
 def test_the_model_is_turned_by_hand_and_a_double_click_turns_it_back(tmp_path):
     pytest.importorskip("websockets", reason="needs websockets, which come with viser")
     file = shared(tmp_path / "share.html", model=exported(tmp_path, "switches"))

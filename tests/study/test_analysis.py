@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fourdfy.study.analysis import (
+    FEW,
     Votes,
     agreement,
     bradley_terry,
@@ -50,6 +51,19 @@ def test_intervals_hold_where_raters_and_prompts_differ_and_the_sign_test_does_n
     assert np.mean([result.p < 0.05 for result in results]) > 0.2
 
 
+def test_intervals_of_fewer_than_five_raters_or_prompts_are_too_narrow():
+    generator = np.random.default_rng(6)
+
+    def holds(raters, prompts):
+        votes = (simulated(generator, 0.5, raters=raters, prompts=prompts, spread=0.3) for _ in range(200))
+        return np.mean([of.share.low <= 0.5 <= of.share.high for of in map(found, votes)])
+
+    assert holds(FEW, 15) > 0.92 < holds(20, FEW)
+    assert holds(2, 15) < 0.9 > holds(20, 2)
+    assert found(simulated(generator, 0.5, raters=3, prompts=7)).clusters == 3
+    assert found(simulated(generator, 0.5, raters=7, prompts=2)).clusters == 2
+
+
 def test_the_sign_test_leaves_ties_out_and_the_share_halves_them():
     score = np.array([1, 1, 1, 1, 1, 1, 0.5, 0.5, 0])
     zeros = np.zeros(9, int)
@@ -72,7 +86,7 @@ def test_alpha_is_that_of_krippendorff_s_example():
 def test_agreement_is_0_by_chance_and_unknown_of_single_answers():
     generator = np.random.default_rng(4)
     assert agreement(simulated(generator, 0.5, raters=40, prompts=40)) == pytest.approx(0, abs=0.02)
-    assert np.isnan(agreement(simulated(generator, 0.5, raters=1)))
+    assert agreement(simulated(generator, 0.5, raters=1)) is None
 
 
 def test_answers_on_other_pairs_of_a_prompt_need_not_agree():

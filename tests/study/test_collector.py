@@ -55,6 +55,32 @@ def test_the_page_is_shown_and_the_key_is_not(tmp_path):
             assert ask(server, "GET", path)[0] == 404, path
 
 
+def test_the_names_of_the_clips_are_not_listed(tmp_path):
+    with collecting(study(tmp_path)) as server:
+        assert ask(server, "GET", "/clips/")[0] == ask(server, "HEAD", "/clips/")[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost:8770", 200),  # a tunnel's port
+        ("LOCALHOST", 200),
+        ("127.0.0.1", 200),
+        ("evil.test", 421),
+        ("127.0.0.1.evil.test:8770", 421),
+        ("localhost:8770@evil.test", 421),
+        ("", 421),
+    ],
+)
+def test_another_name_of_this_machine_is_refused(tmp_path, host, status):
+    folder = study(tmp_path)
+    body = json.dumps(answers(folder, "anna", lambda *_: "ours"))
+    with collecting(folder) as server:
+        assert ask(server, "GET", "/", headers={"Host": host})[0] == status
+        is_taken = ask(server, "POST", "/answers", body, {**JSON, "Host": host})[0] == 204
+    assert is_taken == any((folder / ANSWERS).iterdir()) == (status == 200)
+
+
 @pytest.mark.parametrize(
     ("path", "headers", "change", "status"),
     [
@@ -62,6 +88,7 @@ def test_the_page_is_shown_and_the_key_is_not(tmp_path):
         ("/other", JSON, {}, 404),
         ("/answers", JSON, {"study": "another"}, 400),
         ("/answers", JSON, {"answers": [{}]}, 400),
+        ("/answers", JSON, {"rater": "a" * 201}, 400),
         ("/answers", {**JSON, "Content-Length": "99999999999"}, {}, 413),
         ("/answers", {**JSON, "Content-Length": "-1"}, {}, 413),
     ],

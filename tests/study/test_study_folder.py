@@ -126,7 +126,7 @@ def test_clips_of_an_earlier_study_are_not_sent(tmp_path):
 def test_a_study_with_answers_is_not_replaced_by_another(tmp_path):
     folder = study(tmp_path)
     before = (folder / KEY).read_bytes()
-    put(folder, answers(folder, "anna", lambda *_: "ours"))
+    (folder / ANSWERS / "anna.JSON").write_text(json.dumps(answers(folder, "anna", lambda *_: "ours")))
     assert study(tmp_path, title="Another title") == folder, "texts may change"
     assert (folder / KEY).read_bytes() == before
     (folder / KEY).write_bytes(before[:40])

@@ -48,10 +48,12 @@ def is_ready(browser):
     return browser.run("!document.querySelector('#questions button').disabled")
 
 
-def press(browser, *keys):
+def press(browser, *keys, held=0):
+    """``held``: how often each is repeated before it is let go."""
     for key in keys:
-        for kind in ("keyDown", "keyUp"):
-            browser.call("Input.dispatchKeyEvent", type=kind, key=key)
+        for number in range(held + 1):
+            browser.call("Input.dispatchKeyEvent", type="keyDown", key=key, autoRepeat=number > 0)
+        browser.call("Input.dispatchKeyEvent", type="keyUp", key=key)
 
 
 def test_what_raters_prefer_is_what_the_results_say(tmp_path):
@@ -88,10 +90,25 @@ def test_answers_that_nobody_took_are_a_file(tmp_path, reply):
         where = {"behavior": "allow", "downloadPath": str(tmp_path / "saved")}
         browser.call("Browser.setDownloadBehavior", **where)
         browser.open(f"{address}?rater=anna")
+        assert browser.run("document.getElementById('another').hidden"), "who comes next has another link"
         browser.run(f"window.fetch = async () => {reply}; 0")
         browser.run(RATER.replace("PREFERS", "[[true], [true]]").replace("METHOD", "{}"))
         wait_for((tmp_path / "saved" / "answers-anna.json").is_file)
     read_key(folder).check(json.loads((tmp_path / "saved" / "answers-anna.json").read_text()))
+
+
+def test_on_a_phone_answers_are_three_equal_columns_below_clips_that_stay_in_view(tmp_path):
+    folder = study(tmp_path, questions={str(i): "Which is better?" for i in range(9)})
+    with Browser(tmp_path / "profile") as browser:
+        phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+        browser.call("Emulation.setDeviceMetricsOverride", **phone)
+        browser.open((folder / SITE / "index.html").as_uri())
+        browser.click("I agree, begin")
+        buttons = "[...document.querySelectorAll('#questions div:first-child button')]"
+        place = "(({y, width}) => `${y} ${Math.round(width)}`)(button.getBoundingClientRect())"
+        assert browser.run(f"new Set({buttons}.map(button => {place})).size") == 1
+        browser.run("scrollTo(0, 500)")
+        assert browser.run("scrollY && document.getElementById('pair').getBoundingClientRect().y") == 0
 
 
 def test_offline_with_keys_after_both_were_watched_and_on_after_a_reload(tmp_path):
@@ -109,7 +126,9 @@ def test_offline_with_keys_after_both_were_watched_and_on_after_a_reload(tmp_pat
         assert not is_ready(browser) and browser.run("document.getElementById('next').disabled")
         browser.open(f"{page}?rater=anna")
         wait_for(lambda: is_ready(browser))
-        press(browser, "ArrowLeft", "ArrowDown", "ArrowRight", "Enter")
+        press(browser, "ArrowLeft", held=3)
+        assert browser.run("document.getElementById('next').disabled"), "a held key answers once"
+        press(browser, "ArrowDown", "ArrowRight", "Enter")
         wait_for(lambda: browser.run("document.getElementById('count').textContent") == "2 of 2")
         browser.open(f"{page}?rater=anna")
         assert browser.run("document.getElementById('count').textContent") == "2 of 2"

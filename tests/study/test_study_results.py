@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+from dataclasses import astuple
 
 import pytest
 
@@ -10,6 +11,7 @@ from fourdfy.config import ConfigError
 from fourdfy.launching.cli import main
 from fourdfy.study.folder import ANSWERS
 from fourdfy.study.results import write_results
+from tests.pages.elements import Found
 from tests.study.studies import answers, put, study
 
 
@@ -35,9 +37,10 @@ def test_sides_become_methods_and_ties_stay(tmp_path):
     assert overall.p_holm == pytest.approx(2 * overall.found.p) == pytest.approx(4 / 2**12)
     rows = [*csv.DictReader((folder / "results.csv").read_text().splitlines())]
     assert [row["question"] for row in rows] == ["text", "overall"] and rows[1]["losses"] == "12"
+    assert not (folder / "strengths.csv").exists(), "of two methods"
 
 
-def test_of_three_methods_the_order_is_found(tmp_path, capsys):
+def test_of_three_methods_the_order_is_found(tmp_path, capsys, caplog):
     folder = study(tmp_path, ["one", "two", "three"])
     put(folder, *(answers(folder, f"rater {i}", prefers("three", "one", "two")) for i in range(5)))
     found = write_results(folder)
@@ -45,7 +48,57 @@ def test_of_three_methods_the_order_is_found(tmp_path, capsys):
     assert sorted(strengths, key=strengths.get) == ["two", "one", "three"]
     assert [of.value for of in found.strengths["text"].values()] == pytest.approx([0, 0, 0])
     assert main(["--study-results", str(folder)]) == 0
-    assert "5 raters" in capsys.readouterr().out and "overall: three" in (folder / "results.html").read_text()
+    named = ", ".join(str(folder / name) for name in ("results.html", "results.csv", "strengths.csv"))
+    assert caplog.messages[-1] == f"written: {named}"
+    best = found.strengths["overall"]["three"]
+    shown = (f"{best.value:.2f}", f"{best.low:.2f} to {best.high:.2f}")
+    lines = capsys.readouterr().out.splitlines()
+    assert any(all(cell in line for cell in ("three", *shown)) for line in lines)
+    assert max(map(len, lines)) <= 80 and "5 raters; 0 more failed a check (not counted)" in lines
+    row = "".join(f"<td>{cell}</td>" for cell in shown)
+    assert f"<th>overall: three</th>{row}" in (folder / "results.html").read_text()
+    rows = [*csv.DictReader((folder / "strengths.csv").read_text().splitlines())]
+    assert [row["method"] for row in rows] == 2 * ["one", "two", "three"]
+    assert [float(rows[-1][name]) for name in ("strength", "low", "high")] == [*astuple(best)]
+
+
+@pytest.mark.parametrize(("raters", "prompts"), [(5, 5), (4, 5), (5, 4), (1, 1)])
+def test_intervals_of_few_raters_or_prompts_are_warned_of(tmp_path, caplog, raters, prompts):
+    folder = study(tmp_path, prompts=[f"thing {i}" for i in range(prompts)])
+    put(folder, *(answers(folder, f"rater {i}", prefers("ours", "theirs")) for i in range(raters)))
+    assert main(["--study-results", str(folder)]) == 0
+    warning = "Intervals of fewer than 5 raters or prompts can't be trusted: here, those of 2 of 2 rows."
+    shown = Found((folder / "results.html").read_text()).under("strong")
+    assert caplog.messages[:-1] == shown == ([warning] if min(raters, prompts) < 5 else [])
+
+
+def test_one_rater_is_no_plural_and_has_no_agreement(tmp_path, capsys):
+    folder = study(tmp_path)
+    put(folder, answers(folder, "anna", prefers("ours", "theirs")))
+    assert main(["--study-results", str(folder)]) == 0
+    assert "1 rater; 0 more failed a check" in capsys.readouterr().out
+    found = Found((folder / "results.html").read_text())
+    assert found.under("td")[-2:] == ["-", "-"] and "nan" not in found.under("td")
+    rows = [*csv.DictReader((folder / "results.csv").read_text().splitlines())]
+    assert [row["agreement"] for row in rows] == ["", ""]
+
+
+def test_who_answered_nothing_is_no_rater(tmp_path, caplog):
+    folder = study(tmp_path, checks=0)
+    anna, ben = ({**answers(folder, name, prefers("ours", "theirs")), "checks": []} for name in "ab")
+    put(folder, anna, {**ben, "answers": []})
+    assert write_results(folder).raters == 1
+    assert caplog.messages == [f"{folder / ANSWERS / '1.json'} is left out: it has no answers"]
+
+
+def test_a_suffix_may_have_capitals_and_no_other_file_is_passed_over_in_silence(tmp_path, caplog):
+    folder = study(tmp_path)
+    for name in ("anna.JSON", "ben.txt", ".half.tmp.json"):
+        (folder / ANSWERS / name).write_text(json.dumps(answers(folder, name, prefers("ours", "theirs"))))
+    (folder / ANSWERS / "more").mkdir()
+    assert write_results(folder).raters == 1
+    lost = [folder / ANSWERS / name for name in ("ben.txt", "more")]
+    assert caplog.messages == [f"{file} is left out: it is no .json file" for file in lost]
 
 
 def test_who_fails_a_check_is_left_out_and_counted(tmp_path):
