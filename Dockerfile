@@ -28,7 +28,8 @@ RUN pip install --no-cache-dir --no-deps --no-build-isolation -e .
 
 RUN useradd --create-home --uid 10001 user \
     && mkdir -p outputs /home/user/.cache \
-    && chown user: outputs /home/user/.cache
+    && chown user: outputs /home/user/.cache \
+    && chmod a+rx /home/user
 # For "docker run --user" with somebody else's number, too.
 ENV HOME=/home/user USER=user
 USER 10001

@@ -61,3 +61,6 @@ def test_it_does_not_run_as_root_and_can_write_where_it_must():
     assert (
         "--uid 10001 user" in (made := arguments("RUN")[-1]) and f"chown user: outputs {volumes[1]}" in made
     )
+    # useradd makes a home that is closed to others (HOME_MODE), whom "docker run --user" may name.
+    (home,) = (words.partition("=")[2] for words in " ".join(arguments("ENV")).split() if "HOME=" in words)
+    assert f"chmod a+rx {home}" in made

@@ -166,7 +166,7 @@ def _columns() -> int:
 
 
 def _brief(value: float) -> str:
-    return f"{value:.0f}" if 100 <= abs(value) < 1e6 else f"{value:.2g}"
+    return f"{value:.0f}" if 10 <= abs(value) < 1e6 else f"{value:.2g}"
 
 
 def _clock(seconds: float) -> str:

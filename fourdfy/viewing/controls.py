@@ -23,7 +23,12 @@ class Controls:
     playback: Playback = field(default_factory=Playback)
     paused: bool = False
     requests: deque[tuple[str, ...]] = field(default_factory=deque)
-    """``("save",)``, ``("export",)`` or ``("look", KIND)``, in the order of the clicks."""
+    """``("save",)``, ``("export",)`` or ``("look", KIND)``, in the order of the clicks, until done."""
+
+    def ask(self, *request: str) -> None:
+        """Add a request, unless it is pending already."""
+        if request not in self.requests:
+            self.requests.append(request)
 
 
 @dataclass(frozen=True)

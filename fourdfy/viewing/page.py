@@ -126,10 +126,10 @@ class ViserPage:
                 controls.paused = not controls.paused
                 self.show_paused()
 
-            save.on_click(lambda event: controls.requests.append(("save",)))
+            save.on_click(lambda event: controls.ask("save"))
             self._pause = pause
         export = gui.add_button("Export", icon=viser.Icon.PACKAGE_EXPORT)
-        export.on_click(lambda event: controls.requests.append(("export",)))
+        export.on_click(lambda event: controls.ask("export"))
 
     def _add_view(self, scenery: Scenery) -> None:
         gui, controls = self.server.gui, self.controls
@@ -162,7 +162,7 @@ class ViserPage:
         gui.add_markdown("The prior decodes what it sees in the next step of a kind, once for each click.")
         for kind in kinds:
             button = gui.add_button(f"Look at {kind}", icon=viser.Icon.EYE)
-            button.on_click(lambda event, kind=kind: self.controls.requests.append(("look", kind)))
+            button.on_click(lambda event, kind=kind: self.controls.ask("look", kind))
             self._looks[kind] = gui.add_folder(kind, visible=False), []
 
     # -- what is shown --------------------------------------------------------------------------

@@ -181,20 +181,27 @@ class Viewer(Callback):
     # -- what is asked for ----------------------------------------------------------------------
 
     def fulfil(self, run: Run) -> None:
-        """Do what was asked for: save, export, look at a prior. A failure is told to those who look on."""
-        while self.page is not None and self.page.controls.requests:
-            self._fulfil(run, self.page, self.page.controls.requests.popleft())
+        """Do what was asked for, unless the run is to stop: save, export, look at a prior.
 
-    def _fulfil(self, run: Run, page: Page, request: tuple[str, ...]) -> None:
+        A failure is told to those who look on.
+        """
+        assert self.page is not None, "open comes first"
+        requests = self.page.controls.requests
+        while requests and not (run.stopping or run.is_asked_to_stop()):
+            self._fulfil(run, requests[0])
+            requests.popleft()  # only now, so that a click meanwhile asks for nothing new
+
+    def _fulfil(self, run: Run, request: tuple[str, ...]) -> None:
         what, *kinds = request
         try:
             with untouched(run.system):
                 if what == "save":
                     run.save(run.folder / LAST)
-                    page.notify(f"step {run.step} saved: {LAST}")
+                    self._tell(f"step {run.step} saved: {LAST}")
                 elif what == "export":
+                    self._tell(f"step {run.step}: exporting ...")
                     names = [str(file.relative_to(run.folder)) for file in self.export(run)]
-                    page.notify(f"step {run.step} exported: {', '.join(names)}")
+                    self._tell(f"step {run.step} exported: {', '.join(names)}")
                 elif kinds[0] not in self._looks:
                     self._looks[kinds[0]] = Look(run.system.guidances()[kinds[0]])
         except Exception as error:
@@ -218,8 +225,10 @@ class Viewer(Callback):
         self._looks.clear()
 
     def _tell_failure(self, what: str, error: Exception) -> None:
-        text = f"{what} failed: {_brief(error)}"
-        logger.warning("viewer: %s", text)
+        self._tell(f"{what} failed: {_brief(error)}", logging.WARNING)
+
+    def _tell(self, text: str, level: int = logging.INFO) -> None:
+        logger.log(level, "viewer: %s", text)
         if self.page is not None:
             self.page.notify(text)
 
@@ -246,11 +255,11 @@ class Viewer(Callback):
         logger.info("step %d: resumed", run.step)
 
 
-def show_scene(viewer: Viewer, run: Run, is_over: Callable[[], bool]) -> None:
-    """Show a finished scene until ``is_over``."""
+def show_scene(viewer: Viewer, run: Run) -> None:
+    """Show a finished scene until the run is asked to stop."""
     viewer.open(run)
     try:
-        while not is_over():
+        while not run.is_asked_to_stop():
             viewer.fulfil(run)
             viewer.serve(run, math.inf, math.inf)
             time.sleep(TICK_SECONDS)

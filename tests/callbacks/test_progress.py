@@ -92,6 +92,14 @@ def test_a_kind_is_shown_as_the_mean_of_its_steps(terminal):
     assert "video 3  views 7" in terminal.rows()[0]
 
 
+@pytest.mark.parametrize(
+    "loss, shown", [(9.97, "10"), (99.4, "99"), (99.7, "100"), (-99.96, "-100"), (123456.7, "123457")]
+)
+def test_a_loss_is_shown_without_an_exponent(loss, shown, terminal):
+    train([("multi_view", loss)])
+    assert f"views {shown}  " in terminal.rows()[0] + "  "
+
+
 def test_the_line_shows_the_newest_numbers_that_have_come(terminal, monkeypatch):
     coming = [True]
     monkeypatch.setattr(base.Means, "is_ready", property(lambda means: not (coming[0] and len(means))))

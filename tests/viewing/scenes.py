@@ -59,7 +59,12 @@ def run_of_a_ball(folder, *, static=False):
     system = BallSystem()
     optimizer = torch.optim.SGD([{"params": [system.weight], "name": "geometry"}], lr=0.1)
     run = new_run(
-        system=system, data=OneCamera(static), folder=folder, label="stage 1/1", optimizer=optimizer
+        system=system,
+        data=OneCamera(static),
+        folder=folder,
+        label="stage 1/1",
+        optimizer=optimizer,
+        is_asked_to_stop=lambda: False,
     )
     run.means.add({"loss/multi_view/total": 5.0, "loss/multi_view/sds": 2.0, "multi_view/grad_norm": 4.0})
     return run

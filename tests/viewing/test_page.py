@@ -89,6 +89,11 @@ def test_the_scene_is_seen_from_where_the_mouse_leads_and_the_buttons_work(viewe
             url for url in browser.requests if not url.startswith(("data:", "blob:", "http://127.0.0.1"))
         ]
         assert outside == []
+
+        scheme = "document.documentElement.dataset.mantineColorScheme"
+        assert browser.run(scheme) == "light"
+        browser.open(f"http://127.0.0.1:{page.port}/?darkMode")
+        wait_for(lambda: browser.run(scheme) == "dark")
     wait_for(lambda: not page.eyes())
 
 

@@ -67,11 +67,12 @@ class Demanding(FakePage):
         self.asked += 1
         random.random(), torch.rand(1)
         if self.asked == 1:
-            self.controls.requests.extend(("look", kind) for kind in self.scenery.kinds)
+            for kind in self.scenery.kinds:
+                self.controls.ask("look", kind)
         if self.asked == 2:
-            self.controls.requests.append(("save",))
+            self.controls.ask("save")
             self.controls.paused = True
-        if self.asked == 8:
+        if self.asked == 12:  # a pause asks twice for each image, so it has shown all five views by now
             self.controls.paused = False
 
 
@@ -132,12 +133,52 @@ def test_a_pause_ends_when_it_is_resumed_and_saving_writes_an_ordinary_checkpoin
     assert any("saved: ckpts/last.ckpt" in note for note in page.notes)
 
 
-def test_exporting_names_the_files_inside_of_the_trial(tmp_path):
+def test_exporting_says_that_it_begins_and_names_the_files_inside_of_the_trial(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     files = [tmp_path / "save" / "it1-export" / name for name in ("model.glb", "share.html")]
-    viewer, run = begun(tmp_path, export=lambda run: files)
-    viewer.page.controls.requests.append(("export",))
+    seen = []
+
+    def export(run):
+        seen.extend(viewer.page.notes)
+        return files
+
+    viewer, run = begun(tmp_path, export=export)
+    viewer.page.controls.ask("export")
     steps(viewer, run, 1)
-    assert viewer.page.notes == ["step 8 exported: save/it1-export/model.glb, save/it1-export/share.html"]
+    assert seen == ["step 8: exporting ..."]
+    assert viewer.page.notes[1:] == ["step 8 exported: save/it1-export/model.glb, save/it1-export/share.html"]
+    assert caplog.messages == [f"viewer: {note}" for note in viewer.page.notes]
+
+
+def test_a_click_on_what_waits_or_is_being_done_asks_for_nothing_new(tmp_path):
+    exported = []
+
+    def export(run):
+        exported.append(run.step)
+        if len(exported) == 1:
+            viewer.page.controls.ask("export")
+        return []
+
+    viewer, run = begun(tmp_path, export=export)
+    for click in ("export", "save", "export"):
+        viewer.page.controls.ask(click)
+    steps(viewer, run, 2)
+    assert exported == [8]
+    viewer.page.controls.ask("export")
+    steps(viewer, run, 1)
+    assert exported == [8, 10]
+
+
+def test_nothing_else_is_begun_when_the_run_is_to_stop(tmp_path):
+    viewer, run = begun(tmp_path, export=lambda run: [])
+    run.is_asked_to_stop = lambda: len(viewer.page.notes) == 2
+    viewer.page.controls.requests.extend([("export",), ("save",)])
+    steps(viewer, run, 2)
+    assert viewer.page.notes == ["step 8: exporting ...", "step 8 exported: "]
+    run.is_asked_to_stop = lambda: False
+    run.stop()
+    steps(viewer, run, 1)
+    assert len(viewer.page.notes) == 2
 
 
 class Broken(FakePage):
@@ -177,7 +218,7 @@ def test_what_fails_on_demand_is_told_and_the_viewer_stays(tmp_path):
     viewer.page.controls.requests.extend([("look", "nobody"), ("save",), ("export",)])
     run.save = lambda path: (path / "nowhere").read_bytes()
     steps(viewer, run, 3)
-    look, save, export = viewer.page.notes
+    look, save, _, export = viewer.page.notes
     assert look == "look failed: KeyError: 'nobody'"
     assert save.startswith("save failed: FileNotFoundError") and export.startswith("export failed: ")
     assert len(viewer.page.images) > 2
@@ -198,14 +239,13 @@ class Left(FakePage):
 def test_a_paused_run_goes_on_when_nobody_looks_on(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "ALONE_SECONDS", 0.05)
     viewer, run = begun(tmp_path, Left)
-    run.is_asked_to_stop = lambda: False
     steps(viewer, run, 2)
     assert viewer.page.notes == ["resumed"] and not run.stopping
 
 
 def test_a_pause_has_an_end_where_others_wait(tmp_path):
     viewer, run = begun(tmp_path, longest_pause=0.05)
-    viewer.page.controls.paused, run.is_asked_to_stop = True, lambda: False
+    viewer.page.controls.paused = True
     steps(viewer, run, 1)
     assert viewer.page.notes == ["resumed"] and not run.stopping
 
@@ -238,12 +278,13 @@ def test_the_command_line_opens_it_and_shows_a_trial_until_a_signal(tmp_path, mo
     class Visited(FakePage):
         def notify(self, text):
             super().notify(text)
-            os.kill(os.getpid(), signal.SIGINT)
+            if "exported" in text:
+                os.kill(os.getpid(), signal.SIGINT)
 
         def show(self, client, image):
             super().show(client, image)
             if not self.scenery.kinds and len(self.images) == 2:
-                self.controls.requests.append(("export",))
+                self.controls.requests.extend([("export",), ("save",)])
 
     pages = []
     monkeypatch.setattr(module, "find_page", lambda: keeping(pages, Visited))
@@ -251,7 +292,7 @@ def test_the_command_line_opens_it_and_shows_a_trial_until_a_signal(tmp_path, mo
     assert pages[0].scenery.has_truth and pages[0].cfg.enable and pages[0].images
     folder = trial(tmp_path, "shapes_stage_1")
     assert main(["--trial", str(folder), "--view", "--gpu", "cpu", "viewer.size=16", *GIF]) == 0
-    (exported,) = pages[1].notes
+    _, exported = pages[1].notes  # what else was asked for is not begun
     assert exported.startswith("step 1 exported: save/it1-export/"), exported
     assert (folder / "save" / "it1-export" / "share.html").exists()
     assert pages[1].scenery.step == 1 and pages[1].scenery.kinds == () and pages[1].closed
@@ -266,9 +307,9 @@ def test_a_finished_scene_is_refined_at_rest_without_a_budget(tmp_path):
             return {0: self.scenery.eye}
 
     pages, looks, run = [], iter(range(200)), run_of_a_ball(tmp_path)
-    run.optimizer = None
+    run.optimizer, run.is_asked_to_stop = None, lambda: next(looks) > 60
     viewer = Viewer(ViewerConfig(size=128), nothing, open_page=keeping(pages, Still))
-    show_scene(viewer, run, lambda: next(looks) > 60)
+    show_scene(viewer, run)
     assert [max(image.shape[:2]) for _, _, image in pages[0].images] == [64, 128]
     assert pages[0].scenery.kinds == () and pages[0].closed
 
@@ -283,7 +324,7 @@ def test_rendering_and_requests_leave_generators_and_modes_as_they_were(tmp_path
 
     run.system.render, run.system.part = render, torch.nn.Linear(1, 1).eval()
     run.save = lambda path: seen.append((run.system.training, float(torch.rand(()))))
-    viewer.page.controls.requests.append(("save",))
+    viewer.page.controls.ask("save")
     before = torch.get_rng_state()
     steps(viewer, run, 3)
     assert len(seen) > 3 and not any(training for training, _ in seen)
