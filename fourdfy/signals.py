@@ -25,6 +25,12 @@ IMPORTING = "<frozen importlib._bootstrap>"
 AGAIN_SECONDS = 0.02
 """After which a signal that came while an object was being deleted is sent again."""
 
+PARENT = "FOURDFY_PARENT"
+"""The variable that gives a process the number of its parent, with which it is to end."""
+
+PARENT_SECONDS = 1.0
+"""Between two looks at the parent."""
+
 
 class Stopped(SystemExit):
     """A signal ended the program. The exit status is 128 plus its number, as in a shell."""
@@ -97,6 +103,20 @@ class StopSignals:
             signal.signal(number, handler)
         if error is None:
             self.check()
+
+
+def stop_with_parent() -> None:
+    """If ``PARENT`` names the parent, have its end stop this process, as SIGTERM does."""
+    parent = os.environ.pop(PARENT, None)
+    if parent is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(PARENT_SECONDS)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True, name="parent-watch").start()
 
 
 def _is_within(frame: FrameType | None, *, name: str = "", file: str = "") -> bool:

@@ -10,11 +10,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 from faults.runs import Undisturbed, differences, results, start
 from faults.table import Row
 from fourdfy.launching.sweeps.jobs import Job, Sweep, read_sweep
+from fourdfy.pages.trials import sessions
 from tests.commands import ROOT, TINY
 
 STEPS, EVERY = 6, 2
@@ -52,6 +54,8 @@ def sweeps(count: int, seed: int, folder: Path, reference: Undisturbed, runner: 
         pairs = zip(job.trials, single.trials, strict=True)
         found = [d for trial, other in pairs for d in differences(results(trial), results(other))]
         ends.add("equal to a run of its own", [f"{job.name}: {found}"] if found else None)
+        twice = [trial.name for trial in job.trials if _steps_again(trial)]
+        ends.add("computed no step twice that was saved", [f"{job.name}: {twice}"] if twice else None)
     yield from (kills, ends)
 
 
@@ -98,6 +102,11 @@ def _tasks(sweep: Sweep) -> list[int]:
             if "fourdfy.launching.cli" in words and f"exp_root_dir={sweep.root}" in words:
                 found.append(int(place.name))
     return sorted(found)
+
+
+def _steps_again(trial: Path) -> bool:
+    """Whether a session began before the end of one that had ended by itself, and so had saved."""
+    return any(later.first < earlier.last for earlier, later in pairwise(sessions(trial)))
 
 
 def _wrong(is_right: bool, what: str, job: Job) -> list[str] | None:

@@ -158,11 +158,13 @@ def measured(views: Views, metrics: Iterable[Metric]) -> dict[str, float | None]
     return found
 
 
-def write_numbers(found: Judgement, folder: Path) -> None:
-    """As ``it{step}-evaluation.json``."""
+def write_numbers(found: Judgement, folder: Path) -> Path:
+    """As ``it{step}-evaluation.json``; gives the file."""
+    file = folder / f"it{found.protocol['step']}-evaluation.json"
     truth = asdict(found.truth) if found.truth else {}
     content = {"prompt": found.prompt, **truth, **found.numbers, "protocol": found.protocol}
-    write_json(folder / f"it{found.protocol['step']}-evaluation.json", content)
+    write_json(file, content)
+    return file
 
 
 def print_numbers(found: Judgement) -> None:

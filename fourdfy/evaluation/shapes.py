@@ -25,7 +25,7 @@ from fourdfy.devices import keep_freed_memory, on_device, select_device
 from fourdfy.evaluation.report import Report, summary_tables, write_json
 from fourdfy.evaluation.scenes import Render, evaluate_scene, scene_renderer
 from fourdfy.shapes.prompts import Prompt, parse
-from fourdfy.signals import StopSignals
+from fourdfy.signals import StopSignals, stop_with_parent
 from fourdfy.terminal import log_to_stderr
 
 RECIPE = CONFIGS / "shapes.yaml"
@@ -101,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if device == "cpu":
             keep_freed_memory()
         with StopSignals(lambda: "the same command continues") as stop, on_device(device):
+            stop_with_parent()
             for prompt in prompts:
                 render, pace = train_prompt(prompt, device, args.drop, args.overrides, args.config, stop)
                 rows.append(results.add(evaluate_scene(prompt, render), pace))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from fourdfy.config_files import ConfigError, plain, read_layers
 
+logger = logging.getLogger(__name__)
+
 
 def read_prompts(file: Path, key: str = "prompts") -> list[str]:
-    """The prompts of a file; in a text file, lines that begin with ``#`` are comments.
+    """The prompts of a file; in a text file, lines that begin with ``#`` are comments, and one that is there
+    again does not count.
 
     Args:
         key: that names the file, for messages.
@@ -27,7 +31,10 @@ def read_prompts(file: Path, key: str = "prompts") -> list[str]:
         why = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ConfigError(f"{key}: {file}: expected a list, or a text file of prompts ({why})") from error
     texts = [text for line in lines if (text := line.strip()) and not text.startswith("#")]
-    return _some(texts, f"{key}: {file}")
+    if len(known := dict.fromkeys(texts)) < len(texts):
+        again = next(text for index, text in enumerate(texts) if text in texts[:index])
+        logger.warning("%s: %s: %r is there more than once; it counts once", key, file, again)
+    return _some([*known], f"{key}: {file}")
 
 
 def _some(texts: list[str], where: str) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fourdfy.signals import StopSignals
+from fourdfy.signals import StopSignals, stop_with_parent
 from fourdfy.terminal import log_to_stderr, open_streams, printable_lines, say
 
 EXAMPLES = """examples:
@@ -36,12 +36,14 @@ MODES = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``launch.py``; returns the exit status (2 for a mistake in the arguments or the config).
+    """Run ``launch.py``; returns the exit status (2 for a mistake in the arguments or the config, ``IN_USE``
+    for a trial that another process is at work on).
 
     Raises:
         Stopped: a signal ended it; how to continue was logged.
     """
     with StopSignals(lambda: "run the same command again") as stop:
+        stop_with_parent()
         return _main(argv, stop)
 
 
@@ -61,6 +63,7 @@ def _main(argv: Sequence[str] | None, stop: StopSignals) -> int:
     from fourdfy.files.atomic import ADVICE, ELSEWHERE, WriteError
     from fourdfy.launching.experiment import trial_arguments
     from fourdfy.launching.run import run
+    from fourdfy.launching.trial import IN_USE, InUse
 
     _quieten_libraries(args.verbose)
     command = ["launch.py", *(sys.argv[1:] if argv is None else argv)]
@@ -87,7 +90,7 @@ def _main(argv: Sequence[str] | None, stop: StopSignals) -> int:
             run(args.mode, config, overrides, command=command, stop=stop, **given)
     except ConfigError as error:
         say(f"error: {error}\n")
-        return 2
+        return IN_USE if isinstance(error, InUse) else 2
     except FloatingPointError as error:  # training diverged
         say(f"error: {error}\n")
         return 1
@@ -250,7 +253,9 @@ def _parser() -> argparse.ArgumentParser:
         help="run what a sweep's YAML file says, or, with --config, a text file of prompts; goes on where it "
         "stopped",
     )  # fmt: skip
-    sweep.add_argument("--seeds", metavar="0-3", help="the seeds of a sweep (default: 0)")
+    sweep.add_argument(
+        "--seeds", metavar="0-3", help="the seeds of a sweep, also such as 0,2,5-7 (default: 0)"
+    )
     sweep.add_argument(
         "--per-gpu", type=int, metavar="K", help="runs at a time on each visible GPU, or the CPU"
     )

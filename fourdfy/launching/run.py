@@ -115,7 +115,7 @@ def evaluate(mode: str, stage: Stage, *, device: str, out: Path | None = None) -
         ConfigError: there is no such checkpoint, or results can't be written.
     """
     experiment, system = load(stage, device)
-    folder = out or experiment.trial_dir / "save"
+    written = folder = out or experiment.trial_dir / "save"
     try:
         check_writable(folder)
         remove_leftovers(folder)
@@ -131,7 +131,7 @@ def evaluate(mode: str, stage: Stage, *, device: str, out: Path | None = None) -
 
             camera = experiment.build_data().test_cameras(experiment.plan.dynamic)["test"]
             found = judged(system, camera, experiment.cfg.evaluation, **experiment.judged)
-            write_numbers(found, folder)
+            written = write_numbers(found, folder)
             print_numbers(found)
         elif mode == "export":
             export(system, experiment, folder)
@@ -143,7 +143,7 @@ def evaluate(mode: str, stage: Stage, *, device: str, out: Path | None = None) -
             write_report(trained, system)
     except WriteError as error:
         raise ConfigError(f"{error}; results can go elsewhere: --out DIR") from error
-    logger.info("written to %s", folder)
+    logger.info("written to %s", written)
 
 
 def load(stage: Stage, device: str) -> tuple[Experiment, System]:
@@ -159,10 +159,10 @@ def load(stage: Stage, device: str) -> tuple[Experiment, System]:
         if not experiment.is_placed:
             experiment = replace(experiment, trial_dir=trial_of(checkpoint) or experiment.trial_dir)
     elif not has_checkpoint(checkpoint):
-        raise ConfigError(
-            f"{stage.label}: no checkpoint in {checkpoint.parent}; train it first, or name what was trained: "
-            "--trial DIR"
-        )
+        trial = experiment.trial_dir
+        is_begun = (trial / PARSED).exists()
+        advice = f": {command_for(trial)} --train" if is_begun else ", or name what was trained: --trial DIR"
+        raise ConfigError(f"{stage.label}: no checkpoint in {checkpoint.parent}; train it first{advice}")
     return experiment, experiment.load_system(device, checkpoint)
 
 
@@ -182,9 +182,10 @@ def view(stage: Stage, device: str, stop: StopSignals) -> None:
         folder=experiment.trial_dir,
         label=experiment.cfg.name,
         max_steps=system.step,
+        is_asked_to_stop=lambda: stop.received is not None,
     )
     stop.deferred = True
-    show_scene(viewer_of(experiment), run, lambda: stop.received is not None)
+    show_scene(viewer_of(experiment), run)
     stop.received = None
 
 

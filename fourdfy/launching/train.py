@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -144,9 +144,10 @@ def train_stages(
             for stage in stages:
                 stage.follow_weights(begun=False)  # before anything is trained
         for stage in stages:
-            start = of_first_rank(_start(stage, device, test) if ranks().is_first else None)
-            if start is not None and not _train_stage(stage, start, device, command, callbacks, test):
-                return stage, True
+            with _claimed(stage, device, test) if ranks().is_first else nullcontext() as found:
+                start = of_first_rank(found)
+                if start is not None and not _train_stage(stage, start, device, command, callbacks, test):
+                    return stage, True
     return stage, False
 
 
@@ -161,15 +162,24 @@ class Start:
     """Whether a validation is to be made up for."""
 
 
-def _start(stage: Stage, device: str, test: bool) -> Start | None:
-    """None if it is finished."""
+@contextmanager
+def _claimed(stage: Stage, device: str, test: bool) -> Iterator[Start | None]:
+    """Own a stage's folder, and only then see how far it is, for another process may have just trained it;
+    None if it is finished, whose folder may be read-only."""
     stage.follow_weights()
-    remove_leftovers(stage.experiment.trial_dir)
-    if stage.is_finished or (stage.is_trained and not test):
-        logger.info("%s: %s", stage.label, _finished(stage))
-        make_up_for_report(stage.experiment, device)
-        return None
-    return Start(stage.resume_from, stage.experiment.cfg.system.weights, stage.lacks_validation)
+    if not _is_over(stage, test):
+        with owned(stage.experiment.trial_dir):
+            remove_leftovers(stage.experiment.trial_dir)
+            if not _is_over(stage, test):
+                yield Start(stage.resume_from, stage.experiment.cfg.system.weights, stage.lacks_validation)
+                return
+    logger.info("%s: %s", stage.label, _finished(stage))
+    make_up_for_report(stage.experiment, device)
+    yield None
+
+
+def _is_over(stage: Stage, test: bool) -> bool:
+    return stage.is_finished or (stage.is_trained and not test)
 
 
 def _finished(stage: Stage) -> str:
@@ -215,7 +225,7 @@ def _train_stage(
     }
     if not ranks().is_first:
         looking_on = {name: callback for name, callback in looking_on.items() if callback.on_all_ranks}
-    with owned(folder) if ranks().is_first else nullcontext(), closing(curves):
+    with closing(curves):
         resume_from, weights = start.resume_from, start.weights
         grew_from = scene_hash(weights) if weights and resume_from is None else None
         system = experiment.starting_from(weights).build_system().to(device)

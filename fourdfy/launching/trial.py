@@ -32,8 +32,14 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """Errors of a file system without locks."""
 
 
+IN_USE = 75
+"""Exit status of a run whose trial another process owns: a failure that passes (EX_TEMPFAIL of BSD)."""
 LOCK = ".lock"
 """The file in a trial by which a process owns it."""
+
+
+class InUse(ConfigError):
+    """Another process owns the trial."""
 
 
 @contextmanager
@@ -41,7 +47,7 @@ def owned(trial: Path) -> Iterator[None]:
     """Create the folder and own it until the context or the process ends; an empty one is removed again.
 
     Raises:
-        ConfigError: another run owns it; names the process.
+        InUse: names the process that owns it.
     """
     from filelock import FileLock, Timeout
 
@@ -51,7 +57,7 @@ def owned(trial: Path) -> Iterator[None]:
         _acquire(lock, trial)
     except Timeout as error:
         who = owner.read_text(encoding="utf-8") if owner.exists() else "another process"
-        raise ConfigError(
+        raise InUse(
             f"{trial}: in use by {who}; wait until it ends, or give this run its own folder: tag=NAME"
         ) from error
     except OSError as error:
@@ -109,7 +115,7 @@ def set_aside(trial: Path) -> Path:
     """Rename the folder of a trial, and return its new name.
 
     Raises:
-        ConfigError: a run owns it.
+        InUse: a run owns it.
     """
     with owned(trial):
         pass

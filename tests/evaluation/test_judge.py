@@ -74,9 +74,11 @@ def test_a_prompt_of_the_shapes_world_is_compared_with_it_and_needs_no_network(r
     assert found["protocol"]["networks"] == {}
 
 
-def test_metrics_can_be_chosen(root):
+def test_metrics_can_be_chosen_and_the_last_line_names_the_file(root, caplog):
     found = evaluated(root, ZEBRA, "evaluation.metrics=[flicker]")
     assert "flicker" in found and "flow" not in found
+    file = trial(root, "shapes_stage_3") / "save" / "it1-evaluation.json"
+    assert caplog.messages[-1] == f"written to {file}"
 
 
 def test_a_network_that_is_missing_is_named_before_anything_is_rendered(root, monkeypatch, tmp_path, capsys):
@@ -278,9 +280,12 @@ def test_the_benchmark_list_is_a_sweep_of_forty_prompts():
     assert not sweep.recipes[0][2][0].cfg.evaluation.after_training
 
 
-def test_anybody_s_list_is_read(tmp_path):
+def test_anybody_s_list_is_read(tmp_path, caplog):
     (tmp_path / "list.txt").write_text("a fox\n# a comment\n\n an owl \n")
+    assert read_prompts(tmp_path / "list.txt") == ["a fox", "an owl"] and not caplog.text
+    (tmp_path / "list.txt").write_text("a fox\nan owl\na fox\n")
     assert read_prompts(tmp_path / "list.txt") == ["a fox", "an owl"]
+    assert "list.txt: 'a fox' is there more than once; it counts once" in caplog.text
     (tmp_path / "list.yaml").write_text("prompts: list.txt\n")
     with pytest.raises(ConfigError, match=r"^captions: .*list\.yaml: expected a list of texts"):
         read_prompts(tmp_path / "list.yaml", "captions")

@@ -2,7 +2,9 @@
 
 import csv
 import errno
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import torch
 from omegaconf import OmegaConf
 
 from fourdfy.files.atomic import WriteError
+from fourdfy.launching import train
 from fourdfy.launching.cli import main
 from fourdfy.ops import backends
 from fourdfy.systems.checkpoint import read_checkpoint
@@ -165,6 +168,8 @@ def test_a_trial_is_tested_and_evaluated_from_its_own_config(trained, capsys):
     assert launch(config, "evaluate", trained, "seed=1", resume) == 0
     assert "silhouette IoU" in capsys.readouterr().out
     assert (folder / "save" / "it4-evaluation.json").exists()
+    report = (folder / "report.html").read_text()
+    assert re.search(r"<th>psnr</th><td>highest</td>", report)
 
 
 def test_resuming_equals_an_uninterrupted_run_bit_for_bit(trained, tmp_path):
@@ -183,6 +188,20 @@ def test_resuming_equals_an_uninterrupted_run_bit_for_bit(trained, tmp_path):
     moments = [c["optimizer_states"][0]["state"] for c in (resumed, whole)]
     for index, state in moments[1].items():
         assert all(torch.equal(moments[0][index][key], value) for key, value in state.items())
+
+
+def test_what_another_process_has_just_trained_is_not_trained_again(tmp_path, monkeypatch):
+    given = ("shapes_stage_1.yaml", "train", tmp_path)
+    own = train.owned
+
+    def late(folder):  # another process comes between this one's look at the folder and its ownership
+        monkeypatch.setattr(train, "owned", own)
+        assert launch(*given) == 0
+        return own(folder)
+
+    monkeypatch.setattr(train, "owned", late)
+    assert launch(*given) == 0
+    assert len(json.loads((trial(tmp_path, "shapes_stage_1") / "sessions.json").read_text())) == 1
 
 
 def test_weights_start_the_next_stage_at_step_0(trained, tmp_path):
@@ -379,8 +398,20 @@ def test_a_folder_that_is_no_trial_names_those_below_it(trained, capsys):
 def test_evaluating_what_was_never_trained_says_so(tmp_path, capsys):
     assert launch("shapes.yaml", "test", tmp_path) == 2
     last = trial(tmp_path, "shapes_stage_3") / "ckpts"
-    assert f"stage 3/3 shapes_stage_3: no checkpoint in {last}" in capsys.readouterr().err
+    assert f"stage 3/3 shapes_stage_3: no checkpoint in {last}; train it first, or name what was trained" in (
+        capsys.readouterr().err
+    )
     assert not list(tmp_path.iterdir())
+
+
+def test_evaluating_a_trial_that_was_killed_before_its_first_checkpoint_says_how_to_train_it(
+    trained, tmp_path, capsys
+):
+    killed = tmp_path / "killed"
+    shutil.copytree(trial(trained, "shapes_stage_3") / "configs", killed / "configs")
+    assert main(["--trial", str(killed), "--export", "--gpu", "cpu"]) == 2
+    said = capsys.readouterr().err
+    assert f"train it first: python launch.py --trial {killed} --train\n" in said
 
 
 # ---------------------------------------------------------------------------------------------

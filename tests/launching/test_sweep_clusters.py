@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ PROMPTS = ["a red cube bouncing", "a blue ball spinning"]
 
 
 def statuses(runner: Runner, tasks: list[Task], seconds: float = 120.0) -> list[int | None]:
-    handles, until = runner.start(tasks), time.monotonic() + seconds
+    handles, until = [*runner.start(tasks)], time.monotonic() + seconds
     while (found := [runner.poll(handle) for handle in handles]).count(None) and time.monotonic() < until:
         time.sleep(0.2)
     return found
@@ -173,11 +174,91 @@ def test_a_task_fits_on_one_machine_of_a_ray_cluster(monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     machines = [{"GPU": 1.0, "CPU": 8.0}] * 2 + [{"GPU": 2.0, "CPU": 4.0}, {"CPU": 64.0}]
     nodes = [{"Alive": True, "Resources": each} for each in machines]
-    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, {"Alive": False, "Resources": {"GPU": 8, "CPU": 64}}])
+    gone = {"Alive": False, "Resources": {"GPU": 8, "CPU": 64}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, gone])
     config = find("ray", Runner).Config
-    assert config().build(None).capacity == 4 and config(num_cpus=4.0).build(None).capacity == 3
-    with pytest.raises(ConfigError, match=r"no machine of the Ray cluster has 3 GPUs and 1 processors"):
+    runner = config().build(None)
+    assert runner.capacity == 4 and config(num_cpus=4.0).build(None).capacity == 3
+    too_few = (
+        r"no machine of the Ray cluster has 3 GPUs and 1 processors; .*num_gpus.*without a GPU: --gpu cpu$"
+    )
+    with pytest.raises(ConfigError, match=too_few):
         config(num_gpus=3.0).build(None)
+    nodes.append({"Alive": True, "Resources": {"GPU": 2.0, "CPU": 2.0}})
+    assert runner.capacity == 6  # it joined later
+
+
+def test_the_cluster_that_is_joined_is_the_one_that_is_named(monkeypatch):
+    """No other is: neither that of ``RAY_ADDRESS`` nor one that happens to run here."""
+    ray = pytest.importorskip("ray")
+    config, asked = find("ray", Runner).Config, []
+
+    def init(address, **options):
+        asked.append(address)
+        if address == "auto":
+            raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    assert config().build("cpu").capacity == 2 and asked == ["local"]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        there = f"127.0.0.1:{server.getsockname()[1]}"
+        config(address=there).build("cpu")
+    for address in ("auto", there, f"ray://{there}"):  # nobody listens any more
+        with pytest.raises(
+            ConfigError, match=rf"^runner\.address={address}: .*type: ray start --head, or leave"
+        ):
+            config(address=address).build("cpu")
+    assert asked == ["local", there, "auto"]
+
+
+@pytest.mark.parametrize("cluster", ["local", "debug"])
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"slurm_partion": "gpu"}, "Unknown argument 'partion'"),
+        ({"cpus_per_tsk": 8}, "Unknown executor 'cpus' in parameter 'cpus_per_tsk'"),
+        ({"mem_gb": "32GB"}, '"mem_gb" expected type'),
+    ],
+)
+def test_a_parameter_that_submitit_refuses_is_one_line(cluster, parameters, message, tmp_path):
+    pytest.importorskip("submitit")
+    config = find("slurm", Runner).Config(folder=str(tmp_path), cluster=cluster, parameters=parameters)
+    with pytest.raises(
+        ConfigError, match=rf"^runner\.parameters: [^\n]*{message}[^\n]*slurm_partition: gpu"
+    ) as error:
+        config.build("cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def queue(tmp_path, monkeypatch):
+    """Stands in for SLURM's commands: whatever is submitted waits for ever."""
+    for name, said in (("srun", ""), ("sbatch", "Submitted batch job 12"), ("sacct", "")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{said}'\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+
+@pytest.mark.usefixtures("queue")
+@pytest.mark.parametrize("count", [1, 2])  # an array
+def test_a_job_that_runs_out_of_time_is_queued_again_as_often_as_it_takes(count, tmp_path):
+    utils = pytest.importorskip("submitit.core.utils")
+    given = {"folder": str(tmp_path / "jobs"), "minutes": 30, "parameters": {"gpus_per_node": 2}}
+    runner = find("slurm", Runner).Config(**given).build(None)
+    handles = [*runner.start([Task((), tmp_path / "log", str(number)) for number in range(count)])]
+    for handle in handles:
+        job = utils.DelayedSubmission.load(handle.paths.submitted_pickle)
+        assert job._timeout_countdown >= 1000 and job._timeout_min == 30
+    (script,) = (tmp_path / "jobs").glob("12_submission.sh")
+    assert "--gpus-per-node=2" in script.read_text()  # a parameter has precedence
+
+
+def test_an_unknown_cluster_of_submitit_is_one_line():
+    pytest.importorskip("submitit")
+    with pytest.raises(ConfigError, match=r"^runner\.type=slurm: .* loca; .*cluster: local$"):
+        find("slurm", Runner).Config(cluster="loca").build(None)
 
 
 @pytest.mark.parametrize(("name", "advice"), [("ray", "ray>=2.50"), ("slurm", "submitit")])

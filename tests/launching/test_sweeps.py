@@ -7,12 +7,16 @@ import logging
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
+from rich.cells import cell_len
+from rich.console import Console
 from safetensors.torch import load_file
 
 from fourdfy.config import ConfigError
@@ -20,16 +24,17 @@ from fourdfy.evaluation.registry import METRICS, Metric
 from fourdfy.files.atomic import write_whole
 from fourdfy.launching.cli import main
 from fourdfy.launching.sweeps import command, results, runners, scheduler
-from fourdfy.launching.sweeps.jobs import Job, Sweep, SweepConfig, read_sweep
+from fourdfy.launching.sweeps.jobs import Job, Sweep, SweepConfig, _seeds, read_sweep
 from fourdfy.launching.sweeps.results import row_of, write_results
 from fourdfy.launching.sweeps.runners import LocalRunner, Runner, Task
 from fourdfy.launching.sweeps.scheduler import Entry, Scheduler, State, seconds_left
-from fourdfy.launching.trial import owned
+from fourdfy.launching.trial import IN_USE, owned
 from fourdfy.prompts.base import KEY, cache_embeddings
 from fourdfy.prompts.stable_diffusion import StableDiffusionPromptProcessor
 from fourdfy.signals import Stopped
 from fourdfy.systems.checkpoint import read_checkpoint
-from tests.commands import CONFIGS, TINY, launch, trial
+from tests.browser import wait_for
+from tests.commands import CONFIGS, ROOT, TINY, launch, trial
 
 OWN = ("use_timestamp", "tag", "system.prompt_processor.prompt")
 GIVEN = [word for word in TINY if not word.startswith(OWN)]
@@ -134,6 +139,12 @@ def test_a_text_file_of_prompts_is_a_sweep_too(tmp_path):
     assert read_sweep(tmp_path / "many.yaml", {}, []).prompts == PROMPTS
 
 
+def test_seeds_are_one_or_ranges_or_a_list():
+    given = {0: [0], "2": [2], "0-2": [0, 1, 2], "0,2, 5-7": [0, 2, 5, 6, 7], (3, "5-6"): [3, 5, 6]}
+    for seeds, numbers in given.items():
+        assert _seeds([*seeds] if isinstance(seeds, tuple) else seeds) == numbers
+
+
 def test_the_command_line_says_how_many_run_on_a_gpu(tmp_path):
     (tmp_path / "many.yaml").write_text("runner: {type: local}")
     assert read_sweep(tmp_path / "many.yaml", {"per_gpu": 3}, []).cfg.runner.per_gpu == 3
@@ -160,10 +171,22 @@ def test_the_command_line_says_how_many_run_on_a_gpu(tmp_path):
         (f"config: {STAGE}\nprompts: [a red cube: bouncing]", r"^prompts: expected texts, got \{'a red"),
         (f"config: {STAGE}\nprompts: [null]", r"^prompts: expected texts, got None"),
         (f"config: {STAGE}\nprompts: {os.devnull}", r"^prompts: /dev/null: there are none"),
-        (f"config: {STAGE}\nseeds: 3-0", r"^seeds: expected such as 0-3, 5 or \[0, 2\], got '3-0'$"),
+        (
+            f"config: {STAGE}\nseeds: 3-0",
+            r"^seeds: expected up to 10000 of them, such as 0-3, 5 or 0,2,5-7, got '3-0'$",
+        ),
         (f"config: {STAGE}\nsettings: {{a: [3]}}", r"settings\.a=\[3\]: expected a list of key=value"),
-        (f"config: {STAGE}\nseeds: 3-x", r"^seeds: expected such as 0-3, 5 or \[0, 2\], got '3-x'$"),
+        (
+            f"config: {STAGE}\nseeds: 3-x",
+            r"^seeds: expected up to 10000 of them, such as 0-3, 5 or 0,2,5-7, got '3-x'$",
+        ),
         (f"config: {STAGE}\nprompts: [a red cube spinning, a red cube spinning]", "there more than once"),
+        (
+            f"config: {STAGE}\nprompts: [a red cube, a_red_cube]",
+            r"'a red cube, seed 0' and 'a_red_cube, seed 0' would share a folder",
+        ),
+        (f"config: {STAGE}\nseeds: 0-999999999", r"^seeds: expected up to 10000 of them"),
+        (f"config: {STAGE}\nprompts: $SECRET/x.txt", r"^prompts \(.*many\.yaml\): .*SECRET may hold"),
         (
             f"config: {STAGE}\nprompts: {PROMPTS}\ngrid: {{system.loss.lambda_sparsty: [1]}}",
             r"^system\.loss\.lambda_sparsty=1: there is no such loss",
@@ -286,6 +309,34 @@ def test_what_fails_for_good_does_not_stop_the_others(made):
     assert len(names) == 11 and names.count("red_cube_bouncing_seed_1") == 1  # 2: not once more
 
 
+def test_a_job_without_a_log_fails_and_the_others_go_on(made, caplog):
+    sweep = made(f"config: {STAGE}\nprompts: {PROMPTS}")
+    sweep.log(sweep.jobs[0]).mkdir(parents=True)
+    runner = Here(capacity=2)
+    assert states(entries(sweep, runner)) == ["failed", "done"] and len(runner.started) == 1
+    assert "_seed_0.log: Is a directory" in caplog.text
+
+
+def test_a_job_that_another_process_began_first_has_not_failed(made):
+    sweep = made(f"config: {STAGE}\nprompts: {PROMPTS[:1]}\nretries: 0")
+    runner = Here(statuses=[IN_USE, IN_USE])
+    assert states(entries(sweep, runner)) == ["done"] and len(runner.started) == 3
+    assert not sweep.has_failed(sweep.jobs[0])
+
+
+def test_two_recipes_in_one_folder_have_records_and_logs_of_their_own(made, tmp_path):
+    (tmp_path / "own.yaml").write_text(
+        f"base: {STAGE}\nname: own\nsystem: {{loss: {{lambda_sparsity: 3}}}}\n"
+    )
+    text = f"config: CONFIG\nprompts: {PROMPTS[:1]}"
+    one, other = (made(text.replace("CONFIG", config)) for config in (STAGE, str(tmp_path / "own.yaml")))
+    for sweep in (one, other):
+        assert states(entries(sweep, Here())) == ["done"]
+    for sweep in (one, other):
+        sweep.check()
+        assert sweep.log(sweep.jobs[0]).read_text().count("exit status 0") == 1
+
+
 def test_a_trial_that_another_process_owns_is_waited_for(made):
     sweep = made(f"config: {STAGE}\nprompts: {PROMPTS[:1]}")
     other = owned(sweep.jobs[0].trials[0])
@@ -304,12 +355,26 @@ def test_a_trial_that_another_process_owns_is_waited_for(made):
     assert seen[:3] == [State.ELSEWHERE] * 3
 
 
-def test_a_signal_stops_the_tasks_first(made):
+def test_a_task_that_does_not_end_is_told_of(made, monkeypatch, caplog):
+    monkeypatch.setattr(runners, "STOP_SECONDS", 0.0)
+
+    def show(found):
+        raise Stopped(143)
+
+    runner = Here(statuses=[None])
+    sweep = made(f"config: {STAGE}\nprompts: {PROMPTS[:1]}")
+    with pytest.raises(Stopped):
+        entries(sweep, runner, show)
+    assert "1 jobs have not ended; they go on by themselves" in caplog.text
+    assert sweep.log(sweep.jobs[0]).read_text() == ""  # it has not stopped
+
+
+def test_a_signal_stops_the_tasks_first(made, caplog):
     def show(found):
         raise Stopped(143)
 
     runner = Here(capacity=2, statuses=[None, None])
-    polls = iter([None, None, 143, 143])
+    polls = iter([None, None, 143, 143, 143, 143])
     runner.poll = lambda handle: next(polls)
     sweep = made(f"config: {STAGE}\nprompts: {PROMPTS}\nseeds: 0-1")
     for job in sweep.jobs:
@@ -318,6 +383,7 @@ def test_a_signal_stops_the_tasks_first(made):
     with pytest.raises(Stopped):
         entries(sweep, runner, show)
     assert len(runner.stopped) == 2 and list(polls) == []
+    assert "jobs have not ended" not in caplog.text
     ends = [sweep.log(job).read_text().splitlines()[-1] for job in sweep.jobs]
     assert [end.endswith(" s, stopped") for end in ends] == [True, True, False, False]
     assert all(9 <= sweep.seconds(job) < 60 for job in sweep.jobs)
@@ -330,6 +396,7 @@ def test_the_best_seeds_go_on(made, tmp_path, capsys, caplog):
     sweep = made(text)
     found = entries(sweep, Here(statuses=[2]))  # seed 0 fails
     assert sorted(states(found)) == ["done", "dropped", "failed"] and found[0].state is State.FAILED
+    assert results.dropped(sweep) == {entry.job.tag for entry in found if entry.state is State.DROPPED}
     priors = {
         state: row_of(sweep, entry.job).get("prior")
         for state, entry in zip(states(found), found, strict=True)
@@ -347,7 +414,7 @@ def test_the_best_seeds_go_on(made, tmp_path, capsys, caplog):
     assert "1 of 2 jobs are done, 1 dropped." in (fewer.folder / "index.html").read_text()
     command.list_jobs(fewer)
     said = capsys.readouterr().out
-    assert re.search(r"seed \d +│ dropped ", said) and "0 of 2 jobs to do; about 0.0 hours" in said
+    assert re.search(r"seed \d +│ dropped ", said) and said.endswith("\n0 of 2 jobs to do\n")
     for wrong, message in (
         ("lowest piror", r"^keep_by: no metric 'piror'; expected one of .*iou, .*prior.*, or a curve: loss/"),
         ("loss/a", r"^keep_by: .*: no 'loss/a' after stage 1; .*loss/.*, prior"),
@@ -454,7 +521,10 @@ def test_the_time_that_is_left_is_that_of_those_that_are_done(monkeypatch):
 
     waiting, running = entry(State.WAITING), entry(State.RUNNING, began=95.0)
     assert seconds_left([waiting, running, entry(State.DONE)], 2) is None  # done before this command
-    assert seconds_left([waiting, running, entry(State.DONE, 20.0)], 2) == (20 + 15) / 2
+    done = entry(State.DONE, 20.0)
+    assert seconds_left([waiting, waiting, running, done], 2) == (20 + 20 + 15) / 2
+    assert seconds_left([waiting, running, done], 8) == 20  # one job is not divided
+    assert seconds_left([done], 8) == 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -475,10 +545,10 @@ def test_each_gpu_has_its_tasks_and_a_task_sees_one(monkeypatch, tmp_path):
     runner = LocalRunner.Config(per_gpu=2).build()
     task = Task((), tmp_path / "log", "x")
     assert runner.capacity == 4
-    handles = runner.start([task] * 4)
+    handles = [*runner.start([task] * 4)]
     assert [each["CUDA_VISIBLE_DEVICES"] for each in given] == ["3", "5", "3", "5"]
     assert runner.poll(handles[1]) == runner.poll(handles[1]) == runner.poll(handles[0]) == 0
-    runner.start([task, task])
+    assert len([*runner.start([task, task])]) == 2
     assert [each["CUDA_VISIBLE_DEVICES"] for each in given[4:]] == ["5", "3"]
     assert {each["OMP_NUM_THREADS"] for each in given} == {"4"}
     assert LocalRunner.Config().build("cpu").capacity == 1
@@ -525,7 +595,7 @@ def test_a_task_is_the_command_line_in_a_process_with_a_log(tmp_path):
     words = (("--help",), ("--train",))
     tasks = [Task(given, tmp_path / given[0], "x") for given in words]
     tasks[0].log.write_text("an earlier one\n")
-    handles = runner.start(tasks)
+    handles = [*runner.start(tasks)]
     for handle in handles:
         handle.wait()
     assert [runner.poll(handle) for handle in handles] == [0, 2]
@@ -535,6 +605,24 @@ def test_a_task_is_the_command_line_in_a_process_with_a_log(tmp_path):
         and "--sweep FILE" in said
         and "is required" in tasks[1].log.read_text()
     )
+
+
+def test_a_task_stops_when_the_one_that_started_it_is_killed(tmp_path):
+    starts = "\n".join([
+        "import sys, time; from pathlib import Path; from fourdfy.launching.sweeps.runners import Task",
+        "Task((), Path(sys.argv[1]), 'x', ('-c', sys.argv[2])).start(); time.sleep(100)",
+    ])  # fmt: skip
+    runs = "\n".join([
+        "import time; from fourdfy.signals import StopSignals, stop_with_parent",
+        "with StopSignals(lambda: 'again'):",
+        "    stop_with_parent(); print('begun', flush=True); time.sleep(100)",
+    ])  # fmt: skip
+    log = tmp_path / "log"
+    parent = subprocess.Popen([sys.executable, "-c", starts, str(log), runs], cwd=ROOT)
+    wait_for(lambda: log.is_file() and "begun" in log.read_text())
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: "stopped by SIGTERM; again" in log.read_text())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -550,13 +638,30 @@ def test_a_terminal_shows_what_runs_and_what_is_logged_above_it(monkeypatch, tmp
     monkeypatch.setenv("COLUMNS", "80")
     handler = logging.StreamHandler()
     monkeypatch.setattr(logging.root, "handlers", [handler])
-    with command.Display(Sweep(SweepConfig()), 1) as display:
-        display.show([entry])
+    with command.Display(Sweep(SweepConfig()), Here(capacity=0)) as display:  # its machines are gone
+        display.show([entry, replace(entry, state=State.DONE, seconds=3600.0)])
         logging.getLogger().warning("a job failed")
     shown = terminal.getvalue()
     assert re.search(r"a\\x1b\[2J cube, seed 3 +│ stage 1/3  40/100", shown) and "1 running" in shown
     assert shown.index("1 running") < shown.index("a job failed\n") < shown.rindex("1 running")
     assert handler.stream is terminal
+
+
+@pytest.mark.parametrize(("count", "last"), [(18, "a red…, seed 17"), (19, "and 2 more")])
+def test_each_job_that_runs_has_one_line_of_the_terminal(count, last, tmp_path):
+    (tmp_path / "log").write_text("stage 1/3  4000/10000  40%  eta 0:12:03  3.21/s  multi-view 12  video 3\n")
+    found = [
+        Entry(Job("a red cube " * 9, seed, {}, "x", (), (), ()), tmp_path / "log", 1, State.RUNNING)
+        for seed in range(count)
+    ]
+    found += [Entry(found[0].job, tmp_path / "log", 1, state) for state in State if state != State.RUNNING]
+    console = Console(width=80, height=24, file=io.StringIO())
+    console.print(command.table_of(found, 600.0, console.size))
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) == 23 and all(cell_len(line) == 80 for line in lines)
+    assert lines[0].startswith(f"1 waiting, {count} running, 1 running elsewhere, 1 done, 1 failed")
+    assert re.search(r"^│ a red .*…[a-z ]*, seed 0 │ stage 1/3  4000/10000  40%  eta 0:12:03… │$", lines[4])
+    assert re.search(last.replace("…", ".*"), lines[-2])
 
 
 def test_the_command_lists_runs_and_gathers(tmp_path, monkeypatch, capsys, caplog):
@@ -568,7 +673,14 @@ def test_the_command_lists_runs_and_gathers(tmp_path, monkeypatch, capsys, caplo
     assert main([*words, "--dry-run"]) == 0
     said = capsys.readouterr().out
     assert re.search(r"a red cube bouncing, seed 1 +│ to do +│ \d\.\d GiB", said)
-    assert "2 of 2 jobs to do; time unknown until a job is done" in said and not (tmp_path / "out").exists()
+    assert said.splitlines()[-2:] == [
+        "2 of 2 jobs to do, 1 steps each",
+        "time unknown until a job is done; docs/scaling.md has measured times of steps",
+    ]
+    assert main([*words, "--gather"]) == 2 and not (tmp_path / "out").exists()
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path / 'out'} has no trial of this sweep; ")
+    assert said.endswith("exp_root_dir=DIR\n") and said.count("\n") == 1
     assert main([*words, "--dry-run", "--gpu", "0"]) == 2 and "--gpu: a sweep uses" in capsys.readouterr().err
     encoded = []
     monkeypatch.setattr(command, "cache_embeddings", lambda texts, device: encoded.append((*texts, device)))
@@ -592,19 +704,63 @@ def test_the_command_lists_runs_and_gathers(tmp_path, monkeypatch, capsys, caplo
         assert main([*words, "--gather"]) == 0 and (folder / "index.html").read_text() == page
     (folder / "index.html").unlink()
     (folder / "index.html").mkdir()
-    assert main([*words, "--gather"]) == 1 and "index.html could not be written" in caplog.text
-    with open(next((folder / "logs").glob("*.log")), "a") as log:
-        log.write("# 7200.0 s, exit status 0\n")
-    assert main([*words, "--dry-run"]) == 0
-    assert "0 of 2 jobs to do; about 0.0 hours" in capsys.readouterr().out
+    capsys.readouterr()
+    assert main([*words, "--gather"]) == 1 and "the run continues" not in caplog.text
+    assert re.fullmatch(r"error: .*index\.html can't be written: .*; move away .*\n", capsys.readouterr().err)
+    (folder / "results.csv").unlink()
+    (folder / "results.csv").mkdir()
+    assert main([*words, "--gather"]) == 1 and "results.csv can't be written" in capsys.readouterr().err
 
 
-def test_hours_to_go_are_told_by_the_jobs_that_are_done(made, capsys):
+def took(sweep: Sweep, **seconds: list[float]) -> dict[str, str]:
+    """States of its jobs, in order: as many of each as have seconds; the others are to do."""
+    states = {job.tag: "to do" for job in sweep.jobs}
+    ends = [(state, each) for state, some in seconds.items() for each in some]
+    for job, (state, each) in zip(sweep.jobs, ends, strict=False):
+        sweep.log(job).parent.mkdir(parents=True, exist_ok=True)
+        sweep.log(job).write_text(f"# {each:.1f} s, exit status 0\n")
+        states[job.tag] = state
+    return states
+
+
+def test_hours_to_go_are_told_by_the_jobs_that_are_done(made):
+    sweep = made(f"config: {STAGE}\nprompts: {PROMPTS}\nseeds: 0-1\n")
+    unknown = "time unknown until a job is done; docs/scaling.md has measured times of steps"
+    failed = took(sweep) | took(sweep, **{"to do": [7200.0]})
+    assert command.left_to_do(sweep, failed) == ["4 of 4 jobs to do, 1 steps each", unknown]
+    assert command.left_to_do(sweep, took(sweep, done=[7200.0, 3600.0])) == [
+        "2 of 4 jobs to do, 1 steps each",
+        "about 3.0 hours of one device, by those that are done",
+    ]
+    sweep = made(RECIPE + "grid: {stage_3.trainer.max_steps: [2, 4]}")
+    assert command.left_to_do(sweep, took(sweep))[0] == "2 of 2 jobs to do, 4 to 6 steps each"
+
+
+def test_of_seeds_that_are_dropped_the_first_stages_count(made):
+    text = RECIPE.replace(str(PROMPTS[:1]), str(PROMPTS)) + "seeds: 0-3\nkeep: 1 of 4 after stage 1\n"
+    sweep, of_done = made(text), " hours of one device, by those that are done"
+    some = "4 of 8 jobs to do, 1 of them with all 3 steps, the others to stage 1"
+    for dropped, hours in (([3600.0] * 3, "about 5.0"), ([0.0] * 3, "at most 8.0")):
+        states = took(sweep, done=[7200.0], dropped=dropped)
+        assert command.left_to_do(sweep, states) == [some, hours + of_done]
+    of_one = command.left_to_do(sweep, took(sweep, done=[7200.0], dropped=[0.0] * 6))
+    assert of_one == ["1 of 8 jobs to do, 3 steps each", "about 2.0" + of_done]
+
+
+def test_a_damaged_file_costs_a_warning_and_the_trial_is_the_last_column(made, caplog):
+    """The first row has no numbers then."""
     sweep = made(f"config: {STAGE}\nprompts: {PROMPTS[:1]}\nseeds: 0-1")
-    sweep.log(sweep.jobs[0]).parent.mkdir(parents=True, exist_ok=True)
-    sweep.log(sweep.jobs[0]).write_text("# 7200.0 s, exit status 1\n")
-    command.list_jobs(sweep)
-    assert "2 of 2 jobs to do; time unknown until a job is done" in capsys.readouterr().out
+    for job, rows in zip(sweep.jobs, ("garbage\n1,2\n", "step,loss/a/sds\n1,2\n"), strict=True):
+        file = job.trials[0] / "csv_logs" / "version_0" / "metrics.csv"
+        file.parent.mkdir(parents=True)
+        file.write_text(rows)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Job, "has_finished", lambda job, stages: True)
+        rows = write_results(sweep)
+    assert "prior" not in rows[0] and rows[1]["prior"] == 2
+    assert caplog.text.count("its numbers can't be read from") == 1
+    (header, *_) = (sweep.folder / "results.csv").read_text().splitlines()
+    assert header == "prompt,seed,stages,seconds,prior,loss/a/sds,trial"
 
 
 def test_a_prompt_can_not_act_on_the_page(made):

@@ -6,11 +6,14 @@ import logging
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from filelock import FileLock
-from rich.console import Console
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, ConsoleDimensions
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -21,6 +24,7 @@ from fourdfy.files.atomic import losses_noted
 from fourdfy.launching.plan import find_models, memory_needed
 from fourdfy.launching.sweeps.jobs import Sweep, read_sweep
 from fourdfy.launching.sweeps.results import dropped, write_results
+from fourdfy.launching.sweeps.runners import Runner
 from fourdfy.launching.sweeps.scheduler import Entry, Scheduler, State, counts, seconds_left
 from fourdfy.prompts.base import cache_embeddings
 from fourdfy.signals import StopSignals
@@ -30,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 GATHER_SECONDS = 60.0
 """Between two versions of the results while a sweep runs."""
+FRAME = 6
+"""Lines of a terminal that the table of running jobs leaves to its title and rules, and to what is logged."""
 
 
 def sweep(
@@ -52,7 +58,8 @@ def sweep(
         options: of ``launch.py``, for all jobs.
 
     Raises:
-        ConfigError: names the key and the file.
+        ConfigError: names the key and the file; or there is nothing to gather.
+        WriteError: gathered results can't be written.
         Stopped: a signal ended it; the tasks have saved.
     """
     if gpu not in (None, "cpu"):
@@ -63,7 +70,8 @@ def sweep(
         list_jobs(made)
         return 0
     if mode == "gather":
-        return gather(made)
+        gather(made)
+        return 0
     stop.advice = lambda: "the same command continues the sweep"
     with losses_noted():
         return run(made, gpu)
@@ -76,7 +84,7 @@ def run(made: Sweep, gpu: str | None) -> int:
         find_models([stage for _, _, stages in made.recipes for stage in stages])
         cache_embeddings(made.texts(), select_device(gpu))
     logger.info("%d jobs, %d at a time, in %s", len(jobs), runner.capacity, made.root)
-    with Display(made, runner.capacity) as display:
+    with Display(made, runner) as display:
         scheduler = Scheduler(made, runner, display.show)
         try:
             scheduler.run()
@@ -86,14 +94,14 @@ def run(made: Sweep, gpu: str | None) -> int:
     return int(any(entry.state is State.FAILED for entry in scheduler.entries))
 
 
-def gather(made: Sweep) -> int:
-    """``--gather``: write the results anew; 1 if some could not be."""
-    with losses_noted() as lost:
-        write_results(made)
-    if lost:  # each of which was warned of
-        return 1
+def gather(made: Sweep) -> None:
+    """``--gather``: write the results anew."""
+    if not any(trial.is_dir() for job in made.jobs for trial in job.trials):
+        raise ConfigError(
+            f"{made.root} has no trial of this sweep; name the folder that has: exp_root_dir=DIR"
+        )
+    write_results(made, is_essential=True)
     logger.info("written: %s", made.folder / "index.html")
-    return 0
 
 
 def list_jobs(made: Sweep) -> None:
@@ -109,20 +117,44 @@ def list_jobs(made: Sweep) -> None:
         cells = (printable(job.name), states[job.tag], memory[tuple(job.settings.items())])
         table.add_row(*map(Text, cells))
     Console().print(table)
-    todo, all_jobs = [*states.values()].count("to do"), len(made.jobs)
-    done = [job for job in made.jobs if states[job.tag] == "done"]
-    took = [seconds for job in done if (seconds := made.seconds(job))]
-    hours = "time unknown until a job is done"
-    if took:
-        hours = f"about {todo * sum(took) / len(took) / 3600:.1f} hours of one device, by those that are done"
-    Console().print(f"{todo} of {all_jobs} job{'s' * (all_jobs != 1)} to do; {hours}", highlight=False)
+    Console().print(*left_to_do(made, states), sep="\n", highlight=False, soft_wrap=True)
+
+
+def left_to_do(made: Sweep, states: Mapping[str, str]) -> list[str]:
+    """How many jobs and steps there are to do, and how long that takes if it is known, in a line each.
+
+    Args:
+        states: of each job, by its tag.
+    """
+    todo, total = [job for job in made.jobs if states[job.tag] == "to do"], len(made.jobs)
+    said = f"{len(todo)} of {total} job{'s' * (total != 1)} to do"
+    if not todo:
+        return [said]
+    best, stage = made.kept
+    groups = groupby(todo, key=lambda job: (job.prompt, job.settings))
+    full = sum(min(len([*seeds]), best) for _, seeds in groups) if stage else len(todo)
+    steps = " to ".join(dict.fromkeys(str(pick(sum(job.ends) for job in todo)) for pick in (min, max)))
+    if rest := len(todo) - full:
+        said += f", {full} of them with all {steps} steps, the others to stage {stage}"
+    else:
+        said += f", {steps} steps each"
+
+    def seconds(state: str) -> list[float]:
+        return [took for job in made.jobs if states[job.tag] == state and (took := made.seconds(job))]
+
+    took, of_first = seconds("done"), seconds(State.DROPPED)
+    if not took:
+        return [said, "time unknown until a job is done; docs/scaling.md has measured times of steps"]
+    hours = (full * fmean(took) + rest * fmean(of_first or took)) / 3600
+    about = "at most" if rest and not of_first else "about"
+    return [said, f"{about} {hours:.1f} hours of one device, by those that are done"]
 
 
 class Display:
     """A table of what runs on a terminal, else a line for each change. Now and then it writes the results."""
 
-    def __init__(self, made: Sweep, capacity: int) -> None:
-        self.made, self.capacity = made, capacity
+    def __init__(self, made: Sweep, runner: Runner) -> None:
+        self.made, self.runner = made, runner
         self._gathered, self._states = time.monotonic(), dict[str, State]()
         self._live = Live(console=Console(stderr=True), auto_refresh=False) if sys.stderr.isatty() else None
 
@@ -150,19 +182,41 @@ class Display:
                 logger.info("%s: %s (%s)", entry.job.name, now, counts(entries))
             self._states[entry.job.tag] = now
         if self._live:
-            self._live.update(self._table(entries), refresh=True)
+            left = seconds_left(entries, max(self.runner.capacity, 1))
+            self._live.update(table_of(entries, left, self._live.console.size), refresh=True)
         if time.monotonic() - self._gathered > GATHER_SECONDS:
             write_results(self.made)
             self._gathered = time.monotonic()
 
-    def _table(self, entries: Sequence[Entry]) -> Table:
-        left = seconds_left(entries, self.capacity)
-        eta = "" if left is None else f", about {left / 60:.0f} min left"
-        table = Table("job", "", title=Text(counts(entries) + eta), title_justify="left", expand=True)
-        for entry in entries:
-            if entry.state is State.RUNNING:
-                table.add_row(Text(printable(entry.job.name)), Text(printable(last_line(entry.log))))
-        return table
+
+def table_of(entries: Sequence[Entry], left: float | None, size: ConsoleDimensions) -> Table:
+    """What runs, one line each, as many as a terminal of that size has room for.
+
+    Args:
+        left: seconds; None if that is not known.
+    """
+    eta = "" if left is None else f", about {left / 60:.0f} min left"
+    title = Text(counts(entries) + eta, no_wrap=True, overflow="ellipsis")
+    table = Table(title=title, title_justify="left", expand=True)
+    for header, ratio in (("job", 5), ("its log", 6)):  # at 80 columns the second one shows the eta
+        table.add_column(header, ratio=ratio, no_wrap=True, overflow="ellipsis")
+    running = [entry for entry in entries if entry.state is State.RUNNING]
+    room = max(size.height - FRAME, 1)
+    shown = running if len(running) <= room else running[: room - 1]
+    for entry in shown:
+        name = shortened(printable(entry.job.name), (size.width - 3) * 5 // 11 - 2)
+        table.add_row(Text(name), Text(printable(last_line(entry.log))))
+    if more := len(running) - len(shown):
+        table.add_row(f"and {more} more", "")
+    return table
+
+
+def shortened(text: str, cells: int) -> str:
+    """As much as so many cells of a terminal hold: its beginning and, of a job, the end that has the seed."""
+    if cell_len(text) <= cells:
+        return text
+    half = (cells - 1) // 2
+    return set_cell_size(text, cells - 1 - half) + "…" + set_cell_size(text[::-1], half)[::-1]
 
 
 def last_line(log: Path) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -28,12 +27,13 @@ from fourdfy.launching.experiment import Experiment
 from fourdfy.launching.plan import check_files
 from fourdfy.launching.recipe import changed_settings, load_recipe, makes_another_run, settings
 from fourdfy.launching.sweeps.runners import Runner
-from fourdfy.launching.trial import is_owned
+from fourdfy.launching.trial import IN_USE, is_owned
 from fourdfy.prompts.base import PromptProcessor
 from fourdfy.systems.checkpoint import LAST, has_checkpoint
 
 FOLDER = "sweep"
 """Of results and logs, in ``exp_root_dir``."""
+MOST_SEEDS = 10_000
 COLUMNS = ("prompt", "settings", "seed", "stages", "seconds", PRIOR, "trial")
 """Of ``results.csv``, in every sweep."""
 
@@ -47,7 +47,7 @@ class SweepConfig(Schema):
     prompts: Any = None
     """Texts, or a file with one in each line; null: that of the config."""
     seeds: Any = 0
-    """One seed, a list of them, or a range such as ``0-3``, with both ends."""
+    """One seed, or several: a range with both ends such as ``0-3``, or ``0,2,5-7``, or a list."""
     settings: dict[str, Any] = field(default_factory=dict)
     """Name -> ``key=value`` overrides, as a list; jobs are made with each of them."""
     grid: dict[str, Any] = field(default_factory=dict)
@@ -161,14 +161,24 @@ class Sweep:
         return self.root / FOLDER
 
     def log(self, job: Job) -> Path:
-        """What its processes write, and the seconds that each took."""
-        return self.folder / "logs" / f"{job.tag}.log"
+        """What its processes write, and the seconds that each took; another recipe in the same folder has
+        logs of its own."""
+        return self.folder / "logs" / job.trials[-1].parent.name / f"{job.tag}.log"
 
     def seconds(self, job: Job) -> float:
         """Of all of its processes that have ended."""
+        return sum((float(seconds) for seconds, _ in self._ends(job)), 0.0)
+
+    def has_failed(self, job: Job) -> bool:
+        """Whether its last process has."""
+        *_, (_, end) = [("", "stopped"), *self._ends(job)]
+        return end not in ("stopped", "exit status 0", f"exit status {IN_USE}")
+
+    def _ends(self, job: Job) -> list[tuple[str, str]]:
+        """(seconds, how it ended) of its processes, by its log."""
         log = self.log(job)
         text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-        return sum(map(float, re.findall(r"^# ([\d.]+) s, (?:exit status |stopped$)", text, re.M)), 0.0)
+        return re.findall(r"^# ([\d.]+) s, (exit status -?\d+|stopped)$", text, re.M)
 
     def record(self, job: Job) -> Path:
         """The settings that it was started with."""
@@ -281,9 +291,13 @@ class Sweep:
         seeds = _seeds(self.cfg.seeds)
         combined = itertools.product(self.recipes, prompts, seeds)
         jobs = [self._job(prompt, seed, *recipe) for recipe, prompt, seed in combined]
-        times = Counter(job.tag for job in jobs)
-        if twice := [job.name for job in jobs if times[job.tag] > 1]:
-            raise ConfigError(f"prompts, seeds, settings: {twice[0]!r} is there more than once")
+        known: dict[str, Job] = {}
+        for job in jobs:
+            other = known.setdefault(job.tag, job)
+            if other is not job:
+                is_same = other.name == job.name
+                said = "is there more than once" if is_same else f"and {job.name!r} would share a folder"
+                raise ConfigError(f"prompts, seeds, settings: {other.name!r} {said}; change one of them")
         return jobs
 
     def texts(self) -> Iterator[PromptProcessor.Config]:
@@ -359,7 +373,9 @@ class Sweep:
         distinct = [f"{key}={value}" for key, value in words.items()]
         tag = sanitize_tag(" ".join([*([prompt] if prompt else []), *distinct, f"seed {seed}"]))
         prompts = [] if prompt is None else [literal_override(PROMPT, prompt)]
-        configs = [word for name in self.cfg.config for word in ("--config", str(find_config(name)))]
+        configs = [
+            word for name in self.cfg.config for word in ("--config", str(find_config(name).absolute()))
+        ]
         return Job(
             prompt=prompt,
             seed=seed,
@@ -402,7 +418,10 @@ def read_sweep(
         names = names if isinstance(names, list) else [names]
         values["config"] = [str(find_config(str(name), file.parent)) for name in names]
         if isinstance(prompts := values.get("prompts"), str):
-            values["prompts"] = str(file.parent / prompts)
+            try:
+                values["prompts"] = str(file.parent / expand_path(prompts, is_typed=False))
+            except ValueError as error:
+                raise ConfigError(f"prompts ({file}): {error}") from error
     given = dict(given)
     if (per_gpu := given.pop("per_gpu", None)) is not None:
         runner = values.get("runner") or {}
@@ -446,14 +465,14 @@ def _texts(prompts: Any) -> list[str]:
 
 
 def _seeds(seeds: Any) -> list[int]:
-    found = re.fullmatch(r"(\d+)-(\d+)", str(seeds))
-    if found:
-        listed = [*range(int(found[1]), int(found[2]) + 1)]
-    else:
-        listed = seeds if isinstance(seeds, list) else [seeds]
-    if not listed or not all(re.fullmatch(r"\d+", str(seed)) for seed in listed):
-        raise ConfigError(f"seeds: expected such as 0-3, 5 or [0, 2], got {seeds!r}")
-    return [int(seed) for seed in listed]
+    parts = seeds if isinstance(seeds, list) else str(seeds).split(",")
+    matches = [re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", str(part)) for part in parts]
+    ranges = [range(int(match[1]), int(match[2] or match[1]) + 1) for match in matches if match]
+    if not 0 < sum(map(len, ranges)) <= MOST_SEEDS or not all(matches) or not all(ranges):
+        raise ConfigError(
+            f"seeds: expected up to {MOST_SEEDS} of them, such as 0-3, 5 or 0,2,5-7, got {seeds!r}"
+        )
+    return [*itertools.chain(*ranges)]
 
 
 def _text(value: Any) -> str:

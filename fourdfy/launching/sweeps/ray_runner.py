@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +13,16 @@ from fourdfy.config import ConfigError
 from fourdfy.launching.sweeps.runners import Runner, Task
 from fourdfy.registry import register
 
+ANSWER_SECONDS = 10.0
+"""For a cluster to answer."""
+
 
 @register("ray")
 class RayRunner(Runner):
     """Tasks of Ray, which queues them until their GPUs are free. All machines see the same files.
 
     Raises:
-        ConfigError: Ray is not installed.
+        ConfigError: Ray is not installed, no cluster answers, or none of its machines is large enough.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -42,25 +46,38 @@ class RayRunner(Runner):
             ) from error
         self._ray = ray
         if not ray.is_initialized():
-            ray.init(
-                address=cfg.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
-            )
+            self._connect()
         gpus = 0.0 if gpu == "cpu" else cfg.num_gpus
         options = ray.remote(num_gpus=gpus, num_cpus=cfg.num_cpus, max_retries=0)
         self._run = options(_run)
-        needed = [(name, each) for name, each in (("GPU", gpus), ("CPU", cfg.num_cpus)) if each]
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # a task is on one of them
-        self._capacity = sum(
-            int(min((there.get(name, 0) / each for name, each in needed), default=1)) for there in nodes
-        )
-        if self._capacity < 1:
+        self._needed = {name: each for name, each in (("GPU", gpus), ("CPU", cfg.num_cpus)) if each}
+        if self.capacity < 1:
+            without = ", or train without a GPU: --gpu cpu" if gpus else ""
             raise ConfigError(
-                f"runner: no machine of the Ray cluster has {gpus:g} GPUs and {cfg.num_cpus:g} processors"
+                f"runner: no machine of the Ray cluster has {gpus:g} GPUs and {cfg.num_cpus:g} processors; "
+                f"ask for fewer with num_gpus and num_cpus{without}"
             )
+
+    def _connect(self) -> None:
+        address = self.cfg.address or "local"
+        try:
+            _check_answers(address)
+            self._ray.init(
+                address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+            )
+        except (ConnectionError, ValueError) as error:
+            raise ConfigError(
+                f"runner.address={address}: no Ray cluster answers; type: ray start --head, or leave "
+                "address out for one on this machine alone"
+            ) from error
 
     @property
     def capacity(self) -> int:
-        return self._capacity
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        return sum(  # a task is on one of them
+            int(min((there.get(name, 0) / each for name, each in self._needed.items()), default=1))
+            for there in nodes
+        )
 
     def start(self, tasks: Sequence[Task]) -> Sequence[Any]:
         return [self._run.remote(task) for task in tasks]
@@ -76,6 +93,16 @@ class RayRunner(Runner):
 
     def stop(self, handle: Any) -> None:
         self._ray.cancel(handle)  # raises KeyboardInterrupt in the worker
+
+
+def _check_answers(address: str) -> None:
+    """Raise ``ConnectionError`` if it names a machine that does not; Ray itself tries for many minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+        except OSError as error:
+            raise ConnectionError(str(error)) from error
 
 
 def _run(task: Task) -> int:

@@ -7,6 +7,7 @@ import io
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
@@ -18,7 +19,7 @@ from fourdfy.files.atomic import by_product, warn_once, write_whole
 from fourdfy.files.images import TEST_FPS
 from fourdfy.launching.sweeps.jobs import COLUMNS, Job, Sweep
 from fourdfy.pages.page import BAR, escaped, page
-from fourdfy.pages.trials import clip_of_test, curves, scores, views_of_test
+from fourdfy.pages.trials import DAMAGED, clip_of_test, curves, scores, views_of_test
 
 OF_PRIORS = re.compile(r"loss/[^/]+/(sds|vsd)\w*")
 CLIP_PIXELS, CLIP_FRAMES = 128, 24
@@ -27,17 +28,21 @@ SHOWN = 4
 """Most numbers below a clip; losses are in ``results.csv``."""
 
 
-def write_results(sweep: Sweep) -> list[dict[str, Any]]:
-    """Write both files anew, and return the rows; what can't be written costs a warning."""
+def write_results(sweep: Sweep, *, is_essential: bool = False) -> list[dict[str, Any]]:
+    """Write both files anew, and return the rows; what can't be written costs a warning.
+
+    Raises:
+        WriteError: one can't be written, and ``is_essential``.
+    """
     rows = [row_of(sweep, job) for job in sweep.jobs]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
+    columns = [*dict.fromkeys(name for row in rows for name in row if name != "trial"), "trial"]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(rows)
-    with by_product("results.csv"):
+    with nullcontext() if is_essential else by_product("results.csv"):
         write_whole(sweep.folder / "results.csv", text.getvalue())
-    with by_product("index.html"):
+    with nullcontext() if is_essential else by_product("index.html"):
         write_whole(sweep.folder / "index.html", contact_sheet(sweep, rows))
     return rows
 
@@ -79,12 +84,16 @@ def not_kept(sweep: Sweep, seeds: Sequence[Job]) -> set[str]:
 
 
 def dropped(sweep: Sweep) -> set[str]:
-    """Tags of the jobs that ``keep`` drops, when all seeds of a prompt and settings have come so far."""
+    """Tags of the jobs that ``keep`` drops, when all seeds of a prompt and settings have come so far, or have
+    failed."""
     _, stage = sweep.kept
-    groups = groupby(sweep.jobs, key=lambda job: (job.prompt, job.settings)) if stage else ()
-    seeds = [list(group) for _, group in groups]
-    done = (group for group in seeds if all(job.has_finished(stage) for job in group))
-    return set().union(*(not_kept(sweep, group) for group in done))
+    found = set[str]()
+    for _, group in groupby(sweep.jobs, key=lambda job: (job.prompt, job.settings)) if stage else ():
+        seeds = [*group]
+        come = [job for job in seeds if job.has_finished(stage)]
+        if all(job in come or sweep.has_failed(job) for job in seeds):
+            found |= not_kept(sweep, come)
+    return found
 
 
 def numbers(job: Job, stage: int) -> dict[str, float | int]:
@@ -94,7 +103,7 @@ def numbers(job: Job, stage: int) -> dict[str, float | int]:
     """
     try:
         return _numbers(job, stage) if stage else {}
-    except (OSError, ValueError, TypeError, AttributeError, csv.Error) as error:
+    except DAMAGED as error:
         warn_once(f"{job.name}: its numbers can't be read from {job.trials[stage - 1]} ({error})")
         return {}
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from fourdfy.bounds import number
 from fourdfy.config import Component
 from fourdfy.config_files import PACKAGE
 from fourdfy.registry import register
+from fourdfy.signals import PARENT
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class Task:
             raise
 
     def start(self, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-        """Start it.
+        """Start it; it stops, and saves, if this process is gone before it.
 
         Args:
             environment: variables besides this process's.
@@ -64,7 +65,7 @@ class Task:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+                env={**os.environ, "PYTHONPATH": path, PARENT: str(os.getpid()), **(environment or {})},
                 process_group=0,  # Ctrl-C is for the sweep, which then stops its tasks
             )
 
@@ -91,8 +92,8 @@ class Runner(Component, ABC):
         """Tasks that should be started and not ended at a time."""
 
     @abstractmethod
-    def start(self, tasks: Sequence[Task]) -> Sequence[Any]:
-        """Start tasks, or queue them; gives a handle of each."""
+    def start(self, tasks: Sequence[Task]) -> Iterable[Any]:
+        """Start tasks, or queue them; gives a handle of each, as soon as it is there."""
 
     @abstractmethod
     def poll(self, handle: Any) -> int | None:
@@ -124,8 +125,8 @@ class LocalRunner(Runner):
     def capacity(self) -> int:
         return self._capacity
 
-    def start(self, tasks: Sequence[Task]) -> Sequence[subprocess.Popen[bytes]]:
-        return [self._start(task) for task in tasks]
+    def start(self, tasks: Sequence[Task]) -> Iterator[subprocess.Popen[bytes]]:
+        yield from map(self._start, tasks)
 
     def _start(self, task: Task) -> subprocess.Popen[bytes]:
         place = self._free.pop(0)
@@ -154,7 +155,8 @@ def run_all(tasks: Sequence[Task], runner: Runner) -> list[int]:
     statuses: dict[int, int] = {}
     try:
         while len(statuses) < len(tasks):
-            handles += runner.start(tasks[len(handles) : len(statuses) + runner.capacity])
+            for handle in runner.start(tasks[len(handles) : len(statuses) + runner.capacity]):
+                handles.append(handle)
             for index, handle in enumerate(handles):
                 if index not in statuses and (status := runner.poll(handle)) is not None:
                     statuses[index] = status
@@ -172,7 +174,10 @@ def stop_all(runner: Runner, handles: Sequence[Any]) -> None:
         logger.info("stopping %d jobs, which save first", len(handles))
     for handle in handles:
         runner.stop(handle)
-    while time.monotonic() < until and any(runner.poll(handle) is None for handle in handles):
+    while left := sum(runner.poll(handle) is None for handle in handles):
+        if time.monotonic() > until:
+            logger.warning("%d jobs have not ended; they go on by themselves", left)
+            return
         time.sleep(POLL_SECONDS)
 
 

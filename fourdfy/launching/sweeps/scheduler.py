@@ -18,6 +18,7 @@ from fourdfy.files.atomic import by_product, write_whole
 from fourdfy.launching.sweeps.jobs import Job, Sweep
 from fourdfy.launching.sweeps.results import not_kept, numbers, score_of
 from fourdfy.launching.sweeps.runners import POLL_SECONDS, Runner, Task, stop_all
+from fourdfy.launching.trial import IN_USE
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,8 @@ class Scheduler:
             running = self._in(State.RUNNING)
             stop_all(self.runner, [entry.handle for entry in running])
             for entry in running:
-                self._note(entry, "stopped")
+                if self.runner.poll(entry.handle) is not None:
+                    self._note(entry, "stopped")
             raise
 
     def _advance(self) -> bool:
@@ -108,10 +110,9 @@ class Scheduler:
     def _start(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
             self._look(entry)  # some other sweep may have been faster
-        entries = [entry for entry in entries if entry.state is State.WAITING]
+        entries = [entry for entry in entries if entry.state is State.WAITING and self._has_log(entry)]
         tasks = []
         for entry in entries:
-            entry.log.parent.mkdir(parents=True, exist_ok=True)
             with by_product("settings of jobs"):
                 write_whole(self.sweep.record(entry.job), json.dumps(entry.job.given))
             entry.began = time.monotonic()
@@ -121,10 +122,20 @@ class Scheduler:
         for entry, handle in zip(entries, self.runner.start(tasks), strict=True):
             entry.handle, entry.state = handle, State.RUNNING
 
+    def _has_log(self, entry: Entry) -> bool:
+        """Whether its log can be written; without one, a job fails and the others go on."""
+        try:
+            entry.log.parent.mkdir(parents=True, exist_ok=True)
+            open(entry.log, "ab").close()
+        except OSError as error:
+            entry.state = State.FAILED
+            logger.warning("%s: %s: %s", entry.job.name, entry.log, error.strerror)
+        return entry.state is State.WAITING
+
     def _ended(self, entry: Entry, status: int) -> None:
         self._note(entry, f"exit status {status}")
         self._look(entry)
-        if entry.state is not State.WAITING:
+        if entry.state is not State.WAITING or status == IN_USE:  # some other process was faster
             return
         entry.failures += 1
         what = f"exit status {status}" if status else "it ended without test views"
@@ -177,11 +188,11 @@ def counts(entries: Sequence[Entry]) -> str:
 
 
 def seconds_left(entries: Sequence[Entry], capacity: int) -> float | None:
-    """As long as those that this sweep has finished took; None if none has been."""
+    """If jobs take as long as those that this sweep has finished did; None if none has been."""
     took = [entry.seconds for entry in entries if entry.state is State.DONE and entry.seconds]
     if not took:
         return None
     mean, now = sum(took) / len(took), time.monotonic()
-    running = sum(max(mean - (now - e.began), 0.0) for e in entries if e.state is State.RUNNING)
-    waiting = mean * sum(entry.state is State.WAITING for entry in entries)
-    return (running + waiting) / capacity
+    left = [max(mean - (now - e.began), 0.0) for e in entries if e.state is State.RUNNING]
+    left += [mean for entry in entries if entry.state is State.WAITING]
+    return max(sum(left) / capacity, max(left, default=0.0))  # a job is not divided

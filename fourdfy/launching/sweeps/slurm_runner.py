@@ -11,13 +11,16 @@ from fourdfy.config import ConfigError
 from fourdfy.launching.sweeps.runners import Runner, Task
 from fourdfy.registry import register
 
+REQUEUES = 10_000
+"""After which submitit gives a job up that runs out of time; its own limit is three."""
+
 
 @register("slurm")
 class SlurmRunner(Runner):
     """Jobs of SLURM. One that is preempted or runs out of time saves, is queued again and continues.
 
     Raises:
-        ConfigError: submitit is not installed, or there is no SLURM.
+        ConfigError: submitit is not installed or refuses a parameter, or there is no SLURM.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -43,13 +46,21 @@ class SlurmRunner(Runner):
             raise ConfigError("runner.type=slurm: submitit is missing; type: pip install submitit") from error
         self._submitit = submitit
         try:
-            self._executor = submitit.AutoExecutor(folder=cfg.folder, cluster=cfg.cluster or "slurm")
-        except RuntimeError as error:
-            raise ConfigError(f"runner.type=slurm: {error}") from error
-        gpus = 0 if gpu == "cpu" else 1
-        self._executor.update_parameters(
-            name="fourdfy", timeout_min=cfg.minutes, gpus_per_node=gpus, **cfg.parameters
-        )
+            self._executor = submitit.AutoExecutor(
+                folder=cfg.folder, cluster=cfg.cluster or "slurm", slurm_max_num_timeout=REQUEUES
+            )
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"runner.type=slurm: {error}; start the sweep on a login node, or try it here: cluster: local"
+            ) from error
+        own = {"name": "fourdfy", "timeout_min": cfg.minutes, "gpus_per_node": 0 if gpu == "cpu" else 1}
+        try:
+            self._executor.update_parameters(**own | cfg.parameters)
+        except (NameError, AssertionError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"runner.parameters: {str(error).splitlines()[0]}; expected such as "
+                "{slurm_partition: gpu, cpus_per_task: 8, mem_gb: 32}"
+            ) from error
 
     @property
     def capacity(self) -> int:
