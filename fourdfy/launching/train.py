@@ -167,9 +167,9 @@ def _claimed(stage: Stage, device: str, test: bool) -> Iterator[Start | None]:
     """Own a stage's folder, and only then see how far it is, for another process may have just trained it;
     None if it is finished, whose folder may be read-only."""
     stage.follow_weights()
+    remove_leftovers(stage.experiment.trial_dir)
     if not _is_over(stage, test):
         with owned(stage.experiment.trial_dir):
-            remove_leftovers(stage.experiment.trial_dir)
             if not _is_over(stage, test):
                 yield Start(stage.resume_from, stage.experiment.cfg.system.weights, stage.lacks_validation)
                 return
