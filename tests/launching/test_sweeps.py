@@ -365,7 +365,7 @@ def test_a_task_that_does_not_end_is_told_of(made, monkeypatch, caplog):
     sweep = made(f"config: {STAGE}\nprompts: {PROMPTS[:1]}")
     with pytest.raises(Stopped):
         entries(sweep, runner, show)
-    assert "1 jobs have not ended; they go on by themselves" in caplog.text
+    assert "jobs that have not ended, and go on by themselves: 1" in caplog.text
     assert sweep.log(sweep.jobs[0]).read_text() == ""  # it has not stopped
 
 
@@ -383,7 +383,7 @@ def test_a_signal_stops_the_tasks_first(made, caplog):
     with pytest.raises(Stopped):
         entries(sweep, runner, show)
     assert len(runner.stopped) == 2 and list(polls) == []
-    assert "jobs have not ended" not in caplog.text
+    assert "have not ended" not in caplog.text
     ends = [sweep.log(job).read_text().splitlines()[-1] for job in sweep.jobs]
     assert [end.endswith(" s, stopped") for end in ends] == [True, True, False, False]
     assert all(9 <= sweep.seconds(job) < 60 for job in sweep.jobs)

@@ -176,7 +176,7 @@ def stop_all(runner: Runner, handles: Sequence[Any]) -> None:
         runner.stop(handle)
     while left := sum(runner.poll(handle) is None for handle in handles):
         if time.monotonic() > until:
-            logger.warning("%d jobs have not ended; they go on by themselves", left)
+            logger.warning("jobs that have not ended, and go on by themselves: %d", left)
             return
         time.sleep(POLL_SECONDS)
 
